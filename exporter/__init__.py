@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle: ONNX segments, quantized weights, calibrated keys."""

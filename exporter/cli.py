@@ -1,0 +1,116 @@
+"""``kvq export``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from kvq.runtime.errors import PromptError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "-w",
+    "--weights",
+    type=click.Choice(["fp32", "int8", "int4"]),
+    default="int4",
+    show_default=True,
+    help="Precision of the layers' weights; embedding and head take 8 bits when not fp32.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "fp32"]),
+    default="int8",
+    show_default=True,
+    help="In products with quantized weights: int8 is fast, fp32 exact.",
+)
+@click.option(
+    "--block",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale.",
+)
+@click.option("--rotate/--no-rotate", default=True, show_default=True, help="Rotate heads by a Hadamard matrix.")
+@click.option("--center/--no-center", default=True, show_default=True, help="Subtract each head's mean key.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="UTF-8 text to measure the mean keys on; a built-in one if not given.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["segments", "single"]),
+    default="segments",
+    show_default=True,
+    help="segments is a bundle for kvq; single is the standard one-file ONNX in fp32.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.pass_context
+def export(ctx, checkpoint, out, weights, activations, block, rotate, center, calibration, layout, overwrite) -> None:
+    """Convert CHECKPOINT to a bundle in the folder OUT.
+
+    CHECKPOINT is a Hugging Face folder or a hub id of a Llama-architecture model.
+
+    \b
+    Examples:
+      kvq export HuggingFaceTB/SmolLM-135M smollm-135m
+      kvq export ./my-checkpoint my-bundle --weights int8
+    """  # fmt: skip
+    if layout == "single":
+        _single(ctx, checkpoint, out)
+        return
+    text = None
+    if calibration is not None:
+        try:
+            text = calibration.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+        if not center:
+            raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    from kvq.exporter.export import export as run_export
+
+    with ExitStack() as stack:
+        bar = None
+
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal bar
+            if bar is None:  # only now: a refused checkpoint is one line on stderr
+                bar = stack.enter_context(click.progressbar(length=100, label=what, file=sys.stderr))
+            bar.label = what
+            bar.update(100 * done // total - bar.pos)
+
+        summary = run_export(
+            checkpoint,
+            out,
+            weights=weights,
+            activations=activations,
+            block=int(block),
+            rotate=rotate,
+            center=center,
+            calibration=text,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    click.echo("\n".join(summary.lines()))
+
+
+def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
+    """The one-file layout; options that only bundles have are refused rather than ignored."""
+    bundle_only = ("weights", "activations", "block", "rotate", "center", "calibration", "overwrite")
+    given = [n for n in bundle_only if ctx.get_parameter_source(n) != click.core.ParameterSource.DEFAULT]
+    if given:
+        raise click.UsageError(f"--layout single takes no --{given[0]}")
+    from kvq.exporter.single import export_single
+
+    click.echo(f"exporting {checkpoint} through optimum; a large model takes minutes", err=True)
+    begun = time.perf_counter()
+    folder = export_single(checkpoint, out)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    click.echo(f"{folder}: {size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s")

@@ -1,0 +1,229 @@
+"""The ONNX segments of a model: cut at attention, which belongs to the runtime.
+
+Segment i takes the residual stream and the attention output of layer i - 1 and yields the
+residual stream and layer i's queries, keys and values. Inside a segment all tensors are
+[tokens, features]; "tokens" is the only free dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from kvq.exporter.checkpoint import Checkpoint
+from kvq.exporter.graph import CONTRIB, Graph, WeightFile
+from kvq.exporter.quantize import QuantizedMatrix, block_for, quantize_matrix
+from kvq.exporter.rotation import rotate_inputs, rotate_outputs
+from kvq.runtime.errors import CheckpointError
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+EMBEDDING = "model.embed_tokens.weight"
+LAYER_BITS = {"fp32": 0, "int8": 8, "int4": 4}
+# The head decides between tokens directly: 4 bits there cost more than they save.
+HEAD_BITS = {"fp32": 0, "int8": 8, "int4": 8}
+# MatMulNBits' accuracy_level: 0 keeps activations in float32, 4 quantizes them to int8 on the fly.
+ACCURACY_LEVEL = {"fp32": 0, "int8": 4}
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How the segments are written.
+
+    Attributes:
+        weights: "fp32", "int8" or "int4".
+        activations: "int8" (fast) or "fp32" (exact) in products with quantized weights.
+        block: elements per scale of a quantized matrix.
+        rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
+        mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
+    """
+
+    weights: str
+    activations: str
+    block: int
+    rotation: np.ndarray
+    mean_keys: np.ndarray
+
+
+class SegmentWriter:
+    """Writes the graphs of a checkpoint into a folder and counts the bytes a decode step reads."""
+
+    def __init__(self, checkpoint: Checkpoint, options: SegmentOptions, folder: Path, file: WeightFile) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self.folder = folder
+        self.file = file
+        self.shape = checkpoint.architecture
+        self.decode_weight_nbytes = 0
+
+    def segments(self) -> Iterator[str]:
+        """Write the layers + 1 segments one by one, yielding file names."""
+        shape = self.shape
+        for i in range(shape.layers + 1):
+            graph = Graph(f"segment_{i:03d}", self.file)
+            if i == 0:
+                residual, cosine, sine = self._embedding(graph)
+            else:
+                residual = self._after_attention(graph, i - 1)
+                if i < shape.layers:
+                    cosine, sine = (graph.input(n, "tokens", shape.head_dim // 2) for n in ("cosine", "sine"))
+            graph.output(residual, "residual_out", "tokens", shape.hidden)
+            if i < shape.layers:
+                self._before_attention(graph, i, residual, cosine, sine)
+            yield graph.save(self.folder)
+
+    def head(self) -> str:
+        """Final norm and language-model head: residual [rows, hidden] -> logits [rows, vocab]."""
+        graph = Graph("head", self.file)
+        residual = graph.input("residual", "rows", self.shape.hidden)
+        normed = self._norm(graph, residual, "model.norm.weight")
+        name = EMBEDDING if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
+        logits = self._product(graph, normed, name, self.checkpoint.tensor(name), HEAD_BITS[self.options.weights])
+        graph.output(logits, "logits", "rows", self.shape.vocab)
+        return graph.save(self.folder)
+
+    def uncertainty(self) -> str:
+        """Entropy in nats and largest probability of softmax(logits), per row.
+
+        With z = logits - max: entropy = log(sum e^z) - sum(z e^z) / sum e^z, largest = 1 / sum e^z.
+        """
+        graph = Graph("uncertainty", self.file)
+        logits = graph.input("logits", "rows", self.shape.vocab)
+        last = graph.constant([-1])
+        z = graph.op("Sub", logits, graph.op("ReduceMax", logits, last, keepdims=1))
+        exponential = graph.op("Exp", z)
+        total = graph.op("ReduceSum", exponential, last, keepdims=0)
+        weighted = graph.op("ReduceSum", graph.op("Mul", exponential, z), last, keepdims=0)
+        entropy = graph.op("Sub", graph.op("Log", total), graph.op("Div", weighted, total))
+        graph.output(entropy, "entropy", "rows")
+        graph.output(graph.op("Div", graph.constant(1.0, np.float32), total), "confidence", "rows")
+        return graph.save(self.folder)
+
+    def _embedding(self, graph: Graph) -> tuple[str, str, str]:
+        """Token ids and positions -> residual stream, cosine and sine of the rotary angles."""
+        ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
+        positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
+        table, bits = self.checkpoint.tensor(EMBEDDING), HEAD_BITS[self.options.weights]
+        if bits:
+            residual = self._gather_quantized(graph, ids, EMBEDDING, self._quantized(table, bits))
+        else:
+            residual = graph.op("Gather", graph.weight(EMBEDDING, table), ids)
+
+        column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
+        angles = graph.op("Mul", column, graph.constant(self.checkpoint.inv_freq[None], np.float32))
+        parts = []
+        for kind, name in (("Cos", "cosine"), ("Sin", "sine")):
+            part = graph.op(kind, angles)
+            if self.checkpoint.rope_scale != 1.0:
+                part = graph.op("Mul", part, graph.constant(self.checkpoint.rope_scale, np.float32))
+            graph.output(part, name, "tokens", self.shape.head_dim // 2)
+            parts.append(part)
+        return residual, parts[0], parts[1]
+
+    def _gather_quantized(self, graph: Graph, ids: str, name: str, table: QuantizedMatrix) -> str:
+        """Rows of an 8-bit table, decoded; the table is the same tensor as a tied head's."""
+        codes = graph.op("Gather", graph.weight(f"{name}.codes", table.codes), ids)
+        scales = graph.op("Gather", graph.weight(f"{name}.scales", table.scales), ids)
+        centred = graph.op("Sub", graph.op("Cast", codes, to=TensorProto.FLOAT), graph.constant(128.0, np.float32))
+        blocks = graph.op("Reshape", scales, graph.constant([-1, table.scales.shape[1], 1]))
+        rows = graph.op("Reshape", graph.op("Mul", centred, blocks), graph.constant([-1, table.codes[0].size]))
+        if table.codes[0].size == table.k:
+            return rows
+        return graph.op("Slice", rows, graph.constant([0]), graph.constant([table.k]), graph.constant([1]))
+
+    def _before_attention(self, graph: Graph, layer: int, residual: str, cosine: str, sine: str) -> None:
+        """Norm, projections, rotary embedding, rotation, centring -> query_key, value."""
+        shape, rotation, prefix = self.shape, self.options.rotation, f"model.layers.{layer}"
+        both = shape.heads + shape.kv_heads
+        normed = self._norm(graph, residual, f"{prefix}.input_layernorm.weight")
+        qkv = self._projection(graph, normed, f"{prefix}.self_attn", QKV, self._rotate_values)
+        query_key, value = graph.split(qkv, [both * shape.head_dim, shape.kv_heads * shape.head_dim])
+        query_key = graph.op(
+            "RotaryEmbedding",
+            graph.op("Reshape", query_key, graph.constant([1, -1, both * shape.head_dim])),
+            graph.constant([0]),  # row i of cosine and sine belongs to token i
+            cosine,
+            sine,
+            domain=CONTRIB,
+        )
+        query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
+        if not np.array_equal(rotation, np.eye(len(rotation))):
+            query_key = graph.op("MatMul", query_key, graph.weight("rotation", rotation))
+        if self.options.mean_keys[layer].any():
+            mean = np.zeros((both, shape.head_dim), np.float32)
+            mean[shape.heads :] = self.options.mean_keys[layer]
+            query_key = graph.op("Sub", query_key, graph.weight(f"{prefix}.mean_keys", mean))
+        graph.output(query_key, "query_key", "tokens", both, shape.head_dim)
+        value = graph.op("Reshape", value, graph.constant([-1, shape.kv_heads, shape.head_dim]))
+        graph.output(value, "value", "tokens", shape.kv_heads, shape.head_dim)
+
+    def _rotate_values(self, stacked: np.ndarray) -> np.ndarray:
+        """Rotate the value rows at the end of a stacked q, k, v weight or bias."""
+        start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
+        return np.concatenate([stacked[:start], rotate_outputs(stacked[start:], self.options.rotation)])
+
+    def _after_attention(self, graph: Graph, layer: int) -> str:
+        """Output projection and feed-forward block, each added to the residual stream."""
+        shape, prefix = self.shape, f"model.layers.{layer}"
+        residual = graph.input("residual", "tokens", shape.hidden)
+        attention = graph.input("attention", "tokens", shape.heads * shape.head_dim)
+
+        def unrotate(x: np.ndarray) -> np.ndarray:
+            return rotate_inputs(x, self.options.rotation) if x.ndim == 2 else x  # a bias is added after
+
+        output = self._projection(graph, attention, f"{prefix}.self_attn", ["o_proj"], unrotate)
+        residual = graph.op("Add", residual, output)
+        normed = self._norm(graph, residual, f"{prefix}.post_attention_layernorm.weight")
+        both = self._projection(graph, normed, f"{prefix}.mlp", ["gate_proj", "up_proj"])
+        gate, up = graph.split(both, [shape.ffn, shape.ffn])
+        inner = graph.op("Mul", graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)  # alpha 1 is SiLU
+        return graph.op("Add", residual, self._projection(graph, inner, f"{prefix}.mlp", ["down_proj"]))
+
+    def _norm(self, graph: Graph, x: str, name: str) -> str:
+        """RMS norm."""
+        gain = graph.weight(name, self.checkpoint.tensor(name))
+        epsilon = self.checkpoint.config.rms_norm_eps
+        return graph.op("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def _projection(
+        self,
+        graph: Graph,
+        x: str,
+        prefix: str,
+        parts: list[str],
+        change: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+    ) -> str:
+        """One product for the linear layers `parts` that share an input; `change` is applied to weight and bias."""
+        name = f"{prefix}.{'+'.join(parts)}"
+        weight, bias = (self.checkpoint.stacked([f"{prefix}.{p}.{kind}" for p in parts]) for kind in ("weight", "bias"))
+        if weight is None:
+            raise CheckpointError(f"{self.checkpoint.name} has no weights {name}; check the checkpoint")
+        product = self._product(graph, x, name, change(weight), LAYER_BITS[self.options.weights])
+        return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", change(bias)))
+
+    def _product(self, graph: Graph, x: str, name: str, matrix: np.ndarray, bits: int) -> str:
+        """x [tokens, k] times the transpose of matrix [n, k]."""
+        n, k = matrix.shape
+        if not bits:
+            self.decode_weight_nbytes += matrix.nbytes
+            return graph.op("Gemm", x, graph.weight(name, matrix), transB=1)
+        quantized = self._quantized(matrix, bits)
+        self.decode_weight_nbytes += quantized.codes.nbytes + quantized.scales.nbytes
+        return graph.op(
+            "MatMulNBits",
+            x,
+            graph.weight(f"{name}.codes", quantized.codes),
+            graph.weight(f"{name}.scales", quantized.scales),
+            domain=CONTRIB,
+            K=k,
+            N=n,
+            bits=bits,
+            block_size=quantized.block,
+            accuracy_level=ACCURACY_LEVEL[self.options.activations],
+        )
+
+    def _quantized(self, matrix: np.ndarray, bits: int) -> QuantizedMatrix:
+        return quantize_matrix(matrix, bits, block_for(matrix.shape[1], self.options.block))

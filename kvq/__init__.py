@@ -1,0 +1,107 @@
+"""kvq: an on-device LLM runtime whose KV cache keeps every token at its own precision.
+
+import kvq
+
+model = kvq.load()
+session = model.session(policy="mixed")
+for response in session.generate("Once upon a time", max_tokens=40):
+    print(response.text, end="", flush=True)
+print(session.stats())
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvq.controller.policies import POLICIES, Policy, TokenFeatures, make_policy
+    from kvq.runtime.errors import (
+        BackendError,
+        BundleError,
+        CheckpointError,
+        ContextError,
+        KvqError,
+        NonFiniteError,
+        PolicyError,
+        PromptError,
+        SamplingError,
+        TokenizerError,
+        UnsupportedArchitectureError,
+    )
+    from kvq.runtime.generate import Response
+    from kvq.runtime.model import Model, load
+    from kvq.runtime.session import Session
+    from kvq.runtime.statistics import Stats
+    from kvq.runtime.threads import session_options
+
+__version__ = "0.1.0"
+
+# In a checkout the sub-packages stand beside this folder rather than inside it; Python started
+# there finds this folder before the installed package.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+# Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
+_EXPORTS = {
+    **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
+    "Session": "kvq.runtime.session",
+    "Response": "kvq.runtime.generate",
+    "Stats": "kvq.runtime.statistics",
+    "session_options": "kvq.runtime.threads",
+    **dict.fromkeys(["POLICIES", "Policy", "TokenFeatures", "make_policy"], "kvq.controller.policies"),
+    **dict.fromkeys(
+        [
+            "BackendError",
+            "BundleError",
+            "CheckpointError",
+            "ContextError",
+            "KvqError",
+            "NonFiniteError",
+            "PolicyError",
+            "PromptError",
+            "SamplingError",
+            "TokenizerError",
+            "UnsupportedArchitectureError",
+        ],
+        "kvq.runtime.errors",
+    ),
+}
+
+__all__ = [
+    "POLICIES",
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ContextError",
+    "KvqError",
+    "Model",
+    "NonFiniteError",
+    "Policy",
+    "PolicyError",
+    "PromptError",
+    "Response",
+    "SamplingError",
+    "Session",
+    "Stats",
+    "TokenFeatures",
+    "TokenizerError",
+    "UnsupportedArchitectureError",
+    "load",
+    "make_policy",
+    "session_options",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'kvq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,5 @@
+"""``python -m kvq`` is the ``kvq`` command."""
+
+from kvq.runtime.cli.main import main
+
+main()
