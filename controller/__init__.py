@@ -1,0 +1,1 @@
+"""Token features and precision policies."""

@@ -1,0 +1,55 @@
+"""Token features in streaming form: what the policies see, computed as tokens arrive."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class RarityCounter:
+    """R_t = -log((c(x_t) + 1) / (N + |V_obs| + 1)) with running counts (arXiv 2604.04722, section 3).
+
+    c(x_t) counts earlier occurrences of the id, N the tokens seen before, |V_obs| the distinct
+    ids among them: the first token of a text has rarity 0.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.counts = np.zeros(vocab_size, np.int32)
+        self.seen = 0
+        self.distinct = 0
+
+    def rarity(self, ids: np.ndarray) -> np.ndarray:
+        """Rarities in nats, float32 [tokens], of the next ids int64 [tokens], each counting those before it."""
+        earlier = self.counts[ids] + _occurrences_so_far(ids)
+        first_time = earlier == 0
+        seen = self.seen + np.arange(len(ids))
+        distinct = self.distinct + np.cumsum(first_time) - first_time
+        return (np.log(seen + distinct + 1.0) - np.log(earlier + 1.0)).astype(np.float32)
+
+    def count(self, ids: np.ndarray) -> None:
+        """Take the ids, int64 [tokens], into the counts."""
+        self.distinct += int((self.counts[np.unique(ids)] == 0).sum())
+        np.add.at(self.counts, ids, 1)
+        self.seen += len(ids)
+
+
+def _occurrences_so_far(ids: np.ndarray) -> np.ndarray:
+    """For each entry, how often its id stands before it in the same array; int64 [tokens]."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    run_start = np.maximum.accumulate(np.where(np.r_[True, ordered[1:] != ordered[:-1]], np.arange(len(ids)), 0))
+    result = np.empty(len(ids), np.int64)
+    result[order] = np.arange(len(ids)) - run_start
+    return result
+
+
+def attention_variance(row_squares: np.ndarray, row_length: np.ndarray) -> np.ndarray:
+    """Variance of attention rows, mean over heads, float32 [tokens].
+
+    A row sums to one, so its variance needs only the sum of its squares and its length.
+
+    Args:
+        row_squares: float32 [tokens, heads].
+        row_length: int [tokens], number of weights in the row.
+    """
+    length = np.asarray(row_length, np.float32)
+    return row_squares.mean(axis=1) / length - 1.0 / length**2

@@ -1,0 +1,47 @@
+"""The interface of an attention backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from kvq.runtime.store import KVStore
+
+
+class AttentionBackend(ABC):
+    """Causal attention of new tokens over the store and over themselves.
+
+    One instance belongs to one session and may keep scratch memory between calls.
+    `priority` orders the backends under ``auto``: the highest that is available wins.
+    """
+
+    name: str
+    priority: int
+
+    @abstractmethod
+    def attend(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        """Attend from `tokens` new tokens that are not in the store yet.
+
+        New token i sees everything in the store and the new tokens 0..i, those in full
+        precision. Scores are scaled by 1 / sqrt(head_dim); heads are grouped: query head h
+        reads KV head h // (heads // kv_heads).
+
+        Args:
+            query: float32 [tokens, heads, head_dim].
+            key, value: float32 [tokens, kv_heads, head_dim].
+            store: the tokens before them.
+            layer: which layer of the store.
+            out: float32 [tokens, heads, head_dim], written.
+            row_squares: float32 [tokens, heads], written when given: the sum of squares of
+                each attention row (the variance of a row needs no more than that).
+        """

@@ -1,0 +1,192 @@
+"""A model bundle on disk: the manifest, and the checks before anything in it is used.
+
+A bundle is a folder with ``kvq.json``, ONNX graphs, one file of weights they share, and a
+tokenizer. Loading trusts nothing: names, kinds of file, sizes and digests come first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kvq.runtime.errors import BundleError
+from kvq.runtime.onnx_guard import check_graph
+
+MANIFEST = "kvq.json"
+FORMAT = "kvq-bundle"
+FORMAT_VERSION = 1
+WEIGHTS = "weights.bin"
+TOKENIZER = "tokenizer.json"
+MANIFEST_MAX_BYTES = 1 << 20
+# Far above any model of this kind: buffers are made after the manifest, before the graphs are compared with it.
+MOST_FEATURES = 1 << 17
+MOST = {"layers": 1024, "heads": 1024, "kv_heads": 1024, "head_dim": 1024, "vocab": 1 << 22, "context": 1 << 24}
+# One path component: no separators, no leading dot, so neither ".." nor an absolute path.
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of the model; all in elements, tokens or layers."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of kvq.json besides format and version.
+
+    Attributes:
+        name: of the checkpoint the bundle was made from.
+        architecture: shapes.
+        weights: how they are stored, e.g. {"layers": "int4", "head": "int8", "block": 64, "activations": "int8"}.
+        kv: what the segments do to keys and values, {"rotation": "hadamard" | "none", "centered": bool}.
+        decode_weight_nbytes: bytes of weights that one decode step reads.
+        eos_token_ids: ids that end a text.
+        segments: graph files in order: layers + 1 of them.
+        head, uncertainty: graph files.
+        files: name -> {"nbytes", "sha256"} of every file but the manifest.
+    """
+
+    name: str
+    architecture: Architecture
+    weights: dict[str, Any]
+    kv: dict[str, Any]
+    decode_weight_nbytes: int
+    eos_token_ids: list[int]
+    segments: list[str]
+    head: str
+    uncertainty: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Text of kvq.json."""
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Parse kvq.json.
+
+        Raises:
+            BundleError: not JSON, another format or version, or a field missing or of a wrong type.
+        """
+        remedy = "export the bundle again with kvq export"
+        try:
+            data = json.loads(text)
+            if data.get("format") != FORMAT:
+                raise BundleError(
+                    f"{MANIFEST} is not of format {FORMAT!r}; point --model at a folder made by kvq export"
+                )
+            if data["format_version"] != FORMAT_VERSION:
+                raise BundleError(
+                    f"bundle format version {data['format_version']!r} is not {FORMAT_VERSION}, the one this kvq reads;"
+                    f" {remedy}"
+                )
+            architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
+            names = [f.name for f in fields(Manifest) if f.name != "architecture"]
+            manifest = Manifest(architecture=architecture, **{name: data[name] for name in names})
+            _check_types(manifest)
+            return manifest
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ValueError for values that would only fail much later."""
+    shape = manifest.architecture
+    for name, value in asdict(shape).items():
+        if not isinstance(value, int) or not 0 < value <= MOST.get(name, MOST_FEATURES):
+            raise ValueError(f"{name} is {value!r}")
+    if shape.heads % shape.kv_heads or shape.head_dim % 8:
+        raise ValueError(f"heads {shape.heads}, kv_heads {shape.kv_heads}, head_dim {shape.head_dim}")
+    if len(manifest.segments) != shape.layers + 1:
+        raise ValueError(f"{len(manifest.segments)} segments for {shape.layers} layers")
+    if not all(isinstance(i, int) and 0 <= i < shape.vocab for i in manifest.eos_token_ids):
+        raise ValueError(f"eos_token_ids {manifest.eos_token_ids}")
+    if not isinstance(manifest.decode_weight_nbytes, int) or manifest.decode_weight_nbytes < 0:
+        raise ValueError(f"decode_weight_nbytes {manifest.decode_weight_nbytes!r}")
+    for name, entry in manifest.files.items():
+        if not SAFE_NAME.fullmatch(name):
+            raise ValueError(f"file name {name!r}")
+        if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
+            raise ValueError(f"entry of {name}")
+    for name in (*manifest.segments, manifest.head, manifest.uncertainty, WEIGHTS):
+        if name not in manifest.files:
+            raise ValueError(f"{name} is not in the file list")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Bundle:
+    """A checked bundle: every listed file was there, unlinked, of the stated size and digest.
+
+    Attributes:
+        path: absolute folder.
+        manifest: the parsed kvq.json.
+        digest: sha256 of kvq.json; as that lists all digests, it identifies the model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open and verify.
+
+        Raises:
+            BundleError: with the file and the remedy.
+        """
+        self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
+        try:
+            text = self._manifest_text()
+            self.manifest = Manifest.from_json(text)
+            self.digest = hashlib.sha256(text.encode()).hexdigest()
+            for name, entry in self.manifest.files.items():
+                self._check_file(name, entry)
+        except OSError as error:
+            raise BundleError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
+
+    def _manifest_text(self) -> str:
+        file = self.path / MANIFEST
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{self.path} holds no {MANIFEST}; point --model at a folder made by kvq export")
+        if file.stat().st_size > MANIFEST_MAX_BYTES:
+            raise BundleError(f"{MANIFEST} is larger than {MANIFEST_MAX_BYTES} bytes; export the bundle again")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BundleError(f"{MANIFEST} is not UTF-8; export the bundle again") from None
+
+    def _check_file(self, name: str, entry: dict[str, Any]) -> None:
+        file = self.path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{name} is missing from {self.path} or not a regular file; export the bundle again")
+        size = file.stat().st_size
+        if size != entry["nbytes"]:
+            raise BundleError(
+                f"{name} has {size} bytes, the manifest says {entry['nbytes']}: the copy is incomplete or damaged;"
+                " copy or export the bundle again"
+            )
+        if digest(file) != entry["sha256"]:
+            raise BundleError(f"{name} has another sha256 than the manifest says; copy or export the bundle again")
+
+    def graph(self, name: str) -> bytes:
+        """Bytes of an ONNX graph that holds only our own operators and data from `WEIGHTS`."""
+        data = (self.path / name).read_bytes()
+        check_graph(data, name, {WEIGHTS})
+        return data

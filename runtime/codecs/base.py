@@ -1,0 +1,97 @@
+"""The interface of a codec: vectors of one head <-> packed codes and a half-precision scale."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from kvq.runtime.errors import NonFiniteError
+
+HALF_MAX = 65504.0  # largest finite IEEE half
+
+
+class Codec(ABC):
+    """Stores vectors ``float32 [..., head_dim]`` at a fixed number of bits per value.
+
+    One vector (a token's key or value in one head) becomes ``code_bytes(head_dim)`` bytes and,
+    where ``has_scale``, one float16 scale. Codecs hold no state: equal input gives equal bytes.
+    """
+
+    bits: int
+    has_scale: bool
+
+    @abstractmethod
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of codes for one vector."""
+
+    @abstractmethod
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [..., head_dim] -> codes uint8 [..., code_bytes], scales float16 [..., 1].
+
+        A codec without scales returns an empty last axis, scales float16 [..., 0], so that
+        every pair of arrays is stored, measured and saved alike.
+
+        Raises:
+            NonFiniteError: NaN, infinity, or values whose scale exceeds half precision.
+        """
+
+    @abstractmethod
+    def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        """Write the decoded vectors to `out`, float32 [..., head_dim]; the inverse of `encode`."""
+
+    def roundtrip(self, x: np.ndarray) -> np.ndarray:
+        """What a reader of the cache sees of `x`: decode(encode(x)), float32 of the same shape."""
+        out = np.empty(x.shape, np.float32)
+        codes, scales = self.encode(np.asarray(x, np.float32))
+        self.decode(codes, scales, out)
+        return out
+
+    def vector_bytes(self, head_dim: int) -> int:
+        """Codes plus scale of one vector, in bytes."""
+        return self.code_bytes(head_dim) + (2 if self.has_scale else 0)
+
+
+def absmax(x: np.ndarray) -> np.ndarray:
+    """max |x| over the last axis, kept as float32 [..., 1]; the one place where bad values are refused.
+
+    Raises:
+        NonFiniteError: x holds NaN or infinity.
+    """
+    peak = np.maximum(x.max(axis=-1, keepdims=True), -x.min(axis=-1, keepdims=True))
+    if not np.isfinite(peak).all():
+        raise NonFiniteError(
+            "a key or value is NaN or infinite: the model overflowed on this input;"
+            " check the checkpoint, or export it with fp32 weights"
+        )
+    return peak
+
+
+def within_half(peak: np.ndarray) -> np.ndarray:
+    """The largest magnitudes float32 [..., 1] unchanged, if half precision holds them.
+
+    Raises:
+        NonFiniteError: one exceeds 65504.
+    """
+    if peak.size and peak.max() > HALF_MAX:
+        raise NonFiniteError(
+            f"a key or value of magnitude {peak.max():.3g} exceeds half precision ({HALF_MAX:.0f}):"
+            " the model overflowed on this input; check the checkpoint, or use int8 with recent=0"
+        )
+    return peak
+
+
+def half_scale(scale: np.ndarray) -> np.ndarray:
+    """Round positive float32 scales UP to float16, so that the largest value never clips.
+
+    Raises:
+        NonFiniteError: a scale exceeds the half-precision range.
+    """
+    if scale.size and scale.max() > HALF_MAX:
+        raise NonFiniteError(
+            f"a key or value is so large that its scale {scale.max():.3g} exceeds half precision:"
+            " the model overflowed on this input; check the checkpoint"
+        )
+    rounded = scale.astype(np.float16)
+    low = rounded.astype(np.float32) < scale
+    return np.nextafter(rounded, np.float16(np.inf), out=rounded, where=low)

@@ -1,0 +1,47 @@
+"""Every error a caller can cause. One message line each: what is wrong, and the remedy."""
+
+from __future__ import annotations
+
+
+class KvqError(Exception):
+    """Base of all kvq errors; `except kvq.KvqError` catches everything a caller can cause."""
+
+
+class BundleError(KvqError):
+    """A model bundle is missing, damaged, unsafe or of another format version."""
+
+
+class CheckpointError(KvqError):
+    """A checkpoint to export cannot be read: missing files, pickled weights, wrong shapes."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The checkpoint is readable but needs something kvq does not implement."""
+
+
+class PolicyError(KvqError):
+    """Unknown policy name, or an option the policy does not take."""
+
+
+class PromptError(KvqError):
+    """The prompt is empty, not UTF-8, or holds token ids outside the vocabulary."""
+
+
+class ContextError(KvqError):
+    """More tokens than the model's context window holds."""
+
+
+class SamplingError(KvqError):
+    """A sampling option is out of its range."""
+
+
+class NonFiniteError(KvqError):
+    """NaN, infinity, or a magnitude beyond half precision in keys, values or logits."""
+
+
+class TokenizerError(KvqError):
+    """Text was given to a bundle that carries no tokenizer."""
+
+
+class BackendError(KvqError):
+    """An attention backend or thread setting cannot be had in this process."""

@@ -1,0 +1,124 @@
+"""A loaded model: bundle, engine and tokenizer, from which sessions are made."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from kvq.controller.policies import Policy
+from kvq.runtime.bundle import TOKENIZER, Architecture, Bundle
+from kvq.runtime.engine import Engine
+from kvq.runtime.errors import BundleError, PromptError, TokenizerError
+from kvq.runtime.session import Session
+
+DEFAULT_MODEL = "kvq-books"
+
+
+class Model:
+    """Weights and tokenizer of one bundle; any number of sessions share them.
+
+    Args:
+        bundle: the checked bundle.
+        threads: onnxruntime threads; None uses every available core. One number per process.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.engine = Engine(bundle, threads)
+        self.optional_tokenizer = _tokenizer(bundle)
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder of the bundle."""
+        return self.bundle.path
+
+    @property
+    def architecture(self) -> Architecture:
+        """Shape of the model."""
+        return self.bundle.manifest.architecture
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            TokenizerError: the checkpoint came without one.
+        """
+        if self.optional_tokenizer is None:
+            raise TokenizerError(
+                f"the bundle {self.path} has no tokenizer; pass token ids, or export a checkpoint with tokenizer.json"
+            )
+        return self.optional_tokenizer
+
+    def encode(self, text: str, beginning: bool = True) -> list[int]:
+        """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
+
+        Raises:
+            PromptError: not a string, or one that UTF-8 cannot encode.
+            TokenizerError: the bundle has no tokenizer.
+        """
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise PromptError(f"the prompt must be text or token ids, got {text!r:.60}") from None
+        return self.tokenizer.encode(text, add_special_tokens=beginning).ids
+
+    def session(
+        self,
+        policy: str | Policy = "fp16",
+        *,
+        recent: int = 16,
+        sink: int = 0,
+        prefill_chunk: int = 128,
+        backend: str | None = None,
+    ) -> Session:
+        """A new, empty session; arguments as in `Session`."""
+        return Session(self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, backend=backend)
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer | None:
+    if TOKENIZER not in bundle.manifest.files:
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.path / TOKENIZER))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise BundleError(f"{TOKENIZER} cannot be read ({error}); export the bundle again") from None
+    # Left behind by training: either would change a prompt without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def embedded_models() -> dict[str, Path]:
+    """Models that come with the package: name -> folder."""
+    root = Path(str(importlib.resources.files("kvq.models"))) / "bundles"
+    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
+
+
+def load(path_or_name: str | os.PathLike[str] | None = None, *, threads: int | None = None) -> Model:
+    """Load a model.
+
+    Args:
+        path_or_name: the name of an embedded model, or a bundle folder; None is the default model.
+        threads: onnxruntime threads; None uses every available core. One number per process.
+
+    Raises:
+        BundleError: no such bundle, or it is damaged, unsafe or of another version.
+        BackendError: another number of threads is already in force.
+
+    onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
+    onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
+    """
+    embedded = embedded_models()
+    reference = DEFAULT_MODEL if path_or_name is None else os.fspath(path_or_name)
+    if reference in embedded:  # never a folder of that name in the current directory: say ./name for one
+        return Model(Bundle(embedded[reference]), threads)
+    if path_or_name is None or not os.path.isdir(reference):
+        names = f"{', '.join(embedded)} is embedded" if embedded else "this installation has no embedded model"
+        raise BundleError(
+            f"no model {reference!r}: not a bundle folder, and {names}; make a bundle with kvq export CHECKPOINT FOLDER"
+        )
+    return Model(Bundle(reference), threads)

@@ -1,0 +1,127 @@
+"""Sampling: a closure from logits and history to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import TypedDict
+
+import numpy as np
+
+from kvq.runtime.errors import SamplingError
+
+# sampler(logits float32 [vocab], history of token ids) -> (token, its log-probability in nats)
+Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keyword options of `make_sampler`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+# What `generate` and kvq-run do when not told otherwise; a bare `make_sampler` filters nothing.
+DEFAULTS: SamplingOptions = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+}
+
+
+def make_sampler(
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Sampler:
+    """Build a sampler. Filters apply in the order penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the fewest tokens whose probabilities reach p (Holtzman et al. 2020).
+        min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024).
+        repetition_penalty: divide positive and multiply negative logits of tokens in the history
+            (Keskar et al. 2019); 1 leaves them alone; from 0.01 to 100.
+        seed: of the random generator; None draws one.
+
+    The log-probability returned is the model's own: of the raw logits, before any of this.
+
+    Raises:
+        SamplingError: an option is out of its range.
+    """
+    _check("temperature", temperature, 0.0, np.inf)
+    _check("top_k", top_k, 0, np.inf)
+    _check("top_p", top_p, 0.0, 1.0, above=True)
+    _check("min_p", min_p, 0.0, 1.0)
+    _check("repetition_penalty", repetition_penalty, 0.01, 100.0)
+    for name, value in (("top_k", top_k), ("seed", seed)):
+        if value is not None and not isinstance(value, Integral):
+            raise SamplingError(f"{name} must be an integer, got {value!r}")
+    if seed is not None and seed < 0:
+        raise SamplingError(f"seed must not be negative, got {seed}")
+    generator = np.random.default_rng(seed)
+
+    def sample(logits: np.ndarray, history: Sequence[int]) -> tuple[int, float]:
+        scores = logits
+        if repetition_penalty != 1.0 and len(history):
+            scores = scores.copy()
+            seen = np.unique(np.asarray(history, np.int64))
+            scores[seen] = np.where(
+                scores[seen] > 0, scores[seen] / repetition_penalty, scores[seen] * repetition_penalty
+            )
+        if temperature == 0:
+            token = int(scores.argmax())
+        else:
+            with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
+                scores = (scores.astype(np.float64) - scores.max()) / temperature
+            token = _draw(scores, generator, top_k, top_p, min_p)
+        return token, log_probability(logits, token)
+
+    return sample
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """log softmax(logits)[token] in nats."""
+    peak = logits.max()
+    return float(logits[token] - peak - np.log(np.exp(logits - peak).sum()))
+
+
+def _draw(scores: np.ndarray, generator: np.random.Generator, top_k: int, top_p: float, min_p: float) -> int:
+    """Draw from softmax(scores float64 [vocab]) after the filters; the most likely token always survives."""
+    candidates = np.arange(len(scores))
+    if 0 < top_k < len(scores):
+        candidates = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
+    if 0 < top_k < len(scores) or top_p < 1.0:
+        # Most likely first, ties by id, so that a seed means the same on every machine.
+        candidates = candidates[np.lexsort((candidates, -scores[candidates]))][: top_k or None]
+    weights = np.exp(scores[candidates] - scores.max())
+    if top_p < 1.0:
+        reached = np.cumsum(weights) / weights.sum()
+        weights = weights[: int(np.searchsorted(reached, top_p)) + 1]
+    if min_p > 0.0:
+        weights = np.where(weights >= min_p, weights, 0.0)  # the most likely token has weight one
+    edges = np.cumsum(weights)
+    point = min(generator.random() * edges[-1], np.nextafter(edges[-1], 0))
+    return int(candidates[np.searchsorted(edges, point, side="right")])
+
+
+def _check(name: str, value: float, least: float, most: float, above: bool = False) -> None:
+    if not isinstance(value, Real):
+        raise SamplingError(f"{name} must be a number, got {value!r}")
+    inside = (least < value if above else least <= value) and value <= most
+    if not inside:  # also refuses NaN
+        border = "above" if above else "at least"
+        limit = f" and at most {most:g}" if most != np.inf else ""
+        raise SamplingError(f"{name} must be {border} {least:g}{limit}, got {value}")

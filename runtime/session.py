@@ -1,0 +1,273 @@
+"""A session: one text on its way through the model, with its KV store and its policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Unpack
+
+import numpy as np
+
+from kvq.controller.features import RarityCounter, attention_variance
+from kvq.controller.policies import Policy, TokenFeatures, make_policy
+from kvq.runtime.attention import make_backend
+from kvq.runtime.blas import one_thread
+from kvq.runtime.codecs import CODECS
+from kvq.runtime.engine import HEAD_ROWS, Head, Workspace
+from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError
+from kvq.runtime.generate import Response, stream
+from kvq.runtime.pages import Geometry
+from kvq.runtime.sampling import SamplingOptions
+from kvq.runtime.statistics import Clock, Stats
+from kvq.runtime.store import KVStore
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
+
+
+class Session:
+    """Tokens, their cached keys and values, and the choice of their precision.
+
+    Made by `Model.session`. One thread at a time may use a session; different sessions of one
+    model are independent and may run in different threads.
+
+    Args:
+        model: the loaded model.
+        policy: a name (see `kvq.POLICIES`) or a `Policy`.
+        recent: newest tokens kept at 16 bits.
+        sink: first tokens kept at 16 bits.
+        prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
+        backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: str | Policy = "fp16",
+        *,
+        recent: int = 16,
+        sink: int = 0,
+        prefill_chunk: int = 128,
+        backend: str | None = None,
+    ) -> None:
+        for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
+        shape = model.architecture
+        self.model = model
+        self.policy = make_policy(policy)
+        self.backend = make_backend(backend)
+        self.tokens: list[int] = []
+        self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
+        self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
+        self.store = KVStore(
+            Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=min(recent, shape.context), sink=sink
+        )
+        self.prefill_chunk = prefill_chunk
+        self._rarity = RarityCounter(shape.vocab)
+        self._workspaces: dict[int, Workspace] = {}
+        self._heads: dict[int, Head] = {}
+        self._prefill, self._decode = Clock(), Clock()
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit into the context."""
+        return self.model.architecture.context - len(self.tokens) - len(self.pending)
+
+    def append(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Feed tokens to the model and store them.
+
+        Tokens of one chunk see each other unrounded and all earlier ones as the store keeps them, so
+        at low precisions the logits depend a little on how a text is chunked.
+
+        Args:
+            ids: token ids, at least one.
+            all_logits: return the logits after every appended token instead of the last alone.
+
+        Returns:
+            float32 [vocab], or float32 [len(ids), vocab] with all_logits.
+
+        Raises:
+            PromptError: no ids, or an id outside the vocabulary.
+            ContextError: more tokens than the context has room for; nothing was appended.
+            NonFiniteError: the model produced NaN or infinity; earlier chunks stay appended.
+        """
+        new = self._checked(ids)
+        feed = np.concatenate([np.asarray(self.pending, np.int64), new])
+        wanted = len(new) if all_logits else 1
+        logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
+        first_wanted = len(feed) - wanted
+        clock = self._decode if len(feed) == 1 else self._prefill
+        for start in range(0, len(feed), self.prefill_chunk):
+            chunk = feed[start : start + self.prefill_chunk]
+            begun = time.perf_counter()
+            read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
+            skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
+            at = start + skip - first_wanted
+            # A single token's products are too small for BLAS to start threads.
+            with one_thread() if len(chunk) > 1 else nullcontext():
+                self._step(chunk, skip, logits[at : at + len(chunk) - skip])
+            clock.add(len(chunk), time.perf_counter() - begun, read)
+        self.last_logits = logits[-1].copy() if all_logits else logits[0]
+        return logits if all_logits else logits[0]
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """ids as int64 [tokens], or a named error."""
+        shape = self.model.architecture
+        try:
+            new = np.asarray(ids)
+        except ValueError:
+            new = np.zeros((0, 0))
+        if new.ndim != 1:
+            raise PromptError("token ids must be a flat sequence of integers")
+        if not new.size:
+            raise PromptError("the prompt is empty: give at least one token")
+        if new.dtype.kind not in "iu" or new.min() < 0 or new.max() >= shape.vocab:
+            raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
+        if len(new) > self.room:
+            raise ContextError(
+                f"{len(new)} tokens do not fit into the context of {shape.context}, {shape.context - self.room} used;"
+                " shorten the prompt or use a model with a longer context"
+            )
+        return new.astype(np.int64)
+
+    def _step(self, ids: np.ndarray, skip: int, logits_out: np.ndarray) -> None:
+        """One forward pass: attention, logits of rows [skip, ...), features, precision, store."""
+        tokens, needs = len(ids), self.policy.needs
+        workspace = self._workspace(tokens)
+        shape = self.model.architecture
+        row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
+
+        def attend(layer: int, query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray) -> None:
+            squares = row_squares if layer == shape.layers - 1 else None
+            self.backend.attend(query, key, value, self.store, layer, out, squares)
+
+        workspace.forward(ids, self.store.length, attend)
+        entropy, confidence = self._logits(workspace.residual, skip, logits_out)
+        if not np.isfinite(logits_out).all():
+            raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
+        positions = np.arange(self.store.length, self.store.length + tokens)
+        variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
+        rarity = self._rarity.rarity(ids) if "rarity" in needs else None
+        features = TokenFeatures(positions, entropy, rarity, variance, confidence)
+        self.store.append(workspace.keys, workspace.values, self._choice(features))
+        if "rarity" in needs:
+            self._rarity.count(ids)
+        self.tokens += ids.tolist()
+        del self.pending[:tokens]
+
+    def _choice(self, features: TokenFeatures) -> np.ndarray:
+        """The policy's choice, checked: policies may be anybody's."""
+        bits = np.asarray(self.policy.choose(features))
+        if bits.shape != (len(features.positions), 2) or not np.isin(bits, list(CODECS)).all():
+            raise PolicyError(
+                f"policy {self.policy.name!r} chose {bits!r:.80}; choose (key bits, value bits) for each of"
+                f" {len(features.positions)} tokens from {sorted(CODECS)}"
+            )
+        return bits.astype(np.uint8, copy=False)
+
+    def _logits(self, residual: np.ndarray, skip: int, out: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Fill out float32 [rows, vocab] with the logits of residual[skip:]; entropy and confidence of all rows.
+
+        Rows before `skip` go through the head only if the policy looks at their entropy or confidence.
+        """
+        if not self.policy.needs & {"entropy", "confidence"}:
+            for at in range(0, len(out), HEAD_ROWS):
+                rows = residual[skip + at : skip + at + HEAD_ROWS]
+                out[at : at + len(rows)] = self._head(len(rows)).logits(rows)
+            return None, None
+        entropy, confidence = np.empty((2, len(residual)), np.float32)
+        for at in range(0, len(residual), HEAD_ROWS):
+            rows = residual[at : at + HEAD_ROWS]
+            stop = at + len(rows)
+            head = self._head(len(rows))
+            logits = head.logits(rows)
+            entropy[at:stop], confidence[at:stop] = head.uncertainty(len(rows))
+            if stop > skip:
+                out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
+        return entropy, confidence
+
+    def _workspace(self, tokens: int) -> Workspace:
+        """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""
+        if tokens in self._workspaces:
+            return self._workspaces[tokens]
+        workspace = Workspace(self.model.engine, tokens)
+        if tokens in (1, self.prefill_chunk):
+            self._workspaces[tokens] = workspace
+        return workspace
+
+    def _head(self, rows: int) -> Head:
+        """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
+        size = 1 if rows == 1 else HEAD_ROWS
+        if size not in self._heads:
+            self._heads[size] = Head(self.model.engine, size)
+        return self._heads[size]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        max_tokens: int | None = 256,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        ignore_eos: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Response]:
+        """Continue the text; yields a `Response` per token. Arguments as in `kvq.runtime.generate.stream`.
+
+        Options are checked at once; tokens are computed as they are asked for.
+        """
+        return stream(
+            self, prompt, max_tokens=max_tokens, stop=stop, stop_tokens=stop_tokens, ignore_eos=ignore_eos, **sampling
+        )
+
+    def trim(self, length: int) -> None:
+        """Forget every token at a position >= length; the next append continues there.
+
+        The last remaining token is run through the model again for its logits, and with it those
+        that should stand in the 16-bit window but have left it. Afterwards every token is stored at
+        the precision it would have without the rest; values of re-run tokens may differ a little at
+        low precisions, because they now read quantized predecessors.
+
+        Raises:
+            ContextError: length is negative or beyond the cached tokens.
+        """
+        if not 0 <= length <= len(self.tokens):
+            raise ContextError(f"cannot trim to {length} tokens, the session holds {len(self.tokens)}; give less")
+        window = self.store.window
+        keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
+        if self.store.length - window.count <= begin:
+            keep = max(0, length - 1)
+        again = self.tokens[keep:length]
+        self.pending.clear()
+        self.store.trim(keep)
+        self.tokens = self.tokens[:keep]
+        self._rarity = RarityCounter(self.model.architecture.vocab)
+        self._rarity.count(np.asarray(self.tokens, np.int64))
+        self.last_logits = None
+        if again:
+            self.append(again)
+
+    def stats(self) -> Stats:
+        """What ran and what it took, so far."""
+        store, shape = self.store, self.model.architecture
+        values = 2 * shape.layers * shape.kv_heads * shape.head_dim * store.length
+        prefill, decode = self._prefill, self._decode
+        return Stats(
+            backend=self.backend.name,
+            policy=self.policy.name,
+            threads=self.model.engine.threads,
+            recent=store.window.capacity,
+            sink=store.sink,
+            tokens=store.length,
+            precisions=store.account(),
+            kv_nbytes=store.nbytes,
+            kv_peak_nbytes=store.peak_nbytes,
+            kv_bits=8 * store.nbytes / values if values else None,
+            prefill_tokens=prefill.tokens,
+            prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
+            decode_tokens=decode.tokens,
+            ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
+            gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
+        )

@@ -1,0 +1,232 @@
+"""The KV store: every token of a session at its own precision, plus the newest at 16 bits.
+
+Attention does not depend on the order of keys (their rotary phase is already in them), so
+tokens live in one bucket per (key bits, value bits) pair and no token is ever moved. The
+newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kvq.runtime.codecs import CODECS
+from kvq.runtime.codecs.uniform import WindowCodec
+from kvq.runtime.pages import Bits, Bucket, Encoded, Geometry, Page
+
+SINK_BITS = Bits(16, 16)
+
+
+class RecentWindow:
+    """A ring of the newest tokens at 16 bits; the token at position p lies in slot p % capacity.
+
+    keys, values: codes and scales for `capacity` tokens, see `Encoded`.
+    bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves.
+    """
+
+    codec = WindowCodec()
+
+    def __init__(self, geometry: Geometry, capacity: int) -> None:
+        self.keys = Encoded.room(self.codec, geometry, capacity)
+        self.values = Encoded.room(self.codec, geometry, capacity)
+        self.bits = np.zeros((capacity, 2), np.uint8)
+        self.capacity = capacity
+        self.count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, used or not."""
+        return self.keys.nbytes + self.values.nbytes + self.bits.nbytes
+
+    def slots(self, start: int, stop: int) -> np.ndarray:
+        """Ring slots of the positions [start, stop)."""
+        return np.arange(start, stop) % self.capacity
+
+    def read(self, slots: np.ndarray, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Decoded keys and values of some slots, float32 [layers, kv_heads, slots, head_dim], or of one layer."""
+        parts = []
+        for part in (self.keys, self.values):
+            codes, scales = (part if layer is None else part.layer(layer)).tokens(slots)
+            parts.append(np.empty((*codes.shape[:-1], codes.shape[-1] // 2), np.float32))
+            self.codec.decode(codes, scales, parts[-1])
+        return parts[0], parts[1]
+
+    def write(self, part: Encoded, slots: np.ndarray, new: Encoded) -> None:
+        """Put encoded tokens into slots."""
+        part.codes[:, :, slots] = new.codes
+        part.scales[:, :, slots] = new.scales
+
+
+class KVStore:
+    """Keys and values of one session.
+
+    Args:
+        geometry: layers, kv_heads, head_dim.
+        recent: newest tokens kept at 16 bits, in tokens.
+        sink: first tokens of the text stored at 16 bits whatever the policy says, in tokens.
+    """
+
+    def __init__(self, geometry: Geometry, recent: int = 16, sink: int = 0) -> None:
+        self.geometry = geometry
+        self.sink = sink
+        self.window = RecentWindow(geometry, recent)
+        self.buckets: dict[Bits, Bucket] = {}
+        self.length = 0
+        self.peak_nbytes = self.nbytes
+
+    def append(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray) -> None:
+        """Add tokens at the positions length, length + 1, ...
+
+        Args:
+            keys, values: float32 [layers, kv_heads, tokens, head_dim].
+            bits: uint8 [tokens, 2], key and value bits of each token.
+
+        Raises:
+            NonFiniteError: a value cannot be stored; the store is left as it was.
+        """
+        new, window = bits.shape[0], self.window
+        bits = self._protect(bits)
+        end = self.length + new
+        # The window after this call holds the positions [first, end).
+        first = max(end - window.capacity, self.length - window.count)
+        old_stop = min(first, self.length)
+        old = window.slots(self.length - window.count, old_stop)
+        skipped = max(0, first - self.length)  # new tokens that pass through the window at once
+        leaving = [
+            (*window.read(old), window.bits[old]),
+            (self._as_in_window(keys[:, :, :skipped]), self._as_in_window(values[:, :, :skipped]), bits[:skipped]),
+        ]
+        starts = (old_stop - len(old), self.length)
+        # Encode everything before changing anything: a refused value must not leave half a token.
+        encoded = [part for run, start in zip(leaving, starts, strict=True) for part in self._encode(*run, start)]
+        ring = [Encoded(*window.codec.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
+
+        for pair, k, v, positions in encoded:
+            self.buckets.setdefault(pair, Bucket(pair, self.geometry)).append(k, v, positions)
+        if ring:
+            slots = window.slots(self.length + skipped, end)
+            window.write(window.keys, slots, ring[0])
+            window.write(window.values, slots, ring[1])
+            window.bits[slots] = bits[skipped:]
+            window.count = end - first
+        self.length = end
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def _protect(self, bits: np.ndarray) -> np.ndarray:
+        """Bits with the sink tokens raised to 16."""
+        protected = max(0, self.sink - self.length)
+        if protected:
+            bits = bits.copy()
+            bits[:protected] = SINK_BITS
+        return bits
+
+    def _encode(
+        self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray, start: int
+    ) -> Iterator[tuple[Bits, Encoded, Encoded, np.ndarray]]:
+        """Encode a run of tokens, one vectorized call per pair that occurs in it."""
+        if not len(bits):
+            return
+        code = bits[:, 0].astype(np.int32) << 8 | bits[:, 1]
+        for value in np.unique(code):
+            pair = Bits(int(value) >> 8, int(value) & 255)
+            chosen = np.flatnonzero(code == value)
+            parts = [Encoded(*CODECS[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))]
+            yield pair, parts[0], parts[1], (start + chosen).astype(np.int32)
+
+    def _as_in_window(self, x: np.ndarray) -> np.ndarray:
+        """x as the window would have kept it: stored bytes must not depend on how a text was chunked."""
+        return self.window.codec.roundtrip(x) if self.window.capacity else x
+
+    def trim(self, length: int) -> None:
+        """Forget every token at a position >= length.
+
+        Tokens that have left the window stay quantized: the window is only refilled by tokens
+        appended later.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot trim to {length} tokens, the store holds {self.length}")
+        for bucket in self.buckets.values():
+            bucket.trim(length)
+        self.window.count = max(0, length - (self.length - self.window.count))
+        self.length = length
+
+    def blocks(
+        self, layer: int, limit: int, scratch: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Decode one layer, block by block: keys, values float32 [kv_heads, n <= limit, head_dim].
+
+        Together the blocks are all stored tokens, each once, in no particular order. Each block
+        is overwritten by the next one: read it before going on.
+
+        Args:
+            layer: which one.
+            limit: most tokens of a block.
+            scratch: float32 [2, at least kv_heads * min(limit, length) * head_dim] to decode into; made if None.
+        """
+        g = self.geometry
+        if scratch is None:
+            scratch = np.empty((2, g.kv_heads * min(limit, self.length) * g.head_dim), np.float32)
+        for bucket in self.buckets.values():
+            for run in _runs(bucket.pages, limit):
+                total = sum(stop - start for _, start, stop in run)
+                keys, values = (s[: g.kv_heads * total * g.head_dim].reshape(g.kv_heads, total, -1) for s in scratch)
+                at = 0
+                for page, start, stop in run:
+                    part = slice(at, at + stop - start)
+                    page.read(layer, start, stop, keys[:, part], values[:, part])
+                    at = part.stop
+                yield keys, values
+        window = self.window
+        start = self.length - window.count
+        for at in range(start, self.length, limit):
+            yield window.read(window.slots(at, min(at + limit, self.length)), layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all arrays of the store."""
+        return self.window.nbytes + sum(bucket.nbytes for bucket in self.buckets.values())
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the stored tokens alone: what a step has to read."""
+        window = self.window
+        in_window = window.nbytes * window.count // window.capacity if window.capacity else 0
+        return in_window + sum(bucket.count * bucket.token_bytes for bucket in self.buckets.values())
+
+    def account(self) -> dict[str, dict[str, Any]]:
+        """Tokens and bytes by precision: {"k4v4": {"tokens", "nbytes", "slack_nbytes"}, ..., "recent": ...}.
+
+        nbytes are measured from the arrays and include slack, so they add up to `nbytes`.
+        """
+        rows = {}
+        for pair, bucket in sorted(self.buckets.items(), reverse=True):
+            used = bucket.count * bucket.token_bytes
+            rows[str(pair)] = {"tokens": bucket.count, "nbytes": bucket.nbytes, "slack_nbytes": bucket.nbytes - used}
+        window = self.window
+        per_slot = window.nbytes // window.capacity if window.capacity else 0
+        rows["recent"] = {
+            "tokens": window.count,
+            "nbytes": window.nbytes,
+            "slack_nbytes": (window.capacity - window.count) * per_slot,
+        }
+        return rows
+
+
+def _runs(pages: list[Page], limit: int) -> Iterator[list[tuple[Page, int, int]]]:
+    """Cut the tokens of consecutive pages into runs of `limit`, the last one shorter: (page, start, stop) each."""
+    run: list[tuple[Page, int, int]] = []
+    room = limit
+    for page in pages:
+        start = 0
+        while start < page.count:
+            stop = min(page.count, start + room)
+            run.append((page, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield run
+                run, room = [], limit
+    if run:
+        yield run
