@@ -1,0 +1,1 @@
+"""Benchmarks: measured next to the physical floor, never asserted in tests."""

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests: one small checkpoint, its fp32 bundle, and the model loaded from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from kvq.exporter.export import export
+from kvq.runtime.bundle import Bundle
+from kvq.runtime.model import Model
+from tests.checkpoints import TINY, save_checkpoint
+
+# Where a landing is decided, the same examples every time; everywhere else, new ones every run.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
+
+torch.set_num_threads(1)  # the tensors are small; waiting for other threads would cost more
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the TINY checkpoint with a tokenizer. Read only: copy it to change it."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the fp32 bundle of `tiny_checkpoint`, rotated and centred. Read only."""
+    return export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundle") / "tiny", weights="fp32").path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_bundle: Path) -> Model:
+    """The loaded model of `tiny_bundle`; make a session per test."""
+    return Model(Bundle(tiny_bundle))
