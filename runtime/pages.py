@@ -2,6 +2,10 @@
 
 A page holds all layers and KV heads of its tokens. Tokens are only ever added behind the
 last one or dropped from the end, and a stored token's bytes never change.
+
+Values lie token by token. Keys lie in tiles of 16 tokens, word by word (see `codecs.base`): word
+j of all tokens of a tile, then word j + 1. A dot product with a query then runs down the tokens
+of a tile in the lanes of a vector register, without sums across lanes.
 """
 
 from __future__ import annotations
@@ -11,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from kvq.runtime.codecs import CODECS, Codec
+from kvq.runtime.codecs.base import WORD_BYTES
 
 # A bucket's pages double from the first size to the last: a handful of tokens does not pay
 # for a large page, and a long bucket is a few hundred arrays at most.
-FIRST_PAGE_TOKENS = 16
+TILE_TOKENS = 16
+FIRST_PAGE_TOKENS = TILE_TOKENS
 LAST_PAGE_TOKENS = 128
 
 
@@ -48,27 +54,72 @@ class Encoded(NamedTuple):
     codes: np.ndarray
     scales: np.ndarray
 
-    @staticmethod
-    def room(codec: Codec, geometry: Geometry, tokens: int) -> Encoded:
-        """Empty arrays for that many tokens."""
-        shape = (geometry.layers, geometry.kv_heads, tokens)
-        return Encoded(
-            np.zeros((*shape, codec.code_bytes(geometry.head_dim)), np.uint8),
-            np.zeros((*shape, int(codec.has_scale)), np.float16),
-        )
+    def tokens(self, index: slice | np.ndarray) -> Encoded:
+        """Some tokens: views for a slice, copies for an index array."""
+        return Encoded(self.codes[..., index, :], self.scales[..., index, :])
+
+
+class Slots:
+    """Room for the encoded vectors of `capacity` tokens in one of the two layouts.
+
+    Args:
+        codec: what the vectors are encoded with.
+        geometry: layers, kv_heads, head_dim.
+        capacity: tokens, a multiple of TILE_TOKENS.
+        tiled: lie in tiles, word by word (keys), instead of token by token (values).
+
+    Attributes:
+        codes: uint8 [layers, kv_heads, tiles, words, 16, 4] when tiled, else [layers, kv_heads, capacity, words, 4].
+        scales: float16 [layers, kv_heads, capacity, 1 or 0].
+        addresses: of the first byte of codes and of scales, for native code.
+    """
+
+    def __init__(self, codec: Codec, geometry: Geometry, capacity: int, tiled: bool) -> None:
+        words = codec.code_bytes(geometry.head_dim) // WORD_BYTES
+        shape = (geometry.layers, geometry.kv_heads)
+        layout = (capacity // TILE_TOKENS, words, TILE_TOKENS) if tiled else (capacity, words)
+        self.codec = codec
+        self.tiled = tiled
+        self.codes = np.zeros((*shape, *layout, WORD_BYTES), np.uint8)
+        self.scales = np.zeros((*shape, capacity, int(codec.has_scale)), np.float16)
+        self.addresses = (self.codes.ctypes.data, self.scales.ctypes.data)
 
     @property
     def nbytes(self) -> int:
         """Bytes of both arrays."""
         return self.codes.nbytes + self.scales.nbytes
 
-    def layer(self, layer: int) -> Encoded:
-        """One layer, as views."""
-        return Encoded(self.codes[layer], self.scales[layer])
+    def write(self, slots: slice | np.ndarray, new: Encoded) -> None:
+        """Put the encoded tokens of all layers into slots."""
+        self.scales[:, :, slots] = new.scales
+        codes = new.codes.reshape(*new.codes.shape[:-1], new.codes.shape[-1] // WORD_BYTES, WORD_BYTES)
+        if self.tiled:
+            index = np.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+            by_token = self.codes.transpose(0, 1, 2, 4, 3, 5)
+            by_token[:, :, index // TILE_TOKENS, index % TILE_TOKENS] = codes
+        else:
+            self.codes[:, :, slots] = codes
 
-    def tokens(self, index: slice | np.ndarray) -> Encoded:
-        """Some tokens: views for a slice, copies for an index array."""
-        return Encoded(self.codes[..., index, :], self.scales[..., index, :])
+    def encoded(self, slots: slice | np.ndarray, layer: int | slice = slice(None)) -> Encoded:
+        """Some tokens of one layer (or of all), token by token: arrays as in `Encoded`."""
+        codes = self.codes[layer]
+        if self.tiled:
+            by_token = codes.swapaxes(-3, -2)  # [..., tiles, 16, words, 4]
+            if isinstance(slots, slice):
+                first = slots.start // TILE_TOKENS
+                tiles = by_token[..., first : -(-slots.stop // TILE_TOKENS), :, :, :]
+                whole = tiles.reshape(*tiles.shape[:-4], tiles.shape[-4] * TILE_TOKENS, *tiles.shape[-2:])
+                skip = first * TILE_TOKENS
+                codes = whole[..., slots.start - skip : slots.stop - skip, :, :]
+            else:
+                codes = by_token[..., slots // TILE_TOKENS, slots % TILE_TOKENS, :, :]
+        else:
+            codes = codes[..., slots, :, :]
+        return Encoded(codes.reshape(*codes.shape[:-2], codes.shape[-2] * WORD_BYTES), self.scales[layer][..., slots, :])
+
+    def decode(self, slots: slice | np.ndarray, out: np.ndarray, layer: int | slice = slice(None)) -> None:
+        """Decode some tokens of one layer (or of all) into out, float32 [(layers,) kv_heads, slots, head_dim]."""
+        self.codec.decode(*self.encoded(slots, layer), out)
 
 
 class Page:
@@ -78,8 +129,8 @@ class Page:
         self.bits = bits
         self.capacity = capacity
         self.count = 0
-        self.keys = Encoded.room(CODECS[bits.k], geometry, capacity)
-        self.values = Encoded.room(CODECS[bits.v], geometry, capacity)
+        self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True)
+        self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
 
     @property
@@ -90,16 +141,15 @@ class Page:
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add the tokens behind the last one; the caller has checked that they fit."""
         start, stop = self.count, self.count + len(positions)
-        for room, new in ((self.keys, keys), (self.values, values)):
-            room.codes[:, :, start:stop] = new.codes
-            room.scales[:, :, start:stop] = new.scales
+        self.keys.write(slice(start, stop), keys)
+        self.values.write(slice(start, stop), values)
         self.positions[start:stop] = positions
         self.count = stop
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Decode one layer's tokens [start, stop) into keys, values float32 [kv_heads, stop - start, head_dim]."""
-        for bits, part, out in ((self.bits.k, self.keys, keys), (self.bits.v, self.values, values)):
-            CODECS[bits].decode(*part.layer(layer).tokens(slice(start, stop)), out)
+        for part, out in ((self.keys, keys), (self.values, values)):
+            part.decode(slice(start, stop), out, layer)
 
 
 class Bucket:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.codecs.uniform import WindowCodec
-from kvq.runtime.pages import Bits, Bucket, Encoded, Geometry, Page
+from kvq.runtime.pages import TILE_TOKENS, Bits, Bucket, Encoded, Geometry, Page, Slots
 
 SINK_BITS = Bits(16, 16)
 
@@ -22,15 +22,18 @@ SINK_BITS = Bits(16, 16)
 class RecentWindow:
     """A ring of the newest tokens at 16 bits; the token at position p lies in slot p % capacity.
 
-    keys, values: codes and scales for `capacity` tokens, see `Encoded`.
+    keys, values: codes and scales for `capacity` tokens, rounded up to whole tiles.
     bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves.
     """
 
     codec = WindowCodec()
 
     def __init__(self, geometry: Geometry, capacity: int) -> None:
-        self.keys = Encoded.room(self.codec, geometry, capacity)
-        self.values = Encoded.room(self.codec, geometry, capacity)
+        room = -(-capacity // TILE_TOKENS) * TILE_TOKENS
+        self.keys = Slots(self.codec, geometry, room, tiled=True)
+        self.values = Slots(self.codec, geometry, room, tiled=False)
+        self.head_dim = geometry.head_dim
+        self.token_bytes = 2 * geometry.layers * geometry.kv_heads * self.codec.vector_bytes(geometry.head_dim) + 2
         self.bits = np.zeros((capacity, 2), np.uint8)
         self.capacity = capacity
         self.count = 0
@@ -46,17 +49,12 @@ class RecentWindow:
 
     def read(self, slots: np.ndarray, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Decoded keys and values of some slots, float32 [layers, kv_heads, slots, head_dim], or of one layer."""
-        parts = []
+        decoded = []
         for part in (self.keys, self.values):
-            codes, scales = (part if layer is None else part.layer(layer)).tokens(slots)
-            parts.append(np.empty((*codes.shape[:-1], codes.shape[-1] // 2), np.float32))
-            self.codec.decode(codes, scales, parts[-1])
-        return parts[0], parts[1]
-
-    def write(self, part: Encoded, slots: np.ndarray, new: Encoded) -> None:
-        """Put encoded tokens into slots."""
-        part.codes[:, :, slots] = new.codes
-        part.scales[:, :, slots] = new.scales
+            shape = part.codes.shape[:2] if layer is None else part.codes.shape[1:2]
+            decoded.append(np.empty((*shape, len(slots), self.head_dim), np.float32))
+            part.decode(slots, decoded[-1], slice(None) if layer is None else layer)
+        return decoded[0], decoded[1]
 
 
 class KVStore:
@@ -107,8 +105,8 @@ class KVStore:
             self.buckets.setdefault(pair, Bucket(pair, self.geometry)).append(k, v, positions)
         if ring:
             slots = window.slots(self.length + skipped, end)
-            window.write(window.keys, slots, ring[0])
-            window.write(window.values, slots, ring[1])
+            window.keys.write(slots, ring[0])
+            window.values.write(slots, ring[1])
             window.bits[slots] = bits[skipped:]
             window.count = end - first
         self.length = end
@@ -192,8 +190,7 @@ class KVStore:
     def used_nbytes(self) -> int:
         """Bytes of the stored tokens alone: what a step has to read."""
         window = self.window
-        in_window = window.nbytes * window.count // window.capacity if window.capacity else 0
-        return in_window + sum(bucket.count * bucket.token_bytes for bucket in self.buckets.values())
+        return window.count * window.token_bytes + sum(bucket.count * bucket.token_bytes for bucket in self.buckets.values())
 
     def account(self) -> dict[str, dict[str, Any]]:
         """Tokens and bytes by precision: {"k4v4": {"tokens", "nbytes", "slack_nbytes"}, ..., "recent": ...}.
@@ -205,11 +202,10 @@ class KVStore:
             used = bucket.count * bucket.token_bytes
             rows[str(pair)] = {"tokens": bucket.count, "nbytes": bucket.nbytes, "slack_nbytes": bucket.nbytes - used}
         window = self.window
-        per_slot = window.nbytes // window.capacity if window.capacity else 0
         rows["recent"] = {
             "tokens": window.count,
             "nbytes": window.nbytes,
-            "slack_nbytes": (window.capacity - window.count) * per_slot,
+            "slack_nbytes": window.nbytes - window.count * window.token_bytes,
         }
         return rows
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.errors import NonFiniteError
-from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, Bits, Bucket, Encoded, Geometry
+from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, TILE_TOKENS, Bits, Bucket, Encoded, Geometry
 from kvq.runtime.store import KVStore
 from tests.kvdata import (
     ODD_COUNTS,
@@ -55,14 +55,15 @@ def page_arrays(page):
 def page_bytes(page, count=None):
     """The used bytes of the first `count` tokens of a page, array by array."""
     count = page.count if count is None else count
-    return [x[:, :, :count].tobytes() for x in page_arrays(page)[:4]] + [page.positions[:count].tobytes()]
+    parts = [array for part in (page.keys, page.values) for array in part.encoded(slice(0, count))]
+    return [x.tobytes() for x in parts] + [page.positions[:count].tobytes()]
 
 
 def window_content(store):
     """The ring in order of position: keys, values, bits."""
     window = store.window
     slots = window.slots(store.length - window.count, store.length)
-    parts = [array.tobytes() for part in (window.keys, window.values) for array in part.tokens(slots)]
+    parts = [array.tobytes() for part in (window.keys, window.values) for array in part.encoded(slots)]
     return *parts, window.bits[slots].tobytes()
 
 
@@ -109,10 +110,14 @@ def test_accounted_slack_is_the_free_room(text, recent):
     account = store.account()
     for pair, bucket in store.buckets.items():
         free = sum(page.capacity - page.count for page in bucket.pages)
-        values = geometry.layers * geometry.kv_heads * geometry.head_dim
-        scales = geometry.layers * geometry.kv_heads * 2 * sum(bits != 16 for bits in pair)
-        assert account[str(pair)]["slack_nbytes"] == free * (values * sum(pair) // 8 + scales + 4)
-    assert account["recent"]["slack_nbytes"] * recent == (recent - min(recent, store.length)) * store.window.nbytes
+        vectors = geometry.layers * geometry.kv_heads
+        words = sum(-(-geometry.head_dim * bits // 32) for bits in pair)
+        scales = 2 * sum(bits != 16 for bits in pair)
+        assert account[str(pair)]["slack_nbytes"] == free * (vectors * (4 * words + scales) + 4)
+    slots = -(-recent // TILE_TOKENS) * TILE_TOKENS
+    vector = 2 * geometry.head_dim + 2
+    unused = 2 * geometry.layers * geometry.kv_heads * vector * (slots - min(recent, store.length))
+    assert account["recent"]["slack_nbytes"] == unused + 2 * (recent - min(recent, store.length))
 
 
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
@@ -174,7 +179,7 @@ def test_pages_grow_from_the_first_size_to_the_last_and_are_filled_in_order():
 
 def test_a_bucket_token_costs_codes_scales_and_a_tag():
     bucket = Bucket(Bits(4, 2), SMALL)
-    assert bucket.token_bytes == 2 * 2 * (8 // 2 + 2 + 8 // 4 + 2) + 4
+    assert bucket.token_bytes == 2 * 2 * (8 // 2 + 2 + 4 + 2) + 4  # eight codes of 2 bits take one word
 
 
 def test_a_page_keeps_the_tokens_before_an_append():

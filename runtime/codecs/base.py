@@ -1,4 +1,11 @@
-"""The interface of a codec: vectors of one head <-> packed codes and a half-precision scale."""
+"""The interface of a codec: vectors of one head <-> packed codes and a half-precision scale.
+
+The codes of a vector are little-endian 32-bit words, and neighbouring words hold neighbouring
+channels: with w words of n codes, code i of word j is channel i * w + j. So a vector register of
+words, shifted by i codes, is a register of neighbouring channels, for every width alike; the
+four bytes of a word are what an 8-bit dot-product instruction sums up. Where the channels do not
+fill the words (2 bits, head_dim not a multiple of 16), the last codes are zero and not decoded.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ import numpy as np
 from kvq.runtime.errors import NonFiniteError
 
 HALF_MAX = 65504.0  # largest finite IEEE half
+WORD_BYTES = 4
 
 
 class Codec(ABC):
@@ -21,9 +29,9 @@ class Codec(ABC):
     bits: int
     has_scale: bool
 
-    @abstractmethod
     def code_bytes(self, head_dim: int) -> int:
-        """Bytes of codes for one vector."""
+        """Bytes of codes for one vector: whole words."""
+        return WORD_BYTES * -(-head_dim * self.bits // (8 * WORD_BYTES))
 
     @abstractmethod
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +58,23 @@ class Codec(ABC):
     def vector_bytes(self, head_dim: int) -> int:
         """Codes plus scale of one vector, in bytes."""
         return self.code_bytes(head_dim) + (2 if self.has_scale else 0)
+
+
+def to_words(x: np.ndarray, codes_per_word: int) -> np.ndarray:
+    """Channels [..., head_dim] in the order of their words, contiguous [..., words * codes_per_word], zero-filled."""
+    words = -(-x.shape[-1] // codes_per_word)
+    if words * codes_per_word != x.shape[-1]:
+        filled = np.zeros((*x.shape[:-1], words * codes_per_word), x.dtype)
+        filled[..., : x.shape[-1]] = x
+        x = filled
+    by_word = x.reshape(*x.shape[:-1], codes_per_word, words).swapaxes(-1, -2)
+    return np.ascontiguousarray(by_word).reshape(x.shape)
+
+
+def from_words(x: np.ndarray, codes_per_word: int, head_dim: int) -> np.ndarray:
+    """The inverse of `to_words`: [..., words * codes_per_word] -> [..., head_dim]."""
+    by_word = x.reshape(*x.shape[:-1], x.shape[-1] // codes_per_word, codes_per_word)
+    return by_word.swapaxes(-1, -2).reshape(x.shape)[..., :head_dim]
 
 
 def absmax(x: np.ndarray) -> np.ndarray:

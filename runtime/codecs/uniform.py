@@ -2,16 +2,16 @@
 
 The recent window uses the same scheme at 16 bits.
 
-Code bytes follow ONNX Runtime's quantized GroupQueryAttention cache, so its operators can
-check ours bit for bit: int8 codes as they are; int4 codes offset by 8, the even channel in
-the low half of a byte.
+Codes and their packing in bytes are those of ONNX Runtime's quantized GroupQueryAttention cache,
+so its operators can check ours bit for bit: int8 codes as they are; int4 codes offset by 8, two a
+byte, the first in the low half. Only the order of the channels differs, see `base`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from kvq.runtime.codecs.base import Codec, absmax, half_scale, within_half
+from kvq.runtime.codecs.base import Codec, absmax, from_words, half_scale, to_words, within_half
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def quantize(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack4(codes: np.ndarray) -> np.ndarray:
-    """int8 [..., n] in [-8, 7] -> uint8 [..., n // 2]; even channel low, offset 8."""
+    """int8 [..., n] in [-8, 7] -> uint8 [..., n // 2]; even index low, offset 8."""
     shifted = (codes + 8).view(np.uint8)
     return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
@@ -49,15 +49,12 @@ class Int8Codec(Codec):
     bits = 8
     has_scale = True
 
-    def code_bytes(self, head_dim: int) -> int:
-        return head_dim
-
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(absmax(x) / np.float32(127))
-        return quantize(x, scales, 8).view(np.uint8), scales
+        return to_words(quantize(x, scales, 8), 4).view(np.uint8), scales
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(codes.view(np.int8), scales.astype(np.float32), out=out)
+        np.multiply(from_words(codes.view(np.int8), 4, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
 class Int4Codec(Codec):
@@ -66,16 +63,13 @@ class Int4Codec(Codec):
     bits = 4
     has_scale = True
 
-    def code_bytes(self, head_dim: int) -> int:
-        return head_dim // 2
-
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(absmax(x) / np.float32(7))
-        return pack4(quantize(x, scales, 4)), scales
+        return pack4(to_words(quantize(x, scales, 4), 8)), scales
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        np.take(PAIRS, codes, axis=0, out=out.reshape(*codes.shape, 2), mode="clip")
-        out *= scales.astype(np.float32)
+        pairs = np.take(PAIRS, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], codes.shape[-1] * 2)
+        np.multiply(from_words(pairs, 8, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
 class WindowCodec(Codec):
@@ -89,15 +83,12 @@ class WindowCodec(Codec):
     bits = 16
     has_scale = True
 
-    def code_bytes(self, head_dim: int) -> int:
-        return 2 * head_dim
-
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(within_half(absmax(x)) / np.float32(32767))
-        return quantize(x, scales, 16).astype("<i2", copy=False).view(np.uint8), scales
+        return to_words(quantize(x, scales, 16).astype("<i2", copy=False), 2).view(np.uint8), scales
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(codes.view("<i2"), scales.astype(np.float32), out=out)
+        np.multiply(from_words(codes.view("<i2"), 2, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
 CODECS = {8: Int8Codec(), 4: Int4Codec()}
