@@ -1,0 +1,61 @@
+"""The native backend: attention over the packed codes in C, see ``runtime/native``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvq.runtime.attention.base import AttentionBackend
+from kvq.runtime.native.library import Pass, Rows, choose_kernel, load
+from kvq.runtime.native.table import PageTable
+from kvq.runtime.store import KVStore
+
+
+class NativeAttention(AttentionBackend):
+    """Reads the codes as they lie in the pages, with the best instructions this machine has.
+
+    The environment variable KVQ_NATIVE_ISA names a lesser instruction set, for tests.
+    """
+
+    name = "native"
+    priority = 10
+
+    def __init__(self) -> None:
+        self._library = load()
+        self.detail, self._kernel = choose_kernel()
+        self._table = PageTable()
+
+    def attend(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        tokens, heads, head_dim = query.shape
+        rows = [np.ascontiguousarray(x, np.float32) for x in (query, key, value)]
+        result = np.empty((tokens, heads, head_dim), np.float32)
+        squares = np.empty((tokens, heads), np.float32)
+        table = self._table.update(store)
+        forward = Pass(
+            store.geometry.layers, heads, key.shape[1], head_dim, tokens, len(table), self._kernel, 1, table.ctypes.data
+        )
+        strides = [x.strides[0] // x.itemsize for x in rows]
+        new = Rows(*(x.ctypes.data for x in (*rows, result)), *strides, squares.ctypes.data)
+        check(self._library.kvq_attend(ctypes.byref(forward), layer, ctypes.byref(new), None, None))
+        out[...] = result
+        if row_squares is not None:
+            row_squares[...] = squares
+
+
+def check(status: int) -> None:
+    """Raise what a return value of kvq_attend stands for."""
+    if status:
+        raise MemoryError("no memory for attention: shorten the context or the prefill chunk")
+
+
+BACKENDS = {"native": NativeAttention}

@@ -1,0 +1,1 @@
+"""The native attention library: C sources, and `library` that loads what was built of them."""

@@ -1,0 +1,196 @@
+/* Attention of one layer: cut it into work items, have them run, merge their partial results. */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernel.h"
+
+static const kvq_kernel *const KERNELS[] = {
+    &kvq_kernel_plain,
+#if defined(__x86_64__) || defined(_M_X64)
+    &kvq_kernel_avx2, &kvq_kernel_avxvnni, &kvq_kernel_avx512,
+#elif defined(__aarch64__)
+    &kvq_kernel_neon, &kvq_kernel_dotprod,
+#endif
+};
+enum { KERNEL_COUNT = sizeof KERNELS / sizeof *KERNELS };
+
+int32_t kvq_abi(void) { return KVQ_ABI; }
+int32_t kvq_kernels(void) { return KERNEL_COUNT; }
+const char *kvq_kernel_name(int32_t i) { return i >= 0 && i < KERNEL_COUNT ? KERNELS[i]->name : ""; }
+int32_t kvq_kernel_available(int32_t i) { return i >= 0 && i < KERNEL_COUNT && KERNELS[i]->available(); }
+
+static const kvq_kernel *choose_kernel(int32_t i) {
+    if (i >= 0) return kvq_kernel_available(i) ? KERNELS[i] : NULL;
+    for (i = KERNEL_COUNT - 1; i > 0; i--)
+        if (KERNELS[i]->available()) break;
+    return KERNELS[i];
+}
+
+/* Below this many multiply-adds a second thread costs more than it brings. */
+#define SERIAL_WORK (1 << 17)
+#define CHUNKS_PER_THREAD 3 /* so that a thread that falls behind is waited for no longer than a third of its share */
+#define LEAST_CHUNK 128     /* slots; smaller ones would spend their time on merging */
+#define ROW_BLOCK 96        /* query rows that share one expansion of the keys and values */
+
+static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
+    (void)context;
+    for (size_t i = 0; i < count; i++) work(data, i);
+}
+
+static void decode_work(void *data, size_t i) {
+    const kvq_task *task = data;
+    task->kernel->decode(task, i);
+}
+
+static void prefill_work(void *data, size_t i) {
+    kvq_task *task = data;
+    if (task->kernel->prefill(task, i)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and returns their number. */
+static int plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
+    long slots = 0;
+    for (int p = 0; p < pass->pages; p++) slots += slots_of(pass->page + p) > 0 ? slots_of(pass->page + p) : 0;
+    int threads = pass->threads < 1 ? 1 : pass->threads;
+    int wanted = (threads * CHUNKS_PER_THREAD + pass->kv_heads - 1) / pass->kv_heads; /* chunks of a KV head */
+    long size = slots / wanted;
+    if (threads == 1 || size > CHUNK_SLOTS) size = CHUNK_SLOTS;
+    if (size < LEAST_CHUNK) size = LEAST_CHUNK;
+    int chunks = 0, filled = 0;
+    *room = 0;
+    chunk[0] = 0;
+    for (int p = 0; p < pass->pages; p++) {
+        int more = slots_of(pass->page + p);
+        if (more <= 0) continue;
+        if (filled && filled + more > size) {
+            chunk[++chunks] = p;
+            filled = 0;
+        }
+        filled += more;
+        if (filled > *room) *room = filled;
+    }
+    if (filled) chunk[++chunks] = pass->pages;
+    return chunks;
+}
+
+/* Queries scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants them, as integers too. */
+static void prepare_queries(kvq_task *task, float *query, kvq_integer_query *integer, int32_t *words) {
+    const kvq_pass *pass = task->pass;
+    const int d = pass->head_dim, stride = integer_words_all(d);
+    for (int h = 0; h < pass->heads; h++) {
+        float *q = query + (size_t)h * task->padded_dim, peak = 0;
+        const float *from = task->rows->query + (size_t)h * d;
+        for (int c = 0; c < d; c++) {
+            q[c] = from[c] * task->softmax_scale;
+            peak = fmaxf(peak, fabsf(q[c]));
+        }
+        memset(q + d, 0, sizeof(float) * (task->padded_dim - d));
+        if (!task->kernel->integer_dot) continue;
+        /* 16 bits in two bytes of [-127, 127] each, so that no product of 8-bit instructions saturates. */
+        const float scale = peak > 0 ? peak / 32258 : 1; /* 127 * 254 */
+        integer[h] = (kvq_integer_query){scale, 0, 0};
+        for (int bits = 8; bits >= 2; bits /= 2) {
+            const int steps = 8 / bits, n = words_per_vector(bits, d);
+            int8_t *high = (int8_t *)(words + (size_t)h * stride + integer_words_start(bits, d));
+            int8_t *low = high + 4 * (size_t)steps * n;
+            for (int s = 0; s < steps; s++)
+                for (int j = 0; j < n; j++)
+                    for (int b = 0; b < 4; b++) {
+                        int c = (b * steps + s) * n + j;
+                        int value = c < d ? (int)lrintf(q[c] / scale) : 0;
+                        int top = (int)lrintf((float)value / 254);
+                        high[4 * (s * n + j) + b] = (int8_t)top;
+                        low[4 * (s * n + j) + b] = (int8_t)(value - 254 * top);
+                        if (bits == 8) integer[h].high_sum += top, integer[h].low_sum += value - 254 * top;
+                    }
+        }
+    }
+}
+
+/* Merge what the chunks of a query head found, and the new token itself, into its output. */
+static void merge_head(const kvq_task *task, int head) {
+    const kvq_pass *pass = task->pass;
+    const kvq_rows *rows = task->rows;
+    const int d = pass->head_dim, kv_head = head / task->group;
+    const float *q = task->query + (size_t)head * task->padded_dim;
+    const float *key = rows->key + (size_t)kv_head * d, *value = rows->value + (size_t)kv_head * d;
+    float own = 0;
+    for (int c = 0; c < d; c++) own += q[c] * key[c];
+
+    const size_t step = partial_bytes(task);
+    const char *first = task->partials + ((size_t)kv_head * task->chunks * task->group + head % task->group) * step;
+    float maximum = own;
+    for (int c = 0; c < task->chunks; c++)
+        maximum = fmaxf(maximum, ((const kvq_partial *)(first + c * task->group * step))->maximum);
+    float *out = rows->out + (size_t)head * d, weight = expf(own - maximum);
+    float total = weight, squares = weight * weight;
+    for (int c = 0; c < d; c++) out[c] = weight * value[c];
+    for (int i = 0; i < task->chunks; i++) {
+        const kvq_partial *part = (const kvq_partial *)(first + i * task->group * step);
+        const float *sums = (const float *)(part + 1);
+        weight = expf(part->maximum - maximum);
+        total += weight * part->total;
+        squares += weight * weight * part->squares;
+        for (int c = 0; c < d; c++) out[c] += weight * sums[c];
+    }
+    for (int c = 0; c < d; c++) out[c] /= total;
+    if (rows->row_squares) rows->row_squares[head] = squares / (total * total);
+}
+
+static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
+    const kvq_pass *pass = task->pass;
+    int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
+    if (!chunk) return -1;
+    task->chunk = chunk;
+    task->chunks = plan_chunks(pass, chunk, &task->chunk_room);
+    const size_t items = (size_t)task->chunks * pass->kv_heads;
+    const size_t query_bytes = sizeof(float) * task->padded_dim * pass->heads;
+    const size_t integer_bytes = sizeof(kvq_integer_query) * pass->heads;
+    const size_t word_bytes = sizeof(int32_t) * integer_words_all(pass->head_dim) * pass->heads;
+    char *memory = malloc(query_bytes + word_bytes + integer_bytes + 64 + items * task->group * partial_bytes(task));
+    if (memory) {
+        float *query = (float *)memory;
+        int32_t *words = (int32_t *)(memory + query_bytes);
+        kvq_integer_query *integer = (kvq_integer_query *)(memory + query_bytes + word_bytes);
+        char *partials = memory + query_bytes + word_bytes + integer_bytes;
+        prepare_queries(task, query, integer, words);
+        task->query = query, task->words = words, task->integer = integer;
+        task->partials = partials + (16 - (uintptr_t)partials % 16) % 16;
+        long work = (long)items * task->chunk_room * task->group * pass->head_dim;
+        (work < SERIAL_WORK ? run_serially : parallel)(context, decode_work, items, task);
+        for (int h = 0; h < pass->heads; h++) merge_head(task, h);
+    }
+    free(memory);
+    if (chunk != few) free(chunk);
+    return memory ? 0 : -1;
+}
+
+int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel, void *context) {
+    kvq_task task = {
+        .pass = pass,
+        .rows = rows,
+        .kernel = choose_kernel(pass->kernel),
+        .layer = layer,
+        .group = pass->heads / pass->kv_heads,
+        .padded_dim = (pass->head_dim + 15) / 16 * 16,
+        .softmax_scale = 1 / sqrtf((float)pass->head_dim),
+    };
+    if (!task.kernel) return -2;
+    if (!parallel) parallel = run_serially;
+    if (pass->keys && pass->values)
+        for (int h = 0; h < pass->kv_heads; h++)
+            for (int t = 0; t < pass->tokens; t++) {
+                const int d = pass->head_dim;
+                const size_t to = (((size_t)layer * pass->kv_heads + h) * pass->tokens + t) * d;
+                memcpy(pass->keys + to, rows->key + t * rows->key_stride + (size_t)h * d, sizeof(float) * d);
+                memcpy(pass->values + to, rows->value + t * rows->value_stride + (size_t)h * d, sizeof(float) * d);
+            }
+    if (pass->tokens == 1) return decode(&task, parallel, context);
+    const int all_rows = task.group * pass->tokens;
+    task.row_block = all_rows < ROW_BLOCK ? all_rows : ROW_BLOCK;
+    task.row_blocks = (all_rows + task.row_block - 1) / task.row_block;
+    parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
+    return task.failed ? -1 : 0;
+}

@@ -1,0 +1,227 @@
+/* One new token: scores, softmax and weighted values of one KV head over one chunk of pages.
+ * Codes are expanded in registers, once for up to DECODE_HEADS query heads. */
+#include <float.h>
+
+#include "kernel.h"
+#include "vector.h"
+
+#define TILE_VECTORS (TILE / LANES)
+
+INLINE const uint32_t *key_tile(const kvq_page *page, size_t vector_row, int words, int tile) {
+    return page->keys + (vector_row * (page->capacity / TILE) + page->begin / TILE + tile) * words * TILE;
+}
+
+/* Scores of one tile of keys, before the keys' scales, by float arithmetic: acc[head][vector of tokens]. */
+INLINE void tile_scores(int bits, int heads, const uint32_t *tile, int words, const float *query, int stride,
+                        vf acc[][TILE_VECTORS]) {
+    for (int g = 0; g < heads; g++)
+        for (int v = 0; v < TILE_VECTORS; v++) acc[g][v] = splat(0);
+    for (int j = 0; j < words; j++) {
+        vu word[TILE_VECTORS];
+        for (int v = 0; v < TILE_VECTORS; v++) word[v] = load_u(tile + j * TILE + v * LANES);
+        UNROLL
+        for (int i = 0; i < codes_of(bits); i++)
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                vf x = level(bits, word[v], i);
+                for (int g = 0; g < heads; g++) acc[g][v] += x * query[g * stride + i * words + j];
+            }
+    }
+}
+
+#ifdef DOT_KERNEL
+/* The same by integer dot products: the query is 254 * high + low, the codes are bytes offset by DOT_OFFSET. */
+INLINE void tile_scores_integer(int bits, int heads, const uint32_t *tile, int words,
+                                const kvq_integer_query *integer, const int32_t *high, int stride,
+                                vf acc[][TILE_VECTORS]) {
+    const int steps = 8 / bits, low = steps * words;
+    vi sum[DECODE_HEADS][TILE_VECTORS][2];
+    for (int g = 0; g < heads; g++)
+        for (int v = 0; v < TILE_VECTORS; v++) sum[g][v][0] = sum[g][v][1] = (vi){0};
+    for (int j = 0; j < words; j++)
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            vu word = load_u(tile + j * TILE + v * LANES);
+            UNROLL
+            for (int s = 0; s < steps; s++) {
+                vu codes = dot_codes(bits, word, s);
+                for (int g = 0; g < heads; g++) {
+                    const int32_t *q = high + g * stride + s * words + j;
+                    sum[g][v][0] = dot(sum[g][v][0], codes, q[0]);
+                    sum[g][v][1] = dot(sum[g][v][1], codes, q[low]);
+                }
+            }
+        }
+    for (int g = 0; g < heads; g++) {
+        float scale = bits == 2 ? integer[g].scale * (1.0f / 3) : integer[g].scale;
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            vf h = to_float(sum[g][v][0] - DOT_OFFSET(bits) * integer[g].high_sum);
+            vf l = to_float(sum[g][v][1] - DOT_OFFSET(bits) * integer[g].low_sum);
+            acc[g][v] = (h * 254.0f + l) * scale;
+        }
+    }
+}
+#endif
+
+/* Scores of `heads` query heads over a page, -FLT_MAX in slots that hold no token. */
+INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_page *page, size_t vector_row, int head,
+                        int slots, float *scores, int room) {
+    const int words = words_per_vector(bits, task->pass->head_dim);
+    const float *query = task->query + (size_t)head * task->padded_dim;
+    const uint16_t *scales = page->key_scales + vector_row * page->capacity + page->begin;
+    for (int t = 0; t < slots; t += TILE) {
+        vf acc[DECODE_HEADS][TILE_VECTORS];
+        const uint32_t *tile = key_tile(page, vector_row, words, t / TILE);
+#ifdef DOT_KERNEL
+        if (bits <= 8) {
+            const int d = task->pass->head_dim, stride = integer_words_all(d);
+            const int32_t *high = task->words + (size_t)head * stride + integer_words_start(bits, d);
+            tile_scores_integer(bits, heads, tile, words, task->integer + head, high, stride, acc);
+        } else
+#endif
+            tile_scores(bits, heads, tile, words, query, task->padded_dim, acc);
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            vf scale = splat(1);
+            if (bits != 16) scale = load_halves(scales + t + v * LANES);
+            for (int g = 0; g < heads; g++) store_f(scores + g * room + t + v * LANES, acc[g][v] * scale);
+        }
+    }
+    for (int t = page->first ? 0 : slots - TILE; t < slots; t++)
+        if (!holds_token(page, page->begin + t))
+            for (int g = 0; g < heads; g++) scores[g * room + t] = -FLT_MAX;
+}
+
+#define WORDS_AT_ONCE 4 /* codes of a word that are summed in registers in one pass over the tokens */
+
+/* sums[head][channel] += weights[head][token] * level[token][channel] over `slots` tokens of a page. */
+INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int slots, const float *weights, int room,
+                  float *sums, int stride) {
+    const int codes = codes_of(bits), at_once = codes < WORDS_AT_ONCE ? codes : WORDS_AT_ONCE;
+    if (words % LANES == 0) {
+        for (int j = 0; j < words; j += LANES)
+            for (int first = 0; first < codes; first += at_once) {
+                vf acc[DECODE_HEADS][WORDS_AT_ONCE];
+                for (int g = 0; g < heads; g++)
+                    for (int i = 0; i < at_once; i++)
+                        acc[g][i] = load_f(sums + g * stride + (first + i) * words + j);
+                for (int t = 0; t < slots; t++) {
+                    vu word = load_u(values + (size_t)t * words + j) >> (first * (32 / codes));
+                    UNROLL
+                    for (int i = 0; i < at_once; i++) {
+                        vf x = level(bits, word, i);
+                        for (int g = 0; g < heads; g++) acc[g][i] += x * weights[g * room + t];
+                    }
+                }
+                for (int g = 0; g < heads; g++)
+                    for (int i = 0; i < at_once; i++)
+                        store_f(sums + g * stride + (first + i) * words + j, acc[g][i]);
+            }
+    } else if (LANES % words == 0) {
+        const int tokens = LANES / words; /* of one vector */
+        for (int first = 0; first < codes; first += at_once) {
+            vf acc[DECODE_HEADS][WORDS_AT_ONCE];
+            for (int g = 0; g < heads; g++)
+                for (int i = 0; i < at_once; i++) acc[g][i] = splat(0);
+            for (int t = 0; t < slots; t += tokens) {
+                vu word = load_u(values + (size_t)t * words) >> (first * (32 / codes));
+                vf weight[DECODE_HEADS];
+                for (int g = 0; g < heads; g++) weight[g] = spread(weights + g * room + t, tokens);
+                UNROLL
+                for (int i = 0; i < at_once; i++) {
+                    vf x = level(bits, word, i);
+                    for (int g = 0; g < heads; g++) acc[g][i] += x * weight[g];
+                }
+            }
+            for (int g = 0; g < heads; g++)
+                for (int i = 0; i < at_once; i++)
+                    for (int lane = 0; lane < LANES; lane++)
+                        sums[g * stride + (first + i) * words + lane % words] += acc[g][i][lane];
+        }
+    } else { /* a head_dim whose words do not line up with the vectors */
+        for (int t = 0; t < slots; t++)
+            for (int j = 0; j < words; j++)
+                for (int i = 0; i < codes; i++) {
+                    float x = level(bits, values[(size_t)t * words + j] - (vu){0}, i)[0];
+                    for (int g = 0; g < heads; g++) sums[g * stride + i * words + j] += weights[g * room + t] * x;
+                }
+    }
+}
+
+/* Expand the switch once: `call` sees bits and heads as constants and is compiled for each pair. */
+#define FOR_HEADS(call)                    \
+    switch (heads) {                       \
+    case 1: { enum { HEADS = 1 }; call; } break; \
+    case 2: { enum { HEADS = 2 }; call; } break; \
+    case 3: { enum { HEADS = 3 }; call; } break; \
+    default: { enum { HEADS = 4 }; call; } break; \
+    }
+#define FOR_BITS(value, call)                          \
+    switch (value) {                                   \
+    case 16: { enum { BITS = 16 }; call; } break;          \
+    case WINDOW_BITS: { enum { BITS = WINDOW_BITS }; call; } break; \
+    case 8: { enum { BITS = 8 }; call; } break;            \
+    case 4: { enum { BITS = 4 }; call; } break;            \
+    default: { enum { BITS = 2 }; call; } break;           \
+    }
+
+static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head, int heads, char *partial) {
+    const kvq_pass *pass = task->pass;
+    const int dim = task->padded_dim, room = task->chunk_room;
+    const size_t vector_row = (size_t)task->layer * pass->kv_heads + kv_head;
+    const int begin = task->chunk[chunk], end = task->chunk[chunk + 1];
+    float scores[DECODE_HEADS * CHUNK_SLOTS + LANES];
+    int at = 0;
+    for (int p = begin; p < end; p++) {
+        const kvq_page *page = pass->page + p;
+        int slots = slots_of(page);
+        if (slots <= 0) continue;
+        FOR_HEADS(FOR_BITS(page->key_bits, page_scores(BITS, HEADS, task, page, vector_row, head, slots, scores + at, room)))
+        at += slots;
+    }
+
+    float *sums[DECODE_HEADS];
+    for (int g = 0; g < heads; g++) {
+        kvq_partial *result = (kvq_partial *)(partial + g * partial_bytes(task));
+        sums[g] = (float *)(result + 1);
+        memset(sums[g], 0, sizeof(float) * dim);
+        float *row = scores + g * room;
+        vf top = splat(-FLT_MAX);
+        for (int t = 0; t < at; t += LANES) top = max_f(top, load_f(row + t));
+        result->maximum = max_lanes(top);
+        vf total = splat(0), squares = splat(0);
+        for (int t = 0; t < at; t += LANES) {
+            vf e = exp_f(load_f(row + t) - result->maximum);
+            total += e;
+            squares += e * e;
+            store_f(row + t, e);
+        }
+        result->total = sum_lanes(total);
+        result->squares = sum_lanes(squares);
+    }
+
+    at = 0;
+    const int stride = (int)(partial_bytes(task) / sizeof(float));
+    for (int p = begin; p < end; p++) {
+        const kvq_page *page = pass->page + p;
+        int slots = slots_of(page), words = words_per_vector(page->value_bits, pass->head_dim);
+        if (slots <= 0) continue;
+        const size_t first_slot = vector_row * page->capacity + page->begin;
+        const uint32_t *values = page->values + first_slot * words;
+        const uint16_t *scales = page->value_scales + first_slot;
+        if (page->value_bits != 16)
+            for (int t = 0; t < slots; t += LANES) {
+                vf scale = load_halves(scales + t);
+                for (int g = 0; g < heads; g++)
+                    store_f(scores + g * room + at + t, load_f(scores + g * room + at + t) * scale);
+            }
+        FOR_HEADS(FOR_BITS(page->value_bits, weigh(BITS, HEADS, values, words, slots, scores + at, room, sums[0], stride)))
+        at += slots;
+    }
+}
+
+static void decode_item(const kvq_task *task, size_t i) {
+    const int kv_head = (int)(i / task->chunks), chunk = (int)(i % task->chunks);
+    for (int g = 0; g < task->group; g += DECODE_HEADS) {
+        int heads = task->group - g < DECODE_HEADS ? task->group - g : DECODE_HEADS;
+        char *partial = task->partials + (i * task->group + g) * partial_bytes(task);
+        decode_heads(task, kv_head, chunk, kv_head * task->group + g, heads, partial);
+    }
+}

@@ -1,0 +1,90 @@
+/* What one instruction set offers, and the work it is given. */
+#ifndef KVQ_KERNEL_H
+#define KVQ_KERNEL_H
+
+#include "kvq.h"
+
+/* Partial softmax of one query head over some tokens: weighted values and what is needed to merge them. */
+typedef struct {
+    float maximum, total, squares;
+    float pad;
+} kvq_partial; /* followed by the weighted values, float [padded_dim] */
+
+/* A query head as integers, for dot products with packed keys: query ~ scale * (254 * high + low). */
+typedef struct {
+    float scale;
+    int32_t high_sum, low_sum; /* over all channels: unsigned codes are offset */
+} kvq_integer_query;
+
+typedef struct kvq_task kvq_task;
+
+typedef struct {
+    const char *name;
+    int (*available)(void);
+    int integer_dot;                               /* wants task->integers */
+    void (*decode)(const kvq_task *task, size_t i); /* item: one KV head x one chunk of pages, one new token */
+    int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
+} kvq_kernel;
+
+struct kvq_task {
+    const kvq_pass *pass;
+    const kvq_rows *rows;
+    const kvq_kernel *kernel;
+    int layer, group, padded_dim; /* group: query heads of a KV head; padded_dim: head_dim in whole 16s */
+    float softmax_scale;
+    /* decode */
+    const float *query;                /* [heads, padded_dim], scaled, zero-padded */
+    const kvq_integer_query *integer;  /* [heads] */
+    const int32_t *words;              /* [heads, formats, 2, words]: high and low parts, see integer_words */
+    const int32_t *chunk;              /* [chunks + 1]: first page of each chunk */
+    int chunks, chunk_room;            /* chunk_room: most slots of a chunk */
+    char *partials;                    /* [kv_heads, chunks, group] of kvq_partial and weighted values */
+    /* prefill */
+    int row_block, row_blocks;         /* rows are (query head of the group, new token) */
+    int failed;
+};
+
+#define DECODE_HEADS 4   /* query heads that share one pass over the codes */
+#define KEY_BLOCK 128    /* slots decoded at a time in prefill */
+
+static inline int words_per_vector(int bits, int head_dim) {
+    int code = bits == WINDOW_BITS ? 16 : bits;
+    return (head_dim * code + 31) / 32;
+}
+
+/* Slots of a page that can hold tokens, in whole tiles, counted from begin; 0 or less when it is empty. */
+static inline int slots_of(const kvq_page *page) {
+    int used = (page->count + TILE - 1) / TILE * TILE;
+    return (page->first || used > page->end ? page->end : used) - page->begin;
+}
+
+/* Whether a slot of the arrays holds a token. */
+static inline int holds_token(const kvq_page *page, int slot) {
+    return slot < page->period && (slot - page->first + page->period) % page->period < page->count;
+}
+
+static inline size_t partial_bytes(const kvq_task *task) {
+    return sizeof(kvq_partial) + sizeof(float) * (size_t)task->padded_dim;
+}
+
+/* Integer words of one query head are kept for 8, 4 and 2 bits, high parts then low parts of each:
+ * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
+static inline int integer_words(int bits, int head_dim) { return words_per_vector(bits, head_dim) * (8 / bits); }
+static inline int integer_words_all(int head_dim) {
+    return 2 * (integer_words(8, head_dim) + integer_words(4, head_dim) + integer_words(2, head_dim));
+}
+static inline int integer_words_start(int bits, int head_dim) {
+    int start = 0;
+    if (bits < 8) start += 2 * integer_words(8, head_dim);
+    if (bits < 4) start += 2 * integer_words(4, head_dim);
+    return start;
+}
+
+extern const kvq_kernel kvq_kernel_plain;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512;
+#elif defined(__aarch64__)
+extern const kvq_kernel kvq_kernel_neon, kvq_kernel_dotprod;
+#endif
+
+#endif

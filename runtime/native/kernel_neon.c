@@ -1,0 +1,8 @@
+/* Every 64-bit ARM. */
+#if defined(__aarch64__)
+#include "neon.h"
+#include "prefill.h"
+
+static int always(void) { return 1; }
+KERNEL(kvq_kernel_neon, "neon", always, 0);
+#endif

@@ -1,0 +1,74 @@
+/* Attention over the packed KV store: types shared by the C files and, field by field, by the
+ * ctypes declarations in library.py. Arrays are laid out as runtime/pages.py describes. */
+#ifndef KVQ_H
+#define KVQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define KVQ_ABI 1 /* raise when a struct or a function below changes */
+
+#if defined(_WIN32)
+#define KVQ_EXPORT __declspec(dllexport)
+#else
+#define KVQ_EXPORT __attribute__((visibility("default")))
+#endif
+
+#define TILE 16       /* tokens of a key tile; room for tokens comes in whole tiles */
+#define CHUNK_SLOTS 1024 /* most slots of a row of the page table, and of a work item */
+#define WINDOW_BITS 15 /* key_bits and value_bits of the recent window: int16 codes and a scale */
+
+/* The slots [begin, end) of arrays that hold tokens of one precision, all layers and KV heads: a page of the store,
+ * or a part of its recent window. Slot s of the arrays holds a token where s < period and
+ * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring. */
+typedef struct {
+    const uint32_t *keys;         /* [layers, kv_heads, capacity / TILE, words, TILE] */
+    const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read at 16 bits */
+    const uint32_t *values;       /* [layers, kv_heads, capacity, words] */
+    const uint16_t *value_scales; /* as key_scales */
+    int32_t key_bits, value_bits; /* 16, 8, 4, 2 or WINDOW_BITS */
+    int32_t capacity, begin, end; /* multiples of TILE; end - begin at most CHUNK_SLOTS */
+    int32_t first, count, period;
+} kvq_page;
+
+/* One forward pass of one session. */
+typedef struct {
+    int32_t layers, heads, kv_heads, head_dim;
+    int32_t tokens;  /* new ones, not in the pages */
+    int32_t pages;   /* rows of page */
+    int32_t kernel;  /* index of an instruction set, see kvq_kernel_name; -1: the best this machine has */
+    int32_t threads; /* how many will share the work, for planning */
+    const kvq_page *page;
+    float *keys, *values; /* [layers, kv_heads, tokens, head_dim]: the new ones are copied here; may be null */
+    float *row_squares;   /* [tokens, heads]: sums of squares of the last layer's rows, or null */
+} kvq_pass;
+
+/* The new tokens of one layer. Strides are in floats, from one token to the next. */
+typedef struct {
+    const float *query; /* [tokens, heads, head_dim] */
+    const float *key;   /* [tokens, kv_heads, head_dim] */
+    const float *value; /* [tokens, kv_heads, head_dim] */
+    float *out;         /* [tokens, heads, head_dim], contiguous */
+    ptrdiff_t query_stride, key_stride, value_stride;
+    float *row_squares; /* [tokens, heads] or null */
+} kvq_rows;
+
+/* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
+typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
+
+/* Attend from the new tokens over the pages and over themselves, causally.
+ * parallel may be null: everything then runs in the calling thread.
+ * Returns 0, or -1 when memory ran out, or -2 when the pass names a kernel that cannot run here. */
+KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
+                          void *context);
+
+KVQ_EXPORT int32_t kvq_abi(void);
+KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
+KVQ_EXPORT const char *kvq_kernel_name(int32_t i);
+KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine can run it */
+
+/* The pass that the Attention operator works on, when it runs in this thread; null takes it away. */
+KVQ_EXPORT void kvq_set_pass(const kvq_pass *pass);
+const kvq_pass *kvq_current_pass(void);
+
+#endif

@@ -1,0 +1,100 @@
+"""Load the native library and declare its functions; the structures are those of kvq.h, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from kvq.runtime.errors import BackendError
+
+ABI = 1
+CHUNK_SLOTS = 1024  # most slots of a row of the page table
+WINDOW_BITS = 15
+FILE = Path(__file__).with_name("libkvq.so")
+
+# kvq_page
+PAGE = np.dtype(
+    [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
+    + [
+        (name, np.int32)
+        for name in ("key_bits", "value_bits", "capacity", "begin", "end", "first", "count", "period")
+    ]
+)
+
+
+class Pass(ctypes.Structure):
+    """kvq_pass: one forward pass of one session."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares")),
+    )
+
+
+class Rows(ctypes.Structure):
+    """kvq_rows: the new tokens of one layer."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
+        *((name, ctypes.c_ssize_t) for name in ("query_stride", "key_stride", "value_stride")),
+        ("row_squares", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, its functions declared.
+
+    Raises:
+        BackendError: it was not built, does not load here, or is of another version.
+    """
+    if not FILE.exists():
+        raise BackendError(
+            "the native library was not built: install kvq from source where a C compiler is (cc, gcc or clang)"
+        )
+    try:
+        library = ctypes.CDLL(str(FILE))
+        abi = library.kvq_abi()
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"{FILE.name} cannot be loaded ({error}); install kvq again") from None
+    if abi != ABI:
+        raise BackendError(f"{FILE.name} is of version {abi}, this kvq needs {ABI}; install kvq again")
+    library.kvq_kernel_name.restype = ctypes.c_char_p
+    library.kvq_attend.argtypes = (
+        ctypes.POINTER(Pass),
+        ctypes.c_int32,
+        ctypes.POINTER(Rows),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    )
+    library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
+    library.kvq_set_pass.restype = None
+    return library
+
+
+def kernels() -> dict[str, int]:
+    """Instruction sets that this machine can run, slowest first: name -> index."""
+    library = load()
+    return {
+        library.kvq_kernel_name(i).decode(): i
+        for i in range(library.kvq_kernels())
+        if library.kvq_kernel_available(i)
+    }
+
+
+def choose_kernel() -> tuple[str, int]:
+    """Name and index of the instruction set to use: KVQ_NATIVE_ISA, or the best one.
+
+    Raises:
+        BackendError: KVQ_NATIVE_ISA names one that this machine or build does not have.
+    """
+    available = kernels()
+    name = os.environ.get("KVQ_NATIVE_ISA") or list(available)[-1]
+    if name not in available:
+        raise BackendError(f"KVQ_NATIVE_ISA={name} is not one this machine can run: {', '.join(available)}")
+    return name, available[name]

@@ -1,0 +1,57 @@
+"""The page table: where the native library finds a store's tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
+from kvq.runtime.pages import Page
+from kvq.runtime.store import KVStore, RecentWindow
+
+
+class PageTable:
+    """Rows of `PAGE` for one store, kept up to date from step to step.
+
+    Pages come and go rarely, their counts change with every token: `update` rewrites the rows
+    only when the list of pages is another one.
+    """
+
+    def __init__(self) -> None:
+        self.rows = np.zeros(0, PAGE)
+        self._pages: list[Page] = []
+        self._window_rows = 0
+
+    def update(self, store: KVStore) -> np.ndarray:
+        """The rows for the store as it is now; valid until the store changes or the next call."""
+        pages = [page for bucket in store.buckets.values() for page in bucket.pages]
+        if len(pages) != len(self._pages) or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
+            self._pages = pages
+            rows = [_page_row(page) for page in pages]
+            window = _window_rows(store.window)
+            self._window_rows = len(window)
+            self.rows = np.array(rows + window, PAGE)
+        elif not len(self.rows):
+            self.rows = np.array(_window_rows(store.window), PAGE)
+            self._window_rows = len(self.rows)
+        self.rows["count"][: len(pages)] = [page.count for page in pages]
+        if self._window_rows:
+            window = store.window
+            ring = self.rows[len(pages) :]
+            ring["count"] = window.count
+            # A full ring holds a token in every slot: where it begins does not matter then.
+            ring["first"] = 0 if window.count == window.capacity else (store.length - window.count) % window.capacity
+        return self.rows
+
+
+def _page_row(page: Page) -> tuple[int, ...]:
+    k, v = page.bits
+    return (*page.keys.addresses, *page.values.addresses, k, v, page.capacity, 0, page.capacity, 0, 0, page.capacity)
+
+
+def _window_rows(window: RecentWindow) -> list[tuple[int, ...]]:
+    addresses = (*window.keys.addresses, *window.values.addresses)
+    room = window.keys.scales.shape[-2]
+    return [
+        (*addresses, WINDOW_BITS, WINDOW_BITS, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity)
+        for begin in range(0, room, CHUNK_SLOTS)
+    ]

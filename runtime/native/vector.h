@@ -1,0 +1,101 @@
+/* Arithmetic on vectors of LANES floats. A kernel's file defines, before it includes this:
+ *   LANES                 floats of a vector: 4, 8 or 16
+ * and, where the instruction set does it better than the plain forms below:
+ *   half_to_float(x)      vu -> vf: the low halves of the lanes
+ *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
+ *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
+ * and for integer dot products (see decode.h) DOT_KERNEL, DOT_OFFSET, dot_codes and dot. */
+#include "types.h"
+
+INLINE vf load_f(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE vu load_u(const uint32_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
+INLINE void store_f(float *p, vf x) { memcpy(p, &x, sizeof x); }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vf select_f(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
+
+INLINE float sum_lanes(vf x) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+INLINE float max_lanes(vf x) {
+    float m = x[0];
+    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+#ifndef half_to_float
+/* The exponent of a half moves into a float's place; the product with 2^112 corrects its bias. */
+INLINE vf half_to_float_plain(vu x) {
+    vf magnitude = (vf)((x & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vu)magnitude | ((x & 0x8000) << 16));
+}
+#define half_to_float half_to_float_plain
+#endif
+
+#ifndef level4
+INLINE vf level4_plain(vu x) { return to_float((vi)(x & 15) - 8); }
+#define level4 level4_plain
+#endif
+
+#ifndef level2
+/* -10/3, -1, 1, 10/3: an odd cubic of 2 x - 3. */
+INLINE vf level2_plain(vu x) {
+    vf c = to_float((vi)((x & 3) << 1) - 3);
+    return c * ((c * c) * (1.0f / 72) + 71.0f / 72);
+}
+#define level2 level2_plain
+#endif
+
+#ifndef spread
+INLINE vf spread_plain(const float *p, int tokens) {
+    vf x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = p[i / (LANES / tokens)];
+    return x;
+}
+#define spread spread_plain
+#endif
+
+/* Code i of each word, before its scale. bits and i are constants wherever this is inlined. */
+INLINE vf level(int bits, vu word, int i) {
+    switch (bits) {
+    case 16: return half_to_float(i ? word >> 16 : word & 0xffff);
+    case WINDOW_BITS: return to_float(i ? (vi)word >> 16 : (vi)(word << 16) >> 16);
+    case 8: return to_float((vi)(word << (24 - 8 * i)) >> 24);
+    case 4: return level4(word >> (4 * i));
+    default: return level2(word >> (2 * i));
+    }
+}
+INLINE int codes_of(int bits) { return bits == WINDOW_BITS ? 2 : 32 / bits; }
+
+/* e^x for x <= 0, exactly 0 below -87; relative error below 3e-7. */
+INLINE vf exp_f(vf x) {
+    vi keep = x > -87.0f;
+    x = select_f(keep, x, splat(0));
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    vf shifted = x * 1.44269504f + magic;
+    vi exponent = (vi)shifted - (vi)splat(magic);
+    vf n = shifted - magic;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691e-4f);
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666666e-1f;
+    p = p * r + 5.0000001e-1f;
+    p = p * r * r + r + 1.0f;
+    return (vf)(((vi)p + (exponent << 23)) & keep);
+}
+
+INLINE float half_scalar(uint16_t h) {
+    vf x = half_to_float(h - (vu){0});
+    return x[0];
+}
+/* LANES halves as floats. */
+INLINE vf load_halves(const uint16_t *p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+    return half_to_float(__builtin_convertvector(x, vu));
+}
