@@ -46,7 +46,7 @@ class Summary:
             f"{self.path}: {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s",
             f"  weights {files[WEIGHTS]['nbytes'] / 1e6:.1f} MB"
             f" (layers {self.manifest.weights['layers']}, embedding and head {self.manifest.weights['head']}),"
-            f" {len(self.manifest.segments) + 2} graphs {graphs / 1e6:.1f} MB",
+            f" {len(self.manifest.segments) + 3} graphs {graphs / 1e6:.1f} MB",
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
             *(f"  {note}" for note in self.notes),
@@ -125,7 +125,7 @@ def export(
         for name in writer.segments():
             segments.append(name)
             progress(len(segments), shape.layers + 4, "writing segments")
-        head, uncertainty = writer.head(), writer.uncertainty()
+        decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
         file.close()
         progress(shape.layers + 3, shape.layers + 4, "digests")
         _write_text(folder, TOKENIZER, tokenizer)
@@ -143,6 +143,7 @@ def export(
             decode_weight_nbytes=writer.decode_weight_nbytes,
             eos_token_ids=checkpoint.eos_token_ids(),
             segments=segments,
+            decoder=decoder,
             head=head,
             uncertainty=uncertainty,
             files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},

@@ -15,6 +15,8 @@ from kvq.runtime.bundle import WEIGHTS
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 CONTRIB = "com.microsoft"
+# Operators of the runtime's native library.
+KVQ = "kvq"
 # Smaller tensors stay inside the graph file.
 EXTERNAL_FROM_BYTES = 1024
 # Large tensors start on a page, so that they can be mapped into memory.
@@ -98,10 +100,36 @@ class Graph:
         self.nodes.append(helper.make_node("Split", [value, self.constant(sizes)], names, axis=-1))
         return names
 
+    def join(self, part: Graph, inputs: dict[str, str]) -> dict[str, str]:
+        """Add the nodes of another graph over the same weights.
+
+        Args:
+            part: the graph; it is not changed.
+            inputs: the values here that take the place of its inputs.
+
+        Returns:
+            its outputs: name there -> name of the value here.
+        """
+
+        def rename(name: str) -> str:
+            return inputs.get(name) or (name if name in part.initializers else f"{part.name}/{name}")
+
+        for node in part.nodes:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = f"{part.name}/{node.name or node.output[0]}"
+            copy.input[:] = [rename(name) for name in node.input]
+            copy.output[:] = [rename(name) for name in node.output]
+            self.nodes.append(copy)
+        self.initializers |= part.initializers
+        return {output.name: rename(output.name) for output in part.outputs}
+
     def save(self, folder: Path) -> str:
         """Check and write `<name>.onnx`; returns the file name."""
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+        if any(node.domain == KVQ for node in self.nodes):
+            opsets.append(helper.make_opsetid(KVQ, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kvq")
         file = folder / f"{self.name}.onnx"
         with open(file, "wb") as out:

@@ -1,8 +1,9 @@
-"""The ONNX segments of a model: cut at attention, which belongs to the runtime.
+"""The ONNX graphs of a model: segments cut at attention, which belongs to the runtime.
 
 Segment i takes the residual stream and the attention output of layer i - 1 and yields the
 residual stream and layer i's queries, keys and values. Inside a segment all tensors are
-[tokens, features]; "tokens" is the only free dimension.
+[tokens, features]; "tokens" is the only free dimension. The decoder is the same segments joined
+into one graph by the native library's attention operator.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from onnx import TensorProto
 
 from kvq.exporter.checkpoint import Checkpoint
-from kvq.exporter.graph import CONTRIB, Graph, WeightFile
+from kvq.exporter.graph import CONTRIB, KVQ, Graph, WeightFile
 from kvq.exporter.quantize import QuantizedMatrix, block_for, quantize_matrix
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
 from kvq.runtime.errors import CheckpointError
@@ -58,6 +59,8 @@ class SegmentWriter:
         self.file = file
         self.shape = checkpoint.architecture
         self.decode_weight_nbytes = 0
+        self._decoder = Graph("decoder", file)
+        self._carried: dict[str, str] = {}  # values of the decoder that its next segment takes
 
     def segments(self) -> Iterator[str]:
         """Write the layers + 1 segments one by one, yielding file names."""
@@ -73,7 +76,26 @@ class SegmentWriter:
             graph.output(residual, "residual_out", "tokens", shape.hidden)
             if i < shape.layers:
                 self._before_attention(graph, i, residual, cosine, sine)
+            self._join(graph, i)
             yield graph.save(self.folder)
+
+    def _join(self, segment: Graph, i: int) -> None:
+        """Append a segment to the decoder, and the attention after it."""
+        decoder, last = self._decoder, i == self.shape.layers
+        if i == 0:
+            decoder.inputs.extend(segment.inputs)
+            self._carried = {value.name: value.name for value in segment.inputs}
+        outputs = decoder.join(segment, self._carried)
+        if last:
+            decoder.output(outputs["residual_out"], "residual_out", "tokens", self.shape.hidden)
+            return
+        attention = decoder.op("Attention", outputs["query_key"], outputs["value"], domain=KVQ, layer=i)
+        angles = {name: outputs.get(name) or self._carried[name] for name in ("cosine", "sine")}
+        self._carried = {**angles, "residual": outputs["residual_out"], "attention": attention}
+
+    def decoder(self) -> str:
+        """All segments as one graph: ids, positions [tokens] -> residual_out [tokens, hidden]; after `segments`."""
+        return self._decoder.save(self.folder)
 
     def head(self) -> str:
         """Final norm and language-model head: residual [rows, hidden] -> logits [rows, vocab]."""

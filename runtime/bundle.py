@@ -18,7 +18,7 @@ from kvq.runtime.onnx_guard import check_graph
 
 MANIFEST = "kvq.json"
 FORMAT = "kvq-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 MANIFEST_MAX_BYTES = 1 << 20
@@ -55,6 +55,7 @@ class Manifest:
         decode_weight_nbytes: bytes of weights that one decode step reads.
         eos_token_ids: ids that end a text.
         segments: graph files in order: layers + 1 of them.
+        decoder: graph file of the segments joined by the native attention operator.
         head, uncertainty: graph files.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """
@@ -66,6 +67,7 @@ class Manifest:
     decode_weight_nbytes: int
     eos_token_ids: list[int]
     segments: list[str]
+    decoder: str
     head: str
     uncertainty: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -123,7 +125,7 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
         if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
             raise ValueError(f"entry of {name}")
-    for name in (*manifest.segments, manifest.head, manifest.uncertainty, WEIGHTS):
+    for name in (*manifest.segments, manifest.decoder, manifest.head, manifest.uncertainty, WEIGHTS):
         if name not in manifest.files:
             raise ValueError(f"{name} is not in the file list")
 

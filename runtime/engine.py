@@ -1,27 +1,31 @@
-"""The model's graph segments on onnxruntime, with every buffer bound once.
+"""The model's graphs on onnxruntime, with every buffer bound once.
 
-A forward pass goes through layers + 1 segments. Segment i takes the residual stream and the
-attention output of layer i - 1 and yields the residual stream and layer i's queries, keys and
-values; what happens between two segments - attention over the KV store - is the caller's.
+Attention over the KV store is not onnxruntime's. With attention in Python, a forward pass goes
+through layers + 1 segments: segment i takes the residual stream and the attention output of
+layer i - 1 and yields the residual stream and layer i's queries, keys and values. With native
+attention the same segments are one graph, see `kvq.runtime.native.forward`.
 """
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
 
+from kvq.runtime.blas import one_thread
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import BundleError
+from kvq.runtime.store import KVStore
 from kvq.runtime.threads import configure, session_options
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
 HEAD_ROWS = 32
-
-# attend(layer, query, key, value, out); arrays as in `AttentionBackend.attend`.
-Attend = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 class NamedSession(NamedTuple):
@@ -32,41 +36,64 @@ class NamedSession(NamedTuple):
 
 
 class Engine:
-    """onnxruntime sessions of one bundle. Stateless and shared: safe to use from many threads."""
+    """onnxruntime sessions of one bundle. Stateless and shared: safe to use from many threads.
+
+    The layers are there twice, as segments for attention in Python and as one graph for the native
+    operator; each form is loaded when it is first asked for, since it keeps its own packed weights.
+    """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.threads = configure(threads)
         self.architecture = bundle.manifest.architecture
+        self._bundle = bundle
+        self._lock = threading.Lock()
+        self.head = self._session(bundle.manifest.head)
+        self.uncertainty = self._session(bundle.manifest.uncertainty)
+        Head(self, 1)  # the graphs fit the manifest, or this raises BundleError
+        self._segments: list[NamedSession] = []
+        self._decoder: NamedSession | None = None
+
+    @property
+    def segments(self) -> list[NamedSession]:
+        """The layers + 1 segments."""
+        with self._lock:
+            if not self._segments:
+                self._segments = [self._session(name) for name in self._bundle.manifest.segments]
+            return self._segments
+
+    def decoder(self, library: Path) -> NamedSession:
+        """The segments as one graph, whose attention is an operator of the native library."""
+        with self._lock:
+            if self._decoder is None:
+                self._decoder = self._session(self._bundle.manifest.decoder, library)
+            return self._decoder
+
+    def _session(self, name: str, library: Path | None = None) -> NamedSession:
         options = session_options()
         # An arena per session would keep every segment's largest buffers: 190 MB more on the 135M shape.
         options.enable_cpu_mem_arena = False
         # Graphs are handed over as checked bytes, so the folder of their weights is stated here.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-
-        def session(name: str) -> NamedSession:
-            graph = bundle.graph(name)
-            try:
-                return NamedSession(
-                    name, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-                )
-            except Exception as error:  # onnxruntime's errors share no base class
-                why = str(error).strip().splitlines()[0]
-                raise BundleError(f"{name} cannot be loaded ({why}); export the bundle again") from None
-
-        self.segments = [session(name) for name in bundle.manifest.segments]
-        self.head = session(bundle.manifest.head)
-        self.uncertainty = session(bundle.manifest.uncertainty)
-        Workspace(self, 1), Head(self, 1)  # the graphs fit the manifest, or this raises BundleError
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
+        graph = self._bundle.graph(name)
+        try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
+            return NamedSession(name, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+        except Exception as error:  # onnxruntime's errors share no base class
+            why = str(error).strip().splitlines()[0]
+            raise BundleError(f"{name} cannot be loaded ({why}); export the bundle again") from None
 
 
-class Workspace:
-    """Buffers and bindings for forward passes over a fixed number of tokens.
+class ForwardPass(ABC):
+    """All layers over a fixed number of tokens, with buffers bound once.
 
-    One workspace serves one thread at a time; a run allocates nothing.
+    One forward pass serves one thread at a time. A new one binds to the engine's graphs and
+    raises BundleError where they do not fit the manifest.
 
-    Args:
-        engine: the sessions.
-        tokens: tokens per forward pass.
+    Attributes:
+        tokens: new tokens of a pass.
+        keys, values: float32 [layers, kv_heads, tokens, head_dim], those of the new tokens after `forward`.
+        residual: float32 [tokens, hidden] after `forward`, what `Head` takes.
     """
 
     def __init__(self, engine: Engine, tokens: int) -> None:
@@ -75,47 +102,70 @@ class Workspace:
         self.tokens = tokens
         self.ids = np.zeros(tokens, np.int64)
         self.positions = np.zeros(tokens, np.int64)
+        self.keys = np.zeros((shape.layers, shape.kv_heads, tokens, shape.head_dim), np.float32)
+        self.values = np.zeros((shape.layers, shape.kv_heads, tokens, shape.head_dim), np.float32)
+        self.residual = np.zeros((tokens, shape.hidden), np.float32)
+
+    def forward(self, ids: np.ndarray, store: KVStore, row_squares: np.ndarray | None = None) -> None:
+        """Run all layers over ids int64 [tokens] that follow on the store; the store is not changed.
+
+        row_squares: float32 [tokens, heads], written when given: sums of squares of the last layer's attention rows.
+        """
+        self.ids[:] = ids
+        self.positions[:] = np.arange(store.length, store.length + self.tokens)
+        self._run(store, row_squares)
+
+    @abstractmethod
+    def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
+        """Run over `ids` at `positions`; fill keys, values and residual."""
+
+
+# attend(query, key, value, store, layer, out, row_squares), see `AttentionBackend.attend`.
+Attend = Callable[[np.ndarray, np.ndarray, np.ndarray, KVStore, int, np.ndarray, np.ndarray | None], None]
+
+
+class SegmentedPass(ForwardPass):
+    """Segment by segment, with attention between them in Python."""
+
+    def __init__(self, engine: Engine, tokens: int, attend: Attend) -> None:
+        super().__init__(engine, tokens)
+        self._attend = attend
+        shape = engine.architecture
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.keys = np.zeros((shape.layers, kv_heads, tokens, head_dim), np.float32)
-        self.values = np.zeros((shape.layers, kv_heads, tokens, head_dim), np.float32)
         self._query_key = np.zeros((tokens, heads + kv_heads, head_dim), np.float32)
         self._value = np.zeros((tokens, kv_heads, head_dim), np.float32)
         self._attention = np.zeros((tokens, heads, head_dim), np.float32)
-        residual = [np.zeros((tokens, shape.hidden), np.float32) for _ in range(2)]
         cosine, sine = (np.zeros((tokens, head_dim // 2), np.float32) for _ in range(2))
         flat_attention = self._attention.reshape(tokens, -1)
+        # The last segment, number `layers`, writes into `residual`.
+        residual = [self.residual, np.zeros((tokens, shape.hidden), np.float32)]
 
         self._segments = []
         for i, session in enumerate(engine.segments):
             inputs: dict[str, np.ndarray] = {"ids": self.ids, "positions": self.positions}
-            outputs: dict[str, np.ndarray] = {"residual_out": residual[(i + 1) % 2]}
+            outputs: dict[str, np.ndarray] = {"residual_out": residual[(shape.layers - i) % 2]}
             if i > 0:
-                inputs = {"residual": residual[i % 2], "attention": flat_attention}
+                inputs = {"residual": residual[(shape.layers - i + 1) % 2], "attention": flat_attention}
             if i == 0:
                 outputs |= {"cosine": cosine, "sine": sine}
             elif i < shape.layers:
                 inputs |= {"cosine": cosine, "sine": sine}
             if i < shape.layers:
                 outputs |= {"query_key": self._query_key, "value": self._value}
-            self._segments.append(_Bound(session, inputs, outputs))
-        self.residual = residual[len(engine.segments) % 2]
+            self._segments.append(Bound(session, inputs, outputs))
 
-    def forward(self, ids: np.ndarray, start: int, attend: Attend) -> None:
-        """Run all layers over ids int64 [tokens] at the positions start, start + 1, ...
-
-        Afterwards `keys`, `values` float32 [layers, kv_heads, tokens, head_dim] are those of the
-        new tokens and `residual` float32 [tokens, hidden] is what `Head` takes.
-        """
-        self.ids[:] = ids
-        self.positions[:] = np.arange(start, start + self.tokens)
+    def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
         shape = self.engine.architecture
-        for layer, segment in enumerate(self._segments):
-            segment.run()
-            if layer < shape.layers:
-                key = self._query_key[:, shape.heads :]
-                self.keys[layer] = key.transpose(1, 0, 2)
-                self.values[layer] = self._value.transpose(1, 0, 2)
-                attend(layer, self._query_key[:, : shape.heads], key, self._value, self._attention)
+        query, key = self._query_key[:, : shape.heads], self._query_key[:, shape.heads :]
+        # A single token's products are too small for BLAS to start threads.
+        with one_thread() if self.tokens > 1 else nullcontext():
+            for layer, segment in enumerate(self._segments):
+                segment.run()
+                if layer < shape.layers:
+                    self.keys[layer] = key.transpose(1, 0, 2)
+                    self.values[layer] = self._value.transpose(1, 0, 2)
+                    squares = row_squares if layer == shape.layers - 1 else None
+                    self._attend(query, key, self._value, store, layer, self._attention, squares)
 
 
 class Head:
@@ -127,8 +177,8 @@ class Head:
         self._logits = np.zeros((rows, shape.vocab), np.float32)
         self._entropy = np.zeros(rows, np.float32)
         self._confidence = np.zeros(rows, np.float32)
-        self._head = _Bound(engine.head, {"residual": self._residual}, {"logits": self._logits})
-        self._uncertainty = _Bound(
+        self._head = Bound(engine.head, {"residual": self._residual}, {"logits": self._logits})
+        self._uncertainty = Bound(
             engine.uncertainty, {"logits": self._logits}, {"entropy": self._entropy, "confidence": self._confidence}
         )
 
@@ -144,7 +194,7 @@ class Head:
         return self._entropy[:rows], self._confidence[:rows]
 
 
-class _Bound:
+class Bound:
     """An onnxruntime session bound to arrays by address: it reads and writes their memory directly.
 
     The binding knows addresses only, so the arrays are kept alive here.

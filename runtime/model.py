@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from kvq.controller.policies import Policy
+from kvq.runtime.attention import make_backend
 from kvq.runtime.bundle import TOKENIZER, Architecture, Bundle
 from kvq.runtime.engine import Engine
 from kvq.runtime.errors import BundleError, PromptError, TokenizerError
@@ -28,6 +29,7 @@ class Model:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
         self.engine = Engine(bundle, threads)
+        make_backend().forward_pass(self.engine, 1)  # loads and checks the layers in the form sessions will use
         self.optional_tokenizer = _tokenizer(bundle)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -12,9 +11,8 @@ import numpy as np
 from kvq.controller.features import RarityCounter, attention_variance
 from kvq.controller.policies import Policy, TokenFeatures, make_policy
 from kvq.runtime.attention import make_backend
-from kvq.runtime.blas import one_thread
 from kvq.runtime.codecs import CODECS
-from kvq.runtime.engine import HEAD_ROWS, Head, Workspace
+from kvq.runtime.engine import HEAD_ROWS, ForwardPass, Head
 from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError
 from kvq.runtime.generate import Response, stream
 from kvq.runtime.pages import Geometry
@@ -66,7 +64,7 @@ class Session:
         )
         self.prefill_chunk = prefill_chunk
         self._rarity = RarityCounter(shape.vocab)
-        self._workspaces: dict[int, Workspace] = {}
+        self._passes: dict[int, ForwardPass] = {}
         self._heads: dict[int, Head] = {}
         self._prefill, self._decode = Clock(), Clock()
 
@@ -105,9 +103,7 @@ class Session:
             read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
             skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
             at = start + skip - first_wanted
-            # A single token's products are too small for BLAS to start threads.
-            with one_thread() if len(chunk) > 1 else nullcontext():
-                self._step(chunk, skip, logits[at : at + len(chunk) - skip])
+            self._step(chunk, skip, logits[at : at + len(chunk) - skip])
             clock.add(len(chunk), time.perf_counter() - begun, read)
         self.last_logits = logits[-1].copy() if all_logits else logits[0]
         return logits if all_logits else logits[0]
@@ -135,23 +131,18 @@ class Session:
     def _step(self, ids: np.ndarray, skip: int, logits_out: np.ndarray) -> None:
         """One forward pass: attention, logits of rows [skip, ...), features, precision, store."""
         tokens, needs = len(ids), self.policy.needs
-        workspace = self._workspace(tokens)
+        layers = self._forward_pass(tokens)
         shape = self.model.architecture
         row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
-
-        def attend(layer: int, query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray) -> None:
-            squares = row_squares if layer == shape.layers - 1 else None
-            self.backend.attend(query, key, value, self.store, layer, out, squares)
-
-        workspace.forward(ids, self.store.length, attend)
-        entropy, confidence = self._logits(workspace.residual, skip, logits_out)
+        layers.forward(ids, self.store, row_squares)
+        entropy, confidence = self._logits(layers.residual, skip, logits_out)
         if not np.isfinite(logits_out).all():
             raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
         positions = np.arange(self.store.length, self.store.length + tokens)
         variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
         rarity = self._rarity.rarity(ids) if "rarity" in needs else None
         features = TokenFeatures(positions, entropy, rarity, variance, confidence)
-        self.store.append(workspace.keys, workspace.values, self._choice(features))
+        self.store.append(layers.keys, layers.values, self._choice(features))
         if "rarity" in needs:
             self._rarity.count(ids)
         self.tokens += ids.tolist()
@@ -188,14 +179,14 @@ class Session:
                 out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
         return entropy, confidence
 
-    def _workspace(self, tokens: int) -> Workspace:
+    def _forward_pass(self, tokens: int) -> ForwardPass:
         """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""
-        if tokens in self._workspaces:
-            return self._workspaces[tokens]
-        workspace = Workspace(self.model.engine, tokens)
+        if tokens in self._passes:
+            return self._passes[tokens]
+        forward_pass = self.backend.forward_pass(self.model.engine, tokens)
         if tokens in (1, self.prefill_chunk):
-            self._workspaces[tokens] = workspace
-        return workspace
+            self._passes[tokens] = forward_pass
+        return forward_pass
 
     def _head(self, rows: int) -> Head:
         """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
@@ -256,6 +247,7 @@ class Session:
         prefill, decode = self._prefill, self._decode
         return Stats(
             backend=self.backend.name,
+            backend_detail=self.backend.detail,
             policy=self.policy.name,
             threads=self.model.engine.threads,
             recent=store.window.capacity,

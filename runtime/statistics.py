@@ -26,6 +26,7 @@ class Stats:
 
     Attributes:
         backend, policy, threads: what ran.
+        backend_detail: the instruction set of native attention; of a fallback, why it is one; else empty.
         recent, sink: tokens protected at 16 bits.
         tokens: in the cache.
         precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
@@ -37,6 +38,7 @@ class Stats:
     """
 
     backend: str
+    backend_detail: str
     policy: str
     threads: int
     recent: int
@@ -67,7 +69,8 @@ class Stats:
             parts.append(f"prefill {self.prefill_tokens_per_s:.0f} tokens/s")
         if self.ms_per_token is not None:
             parts.append(f"decode {self.ms_per_token:.1f} ms/token, {self.gb_per_s:.1f} GB/s")
-        parts.append(f"{self.backend} attention, {self.threads} threads")
+        detail = f" ({self.backend_detail})" if self.backend_detail else ""
+        parts.append(f"{self.backend} attention{detail}, {self.threads} threads")
         return " | ".join(parts)
 
 

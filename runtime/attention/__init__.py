@@ -19,11 +19,16 @@ def make_backend(name: str | None = None) -> AttentionBackend:
         BackendError: no such backend in this installation.
     """
     name = name or os.environ.get("KVQ_BACKEND") or "auto"
-    if name == "auto":
-        name = max(BACKENDS, key=lambda n: BACKENDS[n].priority)
-    if name not in BACKENDS:
-        raise BackendError(f"no attention backend {name!r} here; use auto or one of: {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    if name != "auto":
+        if name not in BACKENDS:
+            raise BackendError(f"no attention backend {name!r} here; use auto or one of: {', '.join(BACKENDS)}")
+        return BACKENDS[name]()
+    reasons = {kind: kind.unavailable() for kind in sorted(BACKENDS.values(), key=lambda kind: -kind.priority)}
+    best = next(kind for kind, reason in reasons.items() if not reason)()
+    # A lesser backend says why it is the one that runs.
+    missing = [f"no {kind.name}: {reason}" for kind, reason in reasons.items() if reason]
+    best.detail = "; ".join(filter(None, (best.detail, *missing)))
+    return best
 
 
 __all__ = ["BACKENDS", "AttentionBackend", "make_backend"]

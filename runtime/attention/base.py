@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from kvq.runtime.engine import Engine, ForwardPass, SegmentedPass
 from kvq.runtime.store import KVStore
 
 
@@ -14,10 +15,21 @@ class AttentionBackend(ABC):
 
     One instance belongs to one session and may keep scratch memory between calls.
     `priority` orders the backends under ``auto``: the highest that is available wins.
+    `detail` says more about what runs, for statistics.
     """
 
     name: str
     priority: int
+    detail: str = ""
+
+    @classmethod
+    def unavailable(cls) -> str:
+        """Why this backend cannot run here; empty where it can."""
+        return ""
+
+    def forward_pass(self, engine: Engine, tokens: int) -> ForwardPass:
+        """Buffers and bindings for passes of that many tokens; here segment by segment around `attend`."""
+        return SegmentedPass(engine, tokens, self.attend)
 
     @abstractmethod
     def attend(

@@ -7,6 +7,9 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.attention.base import AttentionBackend
+from kvq.runtime.engine import Engine, ForwardPass
+from kvq.runtime.errors import BackendError
+from kvq.runtime.native.forward import NativePass
 from kvq.runtime.native.library import Pass, Rows, choose_kernel, load
 from kvq.runtime.native.table import PageTable
 from kvq.runtime.store import KVStore
@@ -20,6 +23,14 @@ class NativeAttention(AttentionBackend):
 
     name = "native"
     priority = 10
+
+    @classmethod
+    def unavailable(cls) -> str:
+        try:
+            choose_kernel()
+        except BackendError as error:
+            return str(error)
+        return ""
 
     def __init__(self) -> None:
         self._library = load()
@@ -50,6 +61,9 @@ class NativeAttention(AttentionBackend):
         out[...] = result
         if row_squares is not None:
             row_squares[...] = squares
+
+    def forward_pass(self, engine: Engine, tokens: int) -> ForwardPass:
+        return NativePass(engine, tokens, self._kernel)
 
 
 def check(status: int) -> None:

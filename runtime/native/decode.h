@@ -61,15 +61,22 @@ INLINE void tile_scores_integer(int bits, int heads, const uint32_t *tile, int w
 }
 #endif
 
-/* Scores of `heads` query heads over a page, -FLT_MAX in slots that hold no token. */
+/* Ask for memory that will be read soon. A page's part of one layer and KV head is a few kilobytes, too short for the
+ * processor to foresee the next one. */
+INLINE void prefetch(const char *from, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+/* Scores of `heads` query heads over a page, -FLT_MAX in slots that hold no token. `next` is what is read after it. */
 INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_page *page, size_t vector_row, int head,
-                        int slots, float *scores, int room) {
+                        int slots, float *scores, int room, const char *next) {
     const int words = words_per_vector(bits, task->pass->head_dim);
     const float *query = task->query + (size_t)head * task->padded_dim;
     const uint16_t *scales = page->key_scales + vector_row * page->capacity + page->begin;
     for (int t = 0; t < slots; t += TILE) {
         vf acc[DECODE_HEADS][TILE_VECTORS];
         const uint32_t *tile = key_tile(page, vector_row, words, t / TILE);
+        prefetch(next + (size_t)t * words * 4, words * TILE * 4);
 #ifdef DOT_KERNEL
         if (bits <= 8) {
             const int d = task->pass->head_dim, stride = integer_words_all(d);
@@ -89,20 +96,27 @@ INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_pag
             for (int g = 0; g < heads; g++) scores[g * room + t] = -FLT_MAX;
 }
 
-#define WORDS_AT_ONCE 4 /* codes of a word that are summed in registers in one pass over the tokens */
+/* Registers for sums: a pass over the tokens takes as many codes of a word as they hold for all heads. */
+#if LANES == 16 || defined(__aarch64__)
+#define SUM_REGISTERS 24
+#else
+#define SUM_REGISTERS 12
+#endif
 
 /* sums[head][channel] += weights[head][token] * level[token][channel] over `slots` tokens of a page. */
 INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int slots, const float *weights, int room,
-                  float *sums, int stride) {
-    const int codes = codes_of(bits), at_once = codes < WORDS_AT_ONCE ? codes : WORDS_AT_ONCE;
+                  float *sums, int stride, const char *next) {
+    const int codes = codes_of(bits), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
+    const int at_once = codes < most ? codes : most;
     if (words % LANES == 0) {
         for (int j = 0; j < words; j += LANES)
             for (int first = 0; first < codes; first += at_once) {
-                vf acc[DECODE_HEADS][WORDS_AT_ONCE];
+                vf acc[DECODE_HEADS][8];
                 for (int g = 0; g < heads; g++)
                     for (int i = 0; i < at_once; i++)
                         acc[g][i] = load_f(sums + g * stride + (first + i) * words + j);
                 for (int t = 0; t < slots; t++) {
+                    if (t % TILE == 0 && j + first == 0) prefetch(next + (size_t)t * words * 4, words * TILE * 4);
                     vu word = load_u(values + (size_t)t * words + j) >> (first * (32 / codes));
                     UNROLL
                     for (int i = 0; i < at_once; i++) {
@@ -117,10 +131,11 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
     } else if (LANES % words == 0) {
         const int tokens = LANES / words; /* of one vector */
         for (int first = 0; first < codes; first += at_once) {
-            vf acc[DECODE_HEADS][WORDS_AT_ONCE];
+            vf acc[DECODE_HEADS][8];
             for (int g = 0; g < heads; g++)
                 for (int i = 0; i < at_once; i++) acc[g][i] = splat(0);
             for (int t = 0; t < slots; t += tokens) {
+                if (t % TILE == 0 && first == 0) prefetch(next + (size_t)t * words * 4, words * TILE * 4);
                 vu word = load_u(values + (size_t)t * words) >> (first * (32 / codes));
                 vf weight[DECODE_HEADS];
                 for (int g = 0; g < heads; g++) weight[g] = spread(weights + g * room + t, tokens);
@@ -162,6 +177,15 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
     default: { enum { BITS = 2 }; call; } break;           \
     }
 
+/* Where a page keeps a row of keys or values; of the page after the last one, that of the first. */
+static const char *codes_at(const kvq_task *task, int page, int chunk, size_t vector_row, int of_keys) {
+    if (page >= task->chunk[chunk + 1]) page = task->chunk[chunk];
+    const kvq_page *at = task->pass->page + page;
+    const size_t first_slot = vector_row * at->capacity + at->begin;
+    const uint32_t *codes = of_keys ? at->keys : at->values;
+    return (const char *)(codes + first_slot * words_per_vector(of_keys ? at->key_bits : at->value_bits, task->pass->head_dim));
+}
+
 static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head, int heads, char *partial) {
     const kvq_pass *pass = task->pass;
     const int dim = task->padded_dim, room = task->chunk_room;
@@ -173,7 +197,9 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
         const kvq_page *page = pass->page + p;
         int slots = slots_of(page);
         if (slots <= 0) continue;
-        FOR_HEADS(FOR_BITS(page->key_bits, page_scores(BITS, HEADS, task, page, vector_row, head, slots, scores + at, room)))
+        const char *next = codes_at(task, p + 1, chunk, vector_row, p + 1 < end);
+        FOR_HEADS(FOR_BITS(page->key_bits,
+                           page_scores(BITS, HEADS, task, page, vector_row, head, slots, scores + at, room, next)))
         at += slots;
     }
 
@@ -212,7 +238,9 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
                 for (int g = 0; g < heads; g++)
                     store_f(scores + g * room + at + t, load_f(scores + g * room + at + t) * scale);
             }
-        FOR_HEADS(FOR_BITS(page->value_bits, weigh(BITS, HEADS, values, words, slots, scores + at, room, sums[0], stride)))
+        const char *next = codes_at(task, p + 1, chunk, vector_row, 0);
+        FOR_HEADS(FOR_BITS(page->value_bits,
+                           weigh(BITS, HEADS, values, words, slots, scores + at, room, sums[0], stride, next)))
         at += slots;
     }
 }

@@ -1,0 +1,44 @@
+"""A forward pass as one graph, with attention as the native library's operator in it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvq.runtime.engine import Bound, Engine, ForwardPass
+from kvq.runtime.native.library import FILE, Pass, load
+from kvq.runtime.native.table import PageTable
+from kvq.runtime.store import KVStore
+
+
+class NativePass(ForwardPass):
+    """One run of the decoder graph. The operator finds the session's store through `Pass`.
+
+    Args:
+        engine: the sessions.
+        tokens: tokens per pass.
+        kernel: index of the instruction set, see `library.kernels`.
+    """
+
+    def __init__(self, engine: Engine, tokens: int, kernel: int) -> None:
+        super().__init__(engine, tokens)
+        shape = engine.architecture
+        self._library = load()
+        self._table = PageTable()
+        self._pass = Pass(
+            *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
+            *(self.keys.ctypes.data, self.values.ctypes.data, None),
+        )
+        inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
+        self._graph = Bound(engine.decoder(FILE), inputs, outputs)
+
+    def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
+        table = self._table.update(store)
+        self._pass.page, self._pass.pages = table.ctypes.data, len(table)
+        self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
+        self._library.kvq_set_pass(ctypes.byref(self._pass))
+        try:
+            self._graph.run()
+        finally:
+            self._library.kvq_set_pass(None)
