@@ -60,7 +60,10 @@ class Session:
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
         self.store = KVStore(
-            Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=min(recent, shape.context), sink=sink
+            Geometry(shape.layers, shape.kv_heads, shape.head_dim),
+            recent=min(recent, shape.context),
+            sink=sink,
+            codecs=self.backend.codecs,
         )
         self.prefill_chunk = prefill_chunk
         self._rarity = RarityCounter(shape.vocab)

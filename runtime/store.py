@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvq.runtime.codecs import CODECS
-from kvq.runtime.codecs.uniform import WindowCodec
+from kvq.runtime.codecs import NUMPY, CodecSet
 from kvq.runtime.pages import TILE_TOKENS, Bits, Bucket, Encoded, Geometry, Page, Slots
 
 SINK_BITS = Bits(16, 16)
@@ -26,14 +25,12 @@ class RecentWindow:
     bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves.
     """
 
-    codec = WindowCodec()
-
     def __init__(self, geometry: Geometry, capacity: int) -> None:
         room = -(-capacity // TILE_TOKENS) * TILE_TOKENS
-        self.keys = Slots(self.codec, geometry, room, tiled=True)
-        self.values = Slots(self.codec, geometry, room, tiled=False)
+        self.keys = Slots(NUMPY.window, geometry, room, tiled=True)
+        self.values = Slots(NUMPY.window, geometry, room, tiled=False)
         self.head_dim = geometry.head_dim
-        self.token_bytes = 2 * geometry.layers * geometry.kv_heads * self.codec.vector_bytes(geometry.head_dim) + 2
+        self.token_bytes = 2 * geometry.layers * geometry.kv_heads * NUMPY.window.vector_bytes(geometry.head_dim) + 2
         self.bits = np.zeros((capacity, 2), np.uint8)
         self.capacity = capacity
         self.count = 0
@@ -64,10 +61,12 @@ class KVStore:
         geometry: layers, kv_heads, head_dim.
         recent: newest tokens kept at 16 bits, in tokens.
         sink: first tokens of the text stored at 16 bits whatever the policy says, in tokens.
+        codecs: what tokens are encoded with.
     """
 
-    def __init__(self, geometry: Geometry, recent: int = 16, sink: int = 0) -> None:
+    def __init__(self, geometry: Geometry, recent: int = 16, sink: int = 0, codecs: CodecSet = NUMPY) -> None:
         self.geometry = geometry
+        self.codecs = codecs
         self.sink = sink
         self.window = RecentWindow(geometry, recent)
         self.buckets: dict[Bits, Bucket] = {}
@@ -99,7 +98,7 @@ class KVStore:
         starts = (old_stop - len(old), self.length)
         # Encode everything before changing anything: a refused value must not leave half a token.
         encoded = [part for run, start in zip(leaving, starts, strict=True) for part in self._encode(*run, start)]
-        ring = [Encoded(*window.codec.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
+        ring = [Encoded(*self.codecs.window.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
 
         for pair, k, v, positions in encoded:
             self.buckets.setdefault(pair, Bucket(pair, self.geometry)).append(k, v, positions)
@@ -130,12 +129,12 @@ class KVStore:
         for value in np.unique(code):
             pair = Bits(int(value) >> 8, int(value) & 255)
             chosen = np.flatnonzero(code == value)
-            parts = [Encoded(*CODECS[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))]
+            parts = [Encoded(*self.codecs.by_bits[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))]
             yield pair, parts[0], parts[1], (start + chosen).astype(np.int32)
 
     def _as_in_window(self, x: np.ndarray) -> np.ndarray:
         """x as the window would have kept it: stored bytes must not depend on how a text was chunked."""
-        return self.window.codec.roundtrip(x) if self.window.capacity else x
+        return self.codecs.window.roundtrip(x) if self.window.capacity else x
 
     def trim(self, length: int) -> None:
         """Forget every token at a position >= length.

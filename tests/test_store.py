@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvq.runtime.codecs import CODECS
+from kvq.runtime.codecs import CODECS, NUMPY
 from kvq.runtime.errors import NonFiniteError
 from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, TILE_TOKENS, Bits, Bucket, Encoded, Geometry
 from kvq.runtime.store import KVStore
@@ -213,7 +213,7 @@ def test_the_ring_holds_the_newest_tokens_at_16_bits(text, recent, sink, cuts):
     store = filled_store(geometry, tokens, recent, sink, at(cuts, count))
     newest = tokens.part(max(0, count - recent), count)
     assert store.window.count == len(newest.bits)
-    encoded = [array.tobytes() for x in newest[:2] for array in store.window.codec.encode(x)]
+    encoded = [array.tobytes() for x in newest[:2] for array in NUMPY.window.encode(x)]
     bits = newest.bits.copy()
     bits[: max(0, sink - max(0, count - recent))] = 16
     assert window_content(store) == (*encoded, bits.tobytes())

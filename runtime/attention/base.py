@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from kvq.runtime.codecs import NUMPY, CodecSet
 from kvq.runtime.engine import Engine, ForwardPass, SegmentedPass
 from kvq.runtime.store import KVStore
 
@@ -15,12 +16,13 @@ class AttentionBackend(ABC):
 
     One instance belongs to one session and may keep scratch memory between calls.
     `priority` orders the backends under ``auto``: the highest that is available wins.
-    `detail` says more about what runs, for statistics.
+    `detail` says more about what runs, for statistics. `codecs` encode for the session's store.
     """
 
     name: str
     priority: int
     detail: str = ""
+    codecs: CodecSet = NUMPY
 
     @classmethod
     def unavailable(cls) -> str:

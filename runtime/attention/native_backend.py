@@ -9,6 +9,7 @@ import numpy as np
 from kvq.runtime.attention.base import AttentionBackend
 from kvq.runtime.engine import Engine, ForwardPass
 from kvq.runtime.errors import BackendError
+from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.forward import NativePass
 from kvq.runtime.native.library import Pass, Rows, choose_kernel, load
 from kvq.runtime.native.table import PageTable
@@ -36,6 +37,7 @@ class NativeAttention(AttentionBackend):
         self._library = load()
         self.detail, self._kernel = choose_kernel()
         self._table = PageTable()
+        self.codecs = native_codecs(self._kernel)
 
     def attend(
         self,

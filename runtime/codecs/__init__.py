@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 from kvq.runtime.codecs.base import Codec
+from kvq.runtime.codecs.uniform import WindowCodec
 from kvq.runtime.discovery import discover
 
 CODECS: dict[int, Codec] = discover(sys.modules[__name__], "CODECS")
 
-__all__ = ["CODECS", "Codec"]
+
+class CodecSet(NamedTuple):
+    """The codecs a store encodes with; every set gives the same bytes.
+
+    by_bits: bits per value -> codec.
+    window: the recent window's.
+    """
+
+    by_bits: dict[int, Codec]
+    window: Codec
+
+
+NUMPY = CodecSet(CODECS, WindowCodec())
+
+__all__ = ["CODECS", "NUMPY", "Codec", "CodecSet"]

@@ -194,3 +194,9 @@ int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_pa
     parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
     return task.failed ? -1 : 0;
 }
+
+int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
+               uint16_t *scales) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
+}

@@ -1,5 +1,7 @@
 /* One new token: scores, softmax and weighted values of one KV head over one chunk of pages.
  * Codes are expanded in registers, once for up to DECODE_HEADS query heads. */
+#ifndef KVQ_DECODE_H
+#define KVQ_DECODE_H
 #include <float.h>
 
 #include "kernel.h"
@@ -253,3 +255,5 @@ static void decode_item(const kvq_task *task, size_t i) {
         decode_heads(task, kv_head, chunk, kv_head * task->group + g, heads, partial);
     }
 }
+
+#endif

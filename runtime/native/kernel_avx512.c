@@ -42,7 +42,7 @@ INLINE vu dot_codes(int bits, vu word, int s) {
 INLINE vi dot(vi sum, vu codes, int32_t query) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(query));
 }
-#include "prefill.h"
+#include "body.h"
 
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

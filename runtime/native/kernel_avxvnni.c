@@ -15,7 +15,7 @@ INLINE vu dot_codes(int bits, vu word, int s) {
 INLINE vi dot(vi sum, vu codes, int32_t query) {
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(query));
 }
-#include "prefill.h"
+#include "body.h"
 
 static int has_avxvnni(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&

@@ -17,7 +17,7 @@ INLINE vu dot_codes(int bits, vu word, int s) {
 INLINE vi dot(vi sum, vu codes, int32_t query) {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(query)));
 }
-#include "prefill.h"
+#include "body.h"
 
 #if defined(__APPLE__)
 static int has_dotprod(void) { return 1; }

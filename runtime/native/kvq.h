@@ -62,6 +62,11 @@ typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), 
 KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
                           void *context);
 
+/* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written at 16 bits), byte
+ * for byte as runtime/codecs does. head_dim is at most 1024. Returns 0, or -1 when a value is refused there. */
+KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
+                          uint32_t *words, uint16_t *scales);
+
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);

@@ -72,6 +72,10 @@ def load() -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.c_void_p,
     )
+    library.kvq_encode.argtypes = (
+        *(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32),
+        *(ctypes.c_void_p, ctypes.c_void_p),
+    )
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None
     return library

@@ -229,7 +229,3 @@ static int prefill_item(const kvq_task *task, size_t item) {
     free(memory), free(visible);
     return 0;
 }
-
-#define KERNEL(symbol, label, check, dot_products) \
-    const kvq_kernel symbol = {.name = label, .available = check, .integer_dot = dot_products, \
-                               .decode = decode_item, .prefill = prefill_item}
