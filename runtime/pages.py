@@ -132,11 +132,7 @@ class Page:
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, free room included."""
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+        self.nbytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes  # of all arrays, free room included
 
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add the tokens behind the last one; the caller has checked that they fit."""
@@ -153,22 +149,19 @@ class Page:
 
 
 class Bucket:
-    """All pages of one `Bits` pair, in order of position."""
+    """All pages of one `Bits` pair, in order of position.
+
+    Attributes:
+        count: tokens stored.
+        nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
+    """
 
     def __init__(self, bits: Bits, geometry: Geometry) -> None:
         self.bits = bits
         self.geometry = geometry
         self.pages: list[Page] = []
-
-    @property
-    def count(self) -> int:
-        """Tokens stored."""
-        return sum(page.count for page in self.pages)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages, free room included."""
-        return sum(page.nbytes for page in self.pages)
+        self.count = 0
+        self.nbytes = 0
 
     @property
     def token_bytes(self) -> int:
@@ -183,17 +176,21 @@ class Bucket:
             if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
                 size = min(max(FIRST_PAGE_TOKENS, self.count), LAST_PAGE_TOKENS)
                 self.pages.append(Page(self.bits, self.geometry, size))
+                self.nbytes += self.pages[-1].nbytes
             page = self.pages[-1]
             stop = min(len(positions), done + page.capacity - page.count)
             part = slice(done, stop)
             page.append(keys.tokens(part), values.tokens(part), positions[part])
+            self.count += stop - done
             done = stop
 
     def trim(self, length: int) -> None:
         """Drop every token at a position >= length."""
         while self.pages:
             page = self.pages[-1]
-            page.count = int(np.searchsorted(page.positions[: page.count], length))
-            if page.count:
+            kept = int(np.searchsorted(page.positions[: page.count], length))
+            self.count -= page.count - kept
+            page.count = kept
+            if kept:
                 return
-            self.pages.pop()
+            self.nbytes -= self.pages.pop().nbytes

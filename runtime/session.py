@@ -154,7 +154,7 @@ class Session:
     def _choice(self, features: TokenFeatures) -> np.ndarray:
         """The policy's choice, checked: policies may be anybody's."""
         bits = np.asarray(self.policy.choose(features))
-        if bits.shape != (len(features.positions), 2) or not np.isin(bits, list(CODECS)).all():
+        if bits.shape != (len(features.positions), 2) or not set(bits.ravel().tolist()) <= CODECS.keys():
             raise PolicyError(
                 f"policy {self.policy.name!r} chose {bits!r:.80}; choose (key bits, value bits) for each of"
                 f" {len(features.positions)} tokens from {sorted(CODECS)}"

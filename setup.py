@@ -1,0 +1,93 @@
+"""Builds the native library; everything else about the package stands in pyproject.toml.
+
+The library is plain C without Python's headers and is loaded with ctypes, so one wheel serves
+every Python version of a platform. Without a C compiler the package installs all the same and
+runs on numpy; KVQ_REQUIRE_NATIVE=1 makes a failed build an error instead.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools._distutils.ccompiler import new_compiler
+from setuptools._distutils.sysconfig import customize_compiler
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+NATIVE = Path("runtime", "native")
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Every kernel is one file, compiled for its instruction set; which one runs is decided on the user's machine.
+X86 = {
+    "kernel_avx2.c": AVX2,
+    "kernel_avxvnni.c": [*AVX2, "-mavxvnni"],
+    "kernel_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *AVX2[1:],
+                        "-mprefer-vector-width=512"],
+}  # fmt: skip
+ARM = {"kernel_neon.c": [], "kernel_dotprod.c": ["-march=armv8.2-a+dotprod"]}
+COMMON = {"attention.c": [], "operator.c": [], "kernel_plain.c": []}
+
+
+def build_native(target: Path) -> None:
+    """Compile and link the library; CC, CFLAGS and LDFLAGS are heard."""
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(file, flags):
+            return compiler.compile([str(NATIVE / file)], output_dir=folder, extra_postargs=[*FLAGS, *flags])[0]
+
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(lambda item: compile_one(*item), (COMMON | kernels(compiler)).items()))
+        linked = Path(folder, target.name)
+        compiler.link_shared_object(objects, str(linked), libraries=["m"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A library that is in use must not be written over: put the new one in its place.
+        part = target.with_name(target.name + ".part")
+        part.write_bytes(linked.read_bytes())
+        part.chmod(0o755)
+        part.replace(target)
+
+
+def kernels(compiler):
+    """Kernel files of the machine that the compiler builds for, which need not be this one."""
+    macros = subprocess.run(
+        [*compiler.compiler_so[:1], "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    return X86 if "__x86_64__" in macros else ARM if "__aarch64__" in macros else {}
+
+
+class BuildWithNative(build_py):
+    """Packages, and the library beside the Python files that load it."""
+
+    def run(self):
+        super().run()
+        # An editable install runs from the sources, so the library goes there.
+        root = NATIVE if self.editable_mode else Path(self.build_lib, "kvq", NATIVE)
+        try:
+            build_native(root / "libkvq.so")
+        except Exception as error:  # no compiler, or one that fails: its errors share no base class
+            if os.environ.get("KVQ_REQUIRE_NATIVE") == "1":
+                raise
+            print(f"kvq: the native library was not built ({error}); attention will run on numpy", file=sys.stderr)
+
+
+class PlatformDistribution(Distribution):
+    """A wheel with a compiled library in it belongs to a platform."""
+
+    def has_ext_modules(self):
+        return True
+
+
+class AnyPythonWheel(bdist_wheel):
+    """...but to no Python version."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel}, distclass=PlatformDistribution)
