@@ -48,6 +48,13 @@ class WeightFile:
         self._tensors[name] = tensor
         return tensor
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(self, name: str) -> TensorProto:
+        """The reference of a tensor added before."""
+        return self._tensors[name]
+
     def close(self) -> None:
         """Flush to disk."""
         self._file.flush()
@@ -81,6 +88,11 @@ class Graph:
         self.initializers[name] = self.weights.add(name, array)
         return name
 
+    def stored(self, name: str) -> str:
+        """A constant that is in the weights file already."""
+        self.initializers[name] = self.weights.tensor(name)
+        return name
+
     def constant(self, values: Any, dtype: Any = np.int64) -> str:
         """A small constant inside the graph."""
         array = np.asarray(values, dtype)
@@ -99,30 +111,6 @@ class Graph:
         names = [f"split_{len(self.nodes)}_{i}" for i in range(len(sizes))]
         self.nodes.append(helper.make_node("Split", [value, self.constant(sizes)], names, axis=-1))
         return names
-
-    def join(self, part: Graph, inputs: dict[str, str]) -> dict[str, str]:
-        """Add the nodes of another graph over the same weights.
-
-        Args:
-            part: the graph; it is not changed.
-            inputs: the values here that take the place of its inputs.
-
-        Returns:
-            its outputs: name there -> name of the value here.
-        """
-
-        def rename(name: str) -> str:
-            return inputs.get(name) or (name if name in part.initializers else f"{part.name}/{name}")
-
-        for node in part.nodes:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = f"{part.name}/{node.name or node.output[0]}"
-            copy.input[:] = [rename(name) for name in node.input]
-            copy.output[:] = [rename(name) for name in node.output]
-            self.nodes.append(copy)
-        self.initializers |= part.initializers
-        return {output.name: rename(output.name) for output in part.outputs}
 
     def save(self, folder: Path) -> str:
         """Check and write `<name>.onnx`; returns the file name."""

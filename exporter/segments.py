@@ -2,8 +2,8 @@
 
 Segment i takes the residual stream and the attention output of layer i - 1 and yields the
 residual stream and layer i's queries, keys and values. Inside a segment all tensors are
-[tokens, features]; "tokens" is the only free dimension. The decoder is the same segments joined
-into one graph by the native library's attention operator.
+[tokens, features]; "tokens" is the only free dimension. The decoder is the same computation as
+one graph, with operators of the native library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graph import CONTRIB, KVQ, Graph, WeightFile
-from kvq.exporter.quantize import QuantizedMatrix, block_for, quantize_matrix
+from kvq.exporter.quantize import block_for, quantize_matrix
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
 from kvq.runtime.errors import CheckpointError
 
@@ -49,6 +49,22 @@ class SegmentOptions:
     mean_keys: np.ndarray
 
 
+@dataclass
+class StoredMatrix:
+    """A weight matrix [n, k] in the weights file; bits and block are 0 for float32.
+
+    `read` says that a product of a decode step reads it: an embedding is only looked up.
+    """
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    block: int
+    nbytes: int
+    read: bool = False
+
+
 class SegmentWriter:
     """Writes the graphs of a checkpoint into a folder and counts the bytes a decode step reads."""
 
@@ -59,8 +75,7 @@ class SegmentWriter:
         self.file = file
         self.shape = checkpoint.architecture
         self.decode_weight_nbytes = 0
-        self._decoder = Graph("decoder", file)
-        self._carried: dict[str, str] = {}  # values of the decoder that its next segment takes
+        self._matrices: dict[str, StoredMatrix] = {}
 
     def segments(self) -> Iterator[str]:
         """Write the layers + 1 segments one by one, yielding file names."""
@@ -69,33 +84,35 @@ class SegmentWriter:
             graph = Graph(f"segment_{i:03d}", self.file)
             if i == 0:
                 residual, cosine, sine = self._embedding(graph)
+                graph.output(cosine, "cosine", "tokens", shape.head_dim // 2)
+                graph.output(sine, "sine", "tokens", shape.head_dim // 2)
             else:
-                residual = self._after_attention(graph, i - 1)
+                residual = graph.input("residual", "tokens", shape.hidden)
+                attention = graph.input("attention", "tokens", shape.heads * shape.head_dim)
+                residual = self._after_attention(graph, i - 1, residual, attention)
                 if i < shape.layers:
                     cosine, sine = (graph.input(n, "tokens", shape.head_dim // 2) for n in ("cosine", "sine"))
             graph.output(residual, "residual_out", "tokens", shape.hidden)
             if i < shape.layers:
                 self._before_attention(graph, i, residual, cosine, sine)
-            self._join(graph, i)
             yield graph.save(self.folder)
 
-    def _join(self, segment: Graph, i: int) -> None:
-        """Append a segment to the decoder, and the attention after it."""
-        decoder, last = self._decoder, i == self.shape.layers
-        if i == 0:
-            decoder.inputs.extend(segment.inputs)
-            self._carried = {value.name: value.name for value in segment.inputs}
-        outputs = decoder.join(segment, self._carried)
-        if last:
-            decoder.output(outputs["residual_out"], "residual_out", "tokens", self.shape.hidden)
-            return
-        attention = decoder.op("Attention", outputs["query_key"], outputs["value"], domain=KVQ, layer=i)
-        angles = {name: outputs.get(name) or self._carried[name] for name in ("cosine", "sine")}
-        self._carried = {**angles, "residual": outputs["residual_out"], "attention": attention}
-
     def decoder(self) -> str:
-        """All segments as one graph: ids, positions [tokens] -> residual_out [tokens, hidden]; after `segments`."""
-        return self._decoder.save(self.folder)
+        """All segments as one graph: ids, positions [tokens] -> residual_out [tokens, hidden].
+
+        Between the products stand the native library's operators: what the segments spell out around
+        attention and in the feed-forward block, thirteen small nodes a layer, is two of them here.
+        """
+        shape, graph = self.shape, Graph("decoder", self.file)
+        residual, cosine, sine = self._embedding(graph)
+        rotate = int(not np.array_equal(self.options.rotation, np.eye(shape.head_dim)))
+        for i in range(shape.layers):
+            mean = graph.weight(f"model.layers.{i}.mean_key", self.options.mean_keys[i])
+            qkv = self._queries_keys_values(graph, i, residual)
+            attention = graph.op("Attention", qkv, cosine, sine, mean, domain=KVQ, layer=i, rotate=rotate)
+            residual = self._after_attention(graph, i, residual, attention, native=True)
+        graph.output(residual, "residual_out", "tokens", shape.hidden)
+        return graph.save(self.folder)
 
     def head(self) -> str:
         """Final norm and language-model head: residual [rows, hidden] -> logits [rows, vocab]."""
@@ -103,7 +120,8 @@ class SegmentWriter:
         residual = graph.input("residual", "rows", self.shape.hidden)
         normed = self._norm(graph, residual, "model.norm.weight")
         name = EMBEDDING if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
-        logits = self._product(graph, normed, name, self.checkpoint.tensor(name), HEAD_BITS[self.options.weights])
+        matrix = self._store(name, HEAD_BITS[self.options.weights], lambda: self.checkpoint.tensor(name))
+        logits = self._product(graph, normed, matrix)
         graph.output(logits, "logits", "rows", self.shape.vocab)
         return graph.save(self.folder)
 
@@ -128,40 +146,45 @@ class SegmentWriter:
         """Token ids and positions -> residual stream, cosine and sine of the rotary angles."""
         ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
-        table, bits = self.checkpoint.tensor(EMBEDDING), HEAD_BITS[self.options.weights]
-        if bits:
-            residual = self._gather_quantized(graph, ids, EMBEDDING, self._quantized(table, bits))
+        table = self._store(EMBEDDING, HEAD_BITS[self.options.weights], lambda: self.checkpoint.tensor(EMBEDDING))
+        if table.bits:
+            residual = self._gather_quantized(graph, ids, table)
         else:
-            residual = graph.op("Gather", graph.weight(EMBEDDING, table), ids)
+            residual = graph.op("Gather", graph.stored(EMBEDDING), ids)
 
         column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
         angles = graph.op("Mul", column, graph.constant(self.checkpoint.inv_freq[None], np.float32))
         parts = []
-        for kind, name in (("Cos", "cosine"), ("Sin", "sine")):
+        for kind in ("Cos", "Sin"):
             part = graph.op(kind, angles)
             if self.checkpoint.rope_scale != 1.0:
                 part = graph.op("Mul", part, graph.constant(self.checkpoint.rope_scale, np.float32))
-            graph.output(part, name, "tokens", self.shape.head_dim // 2)
             parts.append(part)
         return residual, parts[0], parts[1]
 
-    def _gather_quantized(self, graph: Graph, ids: str, name: str, table: QuantizedMatrix) -> str:
+    def _gather_quantized(self, graph: Graph, ids: str, table: StoredMatrix) -> str:
         """Rows of an 8-bit table, decoded; the table is the same tensor as a tied head's."""
-        codes = graph.op("Gather", graph.weight(f"{name}.codes", table.codes), ids)
-        scales = graph.op("Gather", graph.weight(f"{name}.scales", table.scales), ids)
+        codes = graph.op("Gather", graph.stored(f"{table.name}.codes"), ids)
+        scales = graph.op("Gather", graph.stored(f"{table.name}.scales"), ids)
         centred = graph.op("Sub", graph.op("Cast", codes, to=TensorProto.FLOAT), graph.constant(128.0, np.float32))
-        blocks = graph.op("Reshape", scales, graph.constant([-1, table.scales.shape[1], 1]))
-        rows = graph.op("Reshape", graph.op("Mul", centred, blocks), graph.constant([-1, table.codes[0].size]))
-        if table.codes[0].size == table.k:
+        blocks = -(-table.k // table.block)
+        rows = graph.op("Mul", centred, graph.op("Reshape", scales, graph.constant([-1, blocks, 1])))
+        rows = graph.op("Reshape", rows, graph.constant([-1, blocks * table.block]))
+        if blocks * table.block == table.k:
             return rows
         return graph.op("Slice", rows, graph.constant([0]), graph.constant([table.k]), graph.constant([1]))
 
+    def _queries_keys_values(self, graph: Graph, layer: int, residual: str) -> str:
+        """Norm and projections: [tokens, (heads + 2 kv_heads) * head_dim]."""
+        prefix = f"model.layers.{layer}"
+        normed = self._norm(graph, residual, f"{prefix}.input_layernorm.weight")
+        return self._projection(graph, normed, f"{prefix}.self_attn", QKV, self._rotate_values)
+
     def _before_attention(self, graph: Graph, layer: int, residual: str, cosine: str, sine: str) -> None:
         """Norm, projections, rotary embedding, rotation, centring -> query_key, value."""
-        shape, rotation, prefix = self.shape, self.options.rotation, f"model.layers.{layer}"
+        shape, rotation = self.shape, self.options.rotation
         both = shape.heads + shape.kv_heads
-        normed = self._norm(graph, residual, f"{prefix}.input_layernorm.weight")
-        qkv = self._projection(graph, normed, f"{prefix}.self_attn", QKV, self._rotate_values)
+        qkv = self._queries_keys_values(graph, layer, residual)
         query_key, value = graph.split(qkv, [both * shape.head_dim, shape.kv_heads * shape.head_dim])
         query_key = graph.op(
             "RotaryEmbedding",
@@ -177,7 +200,7 @@ class SegmentWriter:
         if self.options.mean_keys[layer].any():
             mean = np.zeros((both, shape.head_dim), np.float32)
             mean[shape.heads :] = self.options.mean_keys[layer]
-            query_key = graph.op("Sub", query_key, graph.weight(f"{prefix}.mean_keys", mean))
+            query_key = graph.op("Sub", query_key, graph.weight(f"model.layers.{layer}.mean_query_key", mean))
         graph.output(query_key, "query_key", "tokens", both, shape.head_dim)
         value = graph.op("Reshape", value, graph.constant([-1, shape.kv_heads, shape.head_dim]))
         graph.output(value, "value", "tokens", shape.kv_heads, shape.head_dim)
@@ -187,11 +210,11 @@ class SegmentWriter:
         start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
         return np.concatenate([stacked[:start], rotate_outputs(stacked[start:], self.options.rotation)])
 
-    def _after_attention(self, graph: Graph, layer: int) -> str:
+    def _after_attention(
+        self, graph: Graph, layer: int, residual: str, attention: str, native: bool = False
+    ) -> str:
         """Output projection and feed-forward block, each added to the residual stream."""
         shape, prefix = self.shape, f"model.layers.{layer}"
-        residual = graph.input("residual", "tokens", shape.hidden)
-        attention = graph.input("attention", "tokens", shape.heads * shape.head_dim)
 
         def unrotate(x: np.ndarray) -> np.ndarray:
             return rotate_inputs(x, self.options.rotation) if x.ndim == 2 else x  # a bias is added after
@@ -200,8 +223,11 @@ class SegmentWriter:
         residual = graph.op("Add", residual, output)
         normed = self._norm(graph, residual, f"{prefix}.post_attention_layernorm.weight")
         both = self._projection(graph, normed, f"{prefix}.mlp", ["gate_proj", "up_proj"])
-        gate, up = graph.split(both, [shape.ffn, shape.ffn])
-        inner = graph.op("Mul", graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)  # alpha 1 is SiLU
+        if native:
+            inner = graph.op("SwiGLU", both, domain=KVQ)
+        else:
+            gate, up = graph.split(both, [shape.ffn, shape.ffn])
+            inner = graph.op("Mul", graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)  # alpha 1 is SiLU
         return graph.op("Add", residual, self._projection(graph, inner, f"{prefix}.mlp", ["down_proj"]))
 
     def _norm(self, graph: Graph, x: str, name: str) -> str:
@@ -220,32 +246,55 @@ class SegmentWriter:
     ) -> str:
         """One product for the linear layers `parts` that share an input; `change` is applied to weight and bias."""
         name = f"{prefix}.{'+'.join(parts)}"
-        weight, bias = (self.checkpoint.stacked([f"{prefix}.{p}.{kind}" for p in parts]) for kind in ("weight", "bias"))
-        if weight is None:
-            raise CheckpointError(f"{self.checkpoint.name} has no weights {name}; check the checkpoint")
-        product = self._product(graph, x, name, change(weight), LAYER_BITS[self.options.weights])
-        return product if bias is None else graph.op("Add", product, graph.weight(f"{name}.bias", change(bias)))
+        bias = f"{name}.bias"
 
-    def _product(self, graph: Graph, x: str, name: str, matrix: np.ndarray, bits: int) -> str:
-        """x [tokens, k] times the transpose of matrix [n, k]."""
-        n, k = matrix.shape
-        if not bits:
+        def stacked(kind: str) -> np.ndarray | None:
+            found = self.checkpoint.stacked([f"{prefix}.{p}.{kind}" for p in parts])
+            return None if found is None else change(found)
+
+        def weight() -> np.ndarray:
+            found = stacked("weight")
+            if found is None:
+                raise CheckpointError(f"{self.checkpoint.name} has no weights {name}; check the checkpoint")
+            return found
+
+        if name not in self._matrices and (values := stacked("bias")) is not None:
+            self.file.add(bias, values)
+        product = self._product(graph, x, self._store(name, LAYER_BITS[self.options.weights], weight))
+        return graph.op("Add", product, graph.stored(bias)) if bias in self.file else product
+
+    def _product(self, graph: Graph, x: str, matrix: StoredMatrix) -> str:
+        """x [tokens, k] times the transpose of a matrix [n, k]."""
+        if not matrix.read:
+            matrix.read = True
             self.decode_weight_nbytes += matrix.nbytes
-            return graph.op("Gemm", x, graph.weight(name, matrix), transB=1)
-        quantized = self._quantized(matrix, bits)
-        self.decode_weight_nbytes += quantized.codes.nbytes + quantized.scales.nbytes
+        if not matrix.bits:
+            return graph.op("Gemm", x, graph.stored(matrix.name), transB=1)
         return graph.op(
             "MatMulNBits",
             x,
-            graph.weight(f"{name}.codes", quantized.codes),
-            graph.weight(f"{name}.scales", quantized.scales),
+            graph.stored(f"{matrix.name}.codes"),
+            graph.stored(f"{matrix.name}.scales"),
             domain=CONTRIB,
-            K=k,
-            N=n,
-            bits=bits,
-            block_size=quantized.block,
+            K=matrix.k,
+            N=matrix.n,
+            bits=matrix.bits,
+            block_size=matrix.block,
             accuracy_level=ACCURACY_LEVEL[self.options.activations],
         )
 
-    def _quantized(self, matrix: np.ndarray, bits: int) -> QuantizedMatrix:
-        return quantize_matrix(matrix, bits, block_for(matrix.shape[1], self.options.block))
+    def _store(self, name: str, bits: int, load: Callable[[], np.ndarray]) -> StoredMatrix:
+        """Put a matrix [n, k] into the weights file, quantized to `bits` (0: as it is), unless it is there."""
+        if name not in self._matrices:
+            matrix = load()
+            n, k = matrix.shape
+            if bits:
+                quantized = quantize_matrix(matrix, bits, block_for(k, self.options.block))
+                self.file.add(f"{name}.codes", quantized.codes)
+                self.file.add(f"{name}.scales", quantized.scales)
+                nbytes = quantized.codes.nbytes + quantized.scales.nbytes
+                self._matrices[name] = StoredMatrix(name, n, k, bits, quantized.block, nbytes)
+            else:
+                self.file.add(name, matrix)
+                self._matrices[name] = StoredMatrix(name, n, k, 0, 0, matrix.nbytes)
+        return self._matrices[name]

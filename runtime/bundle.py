@@ -55,7 +55,7 @@ class Manifest:
         decode_weight_nbytes: bytes of weights that one decode step reads.
         eos_token_ids: ids that end a text.
         segments: graph files in order: layers + 1 of them.
-        decoder: graph file of the segments joined by the native attention operator.
+        decoder: graph file of the same layers with native operators.
         head, uncertainty: graph files.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """

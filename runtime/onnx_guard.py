@@ -30,7 +30,7 @@ ALLOWED_OPERATORS = {
         "Add", "Cast", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "MatMul", "Mul", "ReduceMax",
         "ReduceSum", "Reshape", "SimplifiedLayerNormalization", "Sin", "Slice", "Split", "Sub",
     )
-} | {("com.microsoft", name) for name in ("MatMulNBits", "QuickGelu", "RotaryEmbedding")} | {("kvq", "Attention")}  # fmt: skip
+} | {("com.microsoft", name) for name in ("MatMulNBits", "QuickGelu", "RotaryEmbedding")} | {("kvq", "Attention"), ("kvq", "SwiGLU")}  # fmt: skip
 
 
 def check_graph(data: bytes, name: str, external_files: set[str]) -> None:

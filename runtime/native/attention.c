@@ -75,37 +75,53 @@ static int plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
     return chunks;
 }
 
+/* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
+static unsigned key_widths(const kvq_pass *pass) {
+    unsigned widths = 0;
+    for (int p = 0; p < pass->pages; p++) widths |= 1u << pass->page[p].key_bits;
+    return widths;
+}
+
+/* A query head q [padded_dim] as integers: 16 bits in two bytes of [-127, 127] each, so that no product of 8-bit
+ * instructions saturates, in the order of the words of every width that occurs (see kernel.h). */
+static void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
+                          int32_t *words) {
+    float peak = 0;
+    for (int c = 0; c < padded; c++) peak = fmaxf(peak, fabsf(q[c]));
+    const float scale = peak > 0 ? peak / 32258 : 1; /* 127 * 254 */
+    const float inverse = 1 / scale;
+    int8_t high[1024 + 16], low[1024 + 16];
+    int32_t high_sum = 0, low_sum = 0;
+    for (int c = 0; c < padded; c++) {
+        const float magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+        float value = q[c] * inverse + magic - magic, top = value * (1.0f / 254) + magic - magic;
+        int h = (int)top, l = (int)(value - 254 * top);
+        high[c] = (int8_t)h, low[c] = (int8_t)l;
+        high_sum += h, low_sum += l;
+    }
+    *integer = (kvq_integer_query){scale, high_sum, low_sum};
+    for (int bits = 8; bits >= 2; bits /= 2) {
+        if (!(widths >> bits & 1)) continue;
+        const int steps = 8 / bits, n = words_per_vector(bits, d);
+        int8_t *to = (int8_t *)(words + integer_words_start(bits, d));
+        for (int part = 0; part < 2; part++)
+            for (int s = 0; s < steps; s++)
+                for (int j = 0; j < n; j++, to += 4)
+                    for (int b = 0; b < 4; b++) to[b] = (part ? low : high)[(b * steps + s) * n + j];
+    }
+}
+
 /* Queries scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants them, as integers too. */
 static void prepare_queries(kvq_task *task, float *query, kvq_integer_query *integer, int32_t *words) {
-    const kvq_pass *pass = task->pass;
-    const int d = pass->head_dim, stride = integer_words_all(d);
-    for (int h = 0; h < pass->heads; h++) {
-        float *q = query + (size_t)h * task->padded_dim, peak = 0;
+    const int d = task->pass->head_dim, padded = task->padded_dim;
+    const unsigned widths = key_widths(task->pass);
+    for (int h = 0; h < task->pass->heads; h++) {
+        float *q = query + (size_t)h * padded;
         const float *from = task->rows->query + (size_t)h * d;
-        for (int c = 0; c < d; c++) {
-            q[c] = from[c] * task->softmax_scale;
-            peak = fmaxf(peak, fabsf(q[c]));
-        }
-        memset(q + d, 0, sizeof(float) * (task->padded_dim - d));
-        if (!task->kernel->integer_dot) continue;
-        /* 16 bits in two bytes of [-127, 127] each, so that no product of 8-bit instructions saturates. */
-        const float scale = peak > 0 ? peak / 32258 : 1; /* 127 * 254 */
-        integer[h] = (kvq_integer_query){scale, 0, 0};
-        for (int bits = 8; bits >= 2; bits /= 2) {
-            const int steps = 8 / bits, n = words_per_vector(bits, d);
-            int8_t *high = (int8_t *)(words + (size_t)h * stride + integer_words_start(bits, d));
-            int8_t *low = high + 4 * (size_t)steps * n;
-            for (int s = 0; s < steps; s++)
-                for (int j = 0; j < n; j++)
-                    for (int b = 0; b < 4; b++) {
-                        int c = (b * steps + s) * n + j;
-                        int value = c < d ? (int)lrintf(q[c] / scale) : 0;
-                        int top = (int)lrintf((float)value / 254);
-                        high[4 * (s * n + j) + b] = (int8_t)top;
-                        low[4 * (s * n + j) + b] = (int8_t)(value - 254 * top);
-                        if (bits == 8) integer[h].high_sum += top, integer[h].low_sum += value - 254 * top;
-                    }
-        }
+        for (int c = 0; c < d; c++) q[c] = from[c] * task->softmax_scale;
+        memset(q + d, 0, sizeof(float) * (padded - d));
+        if (task->kernel->integer_dot)
+            integer_query(q, padded, d, widths, integer + h, words + (size_t)h * integer_words_all(d));
     }
 }
 
@@ -199,4 +215,9 @@ int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int
                uint16_t *scales) {
     const kvq_kernel *chosen = choose_kernel(kernel);
     return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
+}
+
+void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    if (chosen) chosen->swiglu(x, n, out);
 }

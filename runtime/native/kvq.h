@@ -53,6 +53,22 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
+/* What a projection yields and what attention takes, see kvq_prepare_token. */
+typedef struct {
+    const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
+    const float *cosine, *sine; /* [tokens, head_dim / 2] */
+    const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
+    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys */
+    int32_t heads, kv_heads, head_dim;
+    int32_t rotate; /* whether heads are rotated by the Hadamard matrix; head_dim is a power of two then */
+} kvq_prepare;
+
+/* Queries and keys of one token: rotary embedding, rotation, centring. */
+void kvq_prepare_token(const kvq_prepare *p, size_t token);
+
+/* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
+void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
+
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
 
@@ -74,6 +90,6 @@ KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine ca
 
 /* The pass that the Attention operator works on, when it runs in this thread; null takes it away. */
 KVQ_EXPORT void kvq_set_pass(const kvq_pass *pass);
-const kvq_pass *kvq_current_pass(void);
+
 
 #endif

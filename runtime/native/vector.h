@@ -5,6 +5,9 @@
  *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
  * and for integer dot products (see decode.h) DOT_KERNEL, DOT_OFFSET, dot_codes and dot. */
+#ifndef KVQ_VECTOR_H
+#define KVQ_VECTOR_H
+
 #include "types.h"
 
 INLINE vf load_f(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
@@ -99,3 +102,5 @@ INLINE vf load_halves(const uint16_t *p) {
     memcpy(&x, p, sizeof x);
     return half_to_float(__builtin_convertvector(x, vu));
 }
+
+#endif

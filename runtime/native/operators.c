@@ -1,0 +1,192 @@
+/* Operators of onnxruntime's graphs. A graph names no memory: which session a run belongs to is set by the caller, in
+ * its own thread, with kvq_set_pass. The work runs on onnxruntime's own threads: they spin between two nodes, and a
+ * second pool would have to fight them for the cores. */
+#include <stdlib.h>
+
+#include "kvq.h"
+#include "onnxruntime_abi.h"
+
+#if defined(_MSC_VER)
+#define THREAD_LOCAL __declspec(thread)
+#else
+#define THREAD_LOCAL _Thread_local
+#endif
+
+static THREAD_LOCAL const kvq_pass *current_pass;
+
+void kvq_set_pass(const kvq_pass *pass) { current_pass = pass; }
+
+/* A node: its attributes. */
+typedef struct {
+    const OrtApi *api;
+    int64_t layer, rotate;
+} node;
+
+/* One execution of a node. The first thing that goes wrong stays in status, and what follows does nothing. */
+typedef struct {
+    const OrtApi *api;
+    OrtKernelContext *context;
+    OrtStatus *status;
+} run;
+
+static void fail(run *r, const char *why) {
+    if (!r->status) r->status = CreateStatus(r->api)(ORT_FAIL, why);
+}
+
+/* Data and shape of an input, a matrix of floats; null when there is none such. */
+static const float *matrix(run *r, size_t index, int64_t shape[2]) {
+    const OrtApi *api = r->api;
+    const OrtValue *value = NULL;
+    OrtShapeInfo *info = NULL;
+    size_t rank = 0;
+    void *data = NULL;
+    if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
+    if (!r->status) r->status = GetTensorTypeAndShape(api)(value, &info);
+    if (!r->status) r->status = GetDimensionsCount(api)(info, &rank);
+    if (!r->status && rank != 2) fail(r, "kvq: an input is not a matrix");
+    if (!r->status) r->status = GetDimensions(api)(info, shape, 2);
+    if (info) ReleaseShapeInfo(api)(info);
+    if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
+    return r->status ? NULL : data;
+}
+
+/* The same for an input that has to be of a certain shape. */
+static const float *matrix_of(run *r, size_t index, int64_t rows, int64_t columns) {
+    int64_t shape[2] = {0, 0};
+    const float *data = matrix(r, index, shape);
+    if (!r->status && (shape[0] != rows || shape[1] != columns))
+        fail(r, "kvq: an input does not have the shape that the session's pass asks for");
+    return r->status ? NULL : data;
+}
+
+static float *output(run *r, int64_t rows, int64_t columns) {
+    const int64_t shape[2] = {rows, columns};
+    OrtValue *value = NULL;
+    void *data = NULL;
+    if (!r->status) r->status = KernelContext_GetOutput(r->api)(r->context, 0, shape, 2, &value);
+    if (!r->status) r->status = GetTensorMutableData(r->api)(value, &data);
+    return r->status ? NULL : data;
+}
+
+/* Run work items on onnxruntime's threads, which take them one by one: as many batches as items. */
+static void run_on_pool(void *context, void (*work)(void *, size_t), size_t count, void *data) {
+    run *r = context;
+    if (count == 1) work(data, 0);
+    else if (!r->status) r->status = KernelContext_ParallelFor(r->api)(r->context, work, count, count, data);
+}
+
+static void prepare_work(void *data, size_t token) { kvq_prepare_token(data, token); }
+
+/* kvq::Attention: over the store of the thread's session.
+ *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim]
+ *   -> [tokens, heads * head_dim];  attributes layer, rotate */
+static OrtStatus *attention(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    const kvq_pass *pass = current_pass;
+    run r = {self->api, context, NULL};
+    if (!pass || self->layer < 0 || self->layer >= pass->layers) {
+        fail(&r, "kvq::Attention: no session has set a pass with this layer in this thread");
+        return r.status;
+    }
+    const int64_t d = pass->head_dim, tokens = pass->tokens, both = pass->heads + pass->kv_heads;
+    kvq_prepare prepare = {
+        .qkv = matrix_of(&r, 0, tokens, (both + pass->kv_heads) * d),
+        .cosine = matrix_of(&r, 1, tokens, d / 2),
+        .sine = matrix_of(&r, 2, tokens, d / 2),
+        .mean_key = matrix_of(&r, 3, pass->kv_heads, d),
+        .heads = pass->heads,
+        .kv_heads = pass->kv_heads,
+        .head_dim = pass->head_dim,
+        .rotate = self->rotate && !(d & (d - 1)),
+    };
+    float *out = output(&r, tokens, pass->heads * d);
+    if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * both * d))))
+        fail(&r, "kvq::Attention: no memory");
+    if (r.status) return r.status;
+
+    run_on_pool(&r, prepare_work, (size_t)tokens, &prepare);
+    const kvq_rows rows = {
+        .query = prepare.out,
+        .key = prepare.out + pass->heads * d,
+        .value = prepare.qkv + both * d,
+        .out = out,
+        .query_stride = both * d,
+        .key_stride = both * d,
+        .value_stride = (both + pass->kv_heads) * d,
+        .row_squares = self->layer == pass->layers - 1 ? pass->row_squares : NULL,
+    };
+    if (!r.status && kvq_attend(pass, (int32_t)self->layer, &rows, run_on_pool, &r))
+        fail(&r, "kvq::Attention: no memory");
+    free(prepare.out);
+    return r.status;
+}
+
+typedef struct {
+    const float *x;
+    float *out;
+    size_t columns;
+} swiglu_rows;
+
+static void swiglu_work(void *data, size_t row) {
+    const swiglu_rows *s = data;
+    kvq_swiglu(-1, s->x + row * 2 * s->columns, s->columns, s->out + row * s->columns);
+}
+
+/* kvq::SwiGLU: [tokens, 2 n] -> [tokens, n], silu of the first half times the second. */
+static OrtStatus *swiglu(void *state, OrtKernelContext *context) {
+    run r = {((const node *)state)->api, context, NULL};
+    int64_t shape[2] = {0, 0};
+    swiglu_rows rows = {.x = matrix(&r, 0, shape)};
+    if (!r.status && shape[1] % 2) fail(&r, "kvq::SwiGLU: an odd number of columns");
+    rows.columns = (size_t)shape[1] / 2;
+    rows.out = output(&r, shape[0], shape[1] / 2);
+    if (!r.status) run_on_pool(&r, swiglu_work, (size_t)shape[0], &rows);
+    return r.status;
+}
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state);
+
+static const char *attention_name(const OrtCustomOp *op) { (void)op; return "Attention"; }
+static const char *swiglu_name(const OrtCustomOp *op) { (void)op; return "SwiGLU"; }
+static const char *any_provider(const OrtCustomOp *op) { (void)op; return NULL; }
+static int float_type(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_FLOAT; }
+static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; } /* required; default memory */
+static size_t four(const OrtCustomOp *op) { (void)op; return 4; }
+static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
+
+#define OPERATOR(get_name, inputs, run_it)                                                       \
+    {                                                                                            \
+        .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider, \
+        .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,    \
+        .GetOutputTypeCount = one, .KernelDestroy = free, .GetInputCharacteristic = zero,        \
+        .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,   \
+        .KernelComputeV2 = run_it,                                                               \
+    }
+static const OrtCustomOp ATTENTION = OPERATOR(attention_name, four, attention);
+static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, swiglu);
+
+static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
+    node *self = calloc(1, sizeof *self);
+    if (!self) return CreateStatus(api)(ORT_FAIL, "kvq: no memory");
+    self->api = api;
+    OrtStatus *status = NULL;
+    if (op == &ATTENTION) {
+        status = KernelInfoGetAttribute_int64(api)(info, "layer", &self->layer);
+        if (!status) status = KernelInfoGetAttribute_int64(api)(info, "rotate", &self->rotate);
+    }
+    if (status) free(self);
+    else *state = self;
+    return status;
+}
+
+/* Called by onnxruntime for every set of session options that names this library. */
+KVQ_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base);
+OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    const OrtApi *api = base->GetApi(ORT_API_VERSION);
+    OrtCustomOpDomain *domain = NULL; /* stays for the life of the process: sessions keep referring to it */
+    OrtStatus *status = CreateCustomOpDomain(api)("kvq", &domain);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &ATTENTION);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &SWIGLU);
+    if (!status) status = AddCustomOpDomain(api)(options, domain);
+    return status;
+}
