@@ -210,9 +210,7 @@ class SegmentWriter:
         start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
         return np.concatenate([stacked[:start], rotate_outputs(stacked[start:], self.options.rotation)])
 
-    def _after_attention(
-        self, graph: Graph, layer: int, residual: str, attention: str, native: bool = False
-    ) -> str:
+    def _after_attention(self, graph: Graph, layer: int, residual: str, attention: str, native: bool = False) -> str:
         """Output projection and feed-forward block, each added to the residual stream."""
         shape, prefix = self.shape, f"model.layers.{layer}"
 

@@ -115,7 +115,9 @@ class Slots:
                 codes = by_token[..., slots // TILE_TOKENS, slots % TILE_TOKENS, :, :]
         else:
             codes = codes[..., slots, :, :]
-        return Encoded(codes.reshape(*codes.shape[:-2], codes.shape[-2] * WORD_BYTES), self.scales[layer][..., slots, :])
+        return Encoded(
+            codes.reshape(*codes.shape[:-2], codes.shape[-2] * WORD_BYTES), self.scales[layer][..., slots, :]
+        )
 
     def decode(self, slots: slice | np.ndarray, out: np.ndarray, layer: int | slice = slice(None)) -> None:
         """Decode some tokens of one layer (or of all) into out, float32 [(layers,) kv_heads, slots, head_dim]."""
@@ -169,15 +171,24 @@ class Bucket:
         g = self.geometry
         return g.layers * g.kv_heads * sum(CODECS[b].vector_bytes(g.head_dim) for b in self.bits) + 4
 
+    def open_page(self) -> Page:
+        """The last page, which has room for a token; a new one if need be."""
+        if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
+            size = min(max(FIRST_PAGE_TOKENS, self.count), LAST_PAGE_TOKENS)
+            self.pages.append(Page(self.bits, self.geometry, size))
+            self.nbytes += self.pages[-1].nbytes
+        return self.pages[-1]
+
+    def close_empty_page(self) -> None:
+        """Take back a page that `open_page` made and nobody used."""
+        if self.pages and not self.pages[-1].count:
+            self.nbytes -= self.pages.pop().nbytes
+
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add tokens, opening pages as needed; existing pages are never copied."""
         done = 0
         while done < len(positions):
-            if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
-                size = min(max(FIRST_PAGE_TOKENS, self.count), LAST_PAGE_TOKENS)
-                self.pages.append(Page(self.bits, self.geometry, size))
-                self.nbytes += self.pages[-1].nbytes
-            page = self.pages[-1]
+            page = self.open_page()
             stop = min(len(positions), done + page.capacity - page.count)
             part = slice(done, stop)
             page.append(keys.tokens(part), values.tokens(part), positions[part])

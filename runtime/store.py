@@ -7,7 +7,7 @@ newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,12 @@ class RecentWindow:
         return decoded[0], decoded[1]
 
 
+# mover(window, slot, page, keys, values): write the token that stands in the window's slot behind the last one of the
+# page (None: the slot is free), then keys and values, float32 [layers, kv_heads, 1, head_dim], into the slot. The bytes
+# are those of `KVStore.append`; counts and tags are the store's. False, with nothing done, for values that are refused.
+Mover = Callable[[RecentWindow, int, Page | None, np.ndarray, np.ndarray], bool]
+
+
 class KVStore:
     """Keys and values of one session.
 
@@ -85,6 +91,8 @@ class KVStore:
         """
         new, window = bits.shape[0], self.window
         bits = self._protect(bits)
+        if new == 1 and self._append_one(keys, values, bits):
+            return
         end = self.length + new
         # The window after this call holds the positions [first, end).
         first = max(end - window.capacity, self.length - window.count)
@@ -98,7 +106,9 @@ class KVStore:
         starts = (old_stop - len(old), self.length)
         # Encode everything before changing anything: a refused value must not leave half a token.
         encoded = [part for run, start in zip(leaving, starts, strict=True) for part in self._encode(*run, start)]
-        ring = [Encoded(*self.codecs.window.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
+        ring = (
+            [Encoded(*self.codecs.window.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
+        )
 
         for pair, k, v, positions in encoded:
             self.buckets.setdefault(pair, Bucket(pair, self.geometry)).append(k, v, positions)
@@ -110,6 +120,32 @@ class KVStore:
             window.count = end - first
         self.length = end
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def _append_one(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray) -> bool:
+        """`append` of a single token by the mover; False where there is none or it refuses, nothing done."""
+        window, mover = self.window, self.codecs.mover
+        if mover is None or not window.capacity:
+            return False
+        slot = self.length % window.capacity
+        if window.count < window.capacity:
+            if not mover(window, slot, None, keys, values):
+                return False
+            window.count += 1
+        else:
+            pair = Bits(*window.bits[slot].tolist())
+            bucket = self.buckets.get(pair) or Bucket(pair, self.geometry)
+            page = bucket.open_page()
+            if not mover(window, slot, page, keys, values):
+                bucket.close_empty_page()
+                return False
+            page.positions[page.count] = self.length - window.capacity
+            page.count += 1
+            bucket.count += 1
+            self.buckets[pair] = bucket
+        window.bits[slot] = bits[0]
+        self.length += 1
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        return True
 
     def _protect(self, bits: np.ndarray) -> np.ndarray:
         """Bits with the sink tokens raised to 16."""
@@ -129,7 +165,9 @@ class KVStore:
         for value in np.unique(code):
             pair = Bits(int(value) >> 8, int(value) & 255)
             chosen = np.flatnonzero(code == value)
-            parts = [Encoded(*self.codecs.by_bits[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))]
+            parts = [
+                Encoded(*self.codecs.by_bits[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))
+            ]
             yield pair, parts[0], parts[1], (start + chosen).astype(np.int32)
 
     def _as_in_window(self, x: np.ndarray) -> np.ndarray:
@@ -189,7 +227,9 @@ class KVStore:
     def used_nbytes(self) -> int:
         """Bytes of the stored tokens alone: what a step has to read."""
         window = self.window
-        return window.count * window.token_bytes + sum(bucket.count * bucket.token_bytes for bucket in self.buckets.values())
+        return window.count * window.token_bytes + sum(
+            bucket.count * bucket.token_bytes for bucket in self.buckets.values()
+        )
 
     def account(self) -> dict[str, dict[str, Any]]:
         """Tokens and bytes by precision: {"k4v4": {"tokens", "nbytes", "slack_nbytes"}, ..., "recent": ...}.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvq.runtime.codecs.base import Codec
 from kvq.runtime.codecs.uniform import WindowCodec
@@ -17,10 +17,12 @@ class CodecSet(NamedTuple):
 
     by_bits: bits per value -> codec.
     window: the recent window's.
+    mover: takes one token at a time through the window in a single call, or None; see `kvq.runtime.store.Mover`.
     """
 
     by_bits: dict[int, Codec]
     window: Codec
+    mover: Any = None
 
 
 NUMPY = CodecSet(CODECS, WindowCodec())

@@ -221,3 +221,8 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
     const kvq_kernel *chosen = choose_kernel(kernel);
     if (chosen) chosen->swiglu(x, n, out);
 }
+
+int kvq_move_token(const kvq_move *move) {
+    const kvq_kernel *chosen = choose_kernel(move->kernel);
+    return chosen && move->head_dim <= 1024 ? chosen->move(move) : -1;
+}

@@ -1,4 +1,7 @@
 /* What AVX2 and F16C do better than plain vectors. */
+#ifndef KVQ_AVX2_H
+#define KVQ_AVX2_H
+
 #include <immintrin.h>
 
 #define LANES 8
@@ -22,3 +25,5 @@ INLINE vf avx2_spread(const float *p, int tokens) {
     return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lane);
 }
 #define spread avx2_spread
+
+#endif

@@ -1,5 +1,6 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
 #include "encode.h"
+#include "move.h"
 #include "prefill.h"
 #include "swiglu.h"
 
@@ -10,4 +11,5 @@
                                .decode = decode_item,              \
                                .prefill = prefill_item,            \
                                .swiglu = swiglu_row,               \
+                               .move = move_token,                 \
                                .encode = encode_vectors}

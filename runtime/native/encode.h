@@ -1,4 +1,7 @@
 /* Vectors to codes and scales, byte for byte as the codecs in runtime/codecs do it: every rounding here is theirs. */
+#ifndef KVQ_ENCODE_H
+#define KVQ_ENCODE_H
+
 #include <math.h>
 
 #include "decode.h"
@@ -115,7 +118,7 @@ INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uin
 static int encode_vectors(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales) {
     const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(bits, head_dim);
     float vector[1024];
-    memset(vector, 0, sizeof vector);
+    memset(vector + head_dim, 0, sizeof(float) * (padded - head_dim));
     for (size_t i = 0; i < vectors; i++) {
         int status;
         memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
@@ -124,3 +127,5 @@ static int encode_vectors(int bits, const float *x, size_t vectors, int head_dim
     }
     return 0;
 }
+
+#endif

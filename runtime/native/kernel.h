@@ -25,6 +25,7 @@ typedef struct {
     void (*decode)(const kvq_task *task, size_t i); /* item: one KV head x one chunk of pages, one new token */
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
     void (*swiglu)(const float *x, size_t n, float *out);
+    int (*move)(const kvq_move *move);
     int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 

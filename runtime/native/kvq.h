@@ -83,6 +83,20 @@ KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *r
 KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
                           uint32_t *words, uint16_t *scales);
 
+/* One token's way through the store: what stood in its slot of the recent window moves to a page, and it takes the
+ * slot. Byte for byte what encoding and writing in numpy gives. */
+typedef struct {
+    int32_t layers, kv_heads, head_dim;
+    int32_t kernel;
+    const float *keys, *values; /* of the new token, [layers, kv_heads, head_dim] */
+    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
+    const kvq_page *page;       /* where the old token goes; null when the slot was free */
+    int32_t window_slot, page_slot;
+} kvq_move;
+
+/* Returns 0; or -1 when the new token is refused by the window's codec, and then nothing has changed. */
+KVQ_EXPORT int kvq_move_token(const kvq_move *move);
+
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);

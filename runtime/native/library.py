@@ -19,10 +19,7 @@ FILE = Path(__file__).with_name("libkvq.so")
 # kvq_page
 PAGE = np.dtype(
     [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
-    + [
-        (name, np.int32)
-        for name in ("key_bits", "value_bits", "capacity", "begin", "end", "first", "count", "period")
-    ]
+    + [(name, np.int32) for name in ("key_bits", "value_bits", "capacity", "begin", "end", "first", "count", "period")]
 )
 
 
@@ -43,6 +40,16 @@ class Rows(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out")),
         *((name, ctypes.c_ssize_t) for name in ("query_stride", "key_stride", "value_stride")),
         ("row_squares", ctypes.c_void_p),
+    )
+
+
+class Move(ctypes.Structure):
+    """kvq_move: one token's way through the recent window."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "window", "page")),
+        *((name, ctypes.c_int32) for name in ("window_slot", "page_slot")),
     )
 
 
@@ -76,6 +83,7 @@ def load() -> ctypes.CDLL:
         *(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32),
         *(ctypes.c_void_p, ctypes.c_void_p),
     )
+    library.kvq_move_token.argtypes = (ctypes.POINTER(Move),)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None
     return library
@@ -85,9 +93,7 @@ def kernels() -> dict[str, int]:
     """Instruction sets that this machine can run, slowest first: name -> index."""
     library = load()
     return {
-        library.kvq_kernel_name(i).decode(): i
-        for i in range(library.kvq_kernels())
-        if library.kvq_kernel_available(i)
+        library.kvq_kernel_name(i).decode(): i for i in range(library.kvq_kernels()) if library.kvq_kernel_available(i)
     }
 
 

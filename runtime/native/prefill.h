@@ -1,5 +1,8 @@
 /* Several new tokens: flash attention of a block of query rows over all pages and the new tokens. Blocks of keys
  * and values are expanded to floats, then two dense products do the work. */
+#ifndef KVQ_PREFILL_H
+#define KVQ_PREFILL_H
+
 #include <stdlib.h>
 
 #include "decode.h"
@@ -229,3 +232,5 @@ static int prefill_item(const kvq_task *task, size_t item) {
     free(memory), free(visible);
     return 0;
 }
+
+#endif

@@ -1,4 +1,7 @@
 /* The gated activation of the feed-forward block. */
+#ifndef KVQ_SWIGLU_H
+#define KVQ_SWIGLU_H
+
 #include "vector.h"
 
 INLINE vf silu(vf x) {
@@ -17,3 +20,5 @@ static void swiglu_row(const float *x, size_t n, float *out) {
     gate = silu(gate) * up;
     memcpy(out + i, &gate, sizeof(float) * (n - i));
 }
+
+#endif

@@ -26,12 +26,12 @@ class PageTable:
         pages = [page for bucket in store.buckets.values() for page in bucket.pages]
         if len(pages) != len(self._pages) or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
             self._pages = pages
-            rows = [_page_row(page) for page in pages]
-            window = _window_rows(store.window)
+            rows = [page_row(page) for page in pages]
+            window = window_rows(store.window)
             self._window_rows = len(window)
             self.rows = np.array(rows + window, PAGE)
         elif not len(self.rows):
-            self.rows = np.array(_window_rows(store.window), PAGE)
+            self.rows = np.array(window_rows(store.window), PAGE)
             self._window_rows = len(self.rows)
         self.rows["count"][: len(pages)] = [page.count for page in pages]
         if self._window_rows:
@@ -43,12 +43,14 @@ class PageTable:
         return self.rows
 
 
-def _page_row(page: Page) -> tuple[int, ...]:
+def page_row(page: Page) -> tuple[int, ...]:
+    """The row of a page, without its count."""
     k, v = page.bits
     return (*page.keys.addresses, *page.values.addresses, k, v, page.capacity, 0, page.capacity, 0, 0, page.capacity)
 
 
-def _window_rows(window: RecentWindow) -> list[tuple[int, ...]]:
+def window_rows(window: RecentWindow) -> list[tuple[int, ...]]:
+    """The rows of a recent window, without what changes from step to step."""
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
     return [

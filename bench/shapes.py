@@ -1,0 +1,190 @@
+"""Random-weight models in SmolLM's shapes, made once and kept in a cache folder.
+
+Every arm runs the same model. `assets` makes a bundle with int4 weights, and a Hugging Face
+checkpoint of exactly the values those weights stand for; files of other formats are derived
+from the two by the arms that need them, next to them in the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvq.models.family import config
+
+LONGEST = 8192  # tokens of context that can be measured
+ROOM = 256  # tokens after it, for decode steps
+RECIPE = 1  # raised when a file in the cache is made differently, so that old ones are not used
+
+# As wide as a test needs: whole blocks of 64, grouped heads, two layers.
+TINY: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+BENCH_SHAPES = ("smollm-135m", "smollm-360m", "smollm-1.7b")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Where the files of one shape are.
+
+    Attributes:
+        folder: of everything made from the shape.
+        fields: its config.json.
+        exact: take the bundle whose products keep activations in float32. Its speed means nothing; it is for
+            checks, as quantized activations turn differences of 1e-6 into differences of a few percent.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    exact: bool = False
+
+    @property
+    def bundle(self) -> Path:
+        """kvq's bundle: int4 layers, 8-bit embedding and head."""
+        return self.folder / ("bundle-exact" if self.exact else "bundle")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Hugging Face folder with the float32 values of the bundle's weights, the rotation of values included."""
+        return self.folder / "checkpoint"
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all products; a tied embedding counts once."""
+        hidden, ffn, vocab, layers = (
+            self.fields[n] for n in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
+        )
+        grouped = self.fields["num_key_value_heads"] / self.fields["num_attention_heads"]
+        return int(layers * (hidden * hidden * (2 + 2 * grouped) + 3 * hidden * ffn) + hidden * vocab)
+
+    @property
+    def values_per_token(self) -> int:
+        """Cached numbers a token has, keys and values of all layers."""
+        head_dim = self.fields["hidden_size"] // self.fields["num_attention_heads"]
+        return 2 * self.fields["num_hidden_layers"] * self.fields["num_key_value_heads"] * head_dim
+
+
+def default_cache() -> Path:
+    """Folder of the made models: $XDG_CACHE_HOME/kvq/bench, by default ~/.cache/kvq/bench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "bench"
+
+
+def assets(shape: str, root: Path, exact: bool = False) -> Assets:
+    """The files of a shape, which may not exist yet; `exact` as in `Assets`.
+
+    Args:
+        shape: a name of `kvq.models.family`, or "tiny".
+        root: the cache folder, with a folder for each shape.
+
+    Raises:
+        KeyError: no such shape.
+    """
+    fields = config("smollm-135m", **TINY) if shape == "tiny" else config(shape)
+    # SmolLM's own initialisation: attention that tells tokens apart, activations of order one.
+    fields |= {"max_position_embeddings": LONGEST + ROOM, "initializer_range": fields["hidden_size"] ** -0.5}
+    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{_exporter_digest()}", fields, exact)
+
+
+@cache
+def _exporter_digest() -> str:
+    """Changes with every change of the exporter: a bundle of an older one is not measured by mistake."""
+    root = Path(str(importlib.resources.files("kvq.exporter")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(root.glob("*.py")))).hexdigest()[:8]
+
+
+def make_bundle(made: Assets) -> None:
+    """Make bundle, checkpoint and exact bundle if they are not there; minutes, and 16 bytes a parameter of memory."""
+    made, exact = replace(made, exact=False), replace(made, exact=True)
+    if not (made.bundle.is_dir() and made.checkpoint.is_dir()):
+        _make(made)
+    if not exact.bundle.is_dir():
+        with made_folder(exact.bundle) as folder:
+            _make_exact(made.bundle, folder)
+
+
+def _make(made: Assets) -> None:
+    """Bundle and checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kvq.bench.weights import BundleWeights
+    from kvq.exporter.calibration import calibration_text
+    from kvq.exporter.checkpoint import load_checkpoint
+    from kvq.exporter.export import export
+    from kvq.models.corpus import train_tokenizer
+
+    torch.manual_seed(0)
+    fields = LlamaConfig(**{k: v for k, v in made.fields.items() if k not in ("model_type", "architectures")})
+    model = LlamaForCausalLM(fields).eval()
+    with torch.no_grad():  # norms are initialised to one, which would hide a mistake in them
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    made.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".original.", dir=made.folder) as temporary:
+        model.save_pretrained(temporary)
+        # A tokenizer is what keys are calibrated with: real bundles have centred keys, so these have too.
+        tokenizer = train_tokenizer(iter([calibration_text()]), min(512, made.fields["vocab_size"]))
+        tokenizer.save(str(Path(temporary) / "tokenizer.json"))
+        export(load_checkpoint(temporary), made.bundle, overwrite=True)
+    weights = BundleWeights(made)
+    state = weights.vectors() | {name: matrix.dequantize() for name, matrix in weights.parts().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.as_tensor(np.array(state[name])))
+    with made_folder(made.checkpoint) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _make_exact(bundle: Path, folder: Path) -> None:
+    """The bundle again, with accuracy_level 0 in all quantized products."""
+    import onnx
+
+    from kvq.runtime.bundle import MANIFEST, Manifest, digest
+
+    manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
+    for name, entry in manifest.files.items():
+        if name.endswith(".onnx"):
+            model = onnx.load(bundle / name, load_external_data=False)
+            for node in model.graph.node:
+                for attribute in node.attribute:
+                    if attribute.name == "accuracy_level":
+                        attribute.i = 0
+            (folder / name).write_bytes(model.SerializeToString())
+            entry |= {"nbytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+        else:  # copied: onnx refuses to read a file with several names
+            shutil.copy(bundle / name, folder / name)
+    manifest.weights["activations"] = "fp32"
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well; an old one is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
