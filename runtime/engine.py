@@ -47,6 +47,8 @@ class Engine:
         self.architecture = bundle.manifest.architecture
         self._bundle = bundle
         self._lock = threading.Lock()
+        for name in (*bundle.manifest.segments, bundle.manifest.decoder):
+            bundle.graph(name)  # refuses a foreign graph now, even one that no backend asks for later
         self.head = self._session(bundle.manifest.head)
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         Head(self, 1)  # the graphs fit the manifest, or this raises BundleError

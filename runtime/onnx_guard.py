@@ -24,13 +24,15 @@ ATTRIBUTE_TENSOR, ATTRIBUTE_TENSORS = 5, 10
 # Subgraphs and sparse tensors in attributes: our graphs have neither.
 ATTRIBUTE_REFUSED = {6: "subgraph", 11: "subgraphs", 22: "sparse tensor", 23: "sparse tensors"}
 
-ALLOWED_OPERATORS = {
-    ("", name)
-    for name in (
+OPERATORS = {
+    "": (
         "Add", "Cast", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "MatMul", "Mul", "ReduceMax",
         "ReduceSum", "Reshape", "SimplifiedLayerNormalization", "Sin", "Slice", "Split", "Sub",
-    )
-} | {("com.microsoft", name) for name in ("MatMulNBits", "QuickGelu", "RotaryEmbedding")} | {("kvq", "Attention"), ("kvq", "SwiGLU")}  # fmt: skip
+    ),
+    "com.microsoft": ("MatMulNBits", "QuickGelu", "RotaryEmbedding"),
+    "kvq": ("Attention", "SwiGLU"),
+}  # fmt: skip
+ALLOWED_OPERATORS = {(domain, name) for domain, names in OPERATORS.items() for name in names}
 
 
 def check_graph(data: bytes, name: str, external_files: set[str]) -> None:

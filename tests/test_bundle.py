@@ -115,7 +115,8 @@ DAMAGED: list[tuple[str, Damage, str]] = [
     ("manifest too large", lambda f: (f / MANIFEST).write_text(" " * (1 << 20) + "{}"), "kvq.json is larger"),
     ("manifest a link", lambda f: link(f, MANIFEST), "holds no kvq.json"),
     ("other format", sub("format", "gguf"), "not of format 'kvq-bundle'"),
-    ("later version", sub("format_version", 2), "format version 2 is not 1"),
+    ("later version", sub("format_version", 3), "format version 3 is not 2"),
+    ("earlier version", sub("format_version", 1), "format version 1 is not 2"),
     ("no version", lambda f: edit(f, lambda d: d.pop("format_version")), "KeyError: 'format_version'"),
     ("no head", lambda f: edit(f, lambda d: d.pop("head")), "KeyError: 'head'"),
     ("no architecture", sub("architecture", None), "kvq.json is damaged"),
@@ -176,16 +177,16 @@ def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def rewritten(change: Callable[[onnx.ModelProto], Any]) -> Damage:
-    def damage(folder: Path) -> None:
-        model = onnx.load(folder / SEGMENT, load_external_data=False)
+    def damage(file: Path) -> None:
+        model = onnx.load(file, load_external_data=False)
         change(model)
-        (folder / SEGMENT).write_bytes(model.SerializeToString())
+        file.write_bytes(model.SerializeToString())
 
     return damage
 
 
 def raw(data: bytes) -> Damage:
-    return lambda folder: (folder / SEGMENT).write_bytes(data)
+    return lambda file: file.write_bytes(data)
 
 
 def foreign_operator(model: onnx.ModelProto) -> None:
@@ -309,17 +310,31 @@ GRAPHS: list[tuple[str, Damage, str]] = [
 ]
 
 
+# The backend that runs a graph, and the graph.
+every_form = pytest.mark.parametrize(("backend", "graph"), [("numpy", SEGMENT), ("native", "decoder.onnx")])
+
+
+@every_form
 @pytest.mark.parametrize(("damage", "words"), [pytest.param(*row[1:], id=row[0]) for row in GRAPHS])
-def test_foreign_graph_is_refused(damage: Damage, words: str, bundle: Path) -> None:
-    damage(bundle)
-    relist(bundle, SEGMENT)
+def test_foreign_graph_is_refused(monkeypatch, backend, graph, damage: Damage, words: str, bundle: Path) -> None:
+    monkeypatch.setenv("KVQ_BACKEND", backend)
+    damage(bundle / graph)
+    relist(bundle, graph)
     Bundle(bundle)  # nothing about the file itself is wrong
     message = refusal(bundle)
-    assert SEGMENT in message
-    assert words in message
+    assert graph in message
+    assert words.replace(SEGMENT, graph) in message
 
 
-def test_swapped_segments_are_refused(bundle: Path) -> None:
+def test_a_foreign_graph_is_refused_even_where_another_form_would_run(monkeypatch, bundle: Path) -> None:
+    monkeypatch.setenv("KVQ_BACKEND", "numpy")
+    rewritten(foreign_operator)(bundle / "decoder.onnx")
+    relist(bundle, "decoder.onnx")
+    assert "operator NonZero" in refusal(bundle)
+
+
+def test_swapped_segments_are_refused(monkeypatch, bundle: Path) -> None:
+    monkeypatch.setenv("KVQ_BACKEND", "numpy")
     edit(bundle, lambda data: data["segments"].reverse())
     refusal(bundle)
 
@@ -328,13 +343,17 @@ def test_swapped_segments_are_refused(bundle: Path) -> None:
     ("name", "value"),
     [("hidden", 128), ("heads", 4), ("kv_heads", 8), ("head_dim", 16), ("vocab", 1024), ("vocab", 256)],
 )
-def test_shape_other_than_that_of_the_graphs_is_refused(name: str, value: int, bundle: Path) -> None:
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_shape_other_than_that_of_the_graphs_is_refused(
+    monkeypatch, backend: str, name: str, value: int, bundle: Path
+) -> None:
+    monkeypatch.setenv("KVQ_BACKEND", backend)
     edit(bundle, lambda data: data["architecture"].update({name: value}))
     refusal(bundle)
 
 
 def test_the_rewriting_itself_is_harmless(bundle: Path) -> None:
-    rewritten(lambda model: None)(bundle)
+    rewritten(lambda model: None)(bundle / SEGMENT)
     relist(bundle, SEGMENT)
     assert kvq.load(bundle).session().append([1]).shape == (TINY["vocab_size"],)
 

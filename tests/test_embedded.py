@@ -5,6 +5,7 @@ import pytest
 
 import kvq
 from kvq.runtime.model import DEFAULT_MODEL, embedded_models
+from tests.kvdata import arrays_in
 
 PROMPT = "The captain looked at the sea"
 GOLDEN = (
@@ -57,8 +58,7 @@ def test_mixed_precision_reports_bytes_that_add_up(model):
     assert text(session, max_tokens=100)
     stats = session.stats()
     store = session.store
-    arrays = [a for b in store.buckets.values() for p in b.pages for a in (*p.keys, *p.values, p.positions)]
-    arrays += [*store.window.keys, *store.window.values, store.window.bits]
-    assert sum(row["nbytes"] for row in stats.precisions.values()) == sum(a.nbytes for a in arrays) == stats.kv_nbytes
+    held = sum(array.nbytes for array in arrays_in(store))
+    assert sum(row["nbytes"] for row in stats.precisions.values()) == held == stats.kv_nbytes
     assert {"k16v16", "k8v8", "k4v4", "k2v2"} <= stats.precisions.keys()
     assert sum(row["tokens"] for row in stats.precisions.values()) == stats.tokens == len(session.tokens)

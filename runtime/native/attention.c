@@ -82,32 +82,33 @@ static unsigned key_widths(const kvq_pass *pass) {
     return widths;
 }
 
-/* A query head q [padded_dim] as integers: 16 bits in two bytes of [-127, 127] each, so that no product of 8-bit
- * instructions saturates, in the order of the words of every width that occurs (see kernel.h). */
+/* A query head q [padded_dim] as integers, in the order of the words of every width that occurs (see kernel.h). */
 static void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
                           int32_t *words) {
+    const float largest = 127 * QUERY_BASE * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+    int8_t parts[QUERY_PARTS][1024 + 16];
     float peak = 0;
     for (int c = 0; c < padded; c++) peak = fmaxf(peak, fabsf(q[c]));
-    const float scale = peak > 0 ? peak / 32258 : 1; /* 127 * 254 */
-    const float inverse = 1 / scale;
-    int8_t high[1024 + 16], low[1024 + 16];
-    int32_t high_sum = 0, low_sum = 0;
+    const float scale = peak > 0 ? peak / largest : 1, inverse = peak > 0 ? largest / peak : 1;
+    *integer = (kvq_integer_query){.scale = scale};
     for (int c = 0; c < padded; c++) {
-        const float magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
-        float value = q[c] * inverse + magic - magic, top = value * (1.0f / 254) + magic - magic;
-        int h = (int)top, l = (int)(value - 254 * top);
-        high[c] = (int8_t)h, low[c] = (int8_t)l;
-        high_sum += h, low_sum += l;
+        float rest = q[c] * inverse, unit = QUERY_BASE * QUERY_BASE;
+        for (int part = 0; part < QUERY_PARTS; part++, unit /= QUERY_BASE) {
+            float top = rest / unit + magic - magic;
+            top = top > 127 ? 127 : top < -127 ? -127 : top;
+            rest -= top * unit;
+            parts[part][c] = (int8_t)top;
+            integer->sums[part] += (int8_t)top;
+        }
     }
-    *integer = (kvq_integer_query){scale, high_sum, low_sum};
     for (int bits = 8; bits >= 2; bits /= 2) {
         if (!(widths >> bits & 1)) continue;
         const int steps = 8 / bits, n = words_per_vector(bits, d);
         int8_t *to = (int8_t *)(words + integer_words_start(bits, d));
-        for (int part = 0; part < 2; part++)
+        for (int part = 0; part < QUERY_PARTS; part++)
             for (int s = 0; s < steps; s++)
                 for (int j = 0; j < n; j++, to += 4)
-                    for (int b = 0; b < 4; b++) to[b] = (part ? low : high)[(b * steps + s) * n + j];
+                    for (int b = 0; b < 4; b++) to[b] = parts[part][(b * steps + s) * n + j];
     }
 }
 

@@ -40,15 +40,19 @@ class NativeCodec(Codec):
         self.reference.decode(codes, scales, out)
 
 
+def _in_memory(row: tuple[int, ...]) -> ctypes.Array[ctypes.c_char]:
+    """A row of the page table where C can read it."""
+    return ctypes.create_string_buffer(np.array([row], PAGE).tobytes())
+
+
 class NativeMover:
     """A `kvq.runtime.store.Mover`: one call a decode step instead of some thirty of numpy's."""
 
     def __init__(self, kernel: int) -> None:
         self._library, self._kernel = load(), kernel
         self._window: RecentWindow | None = None
-        self._window_row = np.zeros(1, PAGE)
         self._page: Page | None = None
-        self._page_row = np.zeros(1, PAGE)
+        self._window_row = self._page_row = ctypes.create_string_buffer(PAGE.itemsize)
         self._move = Move()
 
     def __call__(
@@ -58,13 +62,13 @@ class NativeMover:
         if not (keys.flags.c_contiguous and values.flags.c_contiguous and keys.dtype == values.dtype == np.float32):
             return False
         if window is not self._window:
-            self._window, self._window_row = window, np.array(window_rows(window)[:1], PAGE)
-            self._move = Move(layers, kv_heads, head_dim, self._kernel, None, None, self._window_row.ctypes.data)
+            self._window, self._window_row = window, _in_memory(window_rows(window)[0])
+            self._move = Move(layers, kv_heads, head_dim, self._kernel, None, None, ctypes.addressof(self._window_row))
         if page is not None and page is not self._page:
-            self._page, self._page_row = page, np.array([page_row(page)], PAGE)
+            self._page, self._page_row = page, _in_memory(page_row(page))
         move = self._move
         move.keys, move.values, move.window_slot = keys.ctypes.data, values.ctypes.data, slot
-        move.page = None if page is None else self._page_row.ctypes.data
+        move.page = None if page is None else ctypes.addressof(self._page_row)
         move.page_slot = 0 if page is None else page.count
         return self._library.kvq_move_token(ctypes.byref(move)) == 0
 

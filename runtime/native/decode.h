@@ -31,33 +31,35 @@ INLINE void tile_scores(int bits, int heads, const uint32_t *tile, int words, co
 }
 
 #ifdef DOT_KERNEL
-/* The same by integer dot products: the query is 254 * high + low, the codes are bytes offset by DOT_OFFSET. */
+/* The same by integer dot products: the query in parts, the codes as bytes offset by DOT_OFFSET. */
 INLINE void tile_scores_integer(int bits, int heads, const uint32_t *tile, int words,
-                                const kvq_integer_query *integer, const int32_t *high, int stride,
+                                const kvq_integer_query *integer, const int32_t *query, int stride,
                                 vf acc[][TILE_VECTORS]) {
-    const int steps = 8 / bits, low = steps * words;
-    vi sum[DECODE_HEADS][TILE_VECTORS][2];
+    const int steps = 8 / bits;
+    vi sum[DECODE_HEADS][TILE_VECTORS][QUERY_PARTS];
     for (int g = 0; g < heads; g++)
-        for (int v = 0; v < TILE_VECTORS; v++) sum[g][v][0] = sum[g][v][1] = (vi){0};
+        for (int v = 0; v < TILE_VECTORS; v++)
+            for (int part = 0; part < QUERY_PARTS; part++) sum[g][v][part] = (vi){0};
     for (int j = 0; j < words; j++)
         for (int v = 0; v < TILE_VECTORS; v++) {
             vu word = load_u(tile + j * TILE + v * LANES);
             UNROLL
             for (int s = 0; s < steps; s++) {
                 vu codes = dot_codes(bits, word, s);
-                for (int g = 0; g < heads; g++) {
-                    const int32_t *q = high + g * stride + s * words + j;
-                    sum[g][v][0] = dot(sum[g][v][0], codes, q[0]);
-                    sum[g][v][1] = dot(sum[g][v][1], codes, q[low]);
-                }
+                for (int g = 0; g < heads; g++)
+                    for (int part = 0; part < QUERY_PARTS; part++) {
+                        int32_t q = query[g * stride + (part * steps + s) * words + j];
+                        sum[g][v][part] = dot(sum[g][v][part], codes, q);
+                    }
             }
         }
     for (int g = 0; g < heads; g++) {
         float scale = bits == 2 ? integer[g].scale * (1.0f / 3) : integer[g].scale;
         for (int v = 0; v < TILE_VECTORS; v++) {
-            vf h = to_float(sum[g][v][0] - DOT_OFFSET(bits) * integer[g].high_sum);
-            vf l = to_float(sum[g][v][1] - DOT_OFFSET(bits) * integer[g].low_sum);
-            acc[g][v] = (h * 254.0f + l) * scale;
+            vf total = splat(0);
+            for (int part = 0; part < QUERY_PARTS; part++)
+                total = total * QUERY_BASE + to_float(sum[g][v][part] - DOT_OFFSET(bits) * integer[g].sums[part]);
+            acc[g][v] = total * scale;
         }
     }
 }
@@ -82,8 +84,8 @@ INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_pag
 #ifdef DOT_KERNEL
         if (bits <= 8) {
             const int d = task->pass->head_dim, stride = integer_words_all(d);
-            const int32_t *high = task->words + (size_t)head * stride + integer_words_start(bits, d);
-            tile_scores_integer(bits, heads, tile, words, task->integer + head, high, stride, acc);
+            const int32_t *parts = task->words + (size_t)head * stride + integer_words_start(bits, d);
+            tile_scores_integer(bits, heads, tile, words, task->integer + head, parts, stride, acc);
         } else
 #endif
             tile_scores(bits, heads, tile, words, query, task->padded_dim, acc);
@@ -148,9 +150,12 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
                 }
             }
             for (int g = 0; g < heads; g++)
-                for (int i = 0; i < at_once; i++)
+                for (int i = 0; i < at_once; i++) {
+                    float lanes[LANES];
+                    store_f(lanes, acc[g][i]);
                     for (int lane = 0; lane < LANES; lane++)
-                        sums[g * stride + (first + i) * words + lane % words] += acc[g][i][lane];
+                        sums[g * stride + (first + i) * words + lane % words] += lanes[lane];
+                }
         }
     } else { /* a head_dim whose words do not line up with the vectors */
         for (int t = 0; t < slots; t++)

@@ -10,10 +10,14 @@ typedef struct {
     float pad;
 } kvq_partial; /* followed by the weighted values, float [padded_dim] */
 
-/* A query head as integers, for dot products with packed keys: query ~ scale * (254 * high + low). */
+/* A query head as integers, for dot products with packed keys: query = scale * ((part 0 * 254 + part 1) * 254 + part 2),
+ * each part in [-127, 127]. That is nearly 24 bits, as good as float: scores may be large, and what counts in a softmax
+ * is their absolute error. */
+#define QUERY_PARTS 3
+#define QUERY_BASE 254
 typedef struct {
     float scale;
-    int32_t high_sum, low_sum; /* over all channels: unsigned codes are offset */
+    int32_t sums[QUERY_PARTS]; /* over all channels: unsigned codes are offset */
 } kvq_integer_query;
 
 typedef struct kvq_task kvq_task;
@@ -38,7 +42,7 @@ struct kvq_task {
     /* decode */
     const float *query;                /* [heads, padded_dim], scaled, zero-padded */
     const kvq_integer_query *integer;  /* [heads] */
-    const int32_t *words;              /* [heads, formats, 2, words]: high and low parts, see integer_words */
+    const int32_t *words;              /* [heads, widths, QUERY_PARTS, words], see integer_words */
     const int32_t *chunk;              /* [chunks + 1]: first page of each chunk */
     int chunks, chunk_room;            /* chunk_room: most slots of a chunk */
     char *partials;                    /* [kv_heads, chunks, group] of kvq_partial and weighted values */
@@ -70,16 +74,16 @@ static inline size_t partial_bytes(const kvq_task *task) {
     return sizeof(kvq_partial) + sizeof(float) * (size_t)task->padded_dim;
 }
 
-/* Integer words of one query head are kept for 8, 4 and 2 bits, high parts then low parts of each:
+/* Integer words of one query head are kept for 8, 4 and 2 bits, part after part of each:
  * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
 static inline int integer_words(int bits, int head_dim) { return words_per_vector(bits, head_dim) * (8 / bits); }
 static inline int integer_words_all(int head_dim) {
-    return 2 * (integer_words(8, head_dim) + integer_words(4, head_dim) + integer_words(2, head_dim));
+    return QUERY_PARTS * (integer_words(8, head_dim) + integer_words(4, head_dim) + integer_words(2, head_dim));
 }
 static inline int integer_words_start(int bits, int head_dim) {
     int start = 0;
-    if (bits < 8) start += 2 * integer_words(8, head_dim);
-    if (bits < 4) start += 2 * integer_words(4, head_dim);
+    if (bits < 8) start += QUERY_PARTS * integer_words(8, head_dim);
+    if (bits < 4) start += QUERY_PARTS * integer_words(4, head_dim);
     return start;
 }
 

@@ -19,23 +19,17 @@ class PageTable:
     def __init__(self) -> None:
         self.rows = np.zeros(0, PAGE)
         self._pages: list[Page] = []
-        self._window_rows = 0
 
     def update(self, store: KVStore) -> np.ndarray:
         """The rows for the store as it is now; valid until the store changes or the next call."""
         pages = [page for bucket in store.buckets.values() for page in bucket.pages]
-        if len(pages) != len(self._pages) or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
+        window = store.window
+        known = len(self.rows) and len(pages) == len(self._pages)
+        if not known or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
             self._pages = pages
-            rows = [page_row(page) for page in pages]
-            window = window_rows(store.window)
-            self._window_rows = len(window)
-            self.rows = np.array(rows + window, PAGE)
-        elif not len(self.rows):
-            self.rows = np.array(window_rows(store.window), PAGE)
-            self._window_rows = len(self.rows)
+            self.rows = np.array([page_row(page) for page in pages] + window_rows(window), PAGE)
         self.rows["count"][: len(pages)] = [page.count for page in pages]
-        if self._window_rows:
-            window = store.window
+        if window.capacity:
             ring = self.rows[len(pages) :]
             ring["count"] = window.count
             # A full ring holds a token in every slot: where it begins does not matter then.
