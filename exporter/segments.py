@@ -200,7 +200,7 @@ class SegmentWriter:
         if self.options.mean_keys[layer].any():
             mean = np.zeros((both, shape.head_dim), np.float32)
             mean[shape.heads :] = self.options.mean_keys[layer]
-            query_key = graph.op("Sub", query_key, graph.weight(f"model.layers.{layer}.mean_query_key", mean))
+            query_key = graph.op("Sub", query_key, graph.weight(f"model.layers.{layer}.mean_keys", mean))
         graph.output(query_key, "query_key", "tokens", both, shape.head_dim)
         value = graph.op("Reshape", value, graph.constant([-1, shape.kv_heads, shape.head_dim]))
         graph.output(value, "value", "tokens", shape.kv_heads, shape.head_dim)
