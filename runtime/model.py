@@ -6,6 +6,7 @@ import importlib.resources
 import os
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from kvq.controller.policies import Policy
@@ -13,7 +14,9 @@ from kvq.runtime.attention import make_backend
 from kvq.runtime.bundle import TOKENIZER, Architecture, Bundle
 from kvq.runtime.engine import Engine
 from kvq.runtime.errors import BundleError, PromptError, TokenizerError
+from kvq.runtime.pages import Geometry
 from kvq.runtime.session import Session
+from kvq.runtime.store import KVStore
 
 DEFAULT_MODEL = "kvq-books"
 
@@ -29,8 +32,14 @@ class Model:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
         self.engine = Engine(bundle, threads)
-        make_backend().forward_pass(self.engine, 1)  # loads and checks the layers in the form sessions will use
+        self._check()
         self.optional_tokenizer = _tokenizer(bundle)
+
+    def _check(self) -> None:
+        """Load the layers in the form sessions will use, and run them once: what does not fit is refused now."""
+        shape = self.architecture
+        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+        make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
 
     @property
     def path(self) -> Path:

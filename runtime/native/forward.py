@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.engine import Bound, Engine, ForwardPass
+from kvq.runtime.errors import BundleError
 from kvq.runtime.native.library import FILE, Pass, load
 from kvq.runtime.native.table import PageTable
 from kvq.runtime.store import KVStore
@@ -31,7 +32,9 @@ class NativePass(ForwardPass):
             *(self.keys.ctypes.data, self.values.ctypes.data, None),
         )
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
-        self._graph = Bound(engine.decoder(FILE), inputs, outputs)
+        decoder = engine.decoder(FILE)
+        self._name = decoder.name
+        self._graph = Bound(decoder, inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
         table = self._table.update(store)
@@ -40,5 +43,8 @@ class NativePass(ForwardPass):
         self._library.kvq_set_pass(ctypes.byref(self._pass))
         try:
             self._graph.run()
+        except Exception as error:  # onnxruntime's errors share no base class; the operator's come through it
+            why = str(error).strip().splitlines()[0]
+            raise BundleError(f"{self._name} does not fit the session ({why}); export the bundle again") from None
         finally:
             self._library.kvq_set_pass(None)
