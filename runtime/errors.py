@@ -27,6 +27,10 @@ class BudgetError(KvqError):
     """A byte budget that cannot be kept, or that the policy cannot follow."""
 
 
+class CalibrationError(KvqError):
+    """A text that a controller cannot be trained or measured on."""
+
+
 class PromptError(KvqError):
     """The prompt is empty, not UTF-8, or holds token ids outside the vocabulary."""
 

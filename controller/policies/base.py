@@ -79,8 +79,34 @@ class ScoredPolicy(Policy):
         """Scores float32 [tokens, classes], like log-probabilities: only differences within a row matter."""
 
     @abstractmethod
-    def typical_scores(self) -> np.ndarray:
-        """Scores float32 [n, classes] of typical tokens: from them follows what a price mu costs."""
+    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a price costs on typical text.
+
+        Args:
+            nbytes: [classes], bytes of a token in each class.
+
+        Returns:
+            Mean bytes a token, ascending, and the price mu that leads to them; float64 [points] each.
+        """
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return self.classes[self.score(features).argmax(axis=1)]
+
+
+def curve_of(scores: np.ndarray, nbytes: np.ndarray, points: int = 65) -> tuple[np.ndarray, np.ndarray]:
+    """The curve of `ScoredPolicy.curve` from scores [tokens, classes] of typical tokens."""
+    scores = np.asarray(scores, np.float64)
+    # A choice between two classes changes at one price: quantiles of these prices are the grid.
+    prices = []
+    for i in range(len(nbytes)):
+        for j in range(len(nbytes)):
+            if nbytes[i] < nbytes[j]:
+                prices.append((scores[:, j] - scores[:, i]) / (nbytes[j] - nbytes[i]))
+    flat = np.concatenate(prices)
+    flat = flat[np.isfinite(flat)]
+    grid = np.unique(np.quantile(flat, np.linspace(0, 1, points)))[::-1] if len(flat) else np.zeros(1)
+    margin = 1e-6 * max(1e-12, np.abs(grid).max())
+    grid = np.concatenate([[grid[0] + margin], grid, [grid[-1] - margin]])
+    means = np.array([nbytes[(scores - mu * nbytes).argmax(1)].mean() for mu in grid])
+    keep = np.concatenate([[True], np.diff(means) > 0])  # np.interp wants ascending bytes
+    return means[keep], grid[keep]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.policies.base import Policy, ScoredPolicy, TokenFeatures
+from kvq.controller.policies.base import Policy, ScoredPolicy, TokenFeatures, curve_of
 from kvq.runtime.errors import PolicyError
 
 CLASSES = np.array([(16, 16), (8, 8), (4, 4), (2, 2)], np.uint8)  # those of arXiv 2604.04722
@@ -54,8 +54,8 @@ class RandomPolicy(ScoredPolicy):
         noise = uniform(places, self.seed) + 2.0**-54  # never zero
         return (self.logarithms - np.log(-np.log(noise))).astype(np.float32)
 
-    def typical_scores(self) -> np.ndarray:
-        return self.score(TokenFeatures(np.arange(4096)))
+    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return curve_of(self.score(TokenFeatures(np.arange(4096))), nbytes)
 
 
 def uniform(positions: np.ndarray, seed: int) -> np.ndarray:

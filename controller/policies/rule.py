@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.policies.base import ScoredPolicy, TokenFeatures
+from kvq.controller.policies.base import ScoredPolicy, TokenFeatures, curve_of
 
 
 class RulePolicy(ScoredPolicy):
@@ -45,8 +45,9 @@ class RulePolicy(ScoredPolicy):
         steps = np.arange(len(self.classes)) - (1 + signs[:, None])
         return -np.square(steps).astype(np.float32)
 
-    def typical_scores(self) -> np.ndarray:
-        return self._distances(np.repeat(np.arange(4), np.rint(100 * np.array(self.SHARES)).astype(int)))
+    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        signs = np.repeat(np.arange(4), np.rint(100 * np.array(self.SHARES)).astype(int))
+        return curve_of(self._distances(signs), nbytes)
 
 
 POLICIES = {"rule": RulePolicy}
