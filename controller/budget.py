@@ -1,39 +1,42 @@
 """A byte budget held by any scored policy: argmax_k (score_k - mu * bytes_k), never exceeded.
 
-What is held: at every length n, the bytes of all arrays of the store - codes, scales, tags, the
-free room of pages, the whole recent window and the sink - are at most
+What is held. At every length n the bytes of the store are at most
 
-    allowed(n) = max(budget(n), least(n)),
+    allowed(n) = max(budget(n), least(n)).
 
-where budget(n) is X * values(n) / 8 for ``kv_bits`` X (values(n): numbers held by n tokens) or SIZE
-for ``kv_memory``, and least(n) are the bytes of the same store with every unprotected token in the
-policy's cheapest class. The second term only matters for short texts: a window of 16 tokens and the first page
-cost the same for 1 token as for 32, so no choice of precision could go below it. While a text is
-appended in one call, n is its length at the end of the call: a prompt may spend early what it
-saves later.
+* ``kv_bits`` X: budget(n) = X * values(n) / 8, values(n) being the numbers that n tokens hold. Bytes
+  are those of the stored tokens, `KVStore.used_nbytes`: codes, scales, tags, and the window's and
+  the sink's tokens at 16 bits. The free room of pages is no token's and not counted (`Stats.kv_bits`
+  has it, `Stats.kv_used_bits` has not).
+* ``kv_memory`` SIZE: budget(n) = SIZE, and bytes are those of all arrays, `KVStore.nbytes`, with
+  the whole window and the free room of pages.
+* least(n) is what the store would take with every unprotected token in the cheapest class: while
+  a text is little longer than the window, no choice of precision can go below it. For kv_memory a
+  SIZE below least(context) is refused, so there least(n) never decides.
 
-mu comes from the policy's curve of mean bytes against mu (measured where the policy was trained)
-at the rate of spending that would use up what is left, so it follows the text without any state:
-everything is computed from the counts of stored tokens, and sessions can be trimmed and forked.
+n is the length at the end of the call that appends: a prompt may spend on its early tokens what
+it saves on later ones. Appended token by token, the bound holds at every token.
+
+The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
+the policy was made) at the rate that would just use up what is left. What a text really spends
+feeds back through what is left, so mu follows it, and everything is a function of the counts of
+stored tokens: trimming and forking sessions need no state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
-
 import numpy as np
 
-from kvq.controller.policies.base import ScoredPolicy
+from kvq.controller.policies.base import Policy, ScoredPolicy
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, Bits, Geometry
+from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, Geometry
 from kvq.runtime.store import KVStore, RecentWindow
 
-# Tokens over which a surplus or a debt is worked off while decoding: short enough to follow a text,
-# long enough not to chase single tokens.
+# Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
+# not to chase single tokens.
 HORIZON = 64
-PROTECTED = (16, 16)
+PROTECTED = (16, 16)  # of sink tokens
 
 
 def token_bytes(geometry: Geometry, pair: tuple[int, int]) -> int:
@@ -43,44 +46,24 @@ def token_bytes(geometry: Geometry, pair: tuple[int, int]) -> int:
 
 
 def page_room(most: int) -> np.ndarray:
-    """Tokens that the pages of a bucket have room for when it holds 0, 1, ..., most; int64 [most + 1].
+    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1].
 
-    The growth of `kvq.runtime.pages.Bucket`, which a test compares with this.
+    Follows the growth of `kvq.runtime.pages.Bucket`; a test compares the two.
     """
     room = np.zeros(most + 1, np.int64)
     capacity = 0
     while capacity < most:
-        room[capacity + 1 :] = capacity = capacity + min(max(FIRST_PAGE_TOKENS, capacity), LAST_PAGE_TOKENS)
+        grown = capacity + min(max(FIRST_PAGE_TOKENS, capacity), LAST_PAGE_TOKENS)
+        room[capacity + 1 :] = grown
+        capacity = grown
     return room
-
-
-class Store(Protocol):
-    """What a budget must know of a store."""
-
-    @property
-    def length(self) -> int: ...
-
-    def counts(self, pairs: list[tuple[int, int]]) -> np.ndarray: ...
-
-
-def committed(store: KVStore, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """Tokens of each pair, int64 [pairs]: those in buckets, and those in the window by what they will become."""
-    found = np.zeros(len(pairs), np.int64)
-    for pair, bucket in store.buckets.items():
-        found[pairs.index((pair.k, pair.v))] += bucket.count
-    window = store.window
-    if window.count:
-        slots = window.slots(store.length - window.count, store.length)
-        for pair, n in zip(*np.unique(window.bits[slots], axis=0, return_counts=True), strict=True):
-            found[pairs.index((int(pair[0]), int(pair[1])))] += n
-    return found
 
 
 class Budget:
     """The bytes a session may use, and the choice of precision that keeps to them.
 
     Args:
-        policy: gives scores and the curve.
+        policy: a `ScoredPolicy`.
         geometry: of the store.
         context: most tokens a session can hold.
         recent, sink: tokens protected at 16 bits; both count.
@@ -88,127 +71,132 @@ class Budget:
         kv_memory: bytes of the whole store. One of the two.
 
     Raises:
-        BudgetError: not exactly one limit, or one that no choice of precision can keep.
+        BudgetError: a policy without scores, not exactly one limit, or one that no choice can keep.
     """
 
     def __init__(
         self,
-        policy: ScoredPolicy,
+        policy: Policy,
         geometry: Geometry,
         context: int,
         recent: int,
-        sink: int,
+        sink: int = 0,
         *,
         kv_bits: float | None = None,
-        kv_memory: int | None = None,
+        kv_memory: float | None = None,
     ) -> None:
-        if (kv_bits is None) == (kv_memory is None):
-            raise BudgetError("give kv_bits or kv_memory, not both: they state the same budget in two ways")
+        if kv_bits is not None and kv_memory is not None:
+            raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
         name, limit = ("kv_bits", kv_bits) if kv_memory is None else ("kv_memory", kv_memory)
         if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not 0 < limit < float("inf"):
             raise BudgetError(f"{name} must be a positive number, got {limit!r}")
-        self.policy, self.geometry, self.context = policy, geometry, context
-        self.recent, self.sink = recent, sink
-        classes = [(int(k), int(v)) for k, v in policy.classes]
-        self.classes = len(classes)
-        # The sink's own bucket goes last unless the policy has it as a class.
-        self.pairs = classes if PROTECTED in classes else [*classes, PROTECTED]
-        self.sink_pair = self.pairs.index(PROTECTED)
-        self.bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
-        self.least = int(np.argmin(self.bytes[: self.classes]))
-        self.fixed = RecentWindow(geometry, recent).nbytes
-        values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
-        self.per_token = float(kv_bits) * values / 8 if kv_bits is not None else 0.0
-        self.constant = float(kv_memory) if kv_memory is not None else 0.0
-        self.room = page_room(context + 1)
-        sunk = min(sink, context)
-        room = self.bytes[self.least] * self.room
-        lengths = np.arange(context + 1)
-        buckets = np.maximum(0, lengths - recent)  # tokens outside the window
-        self._least_bytes = (
-            self.fixed
-            + self.bytes[self.sink_pair] * self.room[np.minimum(buckets, sunk)]
-            + room[np.maximum(0, buckets - sunk)]
-        )
-        # The most that c cheapest tokens, and any number of further ones, ever need beyond what the
-        # budget grows by meanwhile: max over j >= c of room[j] - per_token * (j - c).
-        slope = self.per_token * np.arange(context + 2)
-        self._need = np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
-        bits, mu = policy.curve(self.bytes[: self.classes])
-        self._curve_bytes, self._curve_mu = bits, mu
-        self._check_possible(name, limit)
-
-    def _check_possible(self, name: str, limit: float) -> None:
-        """Refuse what cannot be kept at any length."""
-        if self.constant:
-            if self._least_bytes[-1] > self.constant:
-                raise BudgetError(
-                    f"kv_memory {int(limit)} is below what a full context of {self.context} tokens needs at the lowest"
-                    f" precision, {int(self._least_bytes[-1])} bytes; give more, or a smaller recent window"
-                )
-            return
-        lengths = np.arange(1, self.context + 1)
-        possible = np.flatnonzero(self._least_bytes[1:] <= self.per_token * lengths)
-        if not len(possible):
-            best = (self._least_bytes[1:] / lengths).min() * limit / self.per_token
+        if not isinstance(policy, ScoredPolicy):
             raise BudgetError(
-                f"kv_bits {limit:g} is below what is possible, {best:.2f} at a full context of {self.context} tokens"
-                f" with {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
+                f"policy {policy.name!r} has fixed precisions and cannot follow a budget; use adaptive, paper, rule"
+                " or random"
+            )
+        self.context, self.recent, self.sink = context, min(recent, context), sink
+        classes = [(int(k), int(v)) for k, v in policy.classes]
+        self.pairs = classes if PROTECTED in classes else [*classes, PROTECTED]
+        self._sink_pair = self.pairs.index(PROTECTED)
+        self._bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
+        self._class_bytes = self._bytes[: len(classes)]
+        self._least = int(np.argmin(self._class_bytes))
+        self._window = RecentWindow(geometry, self.recent).nbytes
+        values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
+        self._per_token = float(limit) * values / 8 if kv_memory is None else 0.0
+        self._constant = 0.0 if kv_memory is None else float(limit)
+        # Room that c tokens of a bucket take up, in tokens: their own, or that of their pages.
+        self._room = page_room(context + 2) if kv_memory is not None else np.arange(context + 3)
+        room = self._bytes[self._least] * self._room
+        # The most that c cheapest tokens, and any number of further ones, need beyond what the
+        # budget grows by meanwhile: max over j >= c of room[j] - per_token * (j - c).
+        slope = self._per_token * np.arange(len(room))
+        self._need = np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
+        self._curve_bytes, self._curve_mu = policy.curve(self._class_bytes)
+        self._refuse_impossible(name, float(limit))
+
+    def _refuse_impossible(self, name: str, limit: float) -> None:
+        """Raise for a budget that cannot be kept at any length (kv_bits) or at full context (kv_memory)."""
+        least = np.array([self.least(n) for n in (self.context // 2, self.context)])
+        lengths = np.array([max(1, self.context // 2), self.context])
+        if name == "kv_memory" and least[-1] > limit:
+            raise BudgetError(
+                f"kv_memory of {limit:.0f} bytes is below the {least[-1]:.0f} that a full context of {self.context}"
+                " tokens takes at the lowest precision; give more"
+            )
+        if name == "kv_bits" and (least > self._per_token * lengths).all():
+            lowest = (least / lengths).min() * limit / self._per_token
+            raise BudgetError(
+                f"kv_bits {limit:g} is below what is possible: {lowest:.2f} with a full context of {self.context}"
+                f" tokens, {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
             )
 
+    def least(self, length: int) -> float:
+        """Bytes of a store of that length with every unprotected token in the cheapest class."""
+        window = self._window
+        if not self._constant and self.recent:
+            window = window * min(length, self.recent) // self.recent
+        buckets = max(0, length - self.recent)
+        sunk = min(buckets, self.sink)
+        rooms = self._bytes[self._sink_pair] * self._room[sunk] + self._bytes[self._least] * self._room[buckets - sunk]
+        return float(window + rooms)
+
     def allowed(self, length: int) -> float:
-        """Most bytes that the store may have at that length; see the module's definition."""
-        return max(self.per_token * length + self.constant, float(self._least_bytes[length]))
+        """Most bytes the store may have at that length; see the module's definition."""
+        return max(self._per_token * length + self._constant, self.least(length))
+
+    def used(self, store: KVStore) -> int:
+        """Bytes of a store as this budget counts them."""
+        return store.nbytes if self._constant else store.used_nbytes
+
+    def counts(self, store: KVStore) -> np.ndarray:
+        """Tokens chosen so far by pair, int64 [pairs]; those in the window by what they will become."""
+        found = np.zeros(len(self.pairs), np.int64)
+        for pair, bucket in store.buckets.items():
+            found[self.pairs.index((pair.k, pair.v))] += bucket.count
+        window = store.window
+        if window.count:
+            bits = window.bits[window.slots(store.length - window.count, store.length)]
+            for i, pair in enumerate(self.pairs):
+                found[i] += int(((bits[:, 0] == pair[0]) & (bits[:, 1] == pair[1])).sum())
+        return found
 
     def choose(self, scores: np.ndarray, counts: np.ndarray, length: int, end: int) -> np.ndarray:
-        """Precision of the next tokens.
+        """Precision of the next tokens, uint8 [tokens, 2].
 
         Args:
             scores: float32 [tokens, classes], of the tokens at the positions length, length + 1, ...
-            counts: int64 [pairs], tokens chosen so far (see `committed`).
-            length: their number.
-            end: length the text will have when the call that appends these tokens ends.
-
-        Returns:
-            uint8 [tokens, 2], key and value bits.
+            counts: int64 [pairs], see `counts`; brought up to date in place.
+            length: tokens chosen so far.
+            end: length of the text when the call that appends these tokens is done.
         """
-        counts = counts.copy()
         chosen = np.empty(len(scores), np.int64)
         for row, score in enumerate(scores):
             at = length + row
-            if at < self.sink:  # the store raises it to 16 bits whatever is chosen
-                chosen[row] = self.sink_pair
-            else:
-                chosen[row] = self._choose(score, counts, at, end)
+            # A sink token is raised to 16 bits by the store whatever is chosen here.
+            chosen[row] = self._sink_pair if at < self.sink else self._class(score, counts, at, end)
             counts[chosen[row]] += 1
         return np.asarray(self.pairs, np.uint8)[chosen]
 
-    def _choose(self, score: np.ndarray, counts: np.ndarray, at: int, end: int) -> int:
+    def _class(self, score: np.ndarray, counts: np.ndarray, at: int, end: int) -> int:
         """Class of the token at position `at`."""
-        due = min(max(end, at + 1 + self.recent), self.context)  # the length at which the budget must hold
-        before = max(due - self.recent - at - 1, 0)  # further tokens in buckets by then
-        held = self.bytes * self.room[counts]
-        least = self.least
-        free = self.per_token * due + self.constant - self.fixed - float(held.sum()) + float(held[least])
-        # What is left after each choice, if all further tokens take the cheapest class.
-        after = free - self.bytes[: self.classes] * (
-            self.room[counts[: self.classes] + 1] - self.room[counts[: self.classes]]
-        )
-        reserve = self._need[min(counts[least] + before, self.context + 1)]
-        more = self._need[min(counts[least] + before + 1, self.context + 1)]
-        fits = after >= reserve
-        fits[least] = free >= more
+        least, n = self._least, len(self._class_bytes)
+        due = min(max(end, at + 1 + self.recent), self.context)  # the length at which the bytes are counted
+        further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
+        held = self._bytes * self._room[counts]
+        total = float(held.sum())
+        free = self._per_token * due + self._constant - self._window - total
+        # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
+        added = self._class_bytes * (self._room[counts[:n] + 1] - self._room[counts[:n]])
+        cheap = counts[least] + further
+        fits = free - added + held[least] >= self._need[cheap]
+        fits[least] = free + held[least] >= self._need[cheap + 1]
         if not fits.any():
             return least
-        goal = min(max(end, at + 1 + self.recent + HORIZON), self.context)
-        tokens = max(goal - self.recent - at, 1)
-        rate = (self.per_token * goal + self.constant - self.fixed - float(held.sum())) / tokens
-        mu = np.interp(rate, self._curve_bytes, self._curve_mu)
-        value = score - mu * self.bytes[: self.classes]
+        goal = self.context if self._constant else min(max(end, at + 1 + self.recent + HORIZON), self.context)
+        left = self._per_token * goal + self._constant - self._window - total
+        rate = left / max(goal - self.recent - at, 1)
+        value = score - np.interp(rate, self._curve_bytes, self._curve_mu) * self._class_bytes
         value[~fits] = -np.inf
         return int(value.argmax())
-
-
-def pairs_of(bits: Iterable[Bits]) -> list[tuple[int, int]]:
-    """Plain tuples."""
-    return [(pair.k, pair.v) for pair in bits]

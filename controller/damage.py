@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvq.controller.parallel import ParallelModel, roundtrip
+from kvq.controller.parallel import ParallelModel, Pass, roundtrip
 
 WIDTHS = (2, 4, 8)  # 16 bits are taken to do no damage: 1e-8 nats on the embedded model
 Progress = Callable[[int, int, str], None]
@@ -33,7 +33,12 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> np.ndarray:
-    """Signed samples g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)]; keys first.
+    """Signed samples g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)]; keys first. See `probe`."""
+    return probe(model, ids, generator)[0]
+
+
+def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> tuple[np.ndarray, Pass]:
+    """Signed samples of every token's damage, and the pass through the exact cache they come from.
 
     A class (k, v) has the sample s = keys' sample at width k + values' sample at width v, and
     s^2 / 2 is one draw of its damage in nats.
@@ -42,6 +47,9 @@ def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) 
         model: the weights.
         ids: int64 [batch, tokens].
         generator: of the drawn predictions.
+
+    Returns:
+        g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)], keys first; and the pass, detached.
     """
     leaves: list[tuple[Tensor, Tensor]] = []
     errors: list[list[list[Tensor]]] = []
@@ -52,7 +60,8 @@ def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) 
         errors.append([[roundtrip(x.detach(), w) - x.detach() for w in WIDTHS] for x in (keys, values)])
         return keys + leaf[0], values + leaf[1]
 
-    logits = model.run(ids, read).logits.log_softmax(-1)
+    found = model.run(ids, read)
+    logits = found.logits.log_softmax(-1)
     flat = logits.detach().exp().flatten(0, 1)
     drawn = torch.multinomial(flat.cpu(), 1, generator=generator).to(logits.device)
     logits.flatten(0, 1).gather(1, drawn).sum().backward()
@@ -63,7 +72,7 @@ def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) 
             assert gradient is not None
             for w, d in enumerate(error[side]):
                 result[:, :, side, w] += (gradient * d).sum((1, 3))
-    return result.cpu().numpy()
+    return result.cpu().numpy(), Pass(*(x.detach() for x in found))
 
 
 def exact_damage(

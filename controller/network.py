@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
+from kvq.controller.samples import Samples
 from kvq.exporter.graph import Graph
 from kvq.runtime.bundle import Architecture
 
@@ -67,14 +68,28 @@ class _Inline:
         return numpy_helper.from_array(np.ascontiguousarray(array), name)
 
 
-def write_onnx(net: Controller, feature_set: str, shape: Architecture, prices: np.ndarray, folder: Path, name: str) -> str:
+def features_of(samples: Samples, feature_set: str) -> np.ndarray:
+    """Inputs of a network before normalisation, float32 [tokens, features]; `write_onnx` computes the same."""
+    if feature_set == "paper":
+        features = samples.paper.copy()
+        features[:, 2] = np.log(features[:, 2] + VARIANCE_FLOOR)
+        return features
+    place = np.log(samples.positions[:, None] + 1.0)
+    return np.concatenate([place, samples.norms, samples.residual], axis=1, dtype=np.float32)
+
+
+def write_onnx(
+    net: Controller, feature_set: str, shape: Architecture, prices: np.ndarray | None, folder: Path, name: str
+) -> str:
     """Write `<name>.onnx`: named inputs -> scores float32 [tokens, classes]; returns the file name.
 
     Args:
         net: the trained network.
-        feature_set: "paper" gives log-probabilities, "extended" minus predicted damage minus price.
+        feature_set: a name of `SETS`.
         shape: of the model.
-        prices: float32 [classes], nats; what each class costs when no budget is given.
+        prices: float32 [classes] in nats, what each class costs when no budget is given: the network's
+            outputs are logarithms of damage, and scores are minus damage minus price. None: the
+            outputs are logits, and scores are log-probabilities.
         folder: where to.
         name: without suffix.
     """
@@ -112,11 +127,11 @@ def write_onnx(net: Controller, feature_set: str, shape: Architecture, prices: n
         x = graph.op("Gemm", x, graph.weight(f"weight_{i}", weight), graph.weight(f"bias_{i}", bias), transB=1)
         if i + 1 < len(net.layers):
             x = graph.op("Relu", x)
-    if feature_set == "paper":
+    if prices is None:
         x = graph.op("LogSoftmax", x, axis=1)
     else:
         x = graph.op("Sub", graph.weight("minus_prices", -prices.astype(np.float32)[None]), graph.op("Exp", x))
-    graph.output(x, "scores", "tokens", len(prices))
+    graph.output(x, "scores", "tokens", net.layers[-1].out_features)
     file = graph.save(folder)
     onnx.checker.check_model(str(folder / file))
     return file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvq.controller.damage import WIDTHS, probe_damage
+from kvq.controller.damage import WIDTHS, probe
 from kvq.controller.features import RarityCounter
 from kvq.controller.parallel import ParallelModel
 from kvq.runtime.errors import CalibrationError
@@ -99,9 +99,9 @@ def collect(
 
 def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch.Generator, probes: int) -> Samples:
     batch = torch.from_numpy(ids)[None].to(model.device)
-    signed = np.stack([probe_damage(model, batch, generator)[0] for _ in range(probes)])
+    signed, found = probe(model, batch, generator)
+    draws = [signed[0], *(probe(model, batch, generator)[0][0] for _ in range(probes - 1))]
     with torch.inference_mode():
-        found = model.run(batch)
         logp = found.logits[0].log_softmax(-1)
         p = logp.exp()
         entropy, confidence = -(p * logp).sum(-1), p.amax(-1)
@@ -124,6 +124,6 @@ def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch
         paper=np.stack(paper, 1).astype(np.float32),
         norms=torch.cat(norms, 1).float().numpy(),
         residual=found.residual[0].half().cpu().numpy(),
-        signed=signed,
+        signed=np.stack(draws),
         read=np.arange(count) < count - model.recent - 1,
     )

@@ -106,7 +106,9 @@ class Manifest:
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
             names = [f.name for f in fields(Manifest) if f.name not in ("architecture", "controllers")]
             controllers = data.get("controllers", {})  # older bundles have none
-            manifest = Manifest(architecture, **{name: data[name] for name in names}, controllers=controllers)
+            manifest = Manifest(
+                architecture=architecture, **{name: data[name] for name in names}, controllers=controllers
+            )
             _check_types(manifest)
             return manifest
         except BundleError:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
+from kvq.controller.budget import Budget
 from kvq.controller.features import RarityCounter, attention_variance
-from kvq.controller.policies import Policy, TokenFeatures, make_policy
+from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
 from kvq.runtime.attention import make_backend
 from kvq.runtime.blas import one_thread
 from kvq.runtime.codecs import CODECS
@@ -39,6 +40,8 @@ class Session:
         sink: first tokens kept at 16 bits.
         prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
+        kv_bits: most bits per stored value, all told, or
+        kv_memory: most bytes of the store; either is kept as `kvq.controller.budget` defines it.
     """
 
     def __init__(
@@ -50,13 +53,15 @@ class Session:
         sink: int = 0,
         prefill_chunk: int = 128,
         backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
     ) -> None:
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
         shape = model.architecture
         self.model = model
-        self.policy = make_policy(policy)
+        self.policy = make_policy(policy, model.bundle)
         self.backend = make_backend(backend)
         self.tokens: list[int] = []
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
@@ -64,11 +69,18 @@ class Session:
         self.store = KVStore(
             Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=min(recent, shape.context), sink=sink
         )
+        self.budget = None
+        if kv_bits is not None or kv_memory is not None:
+            window, geometry = self.store.window.capacity, self.store.geometry
+            self.budget = Budget(
+                self.policy, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory
+            )
         self.prefill_chunk = prefill_chunk
         self._rarity = RarityCounter(shape.vocab)
         self._workspaces: dict[int, Workspace] = {}
         self._heads: dict[int, Head] = {}
         self._prefill, self._decode = Clock(), Clock()
+        self._end = 0  # length the text will have when the current append is done
 
     @property
     def room(self) -> int:
@@ -98,6 +110,7 @@ class Session:
         wanted = len(new) if all_logits else 1
         logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
         first_wanted = len(feed) - wanted
+        self._end = self.store.length + len(feed)
         clock = self._decode if len(feed) == 1 else self._prefill
         for start in range(0, len(feed), self.prefill_chunk):
             chunk = feed[start : start + self.prefill_chunk]
@@ -150,7 +163,9 @@ class Session:
         positions = np.arange(self.store.length, self.store.length + tokens)
         variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
         rarity = self._rarity.rarity(ids) if "rarity" in needs else None
-        features = TokenFeatures(positions, entropy, rarity, variance, confidence)
+        features = TokenFeatures(
+            positions, entropy, rarity, variance, confidence, ids, workspace.residual, workspace.keys, workspace.values
+        )
         self.store.append(workspace.keys, workspace.values, self._choice(features))
         if "rarity" in needs:
             self._rarity.count(ids)
@@ -159,6 +174,9 @@ class Session:
 
     def _choice(self, features: TokenFeatures) -> np.ndarray:
         """The policy's choice, checked: policies may be anybody's."""
+        if self.budget is not None and isinstance(self.policy, ScoredPolicy):
+            store, budget = self.store, self.budget
+            return budget.choose(self.policy.score(features), budget.counts(store), store.length, self._end)
         bits = np.asarray(self.policy.choose(features))
         if bits.shape != (len(features.positions), 2) or not np.isin(bits, list(CODECS)).all():
             raise PolicyError(
@@ -265,6 +283,7 @@ class Session:
             kv_nbytes=store.nbytes,
             kv_peak_nbytes=store.peak_nbytes,
             kv_bits=8 * store.nbytes / values if values else None,
+            kv_used_bits=8 * store.used_nbytes / values if values else None,
             prefill_tokens=prefill.tokens,
             prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
             decode_tokens=decode.tokens,

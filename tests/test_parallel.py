@@ -109,7 +109,7 @@ def test_damage_of_16_bits_and_of_tokens_nobody_reads_is_zero(twin):
     ids = torch.tensor(some_ids(30))
     damage = exact_damage(twin, ids, np.array([3, 25]), [(16, 16), (2, 2)])
     assert abs(damage[0, 0]) < 1e-3 * damage[0, 1]
-    assert (damage[1] == 0).all()
+    assert (np.abs(damage[1]) < 1e-3 * damage[0, 1]).all()
 
 
 def test_mean_keys_are_read_back_as_the_segments_subtract_them(tiny_bundle):

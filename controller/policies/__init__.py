@@ -47,7 +47,9 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
     try:
         signature.bind(**options)
     except TypeError:
-        raise PolicyError(f"policy {policy!r} does not take the options {sorted(options.keys() - {'bundle'})}; leave them out") from None
+        raise PolicyError(
+            f"policy {policy!r} does not take the options {sorted(options.keys() - {'bundle'})}; leave them out"
+        ) from None
     return factory(**options)
 
 

@@ -55,7 +55,9 @@ class LearnedPolicy(ScoredPolicy):
         self._inputs = [value.name for value in self._session.get_inputs()]
         outputs = [(value.name, value.shape[1:]) for value in self._session.get_outputs()]
         if not set(self._inputs) <= set(INPUTS) or outputs != [("scores", [len(self.classes)])]:
-            raise PolicyError(f"controller {name!r} is of a feature set this kvq does not know: {self._inputs}; {remedy}")
+            raise PolicyError(
+                f"controller {name!r} is of a feature set this kvq does not know: {self._inputs}; {remedy}"
+            )
         self.needs = frozenset(self._inputs) & frozenset(FEATURE_NAMES)
         shape = manifest.architecture
         self._check(np.zeros(1, np.int64), shape.hidden, (shape.layers, shape.kv_heads, 1, shape.head_dim))

@@ -29,7 +29,7 @@ class RulePolicy(ScoredPolicy):
     FOCUS = 200.0
     COMMON_NATS = 4.9
     EARLY_TOKENS = 64
-    classes = np.array([(2, 2), (4, 2), (4, 4), (8, 4), (8, 8)], np.uint8)  # the lowest under a tight budget only
+    classes = np.array([(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)], np.uint8)  # the ends: budgets only
     # Share of tokens with 0, 1, 2, 3 signs, measured on the same texts.
     SHARES = (0.5, 0.35, 0.13, 0.02)
 
