@@ -153,8 +153,8 @@ class Budget:
     def counts(self, store: KVStore) -> np.ndarray:
         """Tokens chosen so far by pair, int64 [pairs]; those in the window by what they will become."""
         found = np.zeros(len(self.pairs), np.int64)
-        for pair, bucket in store.buckets.items():
-            found[self.pairs.index((pair.k, pair.v))] += bucket.count
+        for stored, bucket in store.buckets.items():
+            found[self.pairs.index((stored.k, stored.v))] += bucket.count
         window = store.window
         if window.count:
             bits = window.bits[window.slots(store.length - window.count, store.length)]

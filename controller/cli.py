@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -48,13 +48,11 @@ def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, s
 
     if threads:
         torch.set_num_threads(threads)
-    wanted = ["adaptive", "paper"] if objective == "both" else [objective]
-    default_set = {"adaptive": "extended", "paper": "paper"}
-    recipes = [
-        Recipe(feature_set=feature_set or default_set[name], objective=name, tokens=tokens, seed=seed,
-               **({"rate": 1e-3, "epochs": 10} if name == "paper" else {}))
-        for name in wanted
-    ]  # fmt: skip
+    recipes = []
+    for name in ["adaptive", "paper"] if objective == "both" else [objective]:
+        default_set = {"adaptive": "extended", "paper": "paper"}[name]
+        recipe = Recipe(feature_set=feature_set or default_set, objective=name, tokens=tokens, seed=seed)
+        recipes.append(replace(recipe, rate=1e-3, epochs=10) if name == "paper" else recipe)
     with ExitStack() as stack:
         bar = None
 

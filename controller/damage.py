@@ -105,7 +105,13 @@ def exact_damage(
             if first >= len(ids):
                 continue
 
-            def read(layer: int, keys: Tensor, values: Tensor, places=places, pairs=pairs) -> tuple[Tensor, Tensor]:
+            def read(
+                layer: int,
+                keys: Tensor,
+                values: Tensor,
+                places: Tensor = places,
+                pairs: list[tuple[int, int]] = pairs,
+            ) -> tuple[Tensor, Tensor]:
                 seen = (keys.clone(), values.clone())
                 for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):
                     for x, bits in zip(seen, pair, strict=True):

@@ -43,13 +43,22 @@ class Controller(nn.Module):
             nn.init.normal_(self.table.weight, std=0.01)
         width = features + (TABLE_WIDTH if vocab else 0)
         self.layers = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, classes)])
+        self.mean: Tensor
+        self.scale: Tensor
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
 
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def normalise(self, features: np.ndarray) -> None:
         """Take mean and standard deviation from training features [tokens, features]."""
-        self.mean.copy_(torch.from_numpy(features.mean(0, dtype=np.float64)))  # type: ignore[operator]
-        self.scale.copy_(torch.from_numpy(1 / (features.std(0, dtype=np.float64) + 1e-6)))  # type: ignore[operator]
+        self.mean.copy_(torch.from_numpy(features.mean(0, dtype=np.float64)))
+        self.scale.copy_(torch.from_numpy(1 / (features.std(0, dtype=np.float64) + 1e-6)))
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """float32 [tokens, classes] of features [tokens, features] and ids int64 [tokens]."""
@@ -58,7 +67,7 @@ class Controller(nn.Module):
             x = torch.cat([x, self.table(ids)], 1)
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
-        return self.layers[-1](x)  # type: ignore[no-any-return]
+        return self.last(x)
 
 
 class _Inline:
@@ -131,7 +140,7 @@ def write_onnx(
         x = graph.op("LogSoftmax", x, axis=1)
     else:
         x = graph.op("Sub", graph.weight("minus_prices", -prices.astype(np.float32)[None]), graph.op("Exp", x))
-    graph.output(x, "scores", "tokens", net.layers[-1].out_features)
+    graph.output(x, "scores", "tokens", net.last.out_features)
     file = graph.save(folder)
     onnx.checker.check_model(str(folder / file))
     return file

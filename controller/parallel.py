@@ -78,7 +78,9 @@ class ParallelModel:
                 f"{checkpoint} has another shape than the bundle {bundle.path};"
                 " give the checkpoint the bundle was exported from"
             )
-        model = effective_model(bundle, source).requires_grad_(False).to(device)
+        model = effective_model(bundle, source)
+        model.requires_grad_(False)
+        model.to(torch.device(device))  # type: ignore[arg-type]
         head_dim = bundle.manifest.architecture.head_dim
         rotation = head_rotation(head_dim, bundle.manifest.kv["rotation"] != "none")[1]
         means = stored_mean_keys(bundle)
@@ -160,7 +162,7 @@ class ParallelModel:
 
 
 def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    return norm(x)  # type: ignore[no-any-return]
+    return norm(x)
 
 
 def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

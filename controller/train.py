@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from kvq.exporter.export import replaced_folder, write_text
 from kvq.runtime.bundle import MANIFEST, TOKENIZER, Bundle, digest
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.pages import Geometry
+
+# loss(outputs [rows, classes], which rows int64 [rows])
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CLASSES = {
     "adaptive": [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)],
@@ -200,12 +204,12 @@ def _split(samples: Samples, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~valid & samples.read), np.flatnonzero(valid & samples.read)
 
 
-def _damage_loss(net: Controller, damage: np.ndarray, train: np.ndarray):  # type: ignore[no-untyped-def]
+def _damage_loss(net: Controller, damage: np.ndarray, train: np.ndarray) -> Loss:
     """Gamma quasi-likelihood of drawn damages; outputs are logarithms of the mean."""
     drawn = torch.from_numpy(damage + 1e-9)
     with torch.no_grad():
-        net.layers[-1].weight.mul_(0.1)  # type: ignore[union-attr, operator]
-        net.layers[-1].bias.copy_(drawn[train].mean(0).log())  # type: ignore[union-attr, operator]
+        net.last.weight.mul_(0.1)
+        net.last.bias.copy_(drawn[train].mean(0).log())
 
     def loss(output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (output + drawn[rows] * torch.exp(-output)).mean()
@@ -213,7 +217,7 @@ def _damage_loss(net: Controller, damage: np.ndarray, train: np.ndarray):  # typ
     return loss
 
 
-def _paper_loss(damage: np.ndarray, train: np.ndarray, recipe: Recipe):  # type: ignore[no-untyped-def]
+def _paper_loss(damage: np.ndarray, train: np.ndarray, recipe: Recipe) -> Loss:
     """a L_ce + b L_lat + g L_qual with labels, costs and qualities from measured damage."""
     settings = recipe.paper
     bits = np.array([2.27, 4.27, 8.27, 16.02])  # per value, with scales and tags; the ratios are what counts
@@ -230,9 +234,8 @@ def _paper_loss(damage: np.ndarray, train: np.ndarray, recipe: Recipe):  # type:
     def loss(output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         p = output.softmax(1)
         entropy = torch.nn.functional.cross_entropy(output, target[rows])
-        return (
-            entropy * settings.ce + settings.latency * (p @ cost).mean() + settings.quality * (1 - p @ quality).mean()
-        )
+        latency, missing = (p @ cost).mean(), (1 - p @ quality).mean()
+        return settings.ce * entropy + settings.latency * latency + settings.quality * missing
 
     return loss
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["bench", "controller", "exporter", "models", "runtime"]
+PACKAGES = ["bench", "controller", "evaluation", "exporter", "models", "runtime"]
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
