@@ -109,10 +109,10 @@ class Budget:
         # Room that c tokens of a bucket take up, in tokens: their own, or that of their pages.
         self._room = page_room(context + 2) if kv_memory is not None else np.arange(context + 3)
         room = self._bytes[self._least] * self._room
-        # The most that c cheapest tokens, and any number of further ones, need beyond what the
-        # budget grows by meanwhile: max over j >= c of room[j] - per_token * (j - c).
+        # What c cheapest tokens need. With a budget that grows: the most that they and any number of
+        # further ones need beyond what it grows by meanwhile, max over j >= c of room[j] - per_token * (j - c).
         slope = self._per_token * np.arange(len(room))
-        self._need = np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
+        self._need = room if self._constant else np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
         self._curve_bytes, self._curve_mu = policy.curve(self._class_bytes)
         self._refuse_impossible(name, float(limit))
 
@@ -182,7 +182,8 @@ class Budget:
     def _class(self, score: np.ndarray, counts: np.ndarray, at: int, end: int) -> int:
         """Class of the token at position `at`."""
         least, n = self._least, len(self._class_bytes)
-        due = min(max(end, at + 1 + self.recent), self.context)  # the length at which the bytes are counted
+        # The length at which the bytes are counted; a budget of memory has to last for the whole context.
+        due = self.context if self._constant else min(max(end, at + 1 + self.recent), self.context)
         further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
         held = self._bytes * self._room[counts]
         total = float(held.sum())
@@ -194,7 +195,7 @@ class Budget:
         fits[least] = free + held[least] >= self._need[cheap + 1]
         if not fits.any():
             return least
-        goal = self.context if self._constant else min(max(end, at + 1 + self.recent + HORIZON), self.context)
+        goal = min(max(due, at + 1 + self.recent + HORIZON), self.context)
         left = self._per_token * goal + self._constant - self._window - total
         rate = left / max(goal - self.recent - at, 1)
         value = score - np.interp(rate, self._curve_bytes, self._curve_mu) * self._class_bytes

@@ -13,7 +13,7 @@ from kvq.runtime.store import RecentWindow
 
 # One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
 LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]
-PROBES = 32
+PROBES = 16
 
 
 class Bytes:

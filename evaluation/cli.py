@@ -66,6 +66,7 @@ TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
 CHUNKS = click.option("--chunks", "count", default=16, show_default=True, help="Chunks, spread over the texts.")
 RECENT = click.option("--recent", default=16, show_default=True, help="Newest tokens at 16 bits, in every arm.")
+THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
 JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
 
 
@@ -80,20 +81,26 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Writ
               "oracle, which knows every token's damage (needs torch).")  # fmt: skip
 @JSON
 @click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
-def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison) -> None:
+@THREADS
+def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     import kvq
     from kvq.evaluation.pareto import chunks, compare, measure
 
-    loaded = kvq.load(model)
+    loaded = kvq.load(model, threads=threads)
     budgets, rows = _numbers(bits, "--bits"), []
+
+    def write(found: list) -> None:
+        write_json(out, found)
+        if comparison is not None:
+            write_json(comparison, compare(found))
+
     with bar() as progress:
         for length in _numbers(context, "--context", int):
             cut = chunks(loaded, list(texts), length, count)
-            rows += measure(loaded, cut, budgets, recent, checkpoint, progress)
-    write_json(out, rows)
-    if comparison is not None:
-        write_json(comparison, compare(rows))
+            each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
+            rows += measure(loaded, cut, budgets, recent, checkpoint, progress, each)
+    write(rows)
 
 
 @evaluate.command()
@@ -104,13 +111,14 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
 @CHUNKS
 @RECENT
 @JSON
-def kld(model, texts, policies, context, count, recent, out) -> None:
+@THREADS
+def kld(model, texts, policies, context, count, recent, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
     import kvq
     from kvq.evaluation.kld import by_position, measure
     from kvq.evaluation.pareto import chunks
 
-    loaded = kvq.load(model)
+    loaded = kvq.load(model, threads=threads)
     rows = []
     with bar() as progress:
         for length in _numbers(context, "--context", int):

@@ -46,6 +46,7 @@ def measure(
     recent: int = 16,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    each: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """All arms on all texts.
 
@@ -56,6 +57,7 @@ def measure(
         recent: newest tokens at 16 bits, in all arms.
         checkpoint: where the bundle came from; with it the oracle is an arm.
         progress: called as work goes on.
+        each: called with the rows so far after each text; a long run that is cut short leaves something.
 
     Returns:
         Rows with arm, bits_requested, bits_measured, bits_with_slack, context, texts, kld_mean,
@@ -68,6 +70,10 @@ def measure(
     learned = [name for name in ("paper", "adaptive") if name in model.bundle.manifest.controllers]
     policies = {name: make_policy(name, model.bundle) for name in ("rule", "random", *learned)}
     results: dict[tuple[str, float | None], list[Outcome]] = {}
+
+    def rows() -> list[dict[str, Any]]:
+        return [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
+
     for number, ids in enumerate(texts):
         if progress:
             progress(number, len(texts), f"context {context}")
@@ -90,7 +96,9 @@ def measure(
                     add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, rng)))
             if meter is not None and damage is not None:
                 add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
-    return [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
+        if each:
+            each(rows())
+    return rows()
 
 
 def _row(arm: str, requested: float | None, context: int, space: Bytes, found: list[Outcome]) -> dict[str, Any]:
