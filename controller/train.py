@@ -258,7 +258,7 @@ def store(
     prices, scores = None, output - output.max(1, keepdims=True)
     if recipe.objective == "adaptive":
         scores = -np.exp(output.astype(np.float64))
-        means, mu = curve_of(scores, nbytes, points=257)
+        means, mu = curve_of(scores, nbytes)
         values = 2 * shape.layers * shape.kv_heads * shape.head_dim
         prices = np.interp(recipe.default_bits * values / 8, means, mu) * nbytes
         scores = scores - prices

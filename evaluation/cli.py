@@ -125,3 +125,67 @@ def kld(model, texts, policies, context, count, recent, out, threads) -> None:
             found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, progress)
             rows += by_position(found, length)
     write_json(out, rows)
+
+
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder of TASK.jsonl files; the hub's if not given."
+)
+LIMIT = click.option("--limit", type=int, help="Items per task; all if not given.")
+
+
+@evaluate.command()
+@MODEL
+@click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
+@click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
+@click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
+@DATA
+@LIMIT
+@JSON
+@THREADS
+def tasks(model, policies, tasks, kv_bits, data, limit, out, threads) -> None:
+    """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
+    import kvq
+    from kvq.evaluation.tasks import run_tasks
+
+    loaded = kvq.load(model, threads=threads)
+    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits), tasks.split(","), data, limit))
+
+
+@evaluate.command("paper-table")
+@click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
+@click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
+@DATA
+@LIMIT
+@JSON
+@THREADS
+def paper_table(models, kv_bits, data, limit, out, threads) -> None:
+    """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
+
+    \b
+    Where the hub can be reached:
+      kvq export HuggingFaceTB/SmolLM-135M smollm-135m
+      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M --text books.txt --objective both
+      kvq eval paper-table --models smollm-135m
+    """
+    import kvq
+    from kvq.evaluation.tasks import run_tasks
+
+    rows = []
+    for name in models.split(","):
+        loaded = kvq.load(name, threads=threads)
+        learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits)
+        for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
+            rows.append({"model": loaded.bundle.manifest.name, **row})
+    write_json(out, rows)
+
+
+def _arms(model, policies, kv_bits: float | None) -> list[tuple[str, dict]]:
+    """Policies with the budget where they can follow one."""
+    from kvq.controller.policies import ScoredPolicy, make_policy
+
+    arms = []
+    for name in policies:
+        follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
+        arms.append((name, {"kv_bits": kv_bits} if follows else {}))
+    return arms

@@ -93,20 +93,38 @@ class ScoredPolicy(Policy):
         return self.classes[self.score(features).argmax(axis=1)]
 
 
-def curve_of(scores: np.ndarray, nbytes: np.ndarray, points: int = 65) -> tuple[np.ndarray, np.ndarray]:
-    """The curve of `ScoredPolicy.curve` from scores [tokens, classes] of typical tokens."""
-    scores = np.asarray(scores, np.float64)
-    # A choice between two classes changes at one price: quantiles of these prices are the grid.
-    prices = []
+# Points of a curve, and tokens it is measured on.
+CURVE_POINTS, CURVE_TOKENS = 160, 20_000
+
+
+def curve_of(scores: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The curve of `ScoredPolicy.curve` from scores [tokens, classes] of typical tokens.
+
+    Damages are heavy-tailed, so just above the cheapest class a small difference in bytes is a large
+    one in price: points lie closer and closer together there.
+    """
+    scores = np.asarray(scores, np.float64)[:: max(1, len(scores) // CURVE_TOKENS)]
+    # A choice between two classes changes at one price; between these prices nothing happens.
+    prices = [np.array([0.0])]
     for i in range(len(nbytes)):
         for j in range(len(nbytes)):
             if nbytes[i] < nbytes[j]:
                 prices.append((scores[:, j] - scores[:, i]) / (nbytes[j] - nbytes[i]))
-    flat = np.concatenate(prices)
-    flat = flat[np.isfinite(flat)]
-    grid = np.unique(np.quantile(flat, np.linspace(0, 1, points)))[::-1] if len(flat) else np.zeros(1)
-    margin = 1e-6 * max(1e-12, np.abs(grid).max())
-    grid = np.concatenate([[grid[0] + margin], grid, [grid[-1] - margin]])
-    means = np.array([nbytes[(scores - mu * nbytes).argmax(1)].mean() for mu in grid])
-    keep = np.concatenate([[True], np.diff(means) > 0])  # np.interp wants ascending bytes
-    return means[keep], grid[keep]
+    steps = np.unique(np.concatenate(prices))
+    steps = steps[np.isfinite(steps)]
+    margin = 1e-6 * max(1e-12, np.abs(steps).max())
+    grid = np.concatenate([[steps[0] - margin], (steps[1:] + steps[:-1]) / 2, [steps[-1] + margin]])
+
+    def mean(mu: float) -> float:
+        return float(nbytes[(scores - mu * nbytes).argmax(1)].mean())
+
+    lowest, highest = mean(grid[-1]), mean(grid[0])
+    found = {lowest: float(grid[-1]), highest: float(grid[0])}
+    for target in lowest + (highest - lowest) * np.geomspace(1e-4, 1, CURVE_POINTS)[:-1]:
+        low, high = 0, len(grid) - 1  # the mean falls along the grid
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if mean(grid[middle]) > target else (low, middle)
+        found[mean(grid[high])] = float(grid[high])
+    means = np.array(sorted(found))
+    return means, np.array([found[m] for m in means])

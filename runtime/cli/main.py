@@ -18,8 +18,18 @@ COMMANDS = {
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train"}
-EXTRA_PACKAGES = {"torch", "transformers", "onnx", "onnx_ir", "optimum", "safetensors", "huggingface_hub", "matplotlib"}
+EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_PACKAGES = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "optimum",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+    "lm_eval",
+}
 
 
 class LazyGroup(click.Group):
