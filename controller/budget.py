@@ -102,6 +102,9 @@ class Budget:
         self._bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
         self._class_bytes = self._bytes[: len(classes)]
         self._least = int(np.argmin(self._class_bytes))
+        self._index = np.zeros((17, 17), np.int64)  # place in `pairs` by key bits and value bits
+        for i, pair in enumerate(self.pairs):
+            self._index[pair] = i
         self._window = RecentWindow(geometry, self.recent).nbytes
         values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
         self._per_token = float(limit) * values / 8 if kv_memory is None else 0.0
@@ -158,8 +161,7 @@ class Budget:
         window = store.window
         if window.count:
             bits = window.bits[window.slots(store.length - window.count, store.length)]
-            for i, pair in enumerate(self.pairs):
-                found[i] += int(((bits[:, 0] == pair[0]) & (bits[:, 1] == pair[1])).sum())
+            found += np.bincount(self._index[bits[:, 0], bits[:, 1]], minlength=len(self.pairs))
         return found
 
     def choose(self, scores: np.ndarray, counts: np.ndarray, length: int, end: int) -> np.ndarray:

@@ -189,3 +189,16 @@ def _arms(model, policies, kv_bits: float | None) -> list[tuple[str, dict]]:
         follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
         arms.append((name, {"kv_bits": kv_bits} if follows else {}))
     return arms
+
+
+@evaluate.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Also draw damage against bytes as PNG.")
+def report(files, picture) -> None:
+    """Markdown tables from the JSON of `kvq eval pareto`, as in docs/quality.md."""
+    from kvq.evaluation.report import plot, tables
+
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    click.echo(tables(rows))
+    if picture is not None:
+        plot(rows, picture)
