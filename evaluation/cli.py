@@ -88,7 +88,8 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
     from kvq.evaluation.pareto import chunks, compare, measure
 
     loaded = kvq.load(model, threads=threads)
-    budgets, rows = _numbers(bits, "--bits"), []
+    budgets = _numbers(bits, "--bits")
+    rows: list[dict] = []
 
     def write(found: list) -> None:
         write_json(out, found)
@@ -119,7 +120,7 @@ def kld(model, texts, policies, context, count, recent, out, threads) -> None:
     from kvq.evaluation.pareto import chunks
 
     loaded = kvq.load(model, threads=threads)
-    rows = []
+    rows: list[dict] = []
     with bar() as progress:
         for length in _numbers(context, "--context", int):
             found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, progress)
@@ -170,7 +171,7 @@ def paper_table(models, kv_bits, data, limit, out, threads) -> None:
     import kvq
     from kvq.evaluation.tasks import run_tasks
 
-    rows = []
+    rows: list[dict] = []
     for name in models.split(","):
         loaded = kvq.load(name, threads=threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
