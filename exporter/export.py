@@ -128,8 +128,8 @@ def export(
         decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
         file.close()
         progress(shape.layers + 3, shape.layers + 4, "digests")
-        _write_text(folder, TOKENIZER, tokenizer)
-        _write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
+        write_text(folder, TOKENIZER, tokenizer)
+        write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
         manifest = Manifest(
             name=checkpoint.name,
             architecture=shape,
@@ -148,7 +148,7 @@ def export(
             uncertainty=uncertainty,
             files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},
         )
-        _write_text(folder, MANIFEST, manifest.to_json())
+        write_text(folder, MANIFEST, manifest.to_json())
         progress(shape.layers + 4, shape.layers + 4, "done")
     nbytes = sum(f.stat().st_size for f in out.iterdir())
     return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
@@ -214,7 +214,7 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_text(folder: Path, name: str, text: str | None) -> None:
+def write_text(folder: Path, name: str, text: str | None) -> None:
     """Write and fsync a UTF-8 file; None writes nothing."""
     if text is None:
         return

@@ -55,6 +55,17 @@ def effective_model(bundle: Bundle, checkpoint: Checkpoint) -> LlamaForCausalLM:
     return model
 
 
+def stored_mean_keys(bundle: Bundle) -> np.ndarray:
+    """The vectors that a bundle's segments subtract from rotated keys, float32 [layers, kv_heads, head_dim]."""
+    shape = bundle.manifest.architecture
+    means = np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
+    for layer, name in enumerate(bundle.manifest.segments[: shape.layers]):
+        found = _tensors(bundle.path / name, shape.hidden).get(f"model.layers.{layer}.mean_keys")
+        if found is not None:  # zero means are left out of the graph
+            means[layer] = found[shape.heads :]
+    return means
+
+
 def _tensors(file: Path, hidden: int) -> dict[str, np.ndarray]:
     """Weights of one graph by name, float32; quantized ones decoded."""
     model = onnx.load(file, load_external_data=True)

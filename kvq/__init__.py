@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq.controller.policies import POLICIES, Policy, TokenFeatures, make_policy
+    from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
     from kvq.runtime.errors import (
         BackendError,
+        BudgetError,
         BundleError,
+        CalibrationError,
         CheckpointError,
         ContextError,
         KvqError,
@@ -51,11 +53,13 @@ _EXPORTS = {
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
-    **dict.fromkeys(["POLICIES", "Policy", "TokenFeatures", "make_policy"], "kvq.controller.policies"),
+    **dict.fromkeys(["POLICIES", "Policy", "ScoredPolicy", "TokenFeatures", "make_policy"], "kvq.controller.policies"),
     **dict.fromkeys(
         [
             "BackendError",
+            "BudgetError",
             "BundleError",
+            "CalibrationError",
             "CheckpointError",
             "ContextError",
             "KvqError",
@@ -73,7 +77,9 @@ _EXPORTS = {
 __all__ = [
     "POLICIES",
     "BackendError",
+    "BudgetError",
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "ContextError",
     "KvqError",
@@ -84,6 +90,7 @@ __all__ = [
     "PromptError",
     "Response",
     "SamplingError",
+    "ScoredPolicy",
     "Session",
     "Stats",
     "TokenFeatures",

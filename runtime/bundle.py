@@ -57,6 +57,8 @@ class Manifest:
         segments: graph files in order: layers + 1 of them.
         decoder: graph file of the same layers with native operators.
         head, uncertainty: graph files.
+        controllers: name of a learned policy -> {"file", "set", "objective", "classes", "curve", "model", "report"},
+            see `kvq.controller.train`.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """
 
@@ -71,6 +73,14 @@ class Manifest:
     head: str
     uncertainty: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    controllers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def model_digest(self) -> str:
+        """sha256 over the digests of graphs and weights: the model itself, whatever controllers the bundle holds."""
+        names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS})
+        listed = json.dumps([(name, self.files[name]["sha256"]) for name in names])
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def to_json(self) -> str:
         """Text of kvq.json."""
@@ -96,8 +106,11 @@ class Manifest:
                     f" {remedy}"
                 )
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
-            names = [f.name for f in fields(Manifest) if f.name != "architecture"]
-            manifest = Manifest(architecture=architecture, **{name: data[name] for name in names})
+            names = [f.name for f in fields(Manifest) if f.name not in ("architecture", "controllers")]
+            controllers = data.get("controllers", {})  # older bundles have none
+            manifest = Manifest(
+                architecture=architecture, **{name: data[name] for name in names}, controllers=controllers
+            )
             _check_types(manifest)
             return manifest
         except BundleError:
@@ -125,7 +138,8 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
         if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
             raise ValueError(f"entry of {name}")
-    for name in (*manifest.segments, manifest.decoder, manifest.head, manifest.uncertainty, WEIGHTS):
+    controllers = [entry["file"] for entry in manifest.controllers.values()]
+    for name in (*manifest.segments, manifest.decoder, manifest.head, manifest.uncertainty, WEIGHTS, *controllers):
         if name not in manifest.files:
             raise ValueError(f"{name} is not in the file list")
 
@@ -189,6 +203,13 @@ class Bundle:
 
     def graph(self, name: str) -> bytes:
         """Bytes of an ONNX graph that holds only our own operators and data from `WEIGHTS`."""
+        return self._graph(name, {WEIGHTS})
+
+    def controller_graph(self, name: str) -> bytes:
+        """Bytes of a controller's graph, which holds all its data itself."""
+        return self._graph(name, set())
+
+    def _graph(self, name: str, external_files: set[str]) -> bytes:
         data = (self.path / name).read_bytes()
-        check_graph(data, name, {WEIGHTS})
+        check_graph(data, name, external_files)
         return data

@@ -23,6 +23,14 @@ class PolicyError(KvqError):
     """Unknown policy name, or an option the policy does not take."""
 
 
+class BudgetError(KvqError):
+    """A byte budget that cannot be kept, or that the policy cannot follow."""
+
+
+class CalibrationError(KvqError):
+    """A text that a controller cannot be trained or measured on."""
+
+
 class PromptError(KvqError):
     """The prompt is empty, not UTF-8, or holds token ids outside the vocabulary."""
 

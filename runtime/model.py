@@ -79,15 +79,25 @@ class Model:
 
     def session(
         self,
-        policy: str | Policy = "fp16",
+        policy: str | Policy | None = None,
         *,
         recent: int = 16,
         sink: int = 0,
         prefill_chunk: int = 128,
         backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
     ) -> Session:
-        """A new, empty session; arguments as in `Session`."""
-        return Session(self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, backend=backend)
+        """A new, empty session; arguments as in `Session`.
+
+        Without a policy it is "fp16", or "adaptive" where a budget is given.
+        """
+        if policy is None:
+            policy = "fp16" if kv_bits is None and kv_memory is None else "adaptive"
+        return Session(
+            self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, backend=backend,
+            kv_bits=kv_bits, kv_memory=kv_memory,
+        )  # fmt: skip
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

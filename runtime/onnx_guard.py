@@ -26,8 +26,9 @@ ATTRIBUTE_REFUSED = {6: "subgraph", 11: "subgraphs", 22: "sparse tensor", 23: "s
 
 OPERATORS = {
     "": (
-        "Add", "Cast", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "MatMul", "Mul", "ReduceMax",
-        "ReduceSum", "Reshape", "SimplifiedLayerNormalization", "Sin", "Slice", "Split", "Sub",
+        "Add", "Cast", "Concat", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "LogSoftmax", "MatMul",
+        "Mul", "ReduceMax", "ReduceSum", "Relu", "Reshape", "SimplifiedLayerNormalization", "Sin", "Slice", "Split",
+        "Sub", "Transpose",
     ),
     "com.microsoft": ("MatMulNBits", "QuickGelu", "RotaryEmbedding"),
     "kvq": ("Attention", "SwiGLU"),

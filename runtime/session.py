@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
+from kvq.controller.budget import Budget
 from kvq.controller.features import RarityCounter, attention_variance
-from kvq.controller.policies import Policy, TokenFeatures, make_policy
+from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
 from kvq.runtime.attention import make_backend
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.engine import HEAD_ROWS, ForwardPass, Head
@@ -37,6 +38,8 @@ class Session:
         sink: first tokens kept at 16 bits.
         prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
+        kv_bits: most bits per stored value, all told, or
+        kv_memory: most bytes of the store; either is kept as `kvq.controller.budget` defines it.
     """
 
     def __init__(
@@ -48,13 +51,15 @@ class Session:
         sink: int = 0,
         prefill_chunk: int = 128,
         backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
     ) -> None:
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
         shape = model.architecture
         self.model = model
-        self.policy = make_policy(policy)
+        self.policy = make_policy(policy, model.bundle)
         self.backend = make_backend(backend)
         self.tokens: list[int] = []
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
@@ -65,11 +70,18 @@ class Session:
             sink=sink,
             codecs=self.backend.codecs,
         )
+        self.budget = None
+        if kv_bits is not None or kv_memory is not None:
+            window, geometry = self.store.window.capacity, self.store.geometry
+            self.budget = Budget(
+                self.policy, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory
+            )
         self.prefill_chunk = prefill_chunk
         self._rarity = RarityCounter(shape.vocab)
         self._passes: dict[int, ForwardPass] = {}
         self._heads: dict[int, Head] = {}
         self._prefill, self._decode = Clock(), Clock()
+        self._end = 0  # length the text will have when the current append is done
 
     @property
     def room(self) -> int:
@@ -99,6 +111,7 @@ class Session:
         wanted = len(new) if all_logits else 1
         logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
         first_wanted = len(feed) - wanted
+        self._end = self.store.length + len(feed)
         clock = self._decode if len(feed) == 1 else self._prefill
         for start in range(0, len(feed), self.prefill_chunk):
             chunk = feed[start : start + self.prefill_chunk]
@@ -144,7 +157,9 @@ class Session:
         positions = np.arange(self.store.length, self.store.length + tokens)
         variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
         rarity = self._rarity.rarity(ids) if "rarity" in needs else None
-        features = TokenFeatures(positions, entropy, rarity, variance, confidence)
+        features = TokenFeatures(
+            positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
+        )
         self.store.append(layers.keys, layers.values, self._choice(features))
         if "rarity" in needs:
             self._rarity.count(ids)
@@ -153,6 +168,9 @@ class Session:
 
     def _choice(self, features: TokenFeatures) -> np.ndarray:
         """The policy's choice, checked: policies may be anybody's."""
+        if self.budget is not None and isinstance(self.policy, ScoredPolicy):
+            store, budget = self.store, self.budget
+            return budget.choose(self.policy.score(features), budget.counts(store), store.length, self._end)
         bits = np.asarray(self.policy.choose(features))
         if bits.shape != (len(features.positions), 2) or not set(bits.ravel().tolist()) <= CODECS.keys():
             raise PolicyError(
@@ -260,6 +278,7 @@ class Session:
             kv_nbytes=store.nbytes,
             kv_peak_nbytes=store.peak_nbytes,
             kv_bits=8 * store.nbytes / values if values else None,
+            kv_used_bits=8 * store.used_nbytes / values if values else None,
             prefill_tokens=prefill.tokens,
             prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
             decode_tokens=decode.tokens,

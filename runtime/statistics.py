@@ -32,6 +32,7 @@ class Stats:
         precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
         kv_nbytes, kv_peak_nbytes: bytes of the KV store now and at its largest.
         kv_bits: total bits per stored value (codes, scales, tags and slack), None while empty.
+        kv_used_bits: the same of the stored tokens alone, without slack: what a budget of bits limits.
         prefill_tokens, prefill_tokens_per_s: tokens appended several at a time.
         decode_tokens, ms_per_token: tokens appended one at a time.
         gb_per_s: weights and cache read by decode steps over their time, 1e9 bytes a second.
@@ -48,6 +49,7 @@ class Stats:
     kv_nbytes: int
     kv_peak_nbytes: int
     kv_bits: float | None
+    kv_used_bits: float | None
     prefill_tokens: int
     prefill_tokens_per_s: float | None
     decode_tokens: int

@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from kvq.controller.features import RarityCounter, attention_variance
 from kvq.controller.policies import FEATURE_NAMES, POLICIES, Policy, TokenFeatures, make_policy
 from kvq.controller.policies.rule import RulePolicy
+from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import PolicyError
+from kvq.runtime.model import DEFAULT_MODEL, embedded_models
 from kvq.runtime.session import Session
 from tests.kvdata import WIDTHS, examples, seeds
+
+
+def make(name, **options):
+    """A policy; learned ones come from the embedded bundle."""
+    return make_policy(name, Bundle(embedded_models()[DEFAULT_MODEL]), **options)
+
 
 every_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 cut_fractions = st.lists(st.floats(0, 1), max_size=6)
@@ -32,12 +40,23 @@ def features_for(policy, seed, count, start=0):
         "attention_variance": rng.uniform(0, 20, count) / (positions + 1) ** 2,
         "confidence": rng.uniform(0, 1, count),
     }
-    return TokenFeatures(positions, **{name: everything[name].astype(np.float32) for name in policy.needs})
+    shape = Bundle(embedded_models()[DEFAULT_MODEL]).manifest.architecture
+    keys, values = rng.standard_normal((2, shape.layers, shape.kv_heads, count, shape.head_dim), np.float32)
+    return TokenFeatures(
+        positions,
+        **{name: everything[name].astype(np.float32) for name in policy.needs},
+        ids=rng.integers(0, shape.vocab, count),
+        residual=rng.standard_normal((count, shape.hidden), np.float32),
+        keys=keys,
+        values=values,
+    )
 
 
 def part(features, start, stop):
     """The features of the tokens [start, stop) of a run."""
-    return TokenFeatures(*(None if x is None else x[start:stop] for x in features))
+    return TokenFeatures(
+        *(None if x is None else x[:, :, start:stop] if x.ndim == 4 else x[start:stop] for x in features)
+    )
 
 
 def chunks(fractions, count):
@@ -50,7 +69,7 @@ def chunks(fractions, count):
 @given(seed=seeds, count=st.integers(0, 80), start=st.integers(0, 10_000))
 @examples(12)
 def test_a_choice_is_a_pair_of_known_widths_for_every_token(name, seed, count, start):
-    policy = make_policy(name)
+    policy = make(name)
     bits = policy.choose(features_for(policy, seed, count, start))
     assert bits.shape == (count, 2)
     assert bits.dtype == np.uint8
@@ -61,7 +80,7 @@ def test_a_choice_is_a_pair_of_known_widths_for_every_token(name, seed, count, s
 @given(seed=seeds, count=st.integers(0, 80), start=st.integers(0, 200), cuts=cut_fractions)
 @examples(12)
 def test_a_choice_does_not_depend_on_the_chunks(name, seed, count, start, cuts):
-    policy = make_policy(name)
+    policy = make(name)
     features = features_for(policy, seed, count, start)
     pieces = [policy.choose(part(features, *chunk)) for chunk in chunks(cuts, count)]
     np.testing.assert_array_equal(np.concatenate(pieces), policy.choose(features))
@@ -69,7 +88,7 @@ def test_a_choice_does_not_depend_on_the_chunks(name, seed, count, start, cuts):
 
 @every_policy
 def test_a_policy_carries_its_name_and_asks_for_known_features(name):
-    policy = make_policy(name)
+    policy = make(name)
     assert policy.name == name
     assert policy.needs <= set(FEATURE_NAMES)
 
@@ -153,7 +172,7 @@ def test_an_unknown_policy_is_named_with_the_known_ones(name):
 @every_policy
 def test_an_option_a_policy_does_not_take_is_named(name):
     with pytest.raises(PolicyError, match="flavour") as error:
-        make_policy(name, flavour="sour")
+        make(name, flavour="sour")
     assert "\n" not in str(error.value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.policies.base import Policy, TokenFeatures
+from kvq.controller.policies.base import Policy, ScoredPolicy, TokenFeatures, curve_of
 from kvq.runtime.errors import PolicyError
 
 CLASSES = np.array([(16, 16), (8, 8), (4, 4), (2, 2)], np.uint8)  # those of arXiv 2604.04722
@@ -19,7 +19,7 @@ class MixedPolicy(Policy):
         return CLASSES[features.positions % len(CLASSES)]
 
 
-class RandomPolicy(Policy):
+class RandomPolicy(ScoredPolicy):
     """A class drawn for each position, independent of the text.
 
     Any policy worth its features must beat this one at equal bytes.
@@ -33,6 +33,7 @@ class RandomPolicy(Policy):
     """
 
     name = "random"
+    classes = CLASSES
 
     def __init__(self, weights: tuple[float, float, float, float] = (1, 1, 1, 1), seed: int = 0) -> None:
         try:
@@ -43,15 +44,22 @@ class RandomPolicy(Policy):
             raise PolicyError(f"weights must be four positive numbers (of 16, 8, 4, 2 bits), got {weights!r}")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
             raise PolicyError(f"seed must be an integer in [0, 2^64), got {seed!r}")
-        self.edges = np.cumsum(shares / shares.sum())[:-1]
+        with np.errstate(divide="ignore"):
+            self.logarithms = np.log(shares / shares.sum())
         self.seed = int(seed)
 
-    def choose(self, features: TokenFeatures) -> np.ndarray:
-        return CLASSES[np.searchsorted(self.edges, uniform(features.positions, self.seed), side="right")]
+    def score(self, features: TokenFeatures) -> np.ndarray:
+        """log of the weight plus Gumbel noise: the largest is a draw by weight, whatever the prices."""
+        places = np.asarray(features.positions)[:, None] * len(CLASSES) + np.arange(len(CLASSES))
+        noise = uniform(places, self.seed) + 2.0**-54  # never zero
+        return (self.logarithms - np.log(-np.log(noise))).astype(np.float32)
+
+    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return curve_of(self.score(TokenFeatures(np.arange(4096))), nbytes)
 
 
 def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 [tokens], a pure function of (seed, position).
+    """Uniform numbers in [0, 1), float64 of the positions' shape, a pure function of (seed, position).
 
     SplitMix64 (Steele, Lea, Flood 2014): a counter-based generator needs no state to save.
     """

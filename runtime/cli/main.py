@@ -13,11 +13,23 @@ import click
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
+    "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
+    "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train"}
-EXTRA_PACKAGES = {"torch", "transformers", "onnx", "onnx_ir", "optimum", "safetensors", "huggingface_hub", "matplotlib"}
+EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_PACKAGES = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "optimum",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+    "lm_eval",
+}
 
 
 class LazyGroup(click.Group):
@@ -61,7 +73,7 @@ def guarded(command: Callable[[], object]) -> None:
     Exit codes: 0 done, 1 a known error, 2 wrong usage or the value of an option, 130 interrupted.
     A closed output pipe ends the process by SIGPIPE (141 in a shell).
     """
-    from kvq.runtime.errors import BackendError, KvqError, PolicyError, SamplingError
+    from kvq.runtime.errors import BackendError, BudgetError, KvqError, PolicyError, SamplingError
 
     if hasattr(signal, "SIGPIPE"):
         # `kvq-run ... | head` ends quietly, as with any Unix filter; click would exit with 1.
@@ -72,7 +84,7 @@ def guarded(command: Callable[[], object]) -> None:
     except click.UsageError as error:
         error.show()
         _exit(2)
-    except (BackendError, PolicyError, SamplingError) as error:  # the value of an option
+    except (BackendError, BudgetError, PolicyError, SamplingError) as error:  # the value of an option
         _exit(2, str(error))
     except (KvqError, click.ClickException) as error:
         _exit(1, str(error) if isinstance(error, KvqError) else error.format_message())

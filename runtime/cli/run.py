@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.errors import PromptError
+from kvq.runtime.errors import BudgetError, PromptError
 from kvq.runtime.sampling import DEFAULTS
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ SAMPLING = [
     click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token."),
 ]  # fmt: skip
 CACHE = [
-    click.option("-p", "--policy", default="fp16", show_default=True, help="Precision of cached tokens: fp16, int8, "
-                 "int4, int2, k8v4 (any pair of widths), mixed, random, rule."),
+    click.option("-p", "--policy", help="Precision of cached tokens: fp16, int8, int4, int2, k8v4 (any pair of "
+                 "widths), mixed, random, rule, paper, adaptive; fp16 if not given, adaptive with a budget."),
+    click.option("--kv-bits", type=float, metavar="X", help="Keep the cache to X bits per value, all told."),
+    click.option("--kv-memory", metavar="SIZE", help="Keep the cache to that many bytes: 800kB, 8MB."),
     click.option("--recent", default=16, show_default=True, help="Newest tokens kept at 16 bits."),
     click.option("--sink", default=0, show_default=True, help="First tokens kept at 16 bits."),
     click.option("--backend", help="Attention backend; KVQ_BACKEND or the fastest if not given."),
@@ -64,7 +67,9 @@ def options(group: list):
 @click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text and statistics.")
 @click.option("-q", "--quiet", is_flag=True, help="No statistics line.")
-def run(prompt, prompt_file, model, policy, recent, sink, backend, threads, as_json, quiet, **generation) -> None:
+def run(
+    prompt, prompt_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads, as_json, quiet, **generation
+) -> None:
     """Generate text after PROMPT.
 
     The prompt is the argument, a file, or stdin; a file given with an argument goes before it.
@@ -74,12 +79,16 @@ def run(prompt, prompt_file, model, policy, recent, sink, backend, threads, as_j
       kvq-run "The ship left the harbour"
       kvq-run -p mixed -n 60 -t 0 "Once upon a time"
       kvq-run -f notes.txt --policy int4 --json
+      kvq-run -f notes.txt --kv-bits 3.5
       cat chapter.txt | kvq-run -q
     """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
 
     text = read_prompt(prompt, prompt_file)
-    session = kvq.load(model, threads=threads).session(policy, recent=recent, sink=sink, backend=backend)
+    memory = None if kv_memory is None else nbytes(kv_memory)
+    session = kvq.load(model, threads=threads).session(
+        policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory
+    )
     if generation["max_tokens"] == -1:
         generation["max_tokens"] = None
     result = generate(session, text, generation, echo=not as_json)
@@ -106,6 +115,19 @@ def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bo
             click.echo()
     seconds = round(time.perf_counter() - begun, 3)
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
+
+
+def nbytes(text: str) -> float:
+    """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
+
+    Raises:
+        BudgetError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
+    if not match:
+        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 8MB")
+    number, unit, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

@@ -1,0 +1,80 @@
+"""``kvq train-controller``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from kvq.runtime.errors import CalibrationError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, help="Hugging Face folder or hub id the bundle was exported from.")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 calibration text, a few megabytes.")
+@click.option(
+    "--set",
+    "feature_set",
+    type=click.Choice(["paper", "extended"]),
+    help="Features: extended for adaptive, paper for paper if not given.",
+)
+@click.option("--objective", type=click.Choice(["adaptive", "paper", "both"]), default="adaptive", show_default=True)
+@click.option("--tokens", default=200_000, show_default=True, help="Samples, about.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write settings and loss curves as JSON.")  # fmt: skip
+def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, seed, threads, report) -> None:
+    """Train the precision controller of BUNDLE on a text and store it there.
+
+    \b
+    Example:
+      kvq train-controller my-bundle --checkpoint ./my-checkpoint --text books.txt
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"cannot read {text}: {error.strerror}; check the path given with --text") from None
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{text} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+    import torch
+
+    from kvq.controller.train import Recipe, train_controllers
+
+    if threads:
+        torch.set_num_threads(threads)
+    recipes = []
+    for name in ["adaptive", "paper"] if objective == "both" else [objective]:
+        default_set = {"adaptive": "extended", "paper": "paper"}[name]
+        recipe = Recipe(feature_set=feature_set or default_set, objective=name, tokens=tokens, seed=seed)
+        recipes.append(replace(recipe, rate=1e-3, epochs=10) if name == "paper" else recipe)
+    with ExitStack() as stack:
+        bar = None
+
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal bar
+            if bar is None:  # only now: a refused bundle is one line on stderr
+                bar = stack.enter_context(click.progressbar(length=100, label=what, file=sys.stderr))
+            bar.label = what
+            bar.update(100 * done // total - bar.pos)
+
+        reports = train_controllers(bundle, Path(checkpoint), content, recipes, progress=progress)
+    if report is not None:
+        temporary = report.with_name(report.name + ".part")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump([asdict(r) for r in reports], file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(report)
+    for recipe, done in zip(recipes, reports, strict=True):
+        best = min(row["valid"] for row in done.curve)
+        shares = ", ".join(f"{share:.1%}" for share in done.shares)
+        click.echo(
+            f"{recipe.objective}: {done.samples} samples, {done.seconds:.0f} s, validation loss {best:.4f},"
+            f" shares of its classes {shares}"
+        )

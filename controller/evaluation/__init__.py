@@ -1,0 +1,1 @@
+"""Quality through the cache: divergence from the 16-bit model, arms at equal bytes, tasks."""

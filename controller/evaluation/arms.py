@@ -1,0 +1,103 @@
+"""The arms of a comparison at equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kvq.controller.budget import token_bytes
+from kvq.runtime.bundle import Bundle
+from kvq.runtime.pages import Geometry
+from kvq.runtime.store import RecentWindow
+
+# One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
+LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]
+PROBES = 16
+
+
+class Bytes:
+    """What a text of a fixed length may spend on the tokens outside the window.
+
+    Args:
+        geometry: of the store.
+        length: tokens of the text.
+        recent: newest tokens at 16 bits.
+    """
+
+    def __init__(self, geometry: Geometry, length: int, recent: int) -> None:
+        self.geometry, self.length, self.recent = geometry, length, recent
+        self.values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
+        self.stored = max(0, length - recent)
+
+    def each(self, pairs: list[tuple[int, int]]) -> np.ndarray:
+        """Bytes of a token of each pair, int64 [pairs]."""
+        return np.array([token_bytes(self.geometry, pair) for pair in pairs])
+
+    def left(self, kv_bits: float) -> float:
+        """Bytes for the stored tokens together, the window's taken off."""
+        return kv_bits * self.values * self.length / 8 - RecentWindow(self.geometry, self.recent).nbytes
+
+    def bits(self, nbytes: float) -> float:
+        """Bits per value of the whole text."""
+        return 8 * nbytes / (self.values * self.length)
+
+
+def static_mix(space: Bytes, kv_bits: float, rng: np.random.Generator) -> np.ndarray:
+    """The two neighbours of a budget on the static ladder, mixed at random; uint8 [tokens, 2]."""
+    nbytes = space.each(LADDER)
+    target = space.left(kv_bits) / max(1, space.stored)
+    low = int(np.clip(np.searchsorted(nbytes, target, side="right") - 1, 0, len(LADDER) - 2))
+    share = np.clip((target - nbytes[low]) / (nbytes[low + 1] - nbytes[low]), 0, 1)
+    chosen = np.full(space.length, low)
+    chosen[rng.permutation(space.stored)[: int(share * space.stored)]] += 1
+    return np.array(LADDER, np.uint8)[chosen]
+
+
+def shuffled(bits: np.ndarray, stored: int, rng: np.random.Generator) -> np.ndarray:
+    """The same precisions given to other tokens: what is left of a routing without its knowledge."""
+    mixed = bits.copy()
+    mixed[:stored] = rng.permutation(bits[:stored], axis=0)
+    return mixed
+
+
+def oracle(space: Bytes, kv_bits: float, damage: np.ndarray, classes: list[tuple[int, int]]) -> np.ndarray:
+    """The best use of the budget if single-token damages, float [tokens, classes], add up; uint8 [tokens, 2]."""
+    nbytes = space.each(classes)
+    left = space.left(kv_bits)
+    low, high = 1e-12, 1e3
+    for _ in range(100):
+        price = (low * high) ** 0.5
+        spent = nbytes[(damage[: space.stored] + price * nbytes).argmin(1)].sum()
+        low, high = (price, high) if spent > left else (low, price)
+    return np.array(classes, np.uint8)[(damage + high * nbytes).argmin(1)]
+
+
+class DamageMeter:
+    """Damage of every token of a text, for the oracle: `PROBES` draws of `kvq.controller.damage`."""
+
+    classes = LADDER
+
+    def __init__(self, bundle: Bundle, checkpoint: Path, recent: int) -> None:
+        import torch
+
+        from kvq.controller.parallel import ParallelModel
+
+        self._model = ParallelModel.load(bundle, checkpoint, recent)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """float64 [tokens, classes] in nats, of ids int64 [tokens]."""
+        import torch
+
+        from kvq.controller.damage import WIDTHS, probe_damage
+
+        batch = torch.from_numpy(np.asarray(ids, np.int64))[None]
+        total = np.zeros((len(ids), len(self.classes)))
+        for _ in range(PROBES):
+            signed = probe_damage(self._model, batch, self._generator)[0]
+            for i, pair in enumerate(self.classes):
+                parts = [signed[:, side, WIDTHS.index(b)] for side, b in enumerate(pair) if b < 16]
+                if parts:
+                    total[:, i] += np.square(np.sum(parts, axis=0)) / 2 / PROBES
+        return total

@@ -1,0 +1,205 @@
+"""``kvq eval``: quality through the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+
+@click.group("eval", context_settings={"help_option_names": ["-h", "--help"]})
+def evaluate() -> None:
+    """Measure quality through the cache: divergence from 16 bits, arms at equal bytes, tasks."""
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """JSON to a file, complete or not at all; to stdout without one."""
+    text = json.dumps(value, indent=1) + "\n"
+    if path is None:
+        click.echo(text, nl=False)
+        return
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def bar():
+    """A progress callback that draws on stderr once it is first called."""
+    shown = None
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal shown
+        if shown is None:
+            shown = click.progressbar(length=100, file=sys.stderr)
+            shown.__enter__()
+        shown.label = what
+        shown.update(100 * done // total - shown.pos)
+
+    try:
+        yield progress
+    finally:
+        if shown is not None:
+            shown.__exit__(None, None, None)
+
+
+def _numbers(text: str, option: str, kind: type = float) -> list:
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{option} takes numbers with commas between them, got {text!r}") from None
+    if any(not number > 0 for number in found):
+        raise click.UsageError(f"{option} takes positive numbers, got {text!r}")
+    return found
+
+
+MODEL = click.option("-m", "--model", help="Bundle folder or embedded model; the default model if not given.")
+TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
+                    help="UTF-8 text to score; can be repeated.")  # fmt: skip
+CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
+CHUNKS = click.option("--chunks", "count", default=16, show_default=True, help="Chunks, spread over the texts.")
+RECENT = click.option("--recent", default=16, show_default=True, help="Newest tokens at 16 bits, in every arm.")
+THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
+JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
+
+
+@evaluate.command()
+@MODEL
+@TEXT
+@click.option("--bits", default="2.75,3.25,4.25", show_default=True, help="Budgets, total bits per value.")
+@CONTEXT
+@CHUNKS
+@RECENT
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was exported from: adds the "
+              "oracle, which knows every token's damage (needs torch).")  # fmt: skip
+@JSON
+@click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
+@THREADS
+def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison, threads) -> None:
+    """All arms at equal bytes: a list of rows with arm, bits and divergence."""
+    import kvq
+    from kvq.controller.evaluation.pareto import chunks, compare, measure
+
+    loaded = kvq.load(model, threads=threads)
+    budgets = _numbers(bits, "--bits")
+    rows: list[dict] = []
+
+    def write(found: list) -> None:
+        write_json(out, found)
+        if comparison is not None:
+            write_json(comparison, compare(found))
+
+    with bar() as progress:
+        for length in _numbers(context, "--context", int):
+            cut = chunks(loaded, list(texts), length, count)
+            each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
+            rows += measure(loaded, cut, budgets, recent, checkpoint, progress, each)
+    write(rows)
+
+
+@evaluate.command()
+@MODEL
+@TEXT
+@click.option("-p", "--policy", "policies", multiple=True, default=("int8", "int4", "int2"), show_default=True)
+@CONTEXT
+@CHUNKS
+@RECENT
+@JSON
+@THREADS
+def kld(model, texts, policies, context, count, recent, out, threads) -> None:
+    """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
+    import kvq
+    from kvq.controller.evaluation.kld import by_position, measure
+    from kvq.controller.evaluation.pareto import chunks
+
+    loaded = kvq.load(model, threads=threads)
+    rows: list[dict] = []
+    with bar() as progress:
+        for length in _numbers(context, "--context", int):
+            found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, progress)
+            rows += by_position(found, length)
+    write_json(out, rows)
+
+
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder of TASK.jsonl files; the hub's if not given."
+)
+LIMIT = click.option("--limit", type=int, help="Items per task; all if not given.")
+
+
+@evaluate.command()
+@MODEL
+@click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
+@click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
+@click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
+@DATA
+@LIMIT
+@JSON
+@THREADS
+def tasks(model, policies, tasks, kv_bits, data, limit, out, threads) -> None:
+    """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
+    import kvq
+    from kvq.controller.evaluation.tasks import run_tasks
+
+    loaded = kvq.load(model, threads=threads)
+    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits), tasks.split(","), data, limit))
+
+
+@evaluate.command("paper-table")
+@click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
+@click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
+@DATA
+@LIMIT
+@JSON
+@THREADS
+def paper_table(models, kv_bits, data, limit, out, threads) -> None:
+    """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
+
+    \b
+    Where the hub can be reached:
+      kvq export HuggingFaceTB/SmolLM-135M smollm-135m
+      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M --text books.txt --objective both
+      kvq eval paper-table --models smollm-135m
+    """
+    import kvq
+    from kvq.controller.evaluation.tasks import run_tasks
+
+    rows: list[dict] = []
+    for name in models.split(","):
+        loaded = kvq.load(name, threads=threads)
+        learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits)
+        for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
+            rows.append({"model": loaded.bundle.manifest.name, **row})
+    write_json(out, rows)
+
+
+def _arms(model, policies, kv_bits: float | None) -> list[tuple[str, dict]]:
+    """Policies with the budget where they can follow one."""
+    from kvq.controller.policies import ScoredPolicy, make_policy
+
+    arms = []
+    for name in policies:
+        follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
+        arms.append((name, {"kv_bits": kv_bits} if follows else {}))
+    return arms
+
+
+@evaluate.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Also draw damage against bytes as PNG.")
+def report(files, picture) -> None:
+    """Markdown tables from the JSON of `kvq eval pareto`, as in docs/quality.md."""
+    from kvq.controller.evaluation.report import plot, tables
+
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    click.echo(tables(rows))
+    if picture is not None:
+        plot(rows, picture)

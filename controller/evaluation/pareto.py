@@ -1,0 +1,148 @@
+"""Damage against bytes: every arm at the same budgets on the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled, static_mix
+from kvq.controller.evaluation.blocks import BlockScorer
+from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
+from kvq.controller.policies import make_policy
+from kvq.runtime.errors import CalibrationError
+from kvq.runtime.model import Model
+
+FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
+RESAMPLES = 10_000
+Progress = Callable[[int, int, str], None]
+
+
+def chunks(model: Model, texts: list[Path], context: int, count: int) -> list[np.ndarray]:
+    """`count` runs of `context` tokens, evenly spread over each of the texts in turn.
+
+    Raises:
+        CalibrationError: a text cannot be read or is shorter than one chunk.
+    """
+    found: list[np.ndarray] = []
+    for i, path in enumerate(texts):
+        try:
+            ids = np.asarray(model.encode(path.read_text(encoding="utf-8")), np.int64)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"cannot read {path} as UTF-8 text ({error}); give another file") from None
+        if len(ids) < context:
+            raise CalibrationError(f"{path} has {len(ids)} tokens, a chunk needs {context}; give a longer text")
+        share = count // len(texts) + (i < count % len(texts))
+        found += [ids[s : s + context] for s in np.linspace(0, len(ids) - context, share).astype(int)]
+    return found
+
+
+def measure(
+    model: Model,
+    texts: list[np.ndarray],
+    budgets: list[float],
+    recent: int = 16,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    each: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """All arms on all texts.
+
+    Args:
+        model: the loaded model.
+        texts: int64 [context] each, of one length.
+        budgets: total bits per value.
+        recent: newest tokens at 16 bits, in all arms.
+        checkpoint: where the bundle came from; with it the oracle is an arm.
+        progress: called as work goes on.
+        each: called with the rows so far after each text; a long run that is cut short leaves something.
+
+    Returns:
+        Rows with arm, bits_requested, bits_measured, bits_with_slack, context, texts, kld_mean,
+        kld_p99, top1, perplexity, kld_by_text.
+    """
+    context = len(texts[0])
+    scorer = BlockScorer(model, context, recent)
+    space = Bytes(scorer.geometry, context, recent)
+    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint else None
+    learned = [name for name in ("paper", "adaptive") if name in model.bundle.manifest.controllers]
+    policies = {name: make_policy(name, model.bundle) for name in ("rule", "random", *learned)}
+    results: dict[tuple[str, float | None], list[Outcome]] = {}
+
+    def rows() -> list[dict[str, Any]]:
+        return [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
+
+    for number, ids in enumerate(texts):
+        if progress:
+            progress(number, len(texts), f"context {context}")
+        rng = np.random.default_rng(number)
+        expected = reference(scorer, ids)
+        damage = meter(ids) if meter else None
+
+        def add(arm: str, requested: float | None, *how: Any, ids: np.ndarray = ids, expected: np.ndarray = expected):  # type: ignore[no-untyped-def]
+            done = outcome(scorer, ids, expected, *how)
+            results.setdefault((arm, requested), []).append(done)
+            return done
+
+        for name in FIXED:
+            add(name, None, make_policy(name))
+        for budget in budgets:
+            add("static", budget, Given(static_mix(space, budget, rng)))
+            for name, policy in policies.items():
+                done = add(name, budget, policy, budget)
+                if name == "adaptive":
+                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, rng)))
+            if meter is not None and damage is not None:
+                add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
+        if each:
+            each(rows())
+    return rows()
+
+
+def _row(arm: str, requested: float | None, context: int, space: Bytes, found: list[Outcome]) -> dict[str, Any]:
+    kld = np.concatenate([o.kld for o in found])
+    return {
+        "arm": arm,
+        "bits_requested": requested,
+        "bits_measured": round(max(space.bits(o.scored.used_nbytes) for o in found), 4),
+        "bits_mean": round(float(np.mean([space.bits(o.scored.used_nbytes) for o in found])), 4),
+        "bits_with_slack": round(float(np.mean([space.bits(o.scored.nbytes) for o in found])), 4),
+        "context": context,
+        "texts": len(found),
+        "kld_mean": float(kld.mean()),
+        "kld_p99": float(np.quantile(kld, 0.99)),
+        "top1": float(np.concatenate([o.same_top1 for o in found]).mean()),
+        "perplexity": float(np.exp(np.concatenate([o.loss for o in found]).mean())),
+        "kld_by_text": [float(o.kld.mean()) for o in found],
+    }
+
+
+def compare(rows: list[dict[str, Any]], arm: str = "adaptive", seed: int = 0) -> list[dict[str, Any]]:
+    """Paired differences of mean KL, other arms minus `arm`, with 95 % bootstrap intervals over texts.
+
+    "difference" in nats; positive means that `arm` is better, surely so where "low" is above zero.
+    "factor" is the other arm's mean KL over this one's.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for row in rows:
+        if row["arm"] != arm:
+            continue
+        mine = np.array(row["kld_by_text"])
+        for other in rows:
+            same = other["bits_requested"] == row["bits_requested"] and other["context"] == row["context"]
+            if not same or other["arm"] == arm:
+                continue
+            difference = np.array(other["kld_by_text"]) - mine
+            drawn = difference[rng.integers(0, len(mine), (RESAMPLES, len(mine)))].mean(1)
+            low, high = np.quantile(drawn, (0.025, 0.975))
+            found.append(
+                {
+                    "context": row["context"], "bits_requested": row["bits_requested"], "arm": other["arm"],
+                    "difference": float(difference.mean()), "low": float(low), "high": float(high),
+                    "factor": other["kld_mean"] / row["kld_mean"],
+                }
+            )  # fmt: skip
+    return found

@@ -1,0 +1,102 @@
+"""Tables and a plot from the JSON of `kvq eval pareto`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from kvq.controller.evaluation.pareto import compare
+
+ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2", "static", "rule", "random", "shuffled", "paper", "adaptive",
+         "oracle")  # fmt: skip
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per context the arms, the paired differences, and the way from random to the oracle."""
+    parts = []
+    for context in sorted({row["context"] for row in rows}):
+        here = [row for row in rows if row["context"] == context]
+        parts.append(f"### Context {context}, {here[0]['texts']} texts\n\n{_arms(here)}\n")
+        if any(row["arm"] == "adaptive" for row in here):
+            parts.append(f"{_differences(here)}\n")
+        if any(row["arm"] == "oracle" for row in here):
+            parts.append(f"{_closed(here)}\n")
+    return "\n".join(parts)
+
+
+def _arms(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| arm | bits asked | bits used | with slack | KL mean | KL p99 | same top-1 | perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: (r["bits_requested"] or 0, ORDER.index(r["arm"]))):
+        used = f"{row['bits_mean']:.3f} | {row['bits_with_slack']:.3f}"
+        asked = "" if row["bits_requested"] is None else f"{row['bits_requested']:g}"
+        lines.append(
+            f"| {row['arm']} | {asked} | {used} | {row['kld_mean']:.5f} |"
+            f" {row['kld_p99']:.4f} | {row['top1']:.2%} | {row['perplexity']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _differences(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "KL of the other arm minus that of `adaptive`, paired over texts, 95 % bootstrap interval:",
+        "",
+        "| bits | arm | difference | interval | factor |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(compare(rows), key=lambda r: (r["bits_requested"], ORDER.index(r["arm"]))):
+        mark = "" if row["low"] > 0 or row["high"] < 0 else " (zero within)"
+        lines.append(
+            f"| {row['bits_requested']:g} | {row['arm']} | {row['difference']:+.5f} |"
+            f" {row['low']:+.5f} to {row['high']:+.5f}{mark} | {row['factor']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _closed(rows: list[dict[str, Any]]) -> str:
+    found = {(row["arm"], row["bits_requested"]): row["kld_mean"] for row in rows}
+    lines = [
+        "Share of the way from an arm to the oracle, in log KL, that `adaptive` goes:",
+        "",
+        "| bits | from random | from shuffled | from static |",
+        "|---|---|---|---|",
+    ]
+    for bits in sorted({bits for _, bits in found if bits is not None}):
+        cells = []
+        for arm in ("random", "shuffled", "static"):
+            whole = math.log(found[arm, bits] / found["oracle", bits])
+            cells.append(f"{math.log(found[arm, bits] / found['adaptive', bits]) / whole:.0%}")
+        lines.append(f"| {bits:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Mean KL against bits used, one panel per context, arms of fixed precision as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    contexts = sorted({row["context"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(contexts), figsize=(6 * len(contexts), 4.5), squeeze=False, sharey=True)
+    for panel, context in zip(panels[0], contexts, strict=True):
+        here = [row for row in rows if row["context"] == context]
+        for arm in ORDER:
+            points = sorted((r["bits_mean"], r["kld_mean"]) for r in here if r["arm"] == arm and r["bits_requested"])
+            if points:
+                width = 2.5 if arm == "adaptive" else 1.2
+                panel.plot(*zip(*points, strict=True), marker="o", label=arm, linewidth=width)
+        for row in here:
+            if row["bits_requested"] is None and row["kld_mean"] > 0 and row["bits_mean"] < 7:
+                panel.plot(row["bits_mean"], row["kld_mean"], "k+")
+                panel.annotate(row["arm"], (row["bits_mean"], row["kld_mean"]), fontsize=8)
+        panel.set(title=f"context {context}", xlabel="total bits per value", yscale="log")
+        panel.grid(True, which="both", alpha=0.3)
+    panels[0][0].set_ylabel("KL to 16 bits, nats a token")
+    panels[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

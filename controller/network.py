@@ -1,0 +1,146 @@
+"""The controllers' networks in torch, and the same as ONNX for the runtime.
+
+Both take named inputs, so that the graph itself says which features a bundle's controller wants,
+and hold their normalisation inside: the runtime hands over what it has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from kvq.controller.samples import Samples
+from kvq.exporter.graph import Graph
+from kvq.runtime.bundle import Architecture
+
+PAPER_INPUTS = ("entropy", "rarity", "attention_variance", "confidence")
+EXTENDED_INPUTS = ("ids", "positions", "residual", "keys", "values")
+SETS = {"paper": PAPER_INPUTS, "extended": EXTENDED_INPUTS}
+# Attention variance spans five orders of magnitude; its logarithm is what is normalised.
+VARIANCE_FLOOR = 1e-6
+TABLE_WIDTH = 8  # learned numbers per token id
+
+
+class Controller(nn.Module):
+    """Features -> one number per class.
+
+    Args:
+        features: normalised inputs beside the token table.
+        hidden: width of both hidden layers.
+        classes: outputs.
+        vocab: rows of the token table; 0 has none.
+    """
+
+    def __init__(self, features: int, hidden: int, classes: int, vocab: int = 0) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, TABLE_WIDTH) if vocab else None
+        if self.table is not None:
+            nn.init.normal_(self.table.weight, std=0.01)
+        width = features + (TABLE_WIDTH if vocab else 0)
+        self.layers = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, classes)])
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The output layer."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def normalise(self, features: np.ndarray) -> None:
+        """Take mean and standard deviation from training features [tokens, features]."""
+        self.mean.copy_(torch.from_numpy(features.mean(0, dtype=np.float64)))
+        self.scale.copy_(torch.from_numpy(1 / (features.std(0, dtype=np.float64) + 1e-6)))
+
+    def forward(self, features: Tensor, ids: Tensor) -> Tensor:
+        """float32 [tokens, classes] of features [tokens, features] and ids int64 [tokens]."""
+        x = (features - self.mean) * self.scale
+        if self.table is not None:
+            x = torch.cat([x, self.table(ids)], 1)
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.last(x)
+
+
+class _Inline:
+    """Keeps tensors inside the graph: a controller is one small file."""
+
+    def add(self, name: str, array: np.ndarray) -> TensorProto:
+        return numpy_helper.from_array(np.ascontiguousarray(array), name)
+
+
+def features_of(samples: Samples, feature_set: str) -> np.ndarray:
+    """Inputs of a network before normalisation, float32 [tokens, features]; `write_onnx` computes the same."""
+    if feature_set == "paper":
+        features = samples.paper.copy()
+        features[:, 2] = np.log(features[:, 2] + VARIANCE_FLOOR)
+        return features
+    place = np.log(samples.positions[:, None] + 1.0)
+    return np.concatenate([place, samples.norms, samples.residual], axis=1, dtype=np.float32)
+
+
+def write_onnx(
+    net: Controller, feature_set: str, shape: Architecture, prices: np.ndarray | None, folder: Path, name: str
+) -> str:
+    """Write `<name>.onnx`: named inputs -> scores float32 [tokens, classes]; returns the file name.
+
+    Args:
+        net: the trained network.
+        feature_set: a name of `SETS`.
+        shape: of the model.
+        prices: float32 [classes] in nats, what each class costs when no budget is given: the network's
+            outputs are logarithms of damage, and scores are minus damage minus price. None: the
+            outputs are logits, and scores are log-probabilities.
+        folder: where to.
+        name: without suffix.
+    """
+    graph = Graph(name, _Inline())  # type: ignore[arg-type]
+    column = graph.constant([-1, 1])
+    if feature_set == "paper":
+        columns = []
+        for feature in PAPER_INPUTS:
+            x = graph.op("Reshape", graph.input(feature, "tokens"), column)
+            if feature == "attention_variance":
+                x = graph.op("Log", graph.op("Add", x, graph.constant(VARIANCE_FLOOR, np.float32)))
+            columns.append(x)
+        ids = None
+    else:
+        ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
+        positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
+        residual = graph.input("residual", "tokens", shape.hidden)
+        place = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), column)
+        columns = [graph.op("Log", graph.op("Add", place, graph.constant(1.0, np.float32)))]
+        for side in ("keys", "values"):
+            x = graph.input(side, shape.layers, shape.kv_heads, "tokens", shape.head_dim)
+            squares = graph.op("ReduceSum", graph.op("Mul", x, x), graph.constant([-1]), keepdims=0)
+            mean = graph.op("Mul", squares, graph.constant(1 / shape.head_dim, np.float32))
+            floored = graph.op("Add", mean, graph.constant(1e-12, np.float32))
+            rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([shape.layers * shape.kv_heads, -1]))
+            columns.append(graph.op("Transpose", rows, perm=[1, 0]))
+        columns.append(residual)
+    x = graph.op("Concat", *columns, axis=1)
+    state = {key: value.detach().cpu().numpy() for key, value in net.state_dict().items()}
+    x = graph.op("Mul", graph.op("Sub", x, graph.weight("mean", state["mean"])), graph.weight("scale", state["scale"]))
+    if ids is not None and net.table is not None:
+        x = graph.op("Concat", x, graph.op("Gather", graph.weight("table", state["table.weight"]), ids), axis=1)
+    for i in range(len(net.layers)):
+        weight, bias = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
+        x = graph.op("Gemm", x, graph.weight(f"weight_{i}", weight), graph.weight(f"bias_{i}", bias), transB=1)
+        if i + 1 < len(net.layers):
+            x = graph.op("Relu", x)
+    if prices is None:
+        x = graph.op("LogSoftmax", x, axis=1)
+    else:
+        x = graph.op("Sub", graph.weight("minus_prices", -prices.astype(np.float32)[None]), graph.op("Exp", x))
+    graph.output(x, "scores", "tokens", net.last.out_features)
+    file = graph.save(folder)
+    onnx.checker.check_model(str(folder / file))
+    return file

@@ -1,0 +1,226 @@
+"""Reading through the quantized cache in one differentiable pass: the engine of labels and training.
+
+Decoding step by step, a query sees itself and the newest tokens in full precision and every
+earlier token as its codec returns it. One pass over a whole text does the same with two score
+matrices and a mask: column j of row i comes from the exact keys where i - j <= recent and from
+the decoded ones elsewhere. It agrees with the runtime's step-by-step logits to rounding
+(`tests/test_parallel.py`); weights are the bundle's own, so what is learned here holds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, silu
+from transformers import LlamaForCausalLM
+
+from kvq.exporter.checkpoint import load_checkpoint
+from kvq.exporter.reference import effective_model, stored_mean_keys
+from kvq.exporter.rotation import head_rotation
+from kvq.runtime.bundle import Bundle
+from kvq.runtime.codecs import CODECS, Codec
+from kvq.runtime.errors import CheckpointError
+from kvq.runtime.store import RecentWindow
+
+# read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
+# rotated and centred as the store holds them.
+Reader = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Pass(NamedTuple):
+    """What one pass over texts yields.
+
+    logits: [batch, tokens, vocab].
+    attention_variance: of the last layer's rows, mean over heads, [batch, tokens].
+    residual: [batch, tokens, hidden], what the head takes.
+    keys, values: [batch, layers, kv_heads, tokens, head_dim], exact, rotated, keys centred.
+    """
+
+    logits: Tensor
+    attention_variance: Tensor
+    residual: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class ParallelModel:
+    """A bundle's weights in torch, with the cache between its layers laid open.
+
+    Attributes:
+        model: transformers' Llama with the bundle's dequantized, un-rotated weights.
+        rotation: float32 [head_dim, head_dim] of every head.
+        mean_keys: float32 [layers, kv_heads, head_dim] subtracted from rotated keys.
+        recent: newest tokens, besides the query's own, that are read in full precision.
+    """
+
+    model: LlamaForCausalLM
+    rotation: Tensor
+    mean_keys: Tensor
+    recent: int = 16
+
+    @classmethod
+    def load(cls, bundle: Bundle, checkpoint: str | Path, recent: int = 16, device: str = "cpu") -> ParallelModel:
+        """The torch twin of a bundle.
+
+        Raises:
+            CheckpointError: the checkpoint is unreadable, or of another shape than the bundle.
+        """
+        source = load_checkpoint(str(checkpoint))
+        if source.architecture != bundle.manifest.architecture:
+            raise CheckpointError(
+                f"{checkpoint} has another shape than the bundle {bundle.path};"
+                " give the checkpoint the bundle was exported from"
+            )
+        model = effective_model(bundle, source)
+        model.requires_grad_(False)
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        head_dim = bundle.manifest.architecture.head_dim
+        rotation = head_rotation(head_dim, bundle.manifest.kv["rotation"] != "none")[1]
+        means = stored_mean_keys(bundle)
+        return cls(model, torch.from_numpy(rotation).to(device), torch.from_numpy(means).to(device), recent)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.rotation.device
+
+    def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
+        """One pass over int64 ids [batch, tokens], all tokens scored.
+
+        Args:
+            ids: the texts.
+            read: what later tokens see of a layer's keys and values; None is the exact cache.
+        """
+        net, config = self.model.model, self.model.config
+        tokens = ids.shape[1]
+        x = embedding(ids, net.embed_tokens.weight)
+        places = torch.arange(tokens, device=ids.device)
+        cosine, sine = net.rotary_emb(x, places[None])
+        distance = places[:, None] - places[None]
+        causal, near, own = distance >= 0, distance <= self.recent, distance == 0
+        bias = torch.where(causal, 0.0, -torch.inf)
+        keys, values = [], []
+        variance = x.new_zeros(ids.shape)
+        for index, layer in enumerate(net.layers):
+            normed = _norm(x, layer.input_layernorm)
+            attention = layer.self_attn
+
+            def heads(projection: torch.nn.Linear, normed: Tensor = normed) -> Tensor:
+                y = linear(normed, projection.weight, projection.bias)
+                return y.view(*ids.shape, -1, config.head_dim).transpose(1, 2)
+
+            query = _rotary(heads(attention.q_proj), cosine, sine) @ self.rotation
+            key = _rotary(heads(attention.k_proj), cosine, sine) @ self.rotation - self.mean_keys[index][:, None]
+            value = heads(attention.v_proj) @ self.rotation
+            keys.append(key)
+            values.append(value)
+            group = query.shape[1] // key.shape[1]
+            rows = query.reshape(len(ids), key.shape[1], group * tokens, -1) * config.head_dim**-0.5
+            shape = (len(ids), key.shape[1], group, tokens, tokens)
+            if read is None:
+                scores = (rows @ key.transpose(-1, -2)).view(shape)
+                weights = torch.softmax(scores + bias, -1)
+                mixed = weights.view(*rows.shape[:3], tokens) @ value
+            else:
+                # A query's own key and value are exact; the window's, and what passes through it on its
+                # way to a codec, are rounded to the window's 16 bits.
+                window = [_straight(x, RecentWindow.codec) if self.recent else x for x in (key, value)]
+                seen_key, seen_value = read(index, window[0], window[1])
+                own_score = (rows.view(*shape[:-1], -1) * key[:, :, None]).sum(-1)
+                scores = torch.where(
+                    near,
+                    (rows @ window[0].transpose(-1, -2)).view(shape),
+                    (rows @ seen_key.transpose(-1, -2)).view(shape),
+                )
+                scores = torch.where(own, own_score[..., None], scores)
+                weights = torch.softmax(scores + bias, -1)
+                flat = weights.view(*rows.shape[:3], tokens)
+                near_rows = near.repeat(group, 1)
+                mixed = (flat * near_rows) @ window[1] + (flat * ~near_rows) @ seen_value
+                own_weight = weights.diagonal(dim1=-2, dim2=-1)[..., None]
+                mixed = mixed + (own_weight * (value - window[1])[:, :, None]).reshape(mixed.shape)
+            if index + 1 == len(net.layers):
+                squares = weights.detach().square().sum(-1).mean((1, 2))
+                length = places + 1.0
+                variance = squares / length - 1 / length**2
+            mixed = mixed.view(len(ids), -1, tokens, config.head_dim) @ self.rotation.T
+            mixed = mixed.transpose(1, 2).reshape(*ids.shape, -1)
+            x = x + linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+            normed = _norm(x, layer.post_attention_layernorm)
+            gate = linear(normed, layer.mlp.gate_proj.weight, layer.mlp.gate_proj.bias)
+            up = linear(normed, layer.mlp.up_proj.weight, layer.mlp.up_proj.bias)
+            x = x + linear(silu(gate) * up, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
+        logits = linear(_norm(x, net.norm), self.model.lm_head.weight)
+        return Pass(logits, variance, x, torch.stack(keys, 1), torch.stack(values, 1))
+
+
+def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    return norm(x)
+
+
+def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [batch, heads, tokens, head_dim], halves convention."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cosine[:, None] + turned * sine[:, None]
+
+
+def roundtrip(x: Tensor, bits: int) -> Tensor:
+    """What a codec returns of x, with the gradient of the identity (straight-through).
+
+    The codec itself runs, in numpy: what is learned is learned about the bytes that are stored.
+    """
+    return _straight(x, CODECS[bits])
+
+
+def _straight(x: Tensor, codec: Codec) -> Tensor:
+    seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy())).to(x.device)
+    return x + (seen - x).detach() if x.requires_grad else seen
+
+
+def hard_reader(bits: np.ndarray | Tensor) -> Reader:
+    """Every token at its own precision: bits integer [batch, tokens, 2], key and value bits."""
+    wanted = torch.as_tensor(np.array(bits, np.int64))
+
+    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        for side, x in enumerate((keys, values)):
+            y = x.clone()
+            for width in wanted[..., side].unique().tolist():
+                chosen = (wanted[..., side] == width).to(x.device)
+                part = x.transpose(1, 2)[chosen]  # [chosen tokens, kv_heads, head_dim]
+                y.transpose(1, 2)[chosen] = roundtrip(part, width)
+            seen.append(y)
+        return seen[0], seen[1]
+
+    return read
+
+
+def mixture_reader(weights: Tensor, classes: list[tuple[int, int]]) -> Reader:
+    """Every token as a weighted mixture of what each class would store.
+
+    Args:
+        weights: [batch, tokens, classes], rows sum to one; gradients flow into them.
+        classes: (key bits, value bits) of each.
+    """
+
+    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        for side, x in enumerate((keys, values)):
+            # x + sum of weight * (stored - x): the identity's share passes x's own gradient on.
+            y = x
+            for width in sorted({pair[side] for pair in classes}):
+                members = [i for i, pair in enumerate(classes) if pair[side] == width]
+                share = weights[..., members].sum(-1)[:, None, :, None]
+                y = y + share * (roundtrip(x.detach(), width) - x.detach())
+            seen.append(y)
+        return seen[0], seen[1]
+
+    return read

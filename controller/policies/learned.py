@@ -1,0 +1,85 @@
+"""Policies learned for one model: the controllers a bundle carries, run by onnxruntime."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import onnxruntime
+
+from kvq.controller.policies.base import FEATURE_NAMES, ScoredPolicy, TokenFeatures
+from kvq.runtime.bundle import Bundle
+from kvq.runtime.codecs import CODECS
+from kvq.runtime.errors import PolicyError
+from kvq.runtime.threads import session_options
+
+INPUTS = TokenFeatures._fields
+
+
+class LearnedPolicy(ScoredPolicy):
+    """A controller of the bundle: the class of the highest score, shifted by a budget if there is one.
+
+    Args:
+        name: of the controller in the bundle: "adaptive" or "paper".
+        bundle: the model's.
+
+    Raises:
+        PolicyError: the bundle has no such controller, or one of another model or feature set.
+    """
+
+    def __init__(self, name: str, bundle: Bundle) -> None:
+        self.name = name
+        manifest = bundle.manifest
+        remedy = "train one with kvq train-controller"
+        if name not in manifest.controllers:
+            raise PolicyError(f"the bundle {bundle.path.name} has no {name!r} controller; {remedy}")
+        entry = manifest.controllers[name]
+        try:
+            if entry["model"] != manifest.model_digest:
+                raise PolicyError(f"controller {name!r} was trained for another model than this bundle; {remedy}")
+            self.classes = np.asarray(entry["classes"], np.uint8)
+            self._curve = tuple(np.asarray(entry["curve"][part], float) for part in ("bytes", "mu"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(f"controller {name!r} is damaged in the manifest ({error!r:.60}); {remedy}") from None
+        pairs = self.classes.ndim == 2 and self.classes.shape[1] == 2 and np.isin(self.classes, list(CODECS)).all()
+        bytes_, mu = self._curve
+        curve = bytes_.ndim == 1 and bytes_.shape == mu.shape and len(mu) and np.isfinite([bytes_, mu]).all()
+        if not pairs or not curve or (np.diff(bytes_) <= 0).any():
+            raise PolicyError(f"controller {name!r} is damaged in the manifest; {remedy}")
+        graph = bundle.controller_graph(entry["file"])
+        try:
+            self._session = onnxruntime.InferenceSession(graph, session_options(), ["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base class
+            why = str(error).strip().splitlines()[0]
+            raise PolicyError(f"controller {name!r} cannot be loaded ({why}); {remedy}") from None
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        outputs = [(value.name, value.shape[1:]) for value in self._session.get_outputs()]
+        if not set(self._inputs) <= set(INPUTS) or outputs != [("scores", [len(self.classes)])]:
+            raise PolicyError(
+                f"controller {name!r} is of a feature set this kvq does not know: {self._inputs}; {remedy}"
+            )
+        self.needs = frozenset(self._inputs) & frozenset(FEATURE_NAMES)
+        shape = manifest.architecture
+        self._check(np.zeros(1, np.int64), shape.hidden, (shape.layers, shape.kv_heads, 1, shape.head_dim))
+
+    def _check(self, one: np.ndarray, hidden: int, kv: tuple[int, ...]) -> None:
+        """Run it once on zeros: a graph of other sizes is refused here rather than in the middle of a text."""
+        scalar = np.zeros(1, np.float32)
+        zeros = TokenFeatures(
+            one, scalar, scalar, scalar, scalar, one, np.zeros((1, hidden), np.float32), *np.zeros((2, *kv), np.float32)
+        )
+        try:
+            self.score(zeros)
+        except Exception:
+            raise PolicyError(
+                f"controller {self.name!r} does not fit this model; train one with kvq train-controller"
+            ) from None
+
+    def score(self, features: TokenFeatures) -> np.ndarray:
+        return self._session.run(None, {name: features.get(name) for name in self._inputs})[0]
+
+    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._curve[0], self._curve[1]
+
+
+POLICIES = {name: partial(LearnedPolicy, name) for name in ("adaptive", "paper")}
