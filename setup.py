@@ -64,12 +64,17 @@ def kernels(compiler):
 class BuildWithNative(build_py):
     """Packages, and the library beside the Python files that load it."""
 
+    built = False
+
     def run(self):
         super().run()
         # An editable install runs from the sources, so the library goes there.
         root = NATIVE if self.editable_mode else Path(self.build_lib, "kvq", NATIVE)
+        library = root / "libkvq.so"
+        library.unlink(missing_ok=True)  # of an earlier build: it must not stand in for one that fails
         try:
-            build_native(root / "libkvq.so")
+            build_native(library)
+            BuildWithNative.built = True
         except Exception as error:  # no compiler, or one that fails: its errors share no base class
             if os.environ.get("KVQ_REQUIRE_NATIVE") == "1":
                 raise
@@ -84,10 +89,10 @@ class PlatformDistribution(Distribution):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """...but to no Python version."""
+    """...but to no Python version; without the library it runs anywhere."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", super().get_tag()[2] if BuildWithNative.built else "any"
 
 
 setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel}, distclass=PlatformDistribution)

@@ -24,9 +24,8 @@ from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.reference import effective_model, stored_mean_keys
 from kvq.exporter.rotation import head_rotation
 from kvq.runtime.bundle import Bundle
-from kvq.runtime.codecs import CODECS, Codec
+from kvq.runtime.codecs import CODECS, NUMPY, Codec
 from kvq.runtime.errors import CheckpointError
-from kvq.runtime.store import RecentWindow
 
 # read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
 # rotated and centred as the store holds them.
@@ -131,7 +130,7 @@ class ParallelModel:
             else:
                 # A query's own key and value are exact; the window's, and what passes through it on its
                 # way to a codec, are rounded to the window's 16 bits.
-                window = [_straight(x, RecentWindow.codec) if self.recent else x for x in (key, value)]
+                window = [_straight(x, NUMPY.window) if self.recent else x for x in (key, value)]
                 seen_key, seen_value = read(index, window[0], window[1])
                 own_score = (rows.view(*shape[:-1], -1) * key[:, :, None]).sum(-1)
                 scores = torch.where(

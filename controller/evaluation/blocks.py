@@ -17,12 +17,11 @@ import numpy as np
 from kvq.controller.budget import Budget
 from kvq.controller.features import RarityCounter, attention_variance
 from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures
-from kvq.runtime.blas import one_thread
-from kvq.runtime.codecs import CODECS
-from kvq.runtime.engine import HEAD_ROWS, Head, Workspace
+from kvq.runtime.codecs import CODECS, NUMPY
+from kvq.runtime.engine import HEAD_ROWS, Head, SegmentedPass
 from kvq.runtime.model import Model
 from kvq.runtime.pages import Geometry
-from kvq.runtime.store import KVStore, RecentWindow
+from kvq.runtime.store import KVStore
 
 
 @dataclass
@@ -55,7 +54,8 @@ class BlockScorer:
         room = (shape.layers, shape.kv_heads, length, shape.head_dim)
         self._kept = np.empty((2, *room), np.float32)  # as the window keeps them
         self._seen = np.empty((2, *room), np.float32)  # as their codec returns them
-        self._workspaces: dict[int, Workspace] = {}
+        self._passes: dict[int, SegmentedPass] = {}
+        self._before = KVStore(self.geometry, 0)  # stays empty: its length says where a block stands
         self._head = Head(model.engine, HEAD_ROWS)
         self.budget: Budget | None = None
 
@@ -81,23 +81,25 @@ class BlockScorer:
         for start in range(0, self.length, block):
             part = ids[start : start + block]
             stop = start + len(part)
-            workspace = self._workspaces.setdefault(len(part), Workspace(self.model.engine, len(part)))
+            if len(part) not in self._passes:
+                self._passes[len(part)] = SegmentedPass(self.model.engine, len(part), self._attend)
+            layers = self._passes[len(part)]
             squares = np.empty((len(part), shape.heads), np.float32)
-            with one_thread():
-                workspace.forward(part, start, lambda *a, at=start, into=squares: self._attend(at, into, *a))
-            logits, entropy, confidence = self._logits(workspace.residual)
+            self._before.length = start
+            layers.forward(part, self._before, squares)
+            logits, entropy, confidence = self._logits(layers.residual)
             positions = np.arange(start, stop)
             features = TokenFeatures(
                 positions, entropy, rarity.rarity(part), attention_variance(squares, positions + 1), confidence,
-                part, workspace.residual, workspace.keys, workspace.values,
+                part, layers.residual, layers.keys, layers.values,
             )  # fmt: skip
             rarity.count(part)
             if budget is not None and isinstance(policy, ScoredPolicy):
                 bits[start:stop] = budget.choose(policy.score(features), counts, start, self.length)
             else:
                 bits[start:stop] = policy.choose(features)
-            keys[:, :, start:stop], values[:, :, start:stop] = workspace.keys, workspace.values
-            self._keep(start, workspace.keys, workspace.values, bits[start:stop])
+            keys[:, :, start:stop], values[:, :, start:stop] = layers.keys, layers.values
+            self._keep(start, layers.keys, layers.values, bits[start:stop])
             yield start, logits
         if result is not None:
             store = KVStore(self.geometry, self.recent)
@@ -108,7 +110,7 @@ class BlockScorer:
         """Round new keys and values [layers, kv_heads, tokens, head_dim] as the window and as their codecs do."""
         span = slice(start, start + len(bits))
         for side, x in enumerate((keys, values)):
-            kept = RecentWindow.codec.roundtrip(x) if self.recent else x
+            kept = NUMPY.window.roundtrip(x) if self.recent else x
             self._kept[side, :, :, span] = kept
             for width in np.unique(bits[:, side]):
                 chosen = np.flatnonzero(bits[:, side] == width)
@@ -117,14 +119,15 @@ class BlockScorer:
                 )
 
     def _attend(
-        self, start: int, squares: np.ndarray, layer: int, query: np.ndarray, key: np.ndarray, value: np.ndarray,
-        out: np.ndarray,
+        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, before: KVStore, layer: int, out: np.ndarray,
+        squares: np.ndarray | None,
     ) -> None:  # fmt: skip
-        """Attention of a block's rows; arrays as in `AttentionBackend.attend`."""
+        """Attention of a block's rows; arguments as in `AttentionBackend.attend`."""
+        start = before.length
         count, heads, head_dim = query.shape
         kv_heads, group = key.shape[1], heads // key.shape[1]
         near = max(0, start - self.recent)  # columns before it are decoded for every row
-        window = [RecentWindow.codec.roundtrip(x) if self.recent else x for x in (key, value)]
+        window = [NUMPY.window.roundtrip(x) if self.recent else x for x in (key, value)]
         # Columns: decoded [0, start), kept [near, start), the block itself.
         kept = [
             np.concatenate([self._kept[side, layer, :, near:start], window[side].transpose(1, 0, 2)], axis=1)
@@ -151,7 +154,7 @@ class BlockScorer:
             mixed = scores[..., :start] @ seen[1][h] + weights @ kept[1][h]
             mixed += weights[:, own[0], own[1]][..., None] * (value[:, h] - window[1][:, h])
             out.reshape(count, kv_heads, group, head_dim)[:, h] = mixed.transpose(1, 0, 2)
-        if layer + 1 == self.geometry.layers:
+        if squares is not None:
             squares[...] = total_squares.reshape(heads, count).T
 
     def _logits(self, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from kvq.runtime.engine import Engine, ForwardPass
 from kvq.runtime.errors import BackendError
 from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.forward import NativePass
-from kvq.runtime.native.library import Pass, Rows, choose_kernel, load
+from kvq.runtime.native.library import Pass, Rows, choose_kernel, kernels, load
 from kvq.runtime.native.table import PageTable
 from kvq.runtime.store import KVStore
 
@@ -28,9 +28,10 @@ class NativeAttention(AttentionBackend):
     @classmethod
     def unavailable(cls) -> str:
         try:
-            choose_kernel()
+            kernels()
         except BackendError as error:
             return str(error)
+        choose_kernel()  # a wrong KVQ_NATIVE_ISA is an error under auto too: somebody asked for it
         return ""
 
     def __init__(self) -> None:

@@ -95,7 +95,7 @@ static void integer_query(const float *q, int padded, int d, unsigned widths, kv
         float rest = q[c] * inverse, unit = QUERY_BASE * QUERY_BASE;
         for (int part = 0; part < QUERY_PARTS; part++, unit /= QUERY_BASE) {
             float top = rest / unit + magic - magic;
-            top = top > 127 ? 127 : top < -127 ? -127 : top;
+            top = top < 127 ? (top > -127 ? top : -127) : 127; /* a NaN too */
             rest -= top * unit;
             parts[part][c] = (int8_t)top;
             integer->sums[part] += (int8_t)top;

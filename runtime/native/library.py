@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError
 
-ABI = 1
+ABI = 2
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 WINDOW_BITS = 15
 FILE = Path(__file__).with_name("libkvq.so")
@@ -67,26 +67,24 @@ def load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(FILE))
         abi = library.kvq_abi()
+        if abi == ABI:
+            _declare(library)
     except (OSError, AttributeError) as error:
         raise BackendError(f"{FILE.name} cannot be loaded ({error}); install kvq again") from None
     if abi != ABI:
         raise BackendError(f"{FILE.name} is of version {abi}, this kvq needs {ABI}; install kvq again")
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Types of the functions of kvq.h."""
+    number, size, address, floats = ctypes.c_int32, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
     library.kvq_kernel_name.restype = ctypes.c_char_p
-    library.kvq_attend.argtypes = (
-        ctypes.POINTER(Pass),
-        ctypes.c_int32,
-        ctypes.POINTER(Rows),
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    )
-    library.kvq_encode.argtypes = (
-        *(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32),
-        *(ctypes.c_void_p, ctypes.c_void_p),
-    )
+    library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
+    library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
     library.kvq_move_token.argtypes = (ctypes.POINTER(Move),)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None
-    return library
 
 
 def kernels() -> dict[str, int]:

@@ -19,14 +19,15 @@ class PageTable:
     def __init__(self) -> None:
         self.rows = np.zeros(0, PAGE)
         self._pages: list[Page] = []
+        self._window: RecentWindow | None = None
 
     def update(self, store: KVStore) -> np.ndarray:
         """The rows for the store as it is now; valid until the store changes or the next call."""
         pages = [page for bucket in store.buckets.values() for page in bucket.pages]
         window = store.window
-        known = len(self.rows) and len(pages) == len(self._pages)
+        known = window is self._window and len(pages) == len(self._pages)
         if not known or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
-            self._pages = pages
+            self._pages, self._window = pages, window
             self.rows = np.array([page_row(page) for page in pages] + window_rows(window), PAGE)
         self.rows["count"][: len(pages)] = [page.count for page in pages]
         if window.capacity:

@@ -1,0 +1,173 @@
+/* Encoding and moving of tokens, byte for byte, and the arithmetic around attention. */
+#ifndef KVQ_CHECK_CODECS_H
+#define KVQ_CHECK_CODECS_H
+
+#include "harness.h"
+
+/* Vectors of the shapes that rounding goes wrong with, and of magnitudes up to the ends of single precision. */
+static void fill_vector(float *x, int head_dim, int kind) {
+    const double size = pow(10, uniform(-6, 4.8));
+    for (int c = 0; c < head_dim; c++) switch (kind) {
+        case 0: case 1: case 2: x[c] = (float)(uniform(-1, 1) * size); break;
+        case 3: x[c] = 0; break;
+        case 4: x[c] = below(2) ? -0.0f : (float)uniform(-1, 1); break;
+        case 5: x[c] = (float)(below(511) - 255) / 2; break; /* ties at 8 bits: the largest is 127 or more */
+        case 6: x[c] = c ? (float)(below(29) - 14) / 2 : 7; break; /* ties at 4 bits: the scale is one */
+        case 7: x[c] = (float)uniform(-1, 1) * 0x1p-23f; break; /* halves and scales are subnormal */
+        case 8: x[c] = (float)uniform(-1, 1) * 0x1p-126f; break; /* so is single precision */
+        case 9: x[c] = (float)uniform(-65504, 65504); break;
+        case 10: x[c] = c ? (float)uniform(-1, 1) : 30000; break;
+        case 11: x[c] = (float)(uniform(-1, 1) * pow(10, uniform(3, 7.3))); break;
+        case 12: x[c] = (float)uniform(-3e38, 3e38); break;
+        case 13: /* ties between halves */
+            x[c] = (float)half_value((uint16_t)(below(0x7bff) | below(2) << 15)) * (1 + 0x1p-11f);
+            break;
+        default: x[c] = (float)uniform(-1, 1); break;
+        }
+    if (kind > 13) x[head_dim / 2] = kind == 14 ? NAN : kind == 15 ? INFINITY : -65520;
+    if (kind == 5) x[below(head_dim)] = below(2) ? 127 : -127;
+    if (kind == 9) x[below(head_dim)] = below(2) ? 65504 : -65504;
+}
+enum { KINDS = 17, VECTORS = 3 };
+
+static void check_encoding(int rounds) {
+    static const int dims[] = {8, 16, 24, 40, 64, 80, 96, 128, 256, 1024};
+    for (int i = 0; i < rounds * LENGTH(dims) * WIDTH_COUNT * KINDS; i++) {
+        const int width = WIDTHS[i % WIDTH_COUNT], kind = i / WIDTH_COUNT % KINDS;
+        const int d = dims[i / WIDTH_COUNT / KINDS % LENGTH(dims)], count = words_of(width, d);
+        float *x = exactly(sizeof(float) * VECTORS * d);
+        uint32_t *expected = exactly(4u * VECTORS * count), *plain = exactly(4u * VECTORS * count), *words;
+        uint16_t expected_scales[VECTORS] = {0}, plain_scales[VECTORS] = {0}, *scales;
+        int refused = 0;
+        for (int v = 0; v < VECTORS; v++) {
+            fill_vector(x + v * d, d, v == 1 ? kind : below(14));
+            if (reference_encode(width, x + v * d, d, expected + v * count, expected_scales + v)) refused = -1;
+        }
+        for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+            if (!kvq_kernel_available(kernel)) continue;
+            words = exactly(4u * VECTORS * count), scales = exactly(width == 16 ? 0 : sizeof(uint16_t) * VECTORS);
+            const int status = kvq_encode(kernel, width, x, VECTORS, d, words, scales);
+            if (!kernel && !status) {
+                memcpy(plain, words, 4u * VECTORS * count);
+                if (width != 16) memcpy(plain_scales, scales, sizeof plain_scales);
+            }
+            const size_t nbytes = sizeof(uint32_t) * VECTORS * count;
+            const char *wrong = NULL;
+            if (status != refused) wrong = status ? "refused" : "not refused";
+            else if (status) wrong = NULL;
+            else if (memcmp(words, expected, nbytes) || memcmp(words, plain, nbytes)) wrong = "other codes";
+            else if (width != 16 && (memcmp(scales, expected_scales, sizeof expected_scales) ||
+                                     memcmp(scales, plain_scales, sizeof plain_scales)))
+                wrong = "another scale";
+            if (wrong)
+                fail("%s: encode: %s; %d bits, head_dim %d, kind %d", kvq_kernel_name(kernel), wrong, width, d, kind);
+            done[kernel].encoded += VECTORS;
+            free(words), free(scales);
+        }
+        free(x), free(expected), free(plain);
+    }
+}
+
+/* One token takes a slot of the window, what stood there goes to a page: nothing else changes, and nothing at all when
+ * the new token is refused. */
+static void check_moves(int rounds) {
+    static const int dims[] = {8, 24, 64, 128};
+    for (int i = 0; i < rounds * WIDTH_COUNT * WIDTH_COUNT; i++) {
+        store s = {.layers = 1 + i % 2, .kv_heads = 1 + i % 3, .head_dim = dims[below(4)]};
+        const int d = s.head_dim, vectors = s.layers * s.kv_heads;
+        const int period = 1 + below(60), capacity = TILE * (1 + below(3));
+        const int key_bits = WIDTHS[i % WIDTH_COUNT], value_bits = WIDTHS[i / WIDTH_COUNT % WIDTH_COUNT];
+        const int slot = below(period), to = below(capacity), free_slot = i % 7 == 0, refused = i % 5 == 0;
+        if (key_bits == WINDOW_BITS || value_bits == WINDOW_BITS) continue; /* no page is of this kind */
+        float *x[2] = {exactly(sizeof(float) * vectors * d), exactly(sizeof(float) * vectors * d)};
+        for (int j = 0; j < 2 * vectors; j++) fill_vector(x[j % 2] + j / 2 * d, d, below(11));
+        if (refused) x[i % 2][below(vectors * d)] = i % 3 ? NAN : -65520;
+        for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+            if (!kvq_kernel_available(kernel)) continue;
+            const uint64_t before = seed;
+            store moved = s, expected = s;
+            for (int copy = 0; copy < 2; copy++) {
+                store *to_fill = copy ? &expected : &moved;
+                seed = before;
+                add_ring(to_fill, period, period, 0);
+                add_page(to_fill, key_bits, value_bits, capacity, 0);
+            }
+            for (int j = 0; j < 2 * vectors && !refused; j++) {
+                const int of_values = j % 2, row = j / 2;
+                const slot_place from = place(expected.page, of_values, row, slot, d);
+                const slot_place target = place(expected.page + 1, of_values, row, to, d);
+                const int bits = of_values ? value_bits : key_bits;
+                float old[256];
+                for (int c = 0; c < d; c++) {
+                    const int code = code_of_channel(WINDOW_BITS, from.words, from.stride, d, c);
+                    old[c] = (float)decoded(WINDOW_BITS, code, *from.scale);
+                }
+                if (!free_slot) put_vector(target, bits, old, d);
+                put_vector(from, WINDOW_BITS, x[of_values] + row * d, d);
+            }
+            const kvq_move move = {s.layers, s.kv_heads, d, kernel, x[0], x[1], moved.page,
+                                   free_slot ? NULL : moved.page + 1, slot, to};
+            const int status = kvq_move_token(&move);
+            if (status != (refused ? -1 : 0)) fail("%s: move: status %d", kvq_kernel_name(kernel), status);
+            for (int a = 0; a < moved.arrays; a++)
+                if (memcmp(moved.array[a], expected.array[a], moved.nbytes[a]))
+                    fail("%s: move: array %d is wrong; k%dv%d, head_dim %d%s", kvq_kernel_name(kernel), a, key_bits,
+                         value_bits, d, refused ? ", refused" : "");
+            release(&moved), release(&expected);
+        }
+        free(x[0]), free(x[1]);
+    }
+}
+
+/* Against the exact function, in parts of each output: every row length, so every rest of a vector. */
+static void check_swiglu(void) {
+    for (int n = 1; n <= 70; n++)
+        for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+            if (!kvq_kernel_available(kernel)) continue;
+            float *x = exactly(sizeof(float) * 2 * n), *out = exactly(sizeof(float) * n);
+            for (int i = 0; i < 2 * n; i++) x[i] = (float)(uniform(-1, 1) * PICK(((const double[]){1, 10, 100, 1e4})));
+            kvq_swiglu(kernel, x, n, out);
+            for (int i = 0; i < n; i++) {
+                const double up = x[n + i], expected = x[i] / (1 + exp(-(double)x[i])) * up;
+                if (!(fabs(out[i] - expected) <= 1e-6 * fabs(expected) + 1e-30 * fabs(up)))
+                    fail("%s: swiglu of %g is %g, expected %g", kvq_kernel_name(kernel), x[i], out[i] / up,
+                         expected / up);
+            }
+            free(x), free(out);
+        }
+}
+
+/* Rotary embedding, rotation, centring. */
+static void check_prepare(void) {
+    static const int dims[] = {8, 24, 64, 128, 256};
+    for (int i = 0; i < 4 * LENGTH(dims); i++) {
+        const int d = dims[i / 4], half = d / 2, heads = 3, kv_heads = 2, tokens = 2, rotate = i % 2 && !(d & (d - 1));
+        float *qkv = random_rows(tokens, (heads + 2 * kv_heads) * d, (heads + 2 * kv_heads) * d);
+        float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
+        float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + kv_heads) * d);
+        const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate};
+        for (int t = tokens; t-- > 0;) kvq_prepare_token(&prepare, t);
+        double worst = 0;
+        for (int t = 0; t < tokens; t++)
+            for (int h = 0; h < heads + kv_heads; h++) {
+                const float *x = qkv + (t * (heads + 2 * kv_heads) + h) * d;
+                double turned[256];
+                for (int c = 0; c < half; c++) {
+                    const double a = x[c], b = x[half + c];
+                    turned[c] = a * cosine[t * half + c] - b * sine[t * half + c];
+                    turned[half + c] = b * cosine[t * half + c] + a * sine[t * half + c];
+                }
+                for (int c = 0; c < d; c++) {
+                    double expected = rotate ? 0 : turned[c];
+                    for (int k = 0; rotate && k < d; k++) /* Sylvester's matrix */
+                        expected += (__builtin_parity(c & k) ? -turned[k] : turned[k]) / sqrt(d);
+                    if (h >= heads) expected -= mean[(h - heads) * d + c];
+                    worst = fmax(worst, fabs(out[(t * (heads + kv_heads) + h) * d + c] - expected));
+                }
+            }
+        if (!(worst < 1e-5)) fail("prepare: error %g; head_dim %d, rotate %d", worst, d, rotate);
+        free(qkv), free(cosine), free(sine), free(mean), free(out);
+    }
+}
+
+#endif

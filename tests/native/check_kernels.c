@@ -1,0 +1,62 @@
+/* Checks every kernel that this machine can run against attention and codecs in plain double precision.
+ *
+ *   check_kernels          everything, in seconds
+ *   check_kernels quick    less of everything: for sanitizers and emulators
+ *   check_kernels odd      queries that are tiny, infinite or NaN
+ *
+ * Prints a line per kernel; exit status 1 when one is wrong, with what was wrong.
+ * Linked with all C files of the library. Every array has exactly its size, so that the address sanitizer sees any
+ * access beyond a page; the random numbers are the same in every run. */
+#include "check_attention.h"
+#include "check_codecs.h"
+
+/* What is refused, and what the names say. */
+static void check_interface(void) {
+    float x[1025] = {0}, out[8];
+    uint32_t words[8];
+    uint16_t scale;
+    const kvq_rows rows = {.query = x, .key = x, .value = x, .out = out};
+    kvq_pass pass = {.layers = 1, .heads = 1, .kv_heads = 1, .head_dim = 8, .tokens = 1, .threads = 1};
+    if (kvq_abi() != KVQ_ABI) fail("kvq_abi is not that of kvq.h");
+    if (!kvq_kernel_available(0) || strcmp(kvq_kernel_name(0), "plain")) fail("the first kernel is not plain C");
+    if (kvq_kernels() > MOST_KERNELS) fail("more kernels than this program has room for");
+    for (int kernel = -2; kernel <= kvq_kernels(); kernel++) {
+        const int available = kernel >= 0 && kernel < kvq_kernels() && kvq_kernel_available(kernel);
+        const int usable = available || kernel < 0; /* below 0: the best one */
+        pass.kernel = kernel;
+        if (kvq_attend(&pass, 0, &rows, NULL, NULL) != (usable ? 0 : -2)) fail("attending with kernel %d", kernel);
+        if (kvq_encode(kernel, 8, x, 1, 8, words, &scale) != (usable ? 0 : -1)) fail("encoding with kernel %d", kernel);
+        if (available != kvq_kernel_available(kernel)) fail("kernel %d says it is available", kernel);
+        if (!*kvq_kernel_name(kernel) != (kernel < 0 || kernel >= kvq_kernels())) fail("name of kernel %d", kernel);
+    }
+    if (kvq_encode(0, 8, x, 1, 1025, words, &scale) != -1) fail("a head_dim of 1025 was encoded");
+}
+
+static void check_everything(int quick) {
+    check_interface();
+    check_counts(quick ? 3 : 1);
+    check_shapes(quick ? 7 : 1);
+    check_rings(quick);
+    check_mixtures(quick ? 40 : 300, quick ? 400 : 1100);
+    check_long(quick);
+    check_prefill(quick);
+    check_large_scores();
+    check_encoding(quick ? 1 : 4);
+    check_moves(quick ? 2 : 10);
+    check_swiglu();
+    check_prepare();
+    if (!shared_calls) fail("no work was ever handed to other threads");
+}
+
+int main(int count, char **arguments) {
+    const int quick = count > 1 && !strcmp(arguments[1], "quick");
+    seed = 20240607;
+    if (count > 1 && !strcmp(arguments[1], "odd")) check_odd_queries();
+    else check_everything(quick);
+    for (int kernel = 0; kernel < kvq_kernels(); kernel++)
+        if (kvq_kernel_available(kernel))
+            printf("%s: %d attentions, largest error %.1e; %d vectors encoded\n", kvq_kernel_name(kernel),
+                   done[kernel].attention, done[kernel].error, done[kernel].encoded);
+        else printf("%s: not available on this machine\n", kvq_kernel_name(kernel));
+    return failures > 0;
+}
