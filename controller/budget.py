@@ -105,7 +105,8 @@ class Budget:
         self._index = np.zeros((17, 17), np.int64)  # place in `pairs` by key bits and value bits
         for i, pair in enumerate(self.pairs):
             self._index[pair] = i
-        self._window = RecentWindow(geometry, self.recent).nbytes
+        window = RecentWindow(geometry, self.recent)
+        self._window = window.nbytes if kv_bits is None else self.recent * window.token_bytes
         values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
         self._per_token = float(limit) * values / 8 if kv_memory is None else 0.0
         self._constant = 0.0 if kv_memory is None else float(limit)

@@ -215,7 +215,7 @@ def test_sink_tokens_are_stored_at_16_bits(tiny_model):
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"adaptive", "paper"}))  # these need training
 def test_stats_report_the_policy_and_backend_that_ran(tiny_model, policy, backend):
     session = tiny_model.session(policy, recent=4, sink=2, backend=backend)
     assert session.stats().kv_bits is None
@@ -252,7 +252,7 @@ def test_the_peak_stays_when_tokens_are_forgotten(tiny_model):
     assert stats.kv_peak_nbytes >= peak
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"adaptive", "paper"}))  # these need training
 def test_every_policy_runs_and_two_runs_are_identical(tiny_model, policy):
     runs = []
     for _ in range(2):
