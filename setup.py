@@ -32,8 +32,8 @@ ARM = {"kernel_neon.c": [], "kernel_dotprod.c": ["-march=armv8.2-a+dotprod"]}
 COMMON = {"attention.c": [], "operators.c": [], "prepare.c": [], "kernel_plain.c": []}
 
 
-def build_native(target: Path) -> None:
-    """Compile and link the library; CC, CFLAGS and LDFLAGS are heard."""
+def build_native(targets: list[Path]) -> None:
+    """Compile and link the library, and put it in each place; CC, CFLAGS and LDFLAGS are heard."""
     compiler = new_compiler()
     customize_compiler(compiler)
     with tempfile.TemporaryDirectory() as folder:
@@ -43,14 +43,15 @@ def build_native(target: Path) -> None:
 
         with ThreadPoolExecutor() as pool:
             objects = list(pool.map(lambda item: compile_one(*item), (COMMON | kernels(compiler)).items()))
-        linked = Path(folder, target.name)
+        linked = Path(folder, targets[0].name)
         compiler.link_shared_object(objects, str(linked), libraries=["m"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A library that is in use must not be written over: put the new one in its place.
-        part = target.with_name(target.name + ".part")
-        part.write_bytes(linked.read_bytes())
-        part.chmod(0o755)
-        part.replace(target)
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A library that is in use must not be written over: put the new one in its place.
+            part = target.with_name(target.name + ".part")
+            part.write_bytes(linked.read_bytes())
+            part.chmod(0o755)
+            part.replace(target)
 
 
 def kernels(compiler):
@@ -68,12 +69,13 @@ class BuildWithNative(build_py):
 
     def run(self):
         super().run()
-        # An editable install runs from the sources, so the library goes there.
-        root = NATIVE if self.editable_mode else Path(self.build_lib, "kvq", NATIVE)
-        library = root / "libkvq.so"
-        library.unlink(missing_ok=True)  # of an earlier build: it must not stand in for one that fails
+        # Beside the sources too: Python started in a checkout, as the tests are, runs from these.
+        places = [NATIVE] if self.editable_mode else [NATIVE, Path(self.build_lib, "kvq", NATIVE)]
+        libraries = [place / "libkvq.so" for place in places]
+        for library in libraries:
+            library.unlink(missing_ok=True)  # of an earlier build: it must not stand in for one that fails
         try:
-            build_native(library)
+            build_native(libraries)
             BuildWithNative.built = True
         except Exception as error:  # no compiler, or one that fails: its errors share no base class
             if os.environ.get("KVQ_REQUIRE_NATIVE") == "1":
