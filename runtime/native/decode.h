@@ -66,9 +66,9 @@ INLINE void tile_scores_integer(int bits, int heads, const uint32_t *tile, int w
 #endif
 
 /* Ask for memory that will be read soon. A page's part of one layer and KV head is a few kilobytes, too short for the
- * processor to foresee the next one. */
+ * processor to foresee the next one. Into the second-level cache: what the first one holds is in use. */
 INLINE void prefetch(const char *from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 /* Scores of `heads` query heads over a page, -FLT_MAX in slots that hold no token. `next` is what is read after it. */

@@ -82,7 +82,7 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
             for (int i = 0; i < 2; i++) sum[g][part][i] = acc[(g * WEIGHT_PARTS + part) * 2 + i];
     for (int t = 0; t < slots; t += 4, values += 4 * words) {
         if (p == 0 && next)
-            for (int line = 0; line < words / 4; line++) __builtin_prefetch(next + (size_t)(t * words) * 4 + line * 64);
+            for (int line = 0; line < words / 4; line++) __builtin_prefetch(next + (size_t)(t * words) * 4 + line * 64, 0, 2);
         __m512i code[2];
         if (words == 4 || (words == 8 && bits < 8)) {
             __m512i bytes = four_tokens(words, values, at.word / 4);

@@ -53,7 +53,7 @@ INLINE void half_columns(int heads, int vectors, const uint32_t *values, int wor
         for (int v = 0; v < vectors; v++) acc[g][v] = splat(0);
     for (int t = 0; t < slots; t++) {
         if (j == 0)
-            for (int line = 0; line < words; line += 16) __builtin_prefetch(next + ((size_t)t * words + line) * 4);
+            for (int line = 0; line < words; line += 16) __builtin_prefetch(next + ((size_t)t * words + line) * 4, 0, 2);
         vf x[4];
         for (int v = 0; v < vectors; v++) x[v] = load_16_halves(values + (size_t)t * words + j + v * 8);
         for (int g = 0; g < heads; g++)
