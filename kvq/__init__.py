@@ -29,12 +29,13 @@ if TYPE_CHECKING:
         PolicyError,
         PromptError,
         SamplingError,
+        SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
     from kvq.runtime.model import Model, load
-    from kvq.runtime.session import Session
+    from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
     from kvq.runtime.threads import session_options
 
@@ -49,7 +50,7 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
-    "Session": "kvq.runtime.session",
+    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
@@ -67,6 +68,7 @@ _EXPORTS = {
             "PolicyError",
             "PromptError",
             "SamplingError",
+            "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
         ],
@@ -92,10 +94,12 @@ __all__ = [
     "SamplingError",
     "ScoredPolicy",
     "Session",
+    "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "kv_nbytes",
     "load",
     "make_policy",
     "session_options",
