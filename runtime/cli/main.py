@@ -14,6 +14,8 @@ import kvq
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
+    "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
+    "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
