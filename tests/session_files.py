@@ -36,8 +36,8 @@ def contents(session) -> dict:
         for page in bucket.pages
     ]
     return {
-        "tokens": session.tokens,
-        "pending": session.pending,
+        "tokens": list(session.tokens),
+        "pending": list(session.pending),
         "pages": pages,
         "window": [part.tobytes() for slot in (window.keys, window.values) for part in slot.encoded(slots)],
         "bits": window.bits[slots].tolist(),
