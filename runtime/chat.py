@@ -15,8 +15,8 @@ Messages = Sequence[Mapping[str, str]]
 TRANSCRIPT = """\
 {%- for message in messages -%}
 {%- if not loop.first %}{{ "\n" }}{% endif -%}
-{%- if message.role == "system" -%}{{ message.content }}{{ "\n" }}
-{%- else -%}{{ message.role | capitalize }}: {{ message.content }}
+{%- if message.role == "system" -%}{{ message.content | trim }}{{ "\n" }}
+{%- else -%}{{ message.role | capitalize }}: {{ message.content | trim }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{% if messages %}{{ "\n" }}{% endif %}Assistant:{% endif -%}

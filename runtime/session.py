@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class Session:
         self.policy = make_policy(policy, model.bundle)
         self.backend = make_backend(backend)
         self.tokens: list[int] = []
+        self.metadata: dict[str, Any] = {}  # the caller's own JSON values, saved and loaded with the session
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
         self.store = KVStore(

@@ -14,10 +14,13 @@ import kvq
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
+    "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
+    "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
+    "completion": ("kvq.runtime.cli.completion:completion", "Print shell completion code."),
 }
 # What an extra brings, to name it when one of its packages is missing.
 EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}

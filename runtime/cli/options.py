@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.sampling import DEFAULTS
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
@@ -86,9 +89,10 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from kvq.runtime.model import embedded_models
+    from kvq.runtime.references import cached_models, embedded_models
 
-    named = [CompletionItem(name) for name in embedded_models() if name.startswith(incomplete)]
+    names = [*embedded_models(), *cached_models()]
+    named = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="dir")]
 
 
@@ -106,10 +110,17 @@ MODEL = [
            help="Fetch nothing from the hub."),
     option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),
 ]  # fmt: skip
+
+
+def max_tokens(default: int) -> Callable:
+    """The option that bounds a text, by default to so many tokens."""
+    return option("-n", "--max-tokens", default=default, metavar="N", show_default=True, section="Sampling",
+                  help="Most tokens; -1 fills the context.")  # fmt: skip
+
+
 # Names and short forms as in llama.cpp and mlx-lm.
 SAMPLING = [
-    option("-n", "--max-tokens", default=128, metavar="N", show_default=True, section="Sampling",
-           help="Most tokens; -1 fills the context."),
+    max_tokens(128),
     option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], metavar="X", show_default=True,
            section="Sampling", help="0 is greedy."),
     option("--top-k", default=DEFAULTS["top_k"], metavar="K", show_default=True, section="Sampling",
@@ -138,6 +149,13 @@ CACHE = [
     option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
     option("--backend", metavar="NAME", section="Cache", help="native or numpy; the fastest if not given."),
 ]  # fmt: skip
+
+
+def load_model(model: str | None, threads: int | None) -> Model:
+    """The model that -m names; what takes time is told on stderr."""
+    import kvq  # onnxruntime and the rest load only now: --help stays quick
+
+    return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
 
 
 def nbytes(text: str) -> float:

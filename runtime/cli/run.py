@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SAMPLING, SETTINGS, Command, nbytes, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SAMPLING, SETTINGS, Command, load_model, nbytes, option, options
 from kvq.runtime.errors import PromptError
 
 if TYPE_CHECKING:
@@ -49,11 +49,9 @@ def run(
       kvq-run -f notes.txt --kv-bits 3.5
       cat chapter.txt | kvq-run -q
     """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
     text = read_prompt(prompt, prompt_file)
     memory = None if kv_memory is None else nbytes(kv_memory)
-    session = kvq.load(model, threads=threads).session(
+    session = load_model(model, threads).session(
         policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory
     )
     if generation["max_tokens"] == -1:
