@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.options import OFFLINE
 from kvq.runtime.errors import PromptError
 
 
@@ -52,6 +53,7 @@ from kvq.runtime.errors import PromptError
     help="segments is a bundle for kvq; single is the standard one-file ONNX in fp32.",
 )
 @click.option("--name", help="Name in the bundle; that of the checkpoint if not given.")
+@OFFLINE
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.pass_context
 def export(

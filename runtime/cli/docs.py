@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 
 import click
 
 from kvq.runtime.cli.main import group
-from kvq.runtime.cli.options import TWINS, twin
+from kvq.runtime.cli.options import TWINS
 
 INTRODUCTION = """\
 # Command line
@@ -18,37 +19,43 @@ INTRODUCTION = """\
 Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a known error, told in one line, 2 wrong usage or
 a wrong value of an option, 130 interrupted; a closed pipe ends a command quietly. `kvq-run` is `kvq run`.
 
-{twins} One name holds for all commands that have the flag:
+{twins} One name
+holds for all commands that have the flag:
 
 {names}
 """
 
 
+def entered(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    """A command's context as if it had been called, 80 columns wide."""
+    return click.Context(command, parent, name, terminal_width=80, max_content_width=80, **command.context_settings)
+
+
 def pages(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """(name, help) of a command and its subcommands, 80 columns wide."""
+    """(name, help) of a command and its subcommands."""
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             subcommand = command.get_command(context, name)
             if subcommand is not None:
-                yield from pages(subcommand, click.Context(subcommand, info_name=name, parent=context))
+                yield from pages(subcommand, entered(subcommand, name, context))
 
 
 def twins(command: click.Command, context: click.Context) -> set[str]:
     """Environment twins of a command and its subcommands."""
-    names = {twin(option) for option in command.params if isinstance(option, click.Option)}
+    names = {str(parameter.envvar) for parameter in command.params if parameter.envvar is not None}
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             subcommand = command.get_command(context, name)
             if subcommand is not None:
                 names |= twins(subcommand, context)
-    return {name for name in names if name and name not in ("KVQ_HELP", "KVQ_VERSION")}
+    return names
 
 
 def document() -> str:
     """The text of docs/cli.md."""
-    context = click.Context(group, info_name="kvq", terminal_width=80, max_content_width=80)
-    names = ", ".join(f"`{name}`" for name in sorted(twins(group, context)))
+    context = entered(group, "kvq")
+    names = textwrap.fill(", ".join(f"`{name}`" for name in sorted(twins(group, context))), 120)
     parts = [INTRODUCTION.format(twins=TWINS, names=names)]
     for name, text in pages(group, context):
         parts.append(f"## {name}\n\n```\n{text.rstrip()}\n```\n")

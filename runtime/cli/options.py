@@ -102,12 +102,13 @@ def _complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
 
 
+OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
+                 help="Fetch nothing from the hub.")  # fmt: skip
 # Which model, and what it runs on.
 MODEL = [
     option("-m", "--model", metavar="MODEL", section="Model", shell_complete=_complete_model,
            help="Embedded model, bundle folder or hub id; kvq list."),
-    option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
-           help="Fetch nothing from the hub."),
+    OFFLINE,
     option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),
 ]  # fmt: skip
 
