@@ -111,8 +111,9 @@ class ChatTemplate:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
         if self._plain is None:
             # A second tokenizer, because the switch is a property of the tokenizer, which other threads may be using.
-            self._plain = Tokenizer.from_str(self.tokenizer.to_str())
-            self._plain.encode_special_tokens = True
+            plain = Tokenizer.from_str(self.tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
         ids = self.tokenizer.encode("", add_special_tokens=special).ids
         for at, piece in enumerate(self._special.split(text)):
             if at % 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Unpack
 
 from kvq.runtime.chat import REPLY
@@ -244,7 +245,10 @@ def _parsed(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], l
     """Messages and turns from a session's metadata, which may come from anybody's file."""
     try:
         messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
-        turns = [Turn(start, [int(i) for i in pending], int(prompt)) for start, pending, prompt in data["turns"]]
+        turns = [
+            Turn(None if start is None else index(start), [index(token) for token in pending], index(prompt))
+            for start, pending, prompt in data["turns"]
+        ]
         roles = [message["role"] for message in messages]
         if roles != ["system"] * (len(roles) % 2) + ["user", "assistant"] * len(turns):
             raise ValueError(f"roles {roles}")

@@ -212,8 +212,7 @@ class Repl:
         """Take up a saved session."""
         session = self.model.load_session(path)
         self.begin(session, system=False)
-        turns = len(self.conversation.turns)
-        self.notice(f"{turns} turns, {len(session.tokens)} tokens, policy {session.policy.name}")
+        self.notice(f"{self._turns()}, {len(session.tokens)} tokens, policy {session.policy.name}")
 
     def policy(self, name: str) -> None:
         """Process the conversation again under another policy."""
@@ -230,7 +229,11 @@ class Repl:
     def undo(self) -> None:
         """Take back a turn."""
         self.conversation.undo()
-        self.notice(f"{len(self.conversation.turns)} turns, {len(self.conversation.session.tokens)} tokens left")
+        self.notice(f"{self._turns()}, {len(self.conversation.session.tokens)} tokens left")
+
+    def _turns(self) -> str:
+        turns = len(self.conversation.turns)
+        return f"{turns} turn{'s' * (turns != 1)}"
 
     def reset(self) -> None:
         """Begin anew."""
