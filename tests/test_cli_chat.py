@@ -53,6 +53,36 @@ def test_a_policy_is_changed_with_the_conversation_kept(tiny_bundle):
     assert "0 turns, 0 tokens left" in done.stderr
 
 
+def test_a_saved_conversation_goes_on_as_if_it_had_never_been_away(tiny_bundle, tmp_path):
+    file = tmp_path / "talk.kvq"
+    system = ["--system", "Be brief."]
+    whole = chat(tiny_bundle, "-q", *system, "-t", "1", "-s", "3", input="Hello\nWhy?\nAnd?\n")
+    first = chat(tiny_bundle, "-q", *system, "-t", "1", "-s", "3", input=f"Hello\n/save '{file}'\n")
+    rest = chat(tiny_bundle, "-t", "1", "-s", "3", input=f"/load {file}\nWhy?\nAnd?\n/undo\n/undo\n/undo\n")
+    assert rest.returncode == 0, rest.stderr
+    assert first.stdout + rest.stdout == whole.stdout
+    assert "1 turn, " in rest.stderr
+    assert "0 turns, 0 tokens left" in rest.stderr
+
+
+def test_a_file_that_holds_no_conversation_is_refused_and_the_chat_goes_on(tiny_bundle, tiny_model, tmp_path):
+    session = tiny_model.session()
+    session.append([1, 2, 3])
+    session.save(tmp_path / "text.kvq")
+    terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01")
+    for line, words in (
+        (f"/load {tmp_path}/text.kvq", "no conversation"),
+        (f"/load {tmp_path}/missing.kvq", "missing.kvq"),
+        (f"/save {tmp_path}/no/such/folder", "kvq: "),
+        ("Hello", "(cut after 3 tokens"),
+    ):
+        terminal.until("> ")
+        terminal.type(line + "\n")
+        terminal.until(words)
+    terminal.type("\x04")
+    assert terminal.end().endswith("\n")
+
+
 @pytest.mark.parametrize(
     ("input", "words", "code"),
     [
