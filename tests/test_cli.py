@@ -308,6 +308,23 @@ def test_head_in_a_shell_pipe_leaves_stderr_clean(tiny_bundle):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("closing", "code", "words"),
+    [
+        (">&-", 1, "kvq: stdout is closed"),
+        ("2>&-", 0, ""),
+        ("<&-", 0, "length after 12"),
+        (">/dev/full", 1, "No space left"),
+    ],
+)
+def test_closed_and_full_streams_end_without_a_traceback(tiny_bundle, closing, code, words):
+    line = f'"{sys.executable}" -m kvq run -m "{tiny_bundle}" {" ".join(GENERATED)} Hello {closing}'
+    done = command(["sh", "-c", line])
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr
+
+
 def test_an_interrupt_keeps_the_text_so_far_and_exits_with_130():
     process = long_run()
     first = process.stdout.read(1)

@@ -158,10 +158,11 @@ class Repl:
             raise PromptError(f"{line!r:.80} cannot be read ({error}); close its quotes") from None
         if name in ("quit", "exit", "bye"):
             return False
-        command: tuple[int, Callable[..., None]] | None = {
+        commands: dict[str, tuple[int, Callable[..., None]]] = {
             "help": (0, self.help), "save": (1, self.save), "load": (1, self.load), "policy": (1, self.policy),
             "stats": (0, self.stats), "undo": (0, self.undo), "reset": (0, self.reset),
-        }.get(name)  # fmt: skip
+        }  # fmt: skip
+        command = commands.get(name)
         if command is None:
             raise PromptError(f"no command /{name}; /help lists them")
         if len(arguments) != command[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def guarded(command: Callable[[], object]) -> None:
     if hasattr(signal, "SIGPIPE"):
         # `kvq-run ... | head` ends quietly, as with any Unix filter; click would exit with 1.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that lacks a character
+    _standard_streams()
     try:
         command()
     except click.UsageError as error:
@@ -112,6 +113,17 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):
         _exit(130)
+
+
+def _standard_streams() -> None:
+    """Make sure of stdin, stdout and stderr: Python has None for those that were closed when it started."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 # for as long as the process lives
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        _exit(1, "stdout is closed; redirect it to /dev/null where the text is not wanted")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that lacks a character
 
 
 def _naming_its_variable(error: click.UsageError) -> click.UsageError:
