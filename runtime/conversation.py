@@ -64,11 +64,13 @@ class Conversation:
     Raises:
         PromptError: the session holds tokens but no conversation, or `system` is given besides one.
         ChatTemplateError: the bundle's chat template is not valid.
+        TokenizerError: the bundle has no tokenizer.
     """
 
     def __init__(self, session: Session, system: str | None = None) -> None:
         self.session = session
         self.template = session.model.chat_template
+        self.tokenizer = session.model.tokenizer
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
         if KEY in session.metadata:
@@ -225,7 +227,7 @@ class Conversation:
         session, turn = self.session, self.turns[-1]
         said = [*session.tokens[turn.prompt :], *session.pending]
         reply = self.messages[-1]["content"]
-        tokenizer = session.model.tokenizer
+        tokenizer = self.tokenizer
         shown = len(said)
         while not reply.startswith(text := tokenizer.decode(said[:shown], skip_special_tokens=False)):
             shown -= 1

@@ -163,6 +163,10 @@ ATTACKS = {
     "formatting an attribute": "{{ '{0.__class__}'.format(1) }}",
     "importing": "{% import 'os' as os %}",
     "including a file": "{% include '/etc/passwd' %}",
+    "wide JSON": "{{ messages | tojson(indent=999999999) }}",
+    "wide JSON by separators": "{{ messages | tojson(separators=('x' * 100000, ':')) }}",
+    "filling batches": "{{ messages | batch(999999999, 'x') | list }}",
+    "filling slices": "{{ messages | slice(999999999) | list }}",
     "dividing": "{{ 1 / 0 }}",
     "no such thing": "{{ nothing.at.all }}",
     "refusing": "{{ raise_exception('only\nthis') }}",
@@ -174,7 +178,8 @@ ATTACKS = {
 def test_what_a_template_must_not_do_is_one_named_error(source):
     with pytest.raises(kvq.ChatTemplateError) as caught:
         ChatTemplate(source).render([USER])
-    assert "chat template" in str(caught.value)
+    assert str(caught.value).startswith("the chat template ")
+    assert "\n" not in str(caught.value)
 
 
 def test_reaching_for_internals_yields_nothing():

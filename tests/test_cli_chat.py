@@ -102,6 +102,11 @@ def test_in_a_script_the_first_error_ends_it(tiny_bundle, input, words, code):
     assert_one_line_error(chat(tiny_bundle, "-q", input=after), *words, code=code)
 
 
+def test_a_wrong_option_is_told_before_the_first_question(tiny_bundle):
+    assert_one_line_error(chat(tiny_bundle, "--temp=-1"), "temperature must be at least 0", code=2)
+    assert_one_line_error(chat(tiny_bundle, "-p", "nonsense"), "unknown policy", code=2)
+
+
 class Terminal:
     """kvq chat with a terminal for stdin and stderr, and a pipe for stdout."""
 

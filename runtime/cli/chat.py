@@ -93,6 +93,7 @@ class Repl:
 
     def __post_init__(self) -> None:
         self.begin(self.new_session())
+        self.conversation.session.generate([0], **self.generation)  # checks the options now, and computes nothing
 
     def new_session(self) -> Session:
         """An empty session with this chat's settings."""
