@@ -17,9 +17,11 @@ from kvq.runtime.chat import ChatTemplate
 from kvq.runtime.engine import Engine
 from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.pages import Geometry
-from kvq.runtime.references import DEFAULT_MODEL, locate
+from kvq.runtime.references import DEFAULT_MODEL, embedded_models, locate
 from kvq.runtime.session import Session
 from kvq.runtime.store import KVStore
+
+__all__ = ["DEFAULT_MODEL", "Model", "embedded_models", "load"]
 
 
 class Model:
