@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
     from kvq.runtime.chat import ChatTemplate
+    from kvq.runtime.conversation import Conversation
     from kvq.runtime.errors import (
         BackendError,
         BudgetError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         ChatTemplateError,
         CheckpointError,
         ContextError,
+        HubError,
         KvqError,
         NonFiniteError,
         PolicyError,
@@ -54,6 +56,7 @@ _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
     **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
+    "Conversation": "kvq.runtime.conversation",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
@@ -67,6 +70,7 @@ _EXPORTS = {
             "ChatTemplateError",
             "CheckpointError",
             "ContextError",
+            "HubError",
             "KvqError",
             "NonFiniteError",
             "PolicyError",
@@ -90,6 +94,8 @@ __all__ = [
     "ChatTemplateError",
     "CheckpointError",
     "ContextError",
+    "Conversation",
+    "HubError",
     "KvqError",
     "Model",
     "NonFiniteError",

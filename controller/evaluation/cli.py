@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
+from kvq.runtime.cli.options import OFFLINE, load_model, options
 from kvq.runtime.files import write_atomically
 
 
@@ -56,14 +58,14 @@ def _numbers(text: str, option: str, kind: type = float) -> list:
     return found
 
 
-MODEL = click.option("-m", "--model", help="Bundle folder or embedded model; the default model if not given.")
+MODEL = options(MODEL_OPTIONS)
 TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
                     help="UTF-8 text to score; can be repeated.")  # fmt: skip
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
 CHUNKS = click.option("--chunks", "count", default=16, show_default=True, help="Chunks, spread over the texts.")
 RECENT = click.option("--recent", default=16, show_default=True, help="Newest tokens at 16 bits, in every arm.")
-THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
+JSON = click.option("--json", "out", type=click.Path(path_type=Path), envvar="KVQ_JSON_FILE",
+                    help="Write the result there; else to stdout.")  # fmt: skip
 
 
 @evaluate.command()
@@ -77,13 +79,11 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Writ
               "oracle, which knows every token's damage (needs torch).")  # fmt: skip
 @JSON
 @click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
-@THREADS
 def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
-    import kvq
     from kvq.controller.evaluation.pareto import chunks, compare, measure
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     budgets = _numbers(bits, "--bits")
     rows: list[dict] = []
 
@@ -108,14 +108,12 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
 @CHUNKS
 @RECENT
 @JSON
-@THREADS
 def kld(model, texts, policies, context, count, recent, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
-    import kvq
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     rows: list[dict] = []
     with bar() as progress:
         for length in _numbers(context, "--context", int):
@@ -138,38 +136,37 @@ LIMIT = click.option("--limit", type=int, help="Items per task; all if not given
 @DATA
 @LIMIT
 @JSON
-@THREADS
 def tasks(model, policies, tasks, kv_bits, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits), tasks.split(","), data, limit))
 
 
 @evaluate.command("paper-table")
-@click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
+@click.option("--models", required=True, help="Models as -m takes them, with commas between them.")
+@OFFLINE
+@click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
 @click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
 @DATA
 @LIMIT
 @JSON
-@THREADS
 def paper_table(models, kv_bits, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
     Where the hub can be reached:
       kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M --text books.txt --objective both
+      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M \\
+        --text books.txt --objective both
       kvq eval paper-table --models smollm-135m
     """
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
     rows: list[dict] = []
     for name in models.split(","):
-        loaded = kvq.load(name, threads=threads)
+        loaded = load_model(name, threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
         arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits)
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
