@@ -52,10 +52,12 @@ class Policy(ABC):
     Attributes:
         name: what the user typed, reported by `stats()`.
         needs: the features to compute, a subset of `FEATURE_NAMES`; what is not needed costs nothing.
+        classes: uint8 [classes, 2], every pair it may choose; None may be any. Bounds on memory rest on it.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
+    classes: np.ndarray | None = None
 
     @abstractmethod
     def choose(self, features: TokenFeatures) -> np.ndarray:
@@ -69,7 +71,7 @@ class ScoredPolicy(Policy):
     argmax_k (score_k - mu * bytes_k), see `kvq.controller.budget`.
 
     Attributes:
-        classes: uint8 [classes, 2], key and value bits of each class.
+        classes: uint8 [classes, 2], key and value bits of each class, in the order of the scores.
     """
 
     classes: np.ndarray

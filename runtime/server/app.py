@@ -1,0 +1,376 @@
+"""The HTTP application: routes, and the way of a request from its body to its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+import kvq
+from kvq.runtime.errors import ContextError, RequestError
+from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
+from kvq.runtime.server.guard import refusal
+from kvq.runtime.server.refusals import error_body
+from kvq.runtime.server.responses import Reply
+from kvq.runtime.server.scheduler import Done, Event, Job, Scheduler, Step
+from kvq.runtime.server.tokens import TokenTexts
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
+
+SEND_S = 60.0  # seconds a client may take to accept a part of a stream
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        body: most bytes of a body.
+        body_s: seconds in which a body has to arrive.
+        prompt_tokens: most tokens of a prompt; None leaves it to the model's context.
+        max_tokens: most tokens of a response, and what a chat response has if the request names no number.
+        timeout_s: seconds from the request to the end of its response.
+    """
+
+    body: int = 4_000_000
+    body_s: float = 30.0
+    prompt_tokens: int | None = None
+    max_tokens: int = 1024
+    timeout_s: float = 600.0
+
+
+class Disconnected(Exception):
+    """The client has gone."""
+
+
+class Api:
+    """The endpoints.
+
+    Args:
+        scheduler: runs the jobs.
+        name: of the model in /v1/models; None takes the bundle's.
+        defaults: settings of sessions for requests that name none.
+        limits: of requests.
+    """
+
+    def __init__(self, scheduler: Scheduler, name: str | None, defaults: Settings, limits: Limits) -> None:
+        self.scheduler = scheduler
+        self.defaults, self.limits = defaults, limits
+        self._name = name
+        self._texts: TokenTexts | None = None
+        self._created = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """Starlette's routes."""
+        return [
+            Route("/health", self.health, methods=["GET"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completion, methods=["POST"]),
+            Route("/stats", self.stats, methods=["GET"]),
+        ]
+
+    async def health(self, request: Request) -> Response:
+        """200 once requests can be answered, 503 before and while the server ends."""
+        try:
+            self.scheduler.ready()
+        except RequestError as error:
+            return refusal(error, status=error.code)
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        model, _ = self.scheduler.ready()
+        return JSONResponse({"object": "list", "data": [self._card(model)]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model, by its name."""
+        model, _ = self.scheduler.ready()
+        self._check_name(model, request.path_params["name"])
+        return JSONResponse(self._card(model))
+
+    async def stats(self, request: Request) -> Response:
+        """Counts since the start, for operators and benchmarks."""
+        _, pool = self.scheduler.ready()
+        active, waiting = self.scheduler.counts()
+        memory, disk = pool.kept()
+        return JSONResponse(
+            {
+                "active": active,
+                "waiting": waiting,
+                "sessions_in_memory": memory,
+                "sessions_on_disk": disk,
+                "kv_limit_nbytes": pool.limit,
+                "kv_nbytes": pool.known_nbytes,
+                "kv_peak_nbytes": pool.counts.peak_nbytes,
+                "file_nbytes": pool.file_nbytes(),
+                "reused": pool.counts.hits,
+                "evictions": pool.counts.evictions,
+                "restores": pool.counts.restores,
+                "dropped_files": pool.counts.dropped_files,
+            }
+        )
+
+    async def chat(self, request: Request) -> Response:
+        """/v1/chat/completions."""
+        return await self._generate(request, chat=True)
+
+    async def completion(self, request: Request) -> Response:
+        """/v1/completions."""
+        return await self._generate(request, chat=False)
+
+    def _card(self, model: Model) -> dict[str, Any]:
+        shape = model.architecture
+        card = {"id": self._model_name(model), "object": "model", "created": self._created, "owned_by": "kvq"}
+        return card | {"context_length": shape.context}
+
+    def _model_name(self, model: Model) -> str:
+        return self._name or model.bundle.manifest.name
+
+    def _check_name(self, model: Model, name: str | None) -> None:
+        served = self._model_name(model)
+        if name is not None and name != served:
+            raise RequestError(f"no model {name!r:.100} here; this server has {served!r}", 404, "model_not_found", "model")
+
+    # -- generation -------------------------------------------------------------------------------
+
+    async def _generate(self, request: Request, chat: bool) -> Response:
+        begun = time.monotonic()
+        self.scheduler.ready()
+        body = await self._body(request)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:  # called in the worker's thread
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody listens
+                job.cancelled.set()
+
+        # Parsing and tokenizing a long prompt takes long enough to hold up other streams.
+        parsed, job, reply = await asyncio.to_thread(self._prepare, body, chat)
+        job.deadline = begun + self.limits.timeout_s
+        job.emit = emit
+        self.scheduler.submit(job)
+        request.state.usage = lambda: f"prompt {len(job.ids)} generated {reply.generated}"
+        heard = _Events(events, request)
+        try:
+            first = await heard.next()
+            if isinstance(first, BaseException):
+                raise first
+            if parsed.stream:
+                return EventStream(job, reply, first, heard)
+            return await _collect(reply, first, heard)
+        except BaseException:
+            _hang_up(job, heard)
+            raise
+
+    def _prepare(self, body: bytes, chat: bool) -> tuple[Generation, Job, Reply]:
+        """Everything that can be refused before the queue."""
+        model, pool = self.scheduler.ready()
+        parsed = parse_generation(parse_json(body), chat, self.defaults)
+        self._check_name(model, parsed.model)
+        ids, stop, stop_tokens = _prompt(model, parsed)
+        context = model.architecture.context
+        most_prompt = min(self.limits.prompt_tokens or context, context - 1)
+        if len(ids) > most_prompt:
+            raise ContextError(f"the prompt has {len(ids)} tokens, at most {most_prompt} are possible; shorten it")
+        wanted = self.limits.max_tokens if parsed.max_tokens is None else parsed.max_tokens
+        if wanted > self.limits.max_tokens:
+            raise RequestError(
+                f"max_tokens is at most {self.limits.max_tokens} on this server; ask for less", param="max_tokens"
+            )
+        max_tokens = min(wanted, context - len(ids) + 1)
+        pool.check(parsed.settings, min(len(ids) + max_tokens, context))
+        if self._texts is None:
+            self._texts = TokenTexts(model.tokenizer)
+        fingerprint = f"kvq-{kvq.__version__}-{model.bundle.manifest.model_digest[:12]}"
+        end_tokens = {*stop_tokens, *model.bundle.manifest.eos_token_ids}
+        reply = Reply(parsed, self._model_name(model), fingerprint, len(ids), self._texts, end_tokens)
+        job = Job(
+            ids, parsed.settings, max_tokens, stop, stop_tokens, parsed.sampling, parsed.top_logprobs or 0, 0.0, _nowhere
+        )
+        return parsed, job, reply
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, within its limits."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it.
+            raise RequestError("send the body with content-type: application/json", 415)
+        too_large = RequestError(f"the body is larger than {self.limits.body} bytes; shorten it", 413, "body_too_large")
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > self.limits.body:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.limits.body:
+                        raise too_large
+        except TimeoutError:
+            raise RequestError(f"the body did not arrive within {self.limits.body_s:g} s", 408, "timeout") from None
+        except ClientDisconnect:
+            raise Disconnected from None
+        return bytes(body)
+
+
+def _nowhere(event: Event) -> None:
+    """Where a job's events go before anybody listens."""
+
+
+def _prompt(model: Model, parsed: Generation) -> tuple[np.ndarray, list[str], list[int]]:
+    """Token ids int64 [tokens] of the prompt, and what ends the text: strings, ids."""
+    prompt, stop, stop_tokens = parsed.prompt, list(parsed.stop), list[int]()
+    if parsed.chat:
+        template = model.chat_template
+        ids = template.encode(prompt)
+        stop += template.stop
+        stop_tokens += template.stop_tokens
+    else:
+        ids = model.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise RequestError("the prompt has no tokens; give some text", param="messages" if parsed.chat else "prompt")
+    array = np.asarray(ids)
+    vocab = model.architecture.vocab
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab:
+        raise RequestError(f"token ids must be in [0, {vocab}); is this another model's tokenizer?", param="prompt")
+    return array.astype(np.int64), stop, stop_tokens
+
+
+class _Events:
+    """The events of a job, for as long as the client is there."""
+
+    def __init__(self, events: asyncio.Queue[Event], request: Request) -> None:
+        self._events = events
+        self._gone = asyncio.ensure_future(_disconnect(request))
+
+    async def next(self) -> Event:
+        """The next event.
+
+        Raises:
+            Disconnected: the client went away first.
+        """
+        get = asyncio.ensure_future(self._events.get())
+        try:
+            await asyncio.wait({get, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not get.done():
+                raise Disconnected
+            return get.result()
+        finally:
+            get.cancel()
+
+    def close(self) -> None:
+        self._gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _hang_up(job: Job, heard: _Events) -> None:
+    """Nobody listens any more: the worker drops the job at its next step, if it is not done."""
+    job.cancelled.set()
+    heard.close()
+
+
+async def _collect(reply: Reply, event: Event, heard: _Events) -> Response:
+    """Wait for the end of a job; a plain response."""
+    steps: list[Step] = []
+    while isinstance(event, Step):
+        steps.append(event)
+        event = await heard.next()
+    heard.close()
+    if isinstance(event, BaseException):
+        raise event
+    return JSONResponse(reply.whole(steps, event))
+
+
+class EventStream(Response):
+    """A job's events as server-sent events. An error after the first one is the last event of the stream."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, reply: Reply, first: Event, heard: _Events) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._job, self._reply, self._first, self._heard = job, reply, first, heard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def put(message: dict[str, Any]) -> None:
+            async with asyncio.timeout(SEND_S):  # a client that does not read may not stay for ever
+                await send(message)
+
+        try:
+            await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for part in self._parts():
+                await put({"type": "http.response.body", "body": part, "more_body": True})
+            await put({"type": "http.response.body", "body": b"", "more_body": False})
+        except (Disconnected, TimeoutError, OSError):
+            pass
+        finally:
+            _hang_up(self._job, self._heard)
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        reply, event = self._reply, self._first
+        opening = reply.opening()
+        if opening is not None:
+            yield _sse(opening)
+        while isinstance(event, Step):
+            step, event = event, None
+            if step.response.finish_reason is not None:
+                event = await self._heard.next()
+            if isinstance(event, BaseException):
+                break
+            body = reply.chunk(step, event if isinstance(event, Done) else None)
+            if body is not None:
+                yield _sse(body)
+            if event is None:
+                event = await self._heard.next()
+        if isinstance(event, Done):
+            usage = reply.usage_chunk(event)
+            if usage is not None:
+                yield _sse(usage)
+            yield b"data: [DONE]\n\n"
+        else:
+            yield _sse(error_body(event))
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def make_app(api: Api) -> Starlette:
+    """The application without its guard."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        return refusal(error)
+
+    async def unknown_path(request: Request, error: Exception) -> Response:
+        """What starlette itself refuses: no such path, another method."""
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        message = "this path takes another method" if status == 405 else "no such path; the API is under /v1"
+        return refusal(RequestError(message, status))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; the access log does
+
+    return Starlette(
+        routes=api.routes(),
+        exception_handlers={kvq.KvqError: known, HTTPException: unknown_path, Disconnected: gone},
+    )
