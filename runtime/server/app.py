@@ -23,7 +23,7 @@ from kvq.runtime.server.protocol import Generation, Settings, parse_generation, 
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Done, Event, Job, Scheduler, Step
+from kvq.runtime.server.scheduler import Event, Job, Scheduler, Step
 from kvq.runtime.server.tokens import TokenTexts
 
 if TYPE_CHECKING:
@@ -194,15 +194,17 @@ class Api:
                 f"max_tokens is at most {self.limits.max_tokens} on this server; ask for less", param="max_tokens"
             )
         max_tokens = min(wanted, context - len(ids) + 1)
-        pool.check(parsed.settings, min(len(ids) + max_tokens, context))
+        length = min(len(ids) + max_tokens, context)
+        capacity = pool.check(parsed.settings, length)
         if self._texts is None:
             self._texts = TokenTexts(model.tokenizer)
         fingerprint = f"kvq-{kvq.__version__}-{model.bundle.manifest.model_digest[:12]}"
         end_tokens = {*stop_tokens, *model.bundle.manifest.eos_token_ids}
         reply = Reply(parsed, self._model_name(model), fingerprint, len(ids), self._texts, end_tokens)
         job = Job(
-            ids, parsed.settings, max_tokens, stop, stop_tokens, parsed.sampling, parsed.top_logprobs or 0, 0.0, _nowhere
-        )
+            ids, parsed.settings, capacity, length, max_tokens, stop, stop_tokens, parsed.sampling,
+            parsed.top_logprobs or 0, 0.0, _nowhere,
+        )  # fmt: skip
         return parsed, job, reply
 
     async def _body(self, request: Request) -> bytes:
@@ -292,13 +294,13 @@ def _hang_up(job: Job, heard: _Events) -> None:
 async def _collect(reply: Reply, event: Event, heard: _Events) -> Response:
     """Wait for the end of a job; a plain response."""
     steps: list[Step] = []
-    while isinstance(event, Step):
+    while not isinstance(event, BaseException):
         steps.append(event)
+        if event.done is not None:
+            heard.close()
+            return JSONResponse(reply.whole(steps, event.done))
         event = await heard.next()
-    heard.close()
-    if isinstance(event, BaseException):
-        raise event
-    return JSONResponse(reply.whole(steps, event))
+    raise event
 
 
 class EventStream(Response):
@@ -331,24 +333,18 @@ class EventStream(Response):
         opening = reply.opening()
         if opening is not None:
             yield _sse(opening)
-        while isinstance(event, Step):
-            step, event = event, None
-            if step.response.finish_reason is not None:
-                event = await self._heard.next()
-            if isinstance(event, BaseException):
-                break
-            body = reply.chunk(step, event if isinstance(event, Done) else None)
+        while not isinstance(event, BaseException):
+            body = reply.chunk(event)
             if body is not None:
                 yield _sse(body)
-            if event is None:
-                event = await self._heard.next()
-        if isinstance(event, Done):
-            usage = reply.usage_chunk(event)
-            if usage is not None:
-                yield _sse(usage)
-            yield b"data: [DONE]\n\n"
-        else:
-            yield _sse(error_body(event))
+            if event.done is not None:
+                usage = reply.usage_chunk(event.done)
+                if usage is not None:
+                    yield _sse(usage)
+                yield b"data: [DONE]\n\n"
+                return
+            event = await self._heard.next()
+        yield _sse(error_body(event))
 
 
 def _sse(body: dict[str, Any]) -> bytes:

@@ -22,22 +22,18 @@ class Capacity:
 
     Args:
         session: any session of the settings; only its policy, budget and shapes are looked at.
-
-    Attributes:
-        private_nbytes: most bytes that a fork does not share with what it was made of: window and open pages.
     """
 
     def __init__(self, session: Session) -> None:
+        self.policy, self.budget = session.policy, session.budget
+        self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
         geometry = session.store.geometry
         pairs = {tuple(int(b) for b in pair) for pair in _choices(session)} | ({SINK} if session.store.sink else set())
         self._token_bytes = {pair: token_bytes(geometry, pair) for pair in pairs}
         self._window = session.store.window.nbytes
         self._recent = session.store.window.capacity
         self._sink = min(session.store.sink, session.model.architecture.context)
-        self._budget = session.budget
         self._room = page_room(session.model.architecture.context + 1)
-        self._pages = LAST_PAGE_TOKENS * sum(self._token_bytes.values())  # a page of every pair
-        self.private_nbytes = self._window + self._pages
 
     def most_nbytes(self, length: int) -> int:
         """Most bytes of a store that holds up to `length` tokens, on its own."""
@@ -49,21 +45,27 @@ class Capacity:
             # However the tokens fall to the pairs, the free room of a pair's pages is less than its last page.
             slack = min(LAST_PAGE_TOKENS, max(FIRST_PAGE_TOKENS, stored)) - 1
             most = self._window + widest * stored + slack * sum(self._token_bytes.values())
-        if self._budget is not None and self._budget.limits_memory:
-            most = min(most, int(self._budget.allowed(length)))
+        if self.budget is not None and self.budget.limits_memory:
+            most = min(most, int(self.budget.allowed(length)))
         return most
 
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
         widest = max(self._token_bytes.values())
-        pages = -(-tokens // LAST_PAGE_TOKENS) * LAST_PAGE_TOKENS * widest + (self._pages if tokens > 1 else 0)
-        copies = self._pages if open_shared(store) else 0
-        return copies + min(pages, max(0, self.most_nbytes(store.length + tokens) - store.nbytes))
+        pages = LAST_PAGE_TOKENS * (widest if tokens == 1 else sum(self._token_bytes.values()))
+        pages += widest * (tokens - 1)
+        return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
 
 
-def open_shared(store: KVStore) -> int:
-    """Buckets whose open page is shared: appending to one copies it."""
-    return sum(bool(bucket.pages) and bucket.pages[-1].shared for bucket in store.buckets.values())
+def open_nbytes(store: KVStore, shared: bool = False) -> int:
+    """Bytes of the pages that have room for more tokens, or of those among them that are shared: an append copies them."""
+    last = [bucket.pages[-1] for bucket in store.buckets.values() if bucket.pages]
+    return sum(page.nbytes for page in last if page.count < page.capacity and (page.shared or not shared))
+
+
+def fork_nbytes(store: KVStore) -> int:
+    """Most bytes that a fork comes to have of its own before it grows."""
+    return store.window.nbytes + open_nbytes(store)
 
 
 def _choices(session: Session) -> np.ndarray:

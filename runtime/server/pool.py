@@ -19,7 +19,7 @@ import numpy as np
 
 import kvq
 from kvq.runtime.errors import KvqError, RequestError
-from kvq.runtime.server.capacity import Capacity, open_shared
+from kvq.runtime.server.capacity import Capacity, fork_nbytes, open_nbytes
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.statistics import size
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvq.runtime.session import Session
 
 MOST_KEPT = 1024  # prefixes, in memory and on disk together: every request is compared with all of them
+MOST_SETTINGS = 64
 
 
 @dataclass(eq=False)
@@ -64,7 +65,7 @@ class Lease:
         branch: the boundary up to which an earlier prompt goes the same way and then another.
         most_nbytes: what its store can grow to.
         parent: the longest kept prefix of the prompt.
-        state: bytes of the store and shared open pages, when all bytes were last counted.
+        state: bytes of the store and of its shared open pages, when all bytes were last counted.
     """
 
     settings: Settings
@@ -123,41 +124,27 @@ class SessionPool:
 
     # -- what a request may take ------------------------------------------------------------------
 
-    def new_session(self, settings: Settings) -> Session:
-        """An empty session.
-
-        Raises:
-            KvqError: unknown policy, a budget that cannot be kept.
-        """
-        return self.model.session(
-            settings.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk,
-            backend=self.backend, kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
-        )  # fmt: skip
-
-    def capacity(self, settings: Settings) -> Capacity:
-        """Bounds for these settings. Thread-safe.
-
-        Raises:
-            KvqError: as `new_session`.
-        """
-        found = self._capacities.get(settings)
-        if found is None:
-            if len(self._capacities) > MOST_KEPT:  # kv_bits can be any number
-                self._capacities.clear()
-            found = self._capacities[settings] = Capacity(self.new_session(settings))
-        return found
-
-    def check(self, settings: Settings, length: int) -> None:
-        """Refuse a request that would not even fit alone. Thread-safe.
+    def check(self, settings: Settings, length: int) -> Capacity:
+        """Bounds for a request; one that would not even fit alone is refused. Thread-safe.
 
         Args:
+            settings: of its session.
             length: most tokens it can come to.
 
         Raises:
             RequestError: 413, it needs more bytes than all sessions may have.
-            KvqError: as `new_session`.
+            KvqError: unknown policy, a budget that cannot be kept.
         """
-        most = self.capacity(settings).most_nbytes(length)
+        capacity = self._capacities.get(settings)
+        if capacity is None:
+            session = self.model.session(
+                settings.policy, recent=settings.recent, sink=settings.sink, backend=self.backend,
+                kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
+            )  # fmt: skip
+            if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
+                self._capacities.clear()
+            capacity = self._capacities[settings] = Capacity(session)
+        most = capacity.most_nbytes(length)
         if self.limit is not None and most > self.limit:
             raise RequestError(
                 f"a KV cache of {length} tokens may take {size(most)}, the server has {size(self.limit)} for all;"
@@ -165,18 +152,18 @@ class SessionPool:
                 413,
                 "kv_memory_exceeded",
             )
+        return capacity
 
     # -- a request's way through ------------------------------------------------------------------
 
-    def begin(self, ids: np.ndarray, settings: Settings, length: int) -> Lease | None:
+    def begin(self, ids: np.ndarray, settings: Settings, capacity: Capacity, length: int) -> Lease | None:
         """A session that holds the longest kept beginning of a prompt; None if there is no room now.
 
         Args:
             ids: int64 [tokens], the prompt.
-            settings: of the session.
+            settings, capacity: of the session, see `check`.
             length: most tokens the request can come to.
         """
-        capacity = self.capacity(settings)
         most = capacity.most_nbytes(length)
         if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
             return None
@@ -188,14 +175,14 @@ class SessionPool:
         fitting = [prefix for prefix, shared in common if shared == len(prefix.tokens) <= last]
         parent, session = None, None
         for parent in sorted(fitting, key=lambda prefix: len(prefix.tokens), reverse=True):
-            session = self._fork_of(parent, capacity)
+            session = self._fork_of(parent)
             if session is not None:
                 self.counts.hits += 1
                 parent.branches |= len(parent.tokens) == branch
                 break
         if session is None:
-            self._make_room(capacity.private_nbytes)
-            parent, session = None, self.new_session(settings)
+            self._make_room(capacity.most_nbytes(0))
+            parent, session = None, self._new_session(settings, capacity)
         cached = len(session.tokens)
         boundaries = [at for at in sorted({branch, last}) if at > cached]
         lease = Lease(settings, capacity, session, cached, boundaries, branch, most, parent)
@@ -203,13 +190,21 @@ class SessionPool:
         self._count()
         return lease
 
-    def _fork_of(self, prefix: Prefix, capacity: Capacity) -> Session | None:
+    def _new_session(self, settings: Settings, capacity: Capacity) -> Session:
+        """An empty session. Its budget is the one made once: for some policies that takes a second."""
+        session = self.model.session(
+            capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk, backend=self.backend
+        )
+        session.budget, session.kv_bits, session.kv_memory = capacity.budget, capacity.kv_bits, capacity.kv_memory
+        return session
+
+    def _fork_of(self, prefix: Prefix) -> Session | None:
         """A fork of a kept session, restored if need be; None if its file is gone or there is no room."""
         self._touch(prefix)
         if prefix.session is None and not self._restore(prefix):
             return None
         session = prefix.session
-        if session is None or not self._make_room(capacity.private_nbytes, spare=prefix):
+        if session is None or not self._make_room(fork_nbytes(session.store), spare=prefix):
             return None
         return session.fork()
 
@@ -219,7 +214,7 @@ class SessionPool:
 
     def appended(self, lease: Lease) -> None:
         """After an append."""
-        state = (lease.session.store.nbytes, open_shared(lease.session.store))
+        state = (lease.session.store.nbytes, open_nbytes(lease.session.store, shared=True))
         if state != lease.state:
             lease.state = state
             self._count()
@@ -236,7 +231,7 @@ class SessionPool:
                 self._touch(prefix)
                 prefix.branches |= length == lease.branch
                 return
-        if not self._make_room(lease.capacity.private_nbytes):
+        if not self._make_room(fork_nbytes(lease.session.store)):
             return
         session = lease.session.fork()
         kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)

@@ -60,22 +60,22 @@ class Reply:
             return None
         return self._chunk([self._choice({"role": "assistant", "content": ""}, None, None)])
 
-    def chunk(self, step: Step, done: Done | None) -> dict[str, Any] | None:
-        """The chunk for a token; None if it has nothing to tell. The last one says what ran: `done` belongs to it."""
+    def chunk(self, step: Step) -> dict[str, Any] | None:
+        """The chunk for a token; None if it has nothing to tell. The last one says what ran."""
         logprobs = self._logprobs([step])
         text, finish = step.response.text, step.response.finish_reason
         if not text and logprobs is None and finish is None:
             return None
         content = ({"content": text} if text else {}) if self.request.chat else text
         body = self._chunk([self._choice(content, logprobs, finish)])
-        return body if done is None else body | {"kvq": extension(done.stats, finish)}
+        return body if step.done is None else body | {"kvq": extension(step.done.stats, finish)}
 
     def usage_chunk(self, done: Done) -> dict[str, Any] | None:
         """The chunk after the last one, if usage was asked for."""
         return self._common | {"choices": [], "usage": self._usage(done)} if self.request.include_usage else None
 
     def whole(self, steps: list[Step], done: Done) -> dict[str, Any]:
-        """A response that is no stream."""
+        """A response that is no stream; done: of the last step."""
         text = "".join(step.response.text for step in steps)
         finish = steps[-1].response.finish_reason
         logprobs = self._logprobs(steps)

@@ -15,6 +15,7 @@ import numpy as np
 from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.generate import Response
 from kvq.runtime.sampling import SamplingOptions
+from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.tokens import Scored, most_likely
@@ -25,22 +26,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One generated token. alternatives: the most likely tokens in its place, as many as asked for."""
-
-    response: Response
-    alternatives: list[Scored]
-
-
-@dataclass(frozen=True)
 class Done:
-    """The end of a response: what ran. cached: prompt tokens that were not processed again."""
+    """What ran for a response. cached: prompt tokens that were not processed again."""
 
     stats: Stats
     cached: int
 
 
-Event = Step | Done | BaseException
+@dataclass(frozen=True)
+class Step:
+    """One generated token.
+
+    alternatives: the most likely tokens in its place, as many as asked for.
+    done: with the last token.
+    """
+
+    response: Response
+    alternatives: list[Scored]
+    done: Done | None
+
+
+Event = Step | BaseException
 
 
 @dataclass(eq=False)
@@ -49,16 +55,20 @@ class Job:
 
     Attributes:
         ids: int64 [tokens], the prompt, at least one.
+        settings, capacity: of its session, see `SessionPool.check`.
+        length: most tokens of prompt and response together.
         max_tokens: most tokens to generate.
         stop, stop_tokens, sampling: as in `Session.generate`.
         alternatives: most likely tokens to report with each token.
         deadline: `time.monotonic()` at which the request is given up.
-        emit: told every event, from the worker's thread; the last one is a `Done` or an error.
+        emit: told every event, from the worker's thread; the last one is a step with `done` or an error.
         cancelled: set from any thread: nobody waits for the answer any more.
     """
 
     ids: np.ndarray
     settings: Settings
+    capacity: Capacity
+    length: int
     max_tokens: int
     stop: list[str]
     stop_tokens: list[int]
@@ -189,7 +199,7 @@ class Scheduler:
         while self._waiting and len(self._active) < self.concurrency:
             job = self._waiting[0]
             try:
-                job.lease = pool.begin(job.ids, job.settings, len(job.ids) + job.max_tokens)
+                job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -237,9 +247,10 @@ class Scheduler:
         pool.appended(lease)
         logits = lease.session.last_logits  # those the token was drawn from
         alternatives = [] if logits is None else most_likely(logits, job.alternatives)
-        job.emit(Step(response, alternatives))
-        if response.finish_reason is not None:
-            self._end(job, Done(lease.session.stats(), lease.cached))
+        if response.finish_reason is None:
+            job.emit(Step(response, alternatives, None))
+        else:
+            self._end(job, Step(response, alternatives, Done(lease.session.stats(), lease.cached)))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):
