@@ -6,32 +6,50 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.run import CACHE, nbytes, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, nbytes, option, options
 
 AT_LEAST_ONE = click.IntRange(1)
+SERVER = [
+    option("--host", default="127.0.0.1", show_default=True, section="Server", help="Address to listen on."),
+    option("--port", type=click.IntRange(0, 65535), default=8080, metavar="N", show_default=True, section="Server",
+           help="0 takes a free one."),
+    option("--name", metavar="NAME", section="Server", help="Of the model in the API; the bundle's if not given."),
+    option("--api-key", metavar="KEY", section="Server", help="Ask for it; better set KVQ_API_KEY."),
+    option("--cors-origin", "cors_origins", multiple=True, metavar="URL", section="Server",
+           help="Let pages from there in; can be repeated."),
+    option("-q", "--quiet", is_flag=True, section="Server", help="No line per request."),
+]  # fmt: skip
+SESSIONS = [
+    option("--kv-memory-total", metavar="SIZE", section="Sessions",
+           help="Most bytes of all caches together; no limit if not given."),
+    option("--session-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+           section="Sessions", help="Where idle ones are saved until the end."),
+    option("--session-disk", default="1GB", metavar="SIZE", show_default=True, section="Sessions",
+           help="Most bytes saved there."),
+    option("--chunk", type=AT_LEAST_ONE, default=128, metavar="N", show_default=True, section="Sessions",
+           help="Tokens per prefill step; reuse begins at multiples."),
+]  # fmt: skip
+LIMITS = [
+    option("--concurrency", type=AT_LEAST_ONE, default=8, metavar="N", show_default=True, section="Limits",
+           help="Requests at work."),
+    option("--queue", type=click.IntRange(0), default=32, metavar="N", show_default=True, section="Limits",
+           help="Requests that wait; more get 429."),
+    option("--max-tokens", type=AT_LEAST_ONE, default=1024, metavar="N", show_default=True, section="Limits",
+           help="Of a response."),
+    option("--max-prompt-tokens", type=AT_LEAST_ONE, metavar="N", section="Limits",
+           help="The model's context if not given."),
+    option("--max-body", default="4MB", metavar="SIZE", show_default=True, section="Limits", help="Of a request."),
+    option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, metavar="S", show_default=True,
+           section="Limits", help="Seconds for a request, waiting included."),
+]  # fmt: skip
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-m", "--model", metavar="MODEL", help="Bundle folder or embedded model; the default model if not given.")
-@click.option("--name", help="Name of the model in the API; the bundle's if not given.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--api-key", envvar="KVQ_API_KEY", metavar="KEY", help="Ask for this key; better set KVQ_API_KEY.")
-@click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Let its web pages in; repeatable.")
+@click.command(cls=Command, context_settings=SETTINGS)
+@options(SERVER)
+@options(MODEL)
 @options(CACHE)
-@click.option("--chunk", type=AT_LEAST_ONE, default=128, show_default=True, help="Tokens per prefill step, and between kept lengths.")
-@click.option("--kv-memory-total", metavar="SIZE", help="Most bytes of all KV caches together; no limit if not given.")
-@click.option("--session-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="FOLDER",
-              help="Where idle sessions are saved; removed at exit.")
-@click.option("--session-disk", default="1GB", show_default=True, metavar="SIZE", help="Most bytes of saved sessions.")
-@click.option("--concurrency", type=AT_LEAST_ONE, default=8, show_default=True, help="Requests at work at a time.")
-@click.option("--queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; more get 429.")
-@click.option("--max-tokens", type=AT_LEAST_ONE, default=1024, show_default=True, help="Most tokens of a response.")
-@click.option("--max-prompt-tokens", type=AT_LEAST_ONE, help="Most tokens of a prompt; the model's context if not given.")
-@click.option("--max-body", default="4MB", show_default=True, metavar="SIZE", help="Most bytes of a request.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds a request may take, waiting included.")
-@click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-@click.option("-q", "--quiet", is_flag=True, help="No line per request.")
+@options(SESSIONS)
+@options(LIMITS)
 def serve(
     model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, backend, chunk,
     kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens, max_body, timeout,

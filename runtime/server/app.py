@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 import kvq
 from kvq.runtime.errors import ContextError, RequestError
-from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
 from kvq.runtime.server.guard import refusal
+from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
 from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Event, Job, Scheduler, Step
@@ -143,7 +143,9 @@ class Api:
     def _check_name(self, model: Model, name: str | None) -> None:
         served = self._model_name(model)
         if name is not None and name != served:
-            raise RequestError(f"no model {name!r:.100} here; this server has {served!r}", 404, "model_not_found", "model")
+            raise RequestError(
+                f"no model {name!r:.100} here; this server has {served!r}", 404, "model_not_found", "model"
+            )
 
     # -- generation -------------------------------------------------------------------------------
 

@@ -102,5 +102,7 @@ class KeyCheck:
         if (right and scheme.lower() == "bearer") or scope["path"] == "/health":
             await self.app(scope, receive, send)
         else:
-            error = RequestError("wrong or missing API key; send it as Authorization: Bearer KEY", 401, "invalid_api_key")
+            error = RequestError(
+                "wrong or missing API key; send it as Authorization: Bearer KEY", 401, "invalid_api_key"
+            )
             await refusal(error)(scope, receive, send)

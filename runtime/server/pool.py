@@ -234,6 +234,7 @@ class SessionPool:
         if not self._make_room(fork_nbytes(lease.session.store)):
             return
         session = lease.session.fork()
+        lease.state = (0, 0)  # its open pages are shared now
         kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)
         parent, lease.parent = lease.parent, kept
         if parent is not None and not parent.branches and parent in self._prefixes:

@@ -94,7 +94,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body.decode(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON ({error!s:.100}); send an object as the OpenAI API describes") from None
+        raise RequestError(
+            f"the body is not JSON ({error!s:.100}); send an object as the OpenAI API describes"
+        ) from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
     return value

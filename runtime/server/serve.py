@@ -96,7 +96,13 @@ def serve(options: Options) -> None:
 
     def make_pool(model: Model) -> SessionPool:
         pool = SessionPool(
-            model, options.kv_memory_total, options.session_dir, options.session_disk, options.chunk, options.backend, _say
+            model,
+            options.kv_memory_total,
+            options.session_dir,
+            options.session_disk,
+            options.chunk,
+            options.backend,
+            _say,
         )
         pool.check(options.settings, 1)
         return pool
