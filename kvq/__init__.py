@@ -33,12 +33,13 @@ if TYPE_CHECKING:
         RequestError,
         SamplingError,
         ServerError,
+        SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
     from kvq.runtime.model import Model, load
-    from kvq.runtime.session import Session
+    from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
     from kvq.runtime.threads import session_options
 
@@ -53,7 +54,7 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
-    "Session": "kvq.runtime.session",
+    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
@@ -75,6 +76,7 @@ _EXPORTS = {
             "RequestError",
             "SamplingError",
             "ServerError",
+            "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
         ],
@@ -104,10 +106,12 @@ __all__ = [
     "ScoredPolicy",
     "ServerError",
     "Session",
+    "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "kv_nbytes",
     "load",
     "make_policy",
     "session_options",

@@ -239,14 +239,14 @@ def _nowhere(event: Event) -> None:
 
 def _prompt(model: Model, parsed: Generation) -> tuple[np.ndarray, list[str], list[int]]:
     """Token ids int64 [tokens] of the prompt, and what ends the text: strings, ids."""
-    prompt, stop, stop_tokens = parsed.prompt, list(parsed.stop), list[int]()
+    stop, stop_tokens = list(parsed.stop), list[int]()
     if parsed.chat:
         template = model.chat_template
-        ids = template.encode(prompt)
+        ids = template.encode(parsed.messages)
         stop += template.stop
         stop_tokens += template.stop_tokens
     else:
-        ids = model.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = model.encode(parsed.prompt) if isinstance(parsed.prompt, str) else parsed.prompt
     if not ids:
         raise RequestError("the prompt has no tokens; give some text", param="messages" if parsed.chat else "prompt")
     array = np.asarray(ids)

@@ -28,7 +28,7 @@ class Capacity:
         self.policy, self.budget = session.policy, session.budget
         self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
         geometry = session.store.geometry
-        pairs = {tuple(int(b) for b in pair) for pair in _choices(session)} | ({SINK} if session.store.sink else set())
+        pairs = {(int(k), int(v)) for k, v in _choices(session)} | ({SINK} if session.store.sink else set())
         self._token_bytes = {pair: token_bytes(geometry, pair) for pair in pairs}
         self._window = session.store.window.nbytes
         self._recent = session.store.window.capacity
@@ -58,7 +58,7 @@ class Capacity:
 
 
 def open_nbytes(store: KVStore, shared: bool = False) -> int:
-    """Bytes of the pages that have room for more tokens, or of those among them that are shared: an append copies them."""
+    """Bytes of the pages with room for more tokens, or of those of them that are shared: an append copies these."""
     last = [bucket.pages[-1] for bucket in store.buckets.values() if bucket.pages]
     return sum(page.nbytes for page in last if page.count < page.capacity and (page.shared or not shared))
 

@@ -59,7 +59,8 @@ class Generation:
 
     Attributes:
         chat: of /v1/chat/completions, not /v1/completions.
-        prompt: text, token ids, or chat messages {"role", "content"}.
+        prompt: text or token ids, of a completion.
+        messages: {"role", "content"} each, of a chat.
         model: the name asked for; None takes the one that is served.
         stream, include_usage: server-sent events, and usage in a last one.
         max_tokens: most tokens to generate; None leaves it to the server.
@@ -70,7 +71,8 @@ class Generation:
     """
 
     chat: bool
-    prompt: str | list[int] | list[dict[str, str]]
+    prompt: str | list[int] = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -121,7 +123,7 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
             raise RequestError(f"{name} is not supported; leave it out", param=name)
     for name in LABELS:
         fields.take(name)
-    prompt = _messages(fields.take("messages")) if chat else _prompt(fields.take("prompt"))
+    messages, prompt = (_messages(fields.take("messages")), "") if chat else ([], _prompt(fields.take("prompt")))
     stream = fields.boolean("stream")
     options = fields.object("stream_options")
     if options is not None and not stream:
@@ -133,6 +135,7 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
     generation = Generation(
         chat=chat,
         prompt=prompt,
+        messages=messages,
         model=fields.text("model"),
         stream=stream,
         include_usage=include_usage,
@@ -213,7 +216,7 @@ def _sampling(fields: _Fields) -> SamplingOptions:
     for name in ("top_k", "seed"):
         count = fields.integer(name, 0)
         if count is not None:
-            options[name] = count  # type: ignore[literal-required]
+            options[name] = count
     return options
 
 

@@ -35,10 +35,13 @@ def error_body(error: BaseException) -> dict[str, Any]:
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message = " ".join(str(error).split()) if isinstance(error, KvqError) else INTERNAL
     code = "context_length_exceeded" if isinstance(error, ContextError) else getattr(error, "code", None)
-    param = getattr(error, "param", None)
-    # Names come from the request: lone surrogates would not go into the answer.
-    message, param = (text and text.encode(errors="backslashreplace").decode() for text in (message, param))
-    return {"error": {"message": message, "type": kind, "param": param and param[:80], "code": code}}
+    param = _plain(getattr(error, "param", None) or "")[:80] or None
+    return {"error": {"message": _plain(message), "type": kind, "param": param, "code": code}}
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can encode: names come from the request and may hold lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def headers_of(error: BaseException) -> dict[str, str]:
