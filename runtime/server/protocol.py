@@ -212,11 +212,11 @@ def _sampling(fields: _Fields) -> SamplingOptions:
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         value = fields.number(name)
         if value is not None:
-            options[name] = value  # type: ignore[literal-required]
+            options[name] = value
     for name in ("top_k", "seed"):
         count = fields.integer(name, 0)
         if count is not None:
-            options[name] = count
+            options[name] = count  # type: ignore[literal-required]
     return options
 
 
