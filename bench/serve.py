@@ -55,6 +55,7 @@ class Load:
     turns: int
     max_tokens: int
     policy: str
+    chunk: int
 
 
 class ServerProcess:
@@ -188,7 +189,7 @@ def wrong_texts(turns: list[Turn], model: str | None, load: Load) -> int:
     template = loaded.chat_template
     wrong = 0
     for turn in turns:
-        responses = loaded.session(load.policy).generate(
+        responses = loaded.session(load.policy, prefill_chunk=load.chunk).generate(
             template.encode(turn.messages), max_tokens=load.max_tokens, temperature=TEMPERATURE, seed=turn.seed,
             stop=template.stop, stop_tokens=template.stop_tokens,
         )  # fmt: skip
@@ -225,17 +226,20 @@ SHOWN = (
 @click.option("--turns", default=5, show_default=True, help="of a conversation")
 @click.option("--max-tokens", default=48, show_default=True, help="of a response")
 @click.option("--policy", default="k8v4", show_default=True, help="one without a budget")
+@click.option("--chunk", default=128, show_default=True, help="as of kvq serve")
 @click.option("--kv-memory-total", default="10MB", show_default=True)
 @click.option("--record", type=click.Path(path_type=Path), help="write the responses there and do not check them now")
 @click.option("--check", type=click.Path(path_type=Path, exists=True), help="check the responses of a --record")
-def main(model, clients, seconds, conversations, turns, max_tokens, policy, kv_memory_total, record, check) -> None:
+def main(
+    model, clients, seconds, conversations, turns, max_tokens, policy, chunk, kv_memory_total, record, check
+) -> None:
     """Put load on a server, print the figures as JSON, and check every text."""
     if check is not None:
         saved = json.loads(check.read_text())
         load, done = Load(**saved["load"]), [Turn(**turn) for turn in saved["turns"]]
     else:
-        load = Load(clients, seconds, conversations, turns, max_tokens, policy)
-        arguments = ["--kv-memory-total", kv_memory_total, "--concurrency", str(clients)]
+        load = Load(clients, seconds, conversations, turns, max_tokens, policy, chunk)
+        arguments = ["--kv-memory-total", kv_memory_total, "--concurrency", str(clients), "--chunk", str(chunk)]
         with ServerProcess(arguments + (["-m", model] if model else [])) as server:
             done, took = run_load(server, load)
             click.echo(json.dumps(report(done, took, server.stats()), indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -47,13 +48,18 @@ class Runner:
         )
         ready.wait()
         self.all_nbytes: list[int] = []
+        self.order: list[Job] = []
+        self.gate = threading.Event()
+        self.gate.set()
 
     def start(self, ids, kind=KINDS[0], tokens=8, seed=1, deadline=1e9, **sampling):
         events = queue.Queue()
 
         def emit(event):
             self.all_nbytes.append(self.pool.nbytes())
+            self.order.append(job)
             events.put(event)
+            self.gate.wait(120)
 
         length = len(ids) + tokens
         job = Job(
@@ -63,6 +69,16 @@ class Runner:
         self.scheduler.submit(job)
         job.events = events
         return job
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside the block the worker stands still, so what is started there is started at once."""
+        self.gate.clear()
+        first = self.start([1], tokens=1)
+        first.events.get(timeout=120)
+        yield
+        self.order.clear()
+        self.gate.set()
 
     def finish(self, job):
         """(tokens, what `Done` says of cached tokens)"""
@@ -153,7 +169,7 @@ def test_no_response_depends_on_what_was_answered_before_or_beside_it(tiny_model
     chats = [text(seed, data.draw(st.integers(1, 60))) for seed in range(data.draw(st.integers(1, 4)))]
     most = max(Capacity(blank(tiny_model, kind)).most_nbytes(250) for kind in kinds)
     limit = 2 * most if bounded else None
-    runner = Runner(tiny_model, limit, disk=data.draw(st.sampled_from([0, 200_000, 10**9])))
+    runner = Runner(tiny_model, limit, disk=data.draw(st.sampled_from([0, 60_000, 10**9])))
     try:
         for turn in range(3):
             jobs = [(ids, kind, runner.start(ids, kind, seed=turn)) for ids in chats for kind in kinds]
@@ -189,11 +205,11 @@ def test_idle_sessions_go_to_disk_and_come_back(tiny_model):
 def test_files_stay_within_their_bound(tiny_model):
     kind = KINDS[0]
     limit = Capacity(blank(tiny_model, kind)).most_nbytes(120) * 5 // 2
-    runner = Runner(tiny_model, limit, disk=200_000)
+    runner = Runner(tiny_model, limit, disk=100_000)
     for seed in range(6):
         runner.run(text(seed, 100), kind)
         files = Path(runner.pool._temporary.name).iterdir()
-        assert sum(file.stat().st_size for file in files) <= 200_000
+        assert sum(file.stat().st_size for file in files) <= 100_000
     assert runner.pool.counts.dropped_files > 0
     assert runner.run(text(0, 100), kind) == (alone(tiny_model, text(0, 100), kind), 0)
     runner.close()
@@ -245,28 +261,22 @@ def test_bounds_hold(tiny_model, policy, sink):
 
 
 def test_a_short_request_overtakes_a_long_prompt(tiny_model):
-    runner = Runner(tiny_model, concurrency=2)
-    order = []
-    long, short = runner.start(text(0, 240), tokens=4), runner.start(text(1, 3), tokens=4)
-    for job in (long, short):
-        emit = job.emit
-        job.emit = lambda event, emit=emit, job=job: (order.append(job), emit(event))
+    runner = Runner(tiny_model, concurrency=3)
+    with runner.held():
+        long, short = runner.start(text(0, 240), tokens=4), runner.start(text(1, 3), tokens=4)
     runner.finish(long)
     runner.finish(short)
-    assert order.index(long) > order.index(short) + 2
+    assert runner.order == [short] * 4 + [long] * 4
     runner.close()
 
 
 def test_jobs_take_turns_token_by_token(tiny_model):
-    runner = Runner(tiny_model, concurrency=3)
-    order = []
-    jobs = [runner.start(text(seed, 5), tokens=12) for seed in range(3)]
-    for i, job in enumerate(jobs):
-        emit = job.emit
-        job.emit = lambda event, emit=emit, i=i: (order.append(i), emit(event))
+    runner = Runner(tiny_model, concurrency=4)
+    with runner.held():
+        jobs = [runner.start(text(seed, 5), tokens=12) for seed in range(3)]
     for job in jobs:
         runner.finish(job)
-    assert all(set(order[at : at + 3]) == {0, 1, 2} for at in range(9, 24, 3))
+    assert all(len(set(runner.order[at : at + 3])) == 3 for at in range(6, 24))
     runner.close()
 
 
@@ -286,11 +296,12 @@ def test_deadline_queue_and_end(tiny_model):
     with pytest.raises(RequestError, match="too long") as refused:
         runner.finish(late)
     assert refused.value.status == 503
-    jobs = [runner.start(text(1, 200), tokens=50), runner.start(text(2, 200), tokens=50)]
-    with pytest.raises(RequestError, match="waiting") as refused:
-        runner.start(text(3, 5))
-    assert refused.value.status == 429
-    runner.scheduler.stop()
+    with runner.held():
+        jobs = [runner.start(text(seed, 200), tokens=50) for seed in (1, 2)]
+        with pytest.raises(RequestError, match="waiting") as refused:
+            runner.start(text(3, 5))
+        assert refused.value.status == 429
+        runner.scheduler.stop()
     for job in jobs:
         with pytest.raises(RequestError, match="shutting down"):
             runner.finish(job)

@@ -187,7 +187,7 @@ class Api:
         self._check_name(model, parsed.model)
         ids, stop, stop_tokens = _prompt(model, parsed)
         context = model.architecture.context
-        most_prompt = min(self.limits.prompt_tokens or context, context - 1)
+        most_prompt = min(self.limits.prompt_tokens or context, context)
         if len(ids) > most_prompt:
             raise ContextError(f"the prompt has {len(ids)} tokens, at most {most_prompt} are possible; shorten it")
         wanted = self.limits.max_tokens if parsed.max_tokens is None else parsed.max_tokens

@@ -234,6 +234,7 @@ class SessionPool:
         if not self._make_room(fork_nbytes(lease.session.store)):
             return
         session = lease.session.fork()
+        session.last_logits = None  # as many bytes as some tokens, and never looked at
         lease.state = (0, 0)  # its open pages are shared now
         kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)
         parent, lease.parent = lease.parent, kept
