@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +13,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 import kvq
 from kvq.runtime.errors import ContextError, RequestError
+from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
-from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Event, Job, Scheduler, Step
+from kvq.runtime.server.scheduler import Event, Job, Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 
 if TYPE_CHECKING:
     from kvq.runtime.model import Model
-
-SEND_S = 60.0  # seconds a client may take to accept a part of a stream
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,6 @@ class Limits:
     prompt_tokens: int | None = None
     max_tokens: int = 1024
     timeout_s: float = 600.0
-
-
-class Disconnected(Exception):
-    """The client has gone."""
 
 
 class Api:
@@ -168,16 +159,16 @@ class Api:
         job.emit = emit
         self.scheduler.submit(job)
         request.state.usage = lambda: f"prompt {len(job.ids)} generated {reply.generated}"
-        heard = _Events(events, request)
+        heard = Events(job, events, request)
         try:
             first = await heard.next()
-            if isinstance(first, BaseException):
-                raise first
+            if isinstance(first[0], BaseException):
+                raise first[0]
             if parsed.stream:
-                return EventStream(job, reply, first, heard)
-            return await _collect(reply, first, heard)
+                return EventStream(reply, first, heard)
+            return JSONResponse(reply.whole(*await heard.rest(first)))
         except BaseException:
-            _hang_up(job, heard)
+            heard.close()
             raise
 
     def _prepare(self, body: bytes, chat: bool) -> tuple[Generation, Job, Reply]:
@@ -254,103 +245,6 @@ def _prompt(model: Model, parsed: Generation) -> tuple[np.ndarray, list[str], li
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab:
         raise RequestError(f"token ids must be in [0, {vocab}); is this another model's tokenizer?", param="prompt")
     return array.astype(np.int64), stop, stop_tokens
-
-
-class _Events:
-    """The events of a job, for as long as the client is there."""
-
-    def __init__(self, events: asyncio.Queue[Event], request: Request) -> None:
-        self._events = events
-        self._gone = asyncio.ensure_future(_disconnect(request))
-
-    async def next(self) -> Event:
-        """The next event.
-
-        Raises:
-            Disconnected: the client went away first.
-        """
-        get = asyncio.ensure_future(self._events.get())
-        try:
-            await asyncio.wait({get, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not get.done():
-                raise Disconnected
-            return get.result()
-        finally:
-            get.cancel()
-
-    def close(self) -> None:
-        self._gone.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _hang_up(job: Job, heard: _Events) -> None:
-    """Nobody listens any more: the worker drops the job at its next step, if it is not done."""
-    job.cancelled.set()
-    heard.close()
-
-
-async def _collect(reply: Reply, event: Event, heard: _Events) -> Response:
-    """Wait for the end of a job; a plain response."""
-    steps: list[Step] = []
-    while not isinstance(event, BaseException):
-        steps.append(event)
-        if event.done is not None:
-            heard.close()
-            return JSONResponse(reply.whole(steps, event.done))
-        event = await heard.next()
-    raise event
-
-
-class EventStream(Response):
-    """A job's events as server-sent events. An error after the first one is the last event of the stream."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, job: Job, reply: Reply, first: Event, heard: _Events) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._job, self._reply, self._first, self._heard = job, reply, first, heard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(SEND_S):  # a client that does not read may not stay for ever
-                await send(message)
-
-        try:
-            await put({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for part in self._parts():
-                await put({"type": "http.response.body", "body": part, "more_body": True})
-            await put({"type": "http.response.body", "body": b"", "more_body": False})
-        except (Disconnected, TimeoutError, OSError):
-            pass
-        finally:
-            _hang_up(self._job, self._heard)
-
-    async def _parts(self) -> AsyncIterator[bytes]:
-        reply, event = self._reply, self._first
-        opening = reply.opening()
-        if opening is not None:
-            yield _sse(opening)
-        while not isinstance(event, BaseException):
-            body = reply.chunk(event)
-            if body is not None:
-                yield _sse(body)
-            if event.done is not None:
-                usage = reply.usage_chunk(event.done)
-                if usage is not None:
-                    yield _sse(usage)
-                yield b"data: [DONE]\n\n"
-                return
-            event = await self._heard.next()
-        yield _sse(error_body(event))
-
-
-def _sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def make_app(api: Api) -> Starlette:

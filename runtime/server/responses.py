@@ -75,7 +75,7 @@ class Reply:
         return self._common | {"choices": [], "usage": self._usage(done)} if self.request.include_usage else None
 
     def whole(self, steps: list[Step], done: Done) -> dict[str, Any]:
-        """A response that is no stream; done: of the last step."""
+        """A response that is no stream, of all its steps; done: of the last one."""
         text = "".join(step.response.text for step in steps)
         finish = steps[-1].response.finish_reason
         logprobs = self._logprobs(steps)
