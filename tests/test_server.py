@@ -388,6 +388,15 @@ def test_clients_at_once_under_a_bound_that_forces_sessions_to_disk(model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_load_measurement_checks_every_text():
+    command = [sys.executable, "-m", "kvq.bench.serve", "--seconds", "2", "--clients", "2", "--max-tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures, verdict = done.stdout.rsplit("}", 1)
+    assert json.loads(figures + "}")["kv_peak_nbytes"] > 0
+    assert verdict.strip().startswith("0 of ")
+
+
 # -- starting and ending --------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ SERVER = [
 ]  # fmt: skip
 SESSIONS = [
     option("--kv-memory-total", metavar="SIZE", section="Sessions",
-           help="Most bytes of all caches together; no limit if not given."),
+           help="Most bytes of all caches; a quarter of memory if not given."),
     option("--session-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
            section="Sessions", help="Where idle ones are saved until the end."),
     option("--session-disk", default="1GB", metavar="SIZE", show_default=True, section="Sessions",

@@ -92,7 +92,8 @@ class Scheduler:
         make_pool: makes the session pool for it.
         concurrency: most jobs at work at a time.
         queue: most jobs that wait for that.
-        on_ready: called in the worker's thread when the model is there, with None, or could not be loaded, with why.
+        on_ready: called in the worker's thread when the model is there, with None; with the error where it could not be
+            loaded, or where the worker ends by one.
         log: told unexpected errors.
     """
 
@@ -165,17 +166,25 @@ class Scheduler:
             self._on_ready(error)
             return
         self._on_ready(None)
-        while self._wait():
-            self._drop()
-            self._admit(self.pool)
-            for job in [job for job in self._active if job.responses is not None]:
-                self._guarded(job, self._decode, self.pool)
-            self._prefill_one(self.pool)
-        for job in [*self._active, *self._waiting]:
-            job.emit(RequestError("the server is shutting down", 503, "shutting_down"))
-        self._active.clear()
-        self._waiting.clear()
-        self.pool.close()
+        try:
+            while self._wait():
+                self._round(self.pool)
+        except Exception as error:  # no job's fault: a server without its worker must not stay
+            self._on_ready(error)
+        finally:
+            self.stop()
+            for job in [*self._active, *self._waiting]:
+                job.emit(RequestError("the server is shutting down", 503, "shutting_down"))
+            self._active.clear()
+            self._waiting.clear()
+            self.pool.close()
+
+    def _round(self, pool: SessionPool) -> None:
+        self._drop()
+        self._admit(pool)
+        for job in [job for job in self._active if job.responses is not None]:
+            self._guarded(job, self._decode, pool)
+        self._prefill_one(pool)
 
     def _wait(self) -> bool:
         """Wait for work; False when it is time to end."""

@@ -39,7 +39,7 @@ class Options:
         host, port: to listen on; port 0 takes a free one.
         name: of the model in the API; None takes the bundle's.
         settings, backend, chunk: of sessions.
-        kv_memory_total: most bytes of all KV stores; None is no limit.
+        kv_memory_total: most bytes of all KV stores; None is a quarter of the machine's memory.
         session_dir, session_disk: where idle sessions are saved (None: the system's temporary folder), most bytes.
         concurrency, queue: most requests at work, and waiting.
         limits: of single requests.
@@ -100,7 +100,7 @@ def serve(options: Options) -> None:
     def make_pool(model: Model) -> SessionPool:
         pool = SessionPool(
             model,
-            options.kv_memory_total,
+            quarter_of_memory() if options.kv_memory_total is None else options.kv_memory_total,
             options.session_dir,
             options.session_disk,
             options.chunk,
@@ -160,8 +160,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )[0]
-        # With the protocol named, asyncio sets TCP_NODELAY on the connections. Without, a stream on a connection that is
-        # used again stands still for 40 ms, until its first piece is acknowledged.
+        # With the protocol named, asyncio sets TCP_NODELAY on the connections. Without, a stream on a connection used
+        # before stands still for 40 ms, until its first piece is acknowledged.
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":  # elsewhere it would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -171,6 +171,14 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ServerError(f"cannot listen on {host} port {port} ({why}); choose another --host or --port") from None
+
+
+def quarter_of_memory() -> int:
+    """A quarter of the machine's memory, bytes; where the system does not tell, of 4 GB."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return 1_000_000_000
 
 
 def _say(message: str) -> None:
