@@ -20,6 +20,7 @@ COMMANDS = {
     "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
     "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
     "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
+    "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
@@ -27,7 +28,7 @@ COMMANDS = {
     "completion": ("kvq.runtime.cli.completion:completion", "Print shell completion code."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval", "starlette": "server", "uvicorn": "server"}
 EXTRA_PACKAGES = {
     "torch",
     "transformers",
@@ -38,6 +39,8 @@ EXTRA_PACKAGES = {
     "huggingface_hub",
     "matplotlib",
     "lm_eval",
+    "starlette",
+    "uvicorn",
 }
 
 
