@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
+    from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.model import Model, load
     from kvq.runtime.session import Session
     from kvq.runtime.statistics import Stats
@@ -49,6 +50,7 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
+    **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
     "Session": "kvq.runtime.session",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
@@ -82,6 +84,8 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ContextError",
+    "InspectedToken",
+    "Inspection",
     "KvqError",
     "Model",
     "NonFiniteError",
@@ -96,6 +100,8 @@ __all__ = [
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "inspect_session",
+    "inspect_text",
     "load",
     "make_policy",
     "session_options",

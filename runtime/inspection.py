@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,7 +72,7 @@ class Total:
     """All tokens of one precision.
 
     Attributes:
-        precision: "k4v2", ..., or "recent" for the window at 16 bits.
+        bits: of keys and values; None for the recent window, which holds 16 bits in a form of its own.
         tokens: stored at it now.
         due: further ones in the window that will be stored at it.
         nbytes: codes, scales and tags of the tokens stored at it now.
@@ -79,12 +80,22 @@ class Total:
         bits_per_value: 8 * nbytes over the values of these tokens; None without tokens.
     """
 
-    precision: str
+    bits: Bits | None
     tokens: int
     due: int
     nbytes: int
     slack_nbytes: int
     bits_per_value: float | None
+
+    @property
+    def precision(self) -> str:
+        """Its name, as in `Stats.precisions`: "k4v2", or "recent" for the window."""
+        return "recent" if self.bits is None else str(self.bits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        names = ("precision", "tokens", "due", "nbytes", "slack_nbytes", "bits_per_value")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Inspection:
         return {
             "model": self.model,
             "tokens": [token.as_dict() for token in self.tokens],
-            "totals": [vars(total) for total in self.totals],
+            "totals": [total.as_dict() for total in self.totals],
             "stats": self.stats.as_dict(),
         }
 
@@ -154,7 +165,12 @@ def stored_tokens(store: KVStore) -> StoredTokens:
 
 
 def inspect_text(
-    model: Model, text: str | Sequence[int], policy: str | Policy | None = None, *, features: bool = True, **options: Any
+    model: Model,
+    text: str | Sequence[int],
+    policy: str | Policy | None = None,
+    *,
+    features: bool = True,
+    **options: Any,
 ) -> Inspection:
     """Run a text through a new session and say what it holds of every token.
 
@@ -233,31 +249,17 @@ def _inspection(session: Session, features: list[Features] | None) -> Inspection
 
 
 def _totals(store: KVStore, tokens: list[InspectedToken]) -> list[Total]:
-    values = 2 * store.geometry.layers * store.geometry.kv_heads * store.geometry.head_dim
     account = store.account()
-    window = account.pop("recent")
-    due = {pair: 0 for pair in account}
-    for token in tokens:
-        if token.in_window:
-            due[str(token.chosen)] = due.get(str(token.chosen), 0) + 1
-    empty = {"tokens": 0, "nbytes": 0, "slack_nbytes": 0}
-    rows = {name: account.get(name, empty) for name in sorted(due, key=_bits_of, reverse=True)} | {"recent": window}
-    return [
-        Total(
-            precision=name,
-            tokens=row["tokens"],
-            due=due.get(name, 0),
-            nbytes=(used := row["nbytes"] - row["slack_nbytes"]),
-            slack_nbytes=row["slack_nbytes"],
-            bits_per_value=8 * used / (values * row["tokens"]) if row["tokens"] else None,
-        )
-        for name, row in rows.items()
-    ]
-
-
-def _bits_of(precision: str) -> tuple[int, int]:
-    k, v = precision[1:].split("v")
-    return int(k), int(v)
+    due = Counter(token.chosen for token in tokens if token.in_window)
+    pairs: list[Bits | None] = [*sorted({*store.buckets, *due}, reverse=True), None]
+    values = 2 * store.geometry.layers * store.geometry.kv_heads * store.geometry.head_dim
+    totals = []
+    for bits in pairs:
+        row = account.get("recent" if bits is None else str(bits), {"tokens": 0, "nbytes": 0, "slack_nbytes": 0})
+        held, used = row["tokens"], row["nbytes"] - row["slack_nbytes"]
+        bits_per_value = 8 * used / (values * held) if held else None
+        totals.append(Total(bits, held, due[bits] if bits else 0, used, row["slack_nbytes"], bits_per_value))
+    return totals
 
 
 def _run(session: Session, ids: Sequence[int]) -> list[Features]:
@@ -314,5 +316,3 @@ class _Replay(Policy):
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return self.bits[features.positions]
-
-

@@ -12,13 +12,14 @@ import click
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
+    "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_OF = {"matplotlib": "plot", "lm_eval": "eval"}
 EXTRA_PACKAGES = {
     "torch",
     "transformers",
