@@ -89,8 +89,8 @@ def graphemes(text: str) -> Iterator[str]:
 
 
 def columns(grapheme: str) -> int:
-    """Columns that a terminal gives one grapheme: 0, 1 or 2."""
-    return max(
+    """Most columns that a terminal gives one grapheme; many draw the parts of an emoji one by one."""
+    return sum(
         0 if unicodedata.category(c) in {"Mn", "Me", "Cf"} else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in grapheme
     )

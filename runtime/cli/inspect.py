@@ -82,6 +82,8 @@ def inspect(
         width = shutil.get_terminal_size((0, 0)).columns
         click.echo(terminal.text(inspection, colored, width), nl=False, color=colored)
     if not quiet:
+        if sys.stdout.isatty():
+            click.echo(err=True)
         colored = terminal.wants_color(color, sys.stderr)
         click.echo(terminal.table(inspection, colored), nl=False, err=True, color=colored)
 

@@ -82,14 +82,14 @@ def _bracketed(inspection: Inspection) -> Iterator[Run]:
 
 
 def _wrap(runs: Iterator[Run], width: int) -> list[list[Run]]:
-    """Lines of at most `width` columns, cut before words where they fit a line; 0: cut at newlines alone."""
+    """Lines of at most `width` columns, cut between words where these fit a line; 0: cut at newlines alone."""
     lines: list[list[Run]] = [[]]
     word: list[Run] = []
     at = word_width = 0
 
-    def flush() -> None:
+    def flush(limit: int) -> None:
         nonlocal at, word, word_width
-        if width and at and at + word_width > width:
+        if width and at and at + word_width > limit:
             lines.append([])
             at = 0
         lines[-1] += word
@@ -97,10 +97,11 @@ def _wrap(runs: Iterator[Run], width: int) -> list[list[Run]]:
 
     for style, part in runs:
         for grapheme in graphemes(part):
-            wide = columns(grapheme) if grapheme != "\n" else 0
-            breaks = grapheme.isspace() or wide == 2  # scripts of wide characters break anywhere
-            if breaks or (width and word_width + wide > width):
-                flush()
+            wide = 0 if grapheme == "\n" else columns(grapheme)
+            space = grapheme.isspace()
+            breaks = space or wide > 1  # scripts of wide characters break anywhere
+            if breaks or (width and word_width + wide >= width):
+                flush(width - 1)  # where a line is cut, the space between the words ends it
             if grapheme == "\n":
                 lines.append([])
                 at = 0
@@ -108,8 +109,8 @@ def _wrap(runs: Iterator[Run], width: int) -> list[list[Run]]:
             word.append((style, grapheme))
             word_width += wide
             if breaks:
-                flush()
-    flush()
+                flush(width if space else width - 1)
+    flush(width)
     return lines
 
 
@@ -136,11 +137,8 @@ def table(inspection: Inspection, color: bool) -> str:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
         lines.append((swatch + "  ".join(cells)).rstrip())
     window = "underlined" if color else f"marked {WINDOW_MARK}"
-    about = [
-        f"model {visible(inspection.model)}",
-        f"policy {stats.policy}",
-        f"{stats.tokens} tokens in {size(stats.kv_nbytes)}",
-    ]
+    model = visible(inspection.model)
+    about = [f"{stats.tokens} tokens cached in {size(stats.kv_nbytes)} | policy {stats.policy} | model {model}"]
     if stats.recent:
         about.append(f"{window}: the newest {stats.recent}, at 16 bits until they leave the window")
     if any(len({token.chosen for token in cell}) > 1 for cell in inspection.cells()):
