@@ -97,6 +97,6 @@ def write(file: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(file)) from None

@@ -25,6 +25,7 @@ def png(inspection: Inspection) -> bytes:
     window = sum(token.in_window for token in tokens)
     figure, axes = pyplot.subplots(len(drawn), figsize=(11, 1 + 1.6 * len(drawn)), sharex=True, squeeze=False)
     for axis, panel in zip(axes[:, 0], drawn, strict=True):
+        axis.set(ylim=(panel.low, panel.high), xlim=(0, count))
         axis.set_title(panel.title, loc="left", fontsize=9)
         axis.stairs(panel.series[0], edges, baseline=None, color="black", linewidth=1.1)
         for area in panel.series[1:]:
@@ -33,7 +34,6 @@ def png(inspection: Inspection) -> bytes:
             axis.set_yscale("log")
             axis.minorticks_off()
         axis.set_yticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
-        axis.set(ylim=(panel.low, panel.high), xlim=(0, count))
         axis.grid(True, axis="y", linewidth=0.4)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
