@@ -18,10 +18,8 @@ from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graph import WeightFile
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.segments import ACCURACY_LEVEL, HEAD_BITS, LAYER_BITS, SegmentOptions, SegmentWriter
-from kvq.runtime.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
+from kvq.runtime.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
 from kvq.runtime.errors import BundleError, CheckpointError
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 # progress(done, total, what)
 Progress = Callable[[int, int, str], None]
@@ -146,6 +144,7 @@ def export(
             decoder=decoder,
             head=head,
             uncertainty=uncertainty,
+            special_tokens=checkpoint.special_tokens(),
             files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},
         )
         write_text(folder, MANIFEST, manifest.to_json())

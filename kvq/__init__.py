@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
+    from kvq.runtime.chat import ChatTemplate
     from kvq.runtime.errors import (
         BackendError,
         BudgetError,
         BundleError,
         CalibrationError,
+        ChatTemplateError,
         CheckpointError,
         ContextError,
         KvqError,
@@ -52,6 +54,7 @@ _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
     **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
     "Session": "kvq.runtime.session",
+    "ChatTemplate": "kvq.runtime.chat",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
@@ -62,6 +65,7 @@ _EXPORTS = {
             "BudgetError",
             "BundleError",
             "CalibrationError",
+            "ChatTemplateError",
             "CheckpointError",
             "ContextError",
             "KvqError",
@@ -82,6 +86,8 @@ __all__ = [
     "BudgetError",
     "BundleError",
     "CalibrationError",
+    "ChatTemplate",
+    "ChatTemplateError",
     "CheckpointError",
     "ContextError",
     "InspectedToken",

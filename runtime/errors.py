@@ -51,5 +51,9 @@ class TokenizerError(KvqError):
     """Text was given to a bundle that carries no tokenizer."""
 
 
+class ChatTemplateError(KvqError):
+    """A bundle's chat template is not valid, does what it must not, or refuses the conversation."""
+
+
 class BackendError(KvqError):
     """An attention backend or thread setting cannot be had in this process."""
