@@ -10,48 +10,37 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.run import CACHE, nbytes, options, read_prompt
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, nbytes, option, options
+from kvq.runtime.cli.run import read_prompt
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+BASICS = [
+    option("-f", "--file", "text_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Read the text from a file, - is stdin."),
+    option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with tokens and totals."),
+    option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Write a self-contained page instead."),
+    option("--png", "png_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Write a plot along the text instead."),
+    option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", metavar="WHEN", section="Basics",
+           show_default=True, help="24-bit colours: always, never, or auto, on a terminal without NO_COLOR."),
+    option("-q", "--quiet", is_flag=True, section="Basics", help="No totals."),
+]  # fmt: skip
+POLICY = option("-p", "--policy", default="adaptive", metavar="NAME", show_default=True, section="Cache",
+                shell_complete=complete_policy, help="Precisions; the names are those of kvq run.")  # fmt: skip
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("text", required=False)
-@click.option(
-    "-f", "--file", "text_file", type=click.Path(path_type=Path), help="Read the text from a file, - is stdin."
-)
-@click.option("-m", "--model", metavar="MODEL", help="Bundle folder or embedded model; the default model if not given.")
-@options(CACHE)
-@click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-@click.option(
-    "--color",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Shades in 24-bit colour; auto: on a terminal, unless NO_COLOR is set.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with tokens and totals.")
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write a self-contained page instead of printing the text.",
-)
-@click.option(
-    "--png",
-    "png_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write a plot of bits and features along the text instead of printing it.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="No totals.")
+@options([*BASICS, *MODEL, POLICY, *CACHE[1:]])
 def inspect(
     text, text_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads,
     color, as_json, html_file, png_file, quiet,
 ) -> None:  # fmt: skip
     """Show TEXT with each token shaded by the precision it is cached at.
 
-    The text is the argument, a file, or stdin; a file given with an argument goes before it. The policy is adaptive
-    if none is given. Totals go to stderr.
+    The text is the argument, a file, or stdin; a file given with an argument goes before it. Totals go to
+    stderr.
 
     \b
     Examples:
@@ -68,7 +57,7 @@ def inspect(
     prompt = read_prompt(text, text_file)
     memory = None if kv_memory is None else nbytes(kv_memory)
     inspection = kvq.inspect_text(
-        kvq.load(model, threads=threads), prompt, policy or "adaptive", features=bool(as_json or html_file or png_file),
+        kvq.load(model, threads=threads), prompt, policy, features=bool(as_json or html_file or png_file),
         recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory,
     )  # fmt: skip
     if html_file:
