@@ -22,12 +22,12 @@ HARMFUL = {"Cc", "Cf", "Zl", "Zp", "Cs"}
 class Cell(NamedTuple):
     """The smallest run of tokens that is whole characters: nearly always a single token.
 
-    first, count: its tokens, by place in the text.
+    first, length: its tokens: the place of the first, and how many.
     text: what they say together.
     """
 
     first: int
-    count: int
+    length: int
     text: str
 
 

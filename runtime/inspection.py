@@ -243,7 +243,7 @@ def _inspection(session: Session, features: list[Features] | None) -> Inspection
             features=features[i] if features else None,
         )
         for index, cell in enumerate(pieces)
-        for i in range(cell.first, cell.first + cell.count)
+        for i in range(cell.first, cell.first + cell.length)
     ]
     return Inspection(session.model.path.name, tokens, _totals(session.store, tokens), session.stats())
 
@@ -288,7 +288,8 @@ class _Log(Policy):
         """What the policy would have got without the log."""
         kept = {name: features.get(name).copy() for name in FEATURE_NAMES}
         self.seen.append(TokenFeatures(features.positions, **kept))
-        return features._replace(**{name: None for name in FEATURE_NAMES if name not in self.policy.needs})
+        hidden: dict[str, Any] = {name: None for name in FEATURE_NAMES if name not in self.policy.needs}
+        return features._replace(**hidden)
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return self.policy.choose(self._seen(features))

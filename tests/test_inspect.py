@@ -234,21 +234,21 @@ def test_cells_are_all_tokens_and_the_whole_text(tokenizer, text):
     ids = tokenizer.encode(text).ids
     found = cells(tokenizer, ids)
     assert "".join(cell.text for cell in found) == tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert [cell.first for cell in found] == np.cumsum([0, *(cell.count for cell in found[:-1])]).tolist()
-    assert found[-1].first + found[-1].count == len(ids)
+    assert [cell.first for cell in found] == np.cumsum([0, *(cell.length for cell in found[:-1])]).tolist()
+    assert found[-1].first + found[-1].length == len(ids)
     assert all(cell.text for cell in found)
     # No character is cut: each cell's own tokens say its text, wherever it stands.
     for cell in found:
         if "\ufffd" not in cell.text:
-            own = ids[cell.first : cell.first + cell.count]
+            own = ids[cell.first : cell.first + cell.length]
             assert tokenizer.decode(own, skip_special_tokens=False) == cell.text
 
 
 @given(ids=st.lists(st.integers(0, 511), min_size=1, max_size=30))
 def test_cells_of_any_ids_are_all_of_them(tokenizer, ids):
     found = cells(tokenizer, ids)
-    assert sum(cell.count for cell in found) == len(ids)
-    assert [cell.first for cell in found] == np.cumsum([0, *(cell.count for cell in found[:-1])]).tolist()
+    assert sum(cell.length for cell in found) == len(ids)
+    assert [cell.first for cell in found] == np.cumsum([0, *(cell.length for cell in found[:-1])]).tolist()
 
 
 def test_special_tokens_are_shown_and_a_missing_tokenizer_shows_ids(tokenizer):

@@ -13,7 +13,6 @@ import click
 from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, nbytes, option, options
 from kvq.runtime.cli.run import read_prompt
 
-
 BASICS = [
     option("-f", "--file", "text_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
            help="Read the text from a file, - is stdin."),
