@@ -31,8 +31,8 @@ h2 { font-size: 1rem; margin: 2rem 0 .5rem; }
 p { margin: .3rem 0; }
 .about { color: var(--faint); }
 .text { font: 1.05rem/2.35 Georgia, "Noto Serif", serif; overflow-wrap: anywhere; tab-size: 4; white-space: pre-wrap; }
-.t { background: var(--shade); border-bottom: var(--height) solid var(--bar); border-right: 1px solid var(--ground);
-  color: var(--on); padding: .12em 0; }
+.t { background: var(--shade); border-bottom: var(--height) solid var(--bar);
+  color: var(--on); margin-right: 1px; padding: .12em 0; }
 .t:hover { outline: 2px solid var(--ink); }
 .w { border-top: 2px dashed var(--bar); }
 .n { opacity: .6; }
@@ -109,7 +109,7 @@ def _shades(pairs: Sequence[Bits]) -> str:
         parts = []
         for bits in pairs:
             ground = shade(bits, ramp)
-            height = f"{1 + 9 * step(bits):.0f}px"
+            height = f"{1 + 7 * step(bits):.0f}px"
             parts.append(f".{bits} {{ --shade: {_hex(ground)}; --on: {_hex(ink(ground))}; --height: {height}; }}")
         return "\n".join(parts)
 
