@@ -31,13 +31,14 @@ if TYPE_CHECKING:
         PolicyError,
         PromptError,
         SamplingError,
+        SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
     from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.model import Model, load
-    from kvq.runtime.session import Session
+    from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
     from kvq.runtime.threads import session_options
 
@@ -53,7 +54,7 @@ if (_checkout / "pyproject.toml").is_file():
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
     **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
-    "Session": "kvq.runtime.session",
+    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
@@ -73,6 +74,7 @@ _EXPORTS = {
             "PolicyError",
             "PromptError",
             "SamplingError",
+            "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
         ],
@@ -102,12 +104,14 @@ __all__ = [
     "SamplingError",
     "ScoredPolicy",
     "Session",
+    "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
     "inspect_session",
     "inspect_text",
+    "kv_nbytes",
     "load",
     "make_policy",
     "session_options",

@@ -39,6 +39,10 @@ class ContextError(KvqError):
     """More tokens than the model's context window holds."""
 
 
+class SessionError(KvqError):
+    """A session file that cannot be read or written, is damaged, or belongs to another model."""
+
+
 class SamplingError(KvqError):
     """A sampling option is out of its range."""
 

@@ -123,10 +123,16 @@ class Inspection:
             found[-1].append(token)
         return found
 
+    @property
+    def text(self) -> str:
+        """All of the text, special tokens included."""
+        return "".join(token.text for token in self.tokens)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "model": self.model,
+            "text": self.text,
             "tokens": [token.as_dict() for token in self.tokens],
             "totals": [total.as_dict() for total in self.totals],
             "stats": self.stats.as_dict(),

@@ -120,6 +120,32 @@ class Model:
             kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
 
+    def load_session(
+        self,
+        path: str | os.PathLike[str],
+        policy: str | Policy | None = None,
+        *,
+        backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> Session:
+        """A session that `Session.save` has written; it goes on as if it had never been away.
+
+        Args:
+            path: the file.
+            policy: for the tokens to come; those stored stay as they are. None takes the file's.
+            backend: as in `Session`.
+            kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the
+                file's budget.
+
+        Raises:
+            SessionError: no such file, one that is damaged, or one of another model, tokenizer or format version.
+            PolicyError, BudgetError: a policy or budget given here that this model cannot follow.
+        """
+        from kvq.runtime.session_file import read_session
+
+        return read_session(self, path, policy, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     if TOKENIZER not in bundle.manifest.files:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, nbytes, option, options
 from kvq.runtime.cli.run import read_prompt
+from kvq.runtime.files import write_atomically
 
 BASICS = [
     option("-f", "--file", "text_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
            help="Read the text from a file, - is stdin."),
+    option("--session", "session_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Show a saved session: its text, its precisions."),
     option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with tokens and totals."),
     option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
            help="Write a self-contained page instead."),
@@ -32,20 +35,22 @@ POLICY = option("-p", "--policy", default="adaptive", metavar="NAME", show_defau
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("text", required=False)
 @options([*BASICS, *MODEL, POLICY, *CACHE[1:]])
+@click.pass_context
 def inspect(
-    text, text_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads,
+    ctx, text, text_file, session_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads,
     color, as_json, html_file, png_file, quiet,
 ) -> None:  # fmt: skip
     """Show TEXT with each token shaded by the precision it is cached at.
 
-    The text is the argument, a file, or stdin; a file given with an argument goes before it. Totals go to
-    stderr.
+    The text is the argument, a file, stdin, or that of a saved session; a file given with an argument goes before it.
+    Totals go to stderr.
 
     \b
     Examples:
       kvq inspect "The captain looked at the sea"
       kvq inspect -f chapter.txt --kv-bits 3.25 --html chapter.html
       kvq inspect -p rule -f chapter.txt --png chapter.png
+      kvq inspect --session chapter.kvq
       cat chapter.txt | kvq inspect --json
     """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
@@ -53,18 +58,24 @@ def inspect(
 
     if png_file:
         import matplotlib  # noqa: F401 # a missing package is said before the model runs
-    prompt = read_prompt(text, text_file)
-    memory = None if kv_memory is None else nbytes(kv_memory)
-    inspection = kvq.inspect_text(
-        kvq.load(model, threads=threads), prompt, policy, features=bool(as_json or html_file or png_file),
-        recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory,
-    )  # fmt: skip
+    features = bool(as_json or html_file or png_file)
+    if session_file:
+        _refuse_beside_session(ctx)
+        session = kvq.load(model, threads=threads).load_session(session_file, backend=backend)
+        inspection = kvq.inspect_session(session, features=features)
+    else:
+        prompt = read_prompt(text, text_file)
+        memory = None if kv_memory is None else nbytes(kv_memory)
+        inspection = kvq.inspect_text(
+            kvq.load(model, threads=threads), prompt, policy, features=features, recent=recent, sink=sink,
+            backend=backend, kv_bits=kv_bits, kv_memory=memory,
+        )  # fmt: skip
     if html_file:
-        write(html_file, page.html(inspection).encode())
+        write_atomically(html_file, page.html(inspection))
     if png_file:
-        write(png_file, plot.png(inspection))
+        write_atomically(png_file, plot.png(inspection))
     if as_json:
-        click.echo(json.dumps({"text": prompt, **inspection.as_dict()}))  # ASCII: no control character of the text
+        click.echo(json.dumps(inspection.as_dict()))  # ASCII: no control character of the text gets out
     elif not html_file and not png_file:
         colored = terminal.wants_color(color, sys.stdout)
         width = shutil.get_terminal_size((0, 0)).columns
@@ -76,15 +87,9 @@ def inspect(
         click.echo(terminal.table(inspection, colored), nl=False, err=True, color=colored)
 
 
-def write(file: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
+def _refuse_beside_session(ctx: click.Context) -> None:
+    """A session has its text and its policy: options that would set them are refused, not ignored."""
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink"):
+            raise click.UsageError(f"{parameter.opts[0]} and --session exclude each other: a session has its own", ctx)
