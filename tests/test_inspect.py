@@ -620,11 +620,62 @@ def test_page_and_plot_are_written_instead_of_the_text(tiny_bundle, tmp_path):
 
 def test_a_page_that_cannot_be_written_is_one_line(tiny_bundle, tmp_path):
     missing = tmp_path / "no" / "page.html"
-    assert_one_line_error(
-        inspect(tiny_bundle, "-p", "int4", "--html", str(missing), "Hello"), "page.html", "No such file"
-    )
-    assert_one_line_error(inspect(tiny_bundle, "-p", "int4", "--html", str(tmp_path), "Hello"), str(tmp_path))
+    done = inspect(tiny_bundle, "-p", "int4", "--html", str(missing), "Hello")
+    assert_one_line_error(done, "page.html", "No such file")
+    assert_one_line_error(inspect(tiny_bundle, "-p", "int4", "--html", str(tmp_path), "Hello"), "Is a directory")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, tmp_path_factory):
+    """A saved session and what was in it."""
+    session = tiny_model.session("mixed", recent=4, sink=2)
+    list(session.generate(TEXT, max_tokens=9, temperature=0, ignore_eos=True))
+    file = tmp_path_factory.mktemp("sessions") / "saved.kvq"
+    session.save(file)
+    return file, session
+
+
+def test_a_saved_session_is_what_it_was(saved, tiny_model):
+    file, session = saved
+    found, expected = inspect_session(tiny_model.load_session(file)), inspect_session(session)
+    assert found.tokens == expected.tokens
+    assert found.totals == expected.totals
+
+
+def test_the_command_shows_a_saved_session(saved, tiny_bundle):
+    file, session = saved
+    expected = inspect_session(session)
+    done = inspect(tiny_bundle, "--session", str(file))
+    assert (done.returncode, done.stdout) == (0, terminal.text(expected, color=False))
+    assert done.stderr == terminal.table(expected, color=False)
+    result = json.loads(inspect(tiny_bundle, "--session", str(file), "--json", "-q").stdout)
+    assert result["tokens"] == json.loads(json.dumps([token.as_dict() for token in expected.tokens]))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["Hello"],
+        ["-f", "x"],
+        ["-p", "int4"],
+        ["--kv-bits", "4"],
+        ["--kv-memory", "1MB"],
+        ["--recent", "16"],
+        ["--sink", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_session_has_of_its_own_is_refused_beside_it(saved, tiny_bundle, option):
+    done = inspect(tiny_bundle, "--session", str(saved[0]), *option)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "exclude each other" in done.stderr
+
+
+def test_a_session_file_that_is_none_is_one_line(tiny_bundle, tmp_path):
+    (tmp_path / "text.kvq").write_text("Hello")
+    assert_one_line_error(inspect(tiny_bundle, "--session", str(tmp_path / "text.kvq")), "is not a session file")
+    assert_one_line_error(inspect(tiny_bundle, "--session", str(tmp_path / "no.kvq")), "no session file")
 
 
 @pytest.mark.parametrize(

@@ -92,4 +92,5 @@ def _refuse_beside_session(ctx: click.Context) -> None:
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
         if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink"):
-            raise click.UsageError(f"{parameter.opts[0]} and --session exclude each other: a session has its own", ctx)
+            hint = parameter.get_error_hint(ctx)
+            raise click.UsageError(f"{hint} and --session exclude each other: a session has its own", ctx)
