@@ -521,7 +521,19 @@ def test_the_strips_are_drawn_of_the_tokens(mixed):
     root = ElementTree.fromstring(panels.svg(mixed.tokens))
     paths = [part.get("d") for part in root if part.get("class") in ("line", "area")]
     assert len(paths) == 6
-    assert all(path.count("H") == len(mixed.tokens) for path in paths)
+    assert all("H892.0" in path for path in paths)  # to the right end
+    assert paths[1].count("H") == len(mixed.tokens)  # no two neighbours have the same bits
+
+
+def test_long_texts_are_drawn_as_means():
+    assert [panels.run_length(n) for n in (1, 400, 401, 2048)] == [1, 1, 3, 14]
+    assert panels.means([1, 3, 5, 7, 20], 2) == [2, 2, 6, 6, 20]
+    assert panels.means([1, 3], 1) == [1, 3]
+    found = inspect_text(kvq.load(), "The captain looked at the sea. " * 70, "rule")
+    root = ElementTree.fromstring(panels.svg(found.tokens))
+    kinds = [part.get("class") for part in root if part.tag == "path" and part.get("class") != "axis"]
+    assert kinds == ["area", "line"] + ["line single", "line"] * 4
+    assert "means over 4 tokens" in page.html(found)
 
 
 @pytest.mark.parametrize("text", ["a", "Hello", TEXT])
@@ -726,9 +738,12 @@ def test_stored_tokens_of_an_empty_store_are_none(tiny_model):
     assert all(len(part) == 0 for part in stored_tokens(tiny_model.session().store))
 
 
-def test_the_documentation_names_the_files_it_shows():
+def test_the_documentation_names_the_files_it_shows_and_its_program_runs(capsys):
     folder = Path(__file__).resolve().parents[1] / "docs"
     source = (folder / "inspect.md").read_text()
     for image in re.findall(r"!\[.*?\]\((.*?)\)", source):
         assert (folder / image).stat().st_size < 150_000
     assert all(policy in POLICIES for policy in re.findall(r"-p (\w+)", source))
+    (program,) = re.findall(r"```python\n(.*?)```", source, re.DOTALL)
+    exec(program, {})
+    assert capsys.readouterr().out.count("\n") == len(kvq.load().encode("The captain looked at the sea"))

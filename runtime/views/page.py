@@ -11,6 +11,7 @@ from kvq.runtime.inspection import InspectedToken, Inspection
 from kvq.runtime.pages import Bits
 from kvq.runtime.statistics import size
 from kvq.runtime.views.palette import ON_DARK, ON_LIGHT, Color, ink, shade, shown_bits, step
+from kvq.runtime.views.panels import about as about_means
 from kvq.runtime.views.panels import svg
 
 TITLES = {
@@ -52,6 +53,7 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 svg .title { fill: var(--ink); }
 svg .axis { stroke: var(--line); stroke-width: 1; }
 svg .line { fill: none; stroke: var(--ink); stroke-width: 1.2; }
+svg .single { opacity: .35; stroke-width: .6; }
 svg .area { fill: var(--ink); opacity: .28; }
 svg .window { fill: var(--ink); opacity: .07; }
 @media (prefers-color-scheme: dark) {
@@ -93,6 +95,7 @@ def html(inspection: Inspection) -> str:
             f'<p class="about">{_reading(inspection)}</p>',
             f'<div class="text" dir="auto">{"".join(map(_cell, inspection.cells()))}</div>',
             "<h2>Along the text</h2>",
+            f'<p class="about">{averaged}</p>' if (averaged := about_means(stats.tokens)) else "",
             svg(inspection.tokens),
             "<h2>All tokens</h2>",
             _every_token(inspection, featured),

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from kvq.runtime.inspection import InspectedToken
 
+LONG = 400  # tokens of a text from which on single ones are too narrow to see
+RUNS = 150  # means along a longer text
+
 
 class Panel(NamedTuple):
     """One quantity along the text.
@@ -32,6 +35,26 @@ class Panel(NamedTuple):
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
+
+
+def run_length(count: int) -> int:
+    """Tokens over which the lines of a text are averaged: 1 as long as single tokens can be seen in a picture."""
+    return 1 if count <= LONG else -(-count // RUNS)
+
+
+def means(values: Sequence[float], run: int) -> list[float]:
+    """Each value replaced by the mean of its run of `run` values."""
+    found: list[float] = []
+    for start in range(0, len(values), run):
+        part = values[start : start + run]
+        found += [sum(part) / len(part)] * len(part)
+    return found
+
+
+def about(count: int) -> str:
+    """What to say about a text of `count` tokens whose lines are averaged; nothing of a shorter one."""
+    run = run_length(count)
+    return "" if run == 1 else f"Strong lines and the area are means over {run} tokens, faint ones single tokens."
 
 
 def panels(tokens: Sequence[InspectedToken]) -> list[Panel]:
@@ -64,8 +87,9 @@ WIDTH, LEFT, RIGHT, TOP, PANEL, GAP = 900, 46, 8, 22, 62, 30  # of the picture, 
 
 
 def svg(tokens: Sequence[InspectedToken]) -> str:
-    """The panels above one axis of positions, drawn with the page's classes: axis, title, line, area, window."""
+    """The panels above one axis of positions; classes: axis, title, line, single, area, window."""
     drawn, window = panels(tokens), sum(token.in_window for token in tokens)
+    run = run_length(len(tokens))
     height = TOP + len(drawn) * (PANEL + GAP)
     scale = (WIDTH - LEFT - RIGHT) / len(tokens)
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Bits and features along the text">']
@@ -80,15 +104,27 @@ def svg(tokens: Sequence[InspectedToken]) -> str:
             parts.append(f'<path class="axis" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
         parts.append(f'<text class="title" x="{LEFT}" y="{bottom - PANEL - 7}">{panel.title}</text>')
+        if run > 1 and len(panel.series) == 1:
+            parts.append(_path("line single", [panel.height(value) for value in panel.series[0]], bottom, scale))
         for series, kind in zip(panel.series[::-1], ("area", "line")[-len(panel.series) :], strict=True):
-            heights = [bottom - PANEL * panel.height(value) for value in series]
-            steps = "".join(f"V{y:.1f}H{LEFT + scale * (at + 1):.1f}" for at, y in enumerate(heights))
-            ends = (f"M{LEFT} {bottom}", f"V{bottom}") if kind == "area" else (f"M{LEFT} {heights[0]:.1f}", "")
-            parts.append(f'<path class="{kind}" d="{ends[0]}{steps}{ends[1]}"/>')
+            parts.append(_path(kind, [panel.height(value) for value in means(series, run)], bottom, scale))
     for position in _round_positions(len(tokens)):
         x = LEFT + scale * (position + 0.5)
         parts.append(f'<text x="{x:.1f}" y="{height - 10}" text-anchor="middle">{position}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _path(kind: str, heights: list[float], bottom: float, scale: float) -> str:
+    """A line of steps, one a token, or the area below it."""
+    steps: list[str] = []
+    for at, height in enumerate(heights):
+        if at and height == heights[at - 1]:
+            steps.pop()  # a longer step instead of two
+        steps.append(f"V{bottom - PANEL * height:.1f}H{LEFT + scale * (at + 1):.1f}")
+    start, end = (
+        (f"M{LEFT} {bottom}", f"V{bottom}") if kind == "area" else (f"M{LEFT} {steps[0][1:].split('H')[0]}", "")
+    )
+    return f'<path class="{kind}" d="{start}{"".join(steps)}{end}"/>'
 
 
 def _round_positions(count: int) -> range:

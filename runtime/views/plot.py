@@ -7,7 +7,7 @@ from io import BytesIO
 
 from kvq.runtime.cells import visible
 from kvq.runtime.inspection import Inspection
-from kvq.runtime.views.panels import panels
+from kvq.runtime.views.panels import about, means, panels, run_length
 
 LABELLED = 48  # longest text, in tokens, whose tokens are written below the axis
 
@@ -21,15 +21,17 @@ def png(inspection: Inspection) -> bytes:
 
     tokens, stats = inspection.tokens, inspection.stats
     drawn, count = panels(tokens), len(tokens)
-    edges = range(count + 1)
+    edges, run = range(count + 1), run_length(count)
     window = sum(token.in_window for token in tokens)
     figure, axes = pyplot.subplots(len(drawn), figsize=(11, 1 + 1.6 * len(drawn)), sharex=True, squeeze=False)
     for axis, panel in zip(axes[:, 0], drawn, strict=True):
         axis.set(ylim=(panel.low, panel.high), xlim=(0, count))
         axis.set_title(panel.title, loc="left", fontsize=9)
-        axis.stairs(panel.series[0], edges, baseline=None, color="black", linewidth=1.1)
+        if run > 1 and len(panel.series) == 1:
+            axis.stairs(panel.series[0], edges, baseline=None, color="0.75", linewidth=0.5)
+        axis.stairs(means(panel.series[0], run), edges, baseline=None, color="black", linewidth=1.1)
         for area in panel.series[1:]:
-            axis.stairs(area, edges, baseline=panel.low, fill=True, color="0.75")
+            axis.stairs(means(area, run), edges, baseline=panel.low, fill=True, color="0.75")
         if panel.logarithmic:
             axis.set_yscale("log")
             axis.minorticks_off()
@@ -43,7 +45,8 @@ def png(inspection: Inspection) -> bytes:
     if count <= LABELLED:
         labels = [visible(token.text).replace("\n", "\u21b5").replace("\t", "\u21e5") for token in tokens]
         bottom.set_xticks([i + 0.5 for i in range(count)], labels, rotation=90, fontsize=8, parse_math=False)
-    bottom.set_xlabel("token; hatched: the recent window, still at 16 bits" if window else "token")
+    notes = [about(count), "Hatched: the recent window, still at 16 bits." if window else ""]
+    bottom.set_xlabel(" ".join(["Token.", *filter(None, notes)]))
     title = f"{inspection.model}, policy {stats.policy}: {stats.tokens} tokens, {stats.kv_bits or 0:.2f} bits per value"
     figure.suptitle(visible(title), parse_math=False, fontsize=10)
     file = BytesIO()
