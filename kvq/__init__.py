@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
+    from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.model import Model, load
     from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
@@ -56,6 +57,7 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
+    **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
     **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
     "Conversation": "kvq.runtime.conversation",
@@ -100,6 +102,8 @@ __all__ = [
     "ContextError",
     "Conversation",
     "HubError",
+    "InspectedToken",
+    "Inspection",
     "KvqError",
     "Model",
     "NonFiniteError",
@@ -117,6 +121,8 @@ __all__ = [
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "inspect_session",
+    "inspect_text",
     "kv_nbytes",
     "load",
     "make_policy",

@@ -96,7 +96,7 @@ def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str)
     return named or [CompletionItem(incomplete, type="dir")]
 
 
-def _complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from kvq.controller.policies import POLICIES
 
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
@@ -140,7 +140,7 @@ SAMPLING = [
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past the end-of-text token."),
 ]  # fmt: skip
 CACHE = [
-    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=_complete_policy,
+    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
            "fp16 if not given, adaptive with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
