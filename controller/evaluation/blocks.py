@@ -84,13 +84,14 @@ class BlockScorer:
             if len(part) not in self._passes:
                 self._passes[len(part)] = SegmentedPass(self.model.engine, len(part), self._attend)
             layers = self._passes[len(part)]
-            squares = np.empty((len(part), shape.heads), np.float32)
+            squares = np.empty((len(part), shape.heads), np.float32) if "attention_variance" in policy.needs else None
             self._before.length = start
             layers.forward(part, self._before, squares)
-            logits, entropy, confidence = self._logits(layers.residual)
+            logits, entropy, confidence = self._logits(layers.residual, policy)
             positions = np.arange(start, stop)
+            variance = None if squares is None else attention_variance(squares, positions + 1)
             features = TokenFeatures(
-                positions, entropy, rarity.rarity(part), attention_variance(squares, positions + 1), confidence,
+                positions, entropy, rarity.rarity(part), variance, confidence,
                 part, layers.residual, layers.keys, layers.values,
             )  # fmt: skip
             rarity.count(part)
@@ -157,13 +158,15 @@ class BlockScorer:
         if squares is not None:
             squares[...] = total_squares.reshape(heads, count).T
 
-    def _logits(self, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logits, entropy and confidence of residual rows."""
+    def _logits(self, residual: np.ndarray, policy: Policy) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Logits of residual rows, and their entropy and confidence if the policy looks at them."""
         logits = np.empty((len(residual), self.model.architecture.vocab), np.float32)
         entropy, confidence = np.empty((2, len(residual)), np.float32)
+        wanted = policy.needs & {"entropy", "confidence"}
         for at in range(0, len(residual), HEAD_ROWS):
             rows = residual[at : at + HEAD_ROWS]
             part = slice(at, at + len(rows))
             logits[part] = self._head.logits(rows)
-            entropy[part], confidence[part] = self._head.uncertainty(len(rows))
-        return logits, entropy, confidence
+            if wanted:
+                entropy[part], confidence[part] = self._head.uncertainty(len(rows))
+        return (logits, entropy, confidence) if wanted else (logits, None, None)

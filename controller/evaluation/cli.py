@@ -64,8 +64,12 @@ MODEL = click.option("-m", "--model", help="Bundle folder or embedded model; the
 TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
                     help="UTF-8 text to score; can be repeated.")  # fmt: skip
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
-CHUNKS = click.option("--chunks", "count", default=16, show_default=True, help="Chunks, spread over the texts.")
-RECENT = click.option("--recent", default=16, show_default=True, help="Newest tokens at 16 bits, in every arm.")
+CHUNKS = click.option(
+    "--chunks", "count", type=click.IntRange(1), default=16, show_default=True, help="Chunks, spread over the texts."
+)
+RECENT = click.option(
+    "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
+)
 THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
 JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
 
@@ -88,7 +92,12 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
     from kvq.controller.evaluation.pareto import chunks, compare, measure
 
     loaded = kvq.load(model, threads=threads)
+    if checkpoint is not None:
+        import torch
+
+        torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
     budgets = _numbers(bits, "--bits")
+    cuts = [chunks(loaded, list(texts), length, count) for length in _numbers(context, "--context", int)]
     rows: list[dict] = []
 
     def write(found: list) -> None:
@@ -97,8 +106,7 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
             write_json(comparison, compare(found))
 
     with bar() as progress:
-        for length in _numbers(context, "--context", int):
-            cut = chunks(loaded, list(texts), length, count)
+        for cut in cuts:
             each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
             rows += measure(loaded, cut, budgets, recent, checkpoint, progress, each)
     write(rows)
@@ -131,7 +139,7 @@ def kld(model, texts, policies, context, count, recent, out, threads) -> None:
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), help="Folder of TASK.jsonl files; the hub's if not given."
 )
-LIMIT = click.option("--limit", type=int, help="Items per task; all if not given.")
+LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; all if not given.")
 
 
 @evaluate.command()
@@ -139,27 +147,29 @@ LIMIT = click.option("--limit", type=int, help="Items per task; all if not given
 @click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
 @click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
 @click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
+@RECENT
 @DATA
 @LIMIT
 @JSON
 @THREADS
-def tasks(model, policies, tasks, kv_bits, data, limit, out, threads) -> None:
+def tasks(model, policies, tasks, kv_bits, recent, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
     import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
     loaded = kvq.load(model, threads=threads)
-    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits), tasks.split(","), data, limit))
+    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent), tasks.split(","), data, limit))
 
 
 @evaluate.command("paper-table")
 @click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
 @click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
+@RECENT
 @DATA
 @LIMIT
 @JSON
 @THREADS
-def paper_table(models, kv_bits, data, limit, out, threads) -> None:
+def paper_table(models, kv_bits, recent, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
@@ -175,20 +185,20 @@ def paper_table(models, kv_bits, data, limit, out, threads) -> None:
     for name in models.split(","):
         loaded = kvq.load(name, threads=threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
-        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits)
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent)
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
             rows.append({"model": loaded.bundle.manifest.name, **row})
     write_json(out, rows)
 
 
-def _arms(model, policies, kv_bits: float | None) -> list[tuple[str, dict]]:
-    """Policies with the budget where they can follow one."""
+def _arms(model, policies, kv_bits: float | None, recent: int) -> list[tuple[str, dict]]:
+    """Policies with their window, and the budget where they can follow one."""
     from kvq.controller.policies import ScoredPolicy, make_policy
 
     arms = []
     for name in policies:
         follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
-        arms.append((name, {"kv_bits": kv_bits} if follows else {}))
+        arms.append((name, {"recent": recent} | ({"kv_bits": kv_bits} if follows else {})))
     return arms
 
 

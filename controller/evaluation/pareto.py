@@ -12,7 +12,8 @@ from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled,
 from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
 from kvq.controller.policies import make_policy
-from kvq.runtime.errors import CalibrationError
+from kvq.controller.texts import read_text, windows
+from kvq.runtime.errors import ContextError
 from kvq.runtime.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
@@ -21,21 +22,21 @@ Progress = Callable[[int, int, str], None]
 
 
 def chunks(model: Model, texts: list[Path], context: int, count: int) -> list[np.ndarray]:
-    """`count` runs of `context` tokens, evenly spread over each of the texts in turn.
+    """`count` runs of `context` tokens, int64 [context] each, evenly spread over each of the texts in turn.
 
     Raises:
         CalibrationError: a text cannot be read or is shorter than one chunk.
+        ContextError: the model's context is shorter than a chunk.
     """
+    if context > model.architecture.context:
+        raise ContextError(
+            f"a chunk of {context} tokens does not fit into the model's context of {model.architecture.context};"
+            " give a smaller --context"
+        )
     found: list[np.ndarray] = []
     for i, path in enumerate(texts):
-        try:
-            ids = np.asarray(model.encode(path.read_text(encoding="utf-8")), np.int64)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"cannot read {path} as UTF-8 text ({error}); give another file") from None
-        if len(ids) < context:
-            raise CalibrationError(f"{path} has {len(ids)} tokens, a chunk needs {context}; give a longer text")
         share = count // len(texts) + (i < count % len(texts))
-        found += [ids[s : s + context] for s in np.linspace(0, len(ids) - context, share).astype(int)]
+        found += windows(model.encode, read_text(path, "--text"), [context] * share, str(path))
     return found
 
 
@@ -66,6 +67,8 @@ def measure(
     context = len(texts[0])
     scorer = BlockScorer(model, context, recent)
     space = Bytes(scorer.geometry, context, recent)
+    for budget in budgets:
+        space.check(budget)
     meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint else None
     learned = [name for name in ("paper", "adaptive") if name in model.bundle.manifest.controllers]
     policies = {name: make_policy(name, model.bundle) for name in ("rule", "random", *learned)}
