@@ -291,11 +291,7 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_any_text_that_is_long_enough_trains_a_controller(text, tiny_bundle, tiny_checkpoint, tmp_path):
     path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
-    try:
-        train_controllers(path, tiny_checkpoint, text, [Recipe(tokens=600, epochs=1)])
-    except CalibrationError as error:
-        assert "\n" not in str(error)
-        return
+    train_controllers(path, tiny_checkpoint, text, [Recipe(tokens=600, epochs=1)])
     model = kvq.load(path)
     session = model.session("adaptive", recent=2, kv_bits=8)
     session.append(model.encode(text[:400])[:100])
