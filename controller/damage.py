@@ -63,8 +63,10 @@ def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: 
 
     found = model.run(ids, read)
     logits = found.logits.log_softmax(-1).flatten(0, 1)
-    drawn = torch.multinomial(logits.detach().exp().cpu(), draws, replacement=True, generator=generator)
-    drawn = drawn.to(logits.device)
+    # By the distribution function: multinomial would take a random number for each entry of the vocabulary.
+    below = logits.detach().exp().cumsum(-1)
+    places = torch.rand((len(below), draws), generator=generator).to(below.device) * below[:, -1:]
+    drawn = torch.searchsorted(below, places).clamp_max(below.shape[1] - 1)
     result = ids.new_zeros((draws, *ids.shape, 2, len(WIDTHS)), dtype=torch.float32)
     for draw in range(draws):
         total = logits.gather(1, drawn[:, draw, None]).sum()
