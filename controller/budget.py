@@ -97,7 +97,8 @@ class Budget:
             )
         self.context, self.recent, self.sink = context, min(recent, context), sink
         classes = [(int(k), int(v)) for k, v in policy.classes]
-        self.pairs = classes if PROTECTED in classes else [*classes, PROTECTED]
+        # The policy's own first; a loaded session may hold tokens of any other pair.
+        self.pairs = list(dict.fromkeys([*classes, *((k, v) for k in CODECS for v in CODECS)]))
         self._sink_pair = self.pairs.index(PROTECTED)
         self._bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
         self._class_bytes = self._bytes[: len(classes)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 
 from kvq.controller.texts import read_text
+from kvq.runtime.files import write_atomically
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,12 +60,7 @@ def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, s
 
         reports = train_controllers(bundle, Path(checkpoint), content, recipes, progress=progress)
     if report is not None:
-        temporary = report.with_name(report.name + ".part")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump([asdict(r) for r in reports], file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(report)
+        write_atomically(report, json.dumps([asdict(r) for r in reports], indent=1))
     for recipe, done in zip(recipes, reports, strict=True):
         best = min(row["valid"] for row in done.curve)
         shares = ", ".join(f"{share:.1%}" for share in done.shares)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -18,10 +17,9 @@ from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graph import WeightFile
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.segments import ACCURACY_LEVEL, HEAD_BITS, LAYER_BITS, SegmentOptions, SegmentWriter
-from kvq.runtime.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
+from kvq.runtime.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
 from kvq.runtime.errors import BundleError, CheckpointError
-
-CHAT_TEMPLATE = "chat_template.jinja"
+from kvq.runtime.files import sync_folder, write_atomically
 
 # progress(done, total, what)
 Progress = Callable[[int, int, str], None]
@@ -146,6 +144,7 @@ def export(
             decoder=decoder,
             head=head,
             uncertainty=uncertainty,
+            special_tokens=checkpoint.special_tokens(),
             files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},
         )
         write_text(folder, MANIFEST, manifest.to_json())
@@ -175,7 +174,7 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
-        _sync(folder)
+        sync_folder(folder)
         if out.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             out.rename(aside / out.name)
@@ -187,7 +186,7 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             folder.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -205,20 +204,7 @@ def _replaceable(folder: Path) -> bool:
     return found <= listed | {MANIFEST}
 
 
-def _sync(folder: Path) -> None:
-    """fsync a folder, so that its entries survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(folder: Path, name: str, text: str | None) -> None:
-    """Write and fsync a UTF-8 file; None writes nothing."""
-    if text is None:
-        return
-    with open(folder / name, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a UTF-8 file that survives a power cut; None writes nothing."""
+    if text is not None:
+        write_atomically(folder / name, text)

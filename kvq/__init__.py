@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
+    from kvq.runtime.chat import ChatTemplate
     from kvq.runtime.errors import (
         BackendError,
         BudgetError,
         BundleError,
         CalibrationError,
+        ChatTemplateError,
         CheckpointError,
         ContextError,
         KvqError,
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
         PolicyError,
         PromptError,
         SamplingError,
+        SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
     from kvq.runtime.model import Model, load
-    from kvq.runtime.session import Session
+    from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
     from kvq.runtime.threads import session_options
 
@@ -49,7 +52,8 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
-    "Session": "kvq.runtime.session",
+    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
+    "ChatTemplate": "kvq.runtime.chat",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
@@ -60,6 +64,7 @@ _EXPORTS = {
             "BudgetError",
             "BundleError",
             "CalibrationError",
+            "ChatTemplateError",
             "CheckpointError",
             "ContextError",
             "KvqError",
@@ -67,6 +72,7 @@ _EXPORTS = {
             "PolicyError",
             "PromptError",
             "SamplingError",
+            "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
         ],
@@ -80,6 +86,8 @@ __all__ = [
     "BudgetError",
     "BundleError",
     "CalibrationError",
+    "ChatTemplate",
+    "ChatTemplateError",
     "CheckpointError",
     "ContextError",
     "KvqError",
@@ -92,10 +100,12 @@ __all__ = [
     "SamplingError",
     "ScoredPolicy",
     "Session",
+    "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "kv_nbytes",
     "load",
     "make_policy",
     "session_options",

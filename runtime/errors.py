@@ -39,6 +39,10 @@ class ContextError(KvqError):
     """More tokens than the model's context window holds."""
 
 
+class SessionError(KvqError):
+    """A session file that cannot be read or written, is damaged, or belongs to another model."""
+
+
 class SamplingError(KvqError):
     """A sampling option is out of its range."""
 
@@ -49,6 +53,10 @@ class NonFiniteError(KvqError):
 
 class TokenizerError(KvqError):
     """Text was given to a bundle that carries no tokenizer."""
+
+
+class ChatTemplateError(KvqError):
+    """A bundle's chat template is not valid, does what it must not, or refuses the conversation."""
 
 
 class BackendError(KvqError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from tokenizers import Tokenizer
 
 from kvq.controller.policies import Policy
 from kvq.runtime.attention import make_backend
-from kvq.runtime.bundle import TOKENIZER, Architecture, Bundle
+from kvq.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Architecture, Bundle
+from kvq.runtime.chat import ChatTemplate
 from kvq.runtime.engine import Engine
-from kvq.runtime.errors import BundleError, PromptError, TokenizerError
+from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.pages import Geometry
 from kvq.runtime.session import Session
 from kvq.runtime.store import KVStore
@@ -64,6 +66,25 @@ class Model:
             )
         return self.optional_tokenizer
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template; a plain transcript where it has none.
+
+        Raises:
+            ChatTemplateError: the bundle's template is not valid.
+        """
+        manifest = self.bundle.manifest
+        tokenizer, special_tokens = self.optional_tokenizer, dict(manifest.special_tokens)
+        if tokenizer is not None and manifest.eos_token_ids and "eos_token" not in special_tokens:
+            special_tokens["eos_token"] = tokenizer.id_to_token(manifest.eos_token_ids[0]) or ""
+        source = None
+        if CHAT_TEMPLATE in manifest.files:
+            try:
+                source = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
+        return ChatTemplate(source, tokenizer, special_tokens)
+
     def encode(self, text: str, beginning: bool = True) -> list[int]:
         """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
 
@@ -98,6 +119,32 @@ class Model:
             self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, backend=backend,
             kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
+
+    def load_session(
+        self,
+        path: str | os.PathLike[str],
+        policy: str | Policy | None = None,
+        *,
+        backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> Session:
+        """A session that `Session.save` has written; it goes on as if it had never been away.
+
+        Args:
+            path: the file.
+            policy: for the tokens to come; those stored stay as they are. None takes the file's.
+            backend: as in `Session`.
+            kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the
+                file's budget.
+
+        Raises:
+            SessionError: no such file, one that is damaged, or one of another model, tokenizer or format version.
+            PolicyError, BudgetError: a policy or budget given here that this model cannot follow.
+        """
+        from kvq.runtime.session_file import read_session
+
+        return read_session(self, path, policy, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

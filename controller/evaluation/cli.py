@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+from kvq.runtime.files import write_atomically
 
 
 @click.group("eval", context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,12 +23,7 @@ def write_json(path: Path | None, value: object) -> None:
     if path is None:
         click.echo(text, nl=False)
         return
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, text)
 
 
 @contextmanager

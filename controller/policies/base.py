@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,10 +52,12 @@ class Policy(ABC):
     Attributes:
         name: what the user typed, reported by `stats()`.
         needs: the features to compute, a subset of `FEATURE_NAMES`; what is not needed costs nothing.
+        recipe: name and options that `make_policy` makes the same policy of, where it has made this one.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
+    recipe: tuple[str, dict[str, Any]] | None = None
 
     @abstractmethod
     def choose(self, features: TokenFeatures) -> np.ndarray:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import click
 
+import kvq
+
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
@@ -41,8 +43,10 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        from kvq.runtime.cli.options import with_twins
+
         module, attribute = COMMANDS[cmd_name][0].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        return with_twins(getattr(importlib.import_module(module), attribute))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -50,7 +54,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="kvq")
+@click.version_option(kvq.__version__, prog_name="kvq")
 def group() -> None:
     """On-device LLM runtime with a per-token-precision KV cache."""
 
@@ -62,9 +66,10 @@ def main() -> None:
 
 def run_main() -> None:
     """Entry point of ``kvq-run``."""
+    from kvq.runtime.cli.options import with_twins
     from kvq.runtime.cli.run import run
 
-    guarded(lambda: run.main(prog_name="kvq-run", standalone_mode=False))
+    guarded(lambda: with_twins(run).main(prog_name="kvq-run", standalone_mode=False))
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -82,7 +87,7 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         command()
     except click.UsageError as error:
-        error.show()
+        _naming_its_variable(error).show()
         _exit(2)
     except (BackendError, BudgetError, PolicyError, SamplingError) as error:  # the value of an option
         _exit(2, str(error))
@@ -98,6 +103,16 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):
         _exit(130)
+
+
+def _naming_its_variable(error: click.UsageError) -> click.UsageError:
+    """The error, saying that a wrong value came from the environment, where it did."""
+    parameter = error.param if isinstance(error, click.BadParameter) else None
+    if not isinstance(parameter, click.Option) or parameter.name is None or error.ctx is None:
+        return error
+    if error.ctx.get_parameter_source(parameter.name) is not click.core.ParameterSource.ENVIRONMENT:
+        return error
+    return click.BadParameter(f"{error.message.rstrip('.')} (from {parameter.envvar}).", error.ctx, parameter)
 
 
 def _exit(code: int, message: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,61 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.errors import BudgetError, PromptError
-from kvq.runtime.sampling import DEFAULTS
+from kvq.runtime.cli.options import CACHE, MODEL, SAMPLING, SETTINGS, Command, nbytes, option, options
+from kvq.runtime.errors import PromptError
 
 if TYPE_CHECKING:
     from kvq.runtime.session import Session
 
-# Names and short forms as in llama.cpp and mlx-lm.
-SAMPLING = [
-    click.option("-n", "--max-tokens", default=128, show_default=True, help="Most tokens; -1 fills the context."),
-    click.option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], show_default=True,
-                 help="0 is greedy."),
-    click.option("--top-k", default=DEFAULTS["top_k"], show_default=True, help="Keep the k most likely; 0 is all."),
-    click.option("--top-p", default=DEFAULTS["top_p"], show_default=True, help="Keep the fewest that reach p."),
-    click.option("--min-p", default=DEFAULTS["min_p"], show_default=True,
-                 help="Drop what is less than p times as likely as the best."),
-    click.option("--repetition-penalty", "--repeat-penalty", default=DEFAULTS["repetition_penalty"], show_default=True,
-                 help="1 is off."),
-    click.option("-s", "--seed", type=int, help="Same seed, same text; drawn if not given."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT appears; can be repeated."),
-    click.option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", help="End at a token id."),
-    click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token."),
-]  # fmt: skip
-CACHE = [
-    click.option("-p", "--policy", help="Precision of cached tokens: fp16, int8, int4, int2, k8v4 (any pair of "
-                 "widths), mixed, random, rule, paper, adaptive; fp16 if not given, adaptive with a budget."),
-    click.option("--kv-bits", type=float, metavar="X", help="Keep the cache to X bits per value, all told."),
-    click.option("--kv-memory", metavar="SIZE", help="Keep the cache to that many bytes: 800kB, 8MB."),
-    click.option("--recent", default=16, show_default=True, help="Newest tokens kept at 16 bits."),
-    click.option("--sink", default=0, show_default=True, help="First tokens kept at 16 bits."),
-    click.option("--backend", help="Attention backend; KVQ_BACKEND or the fastest if not given."),
-]  # fmt: skip
 
-
-def options(group: list):
-    """Apply a list of click options in the order they are written."""
-
-    def decorate(function):
-        for option in reversed(group):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("prompt", required=False)
-@click.option(
-    "-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin."
+@option(
+    "-f",
+    "--file",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section="Basics",
+    help="Read the prompt from a file, - is stdin.",
 )
-@click.option("-m", "--model", metavar="MODEL", help="Bundle folder or embedded model; the default model if not given.")
+@option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with text and statistics.")
+@option("-q", "--quiet", is_flag=True, section="Basics", help="No statistics line.")
+@options(MODEL)
 @options(CACHE)
 @options(SAMPLING)
-@click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text and statistics.")
-@click.option("-q", "--quiet", is_flag=True, help="No statistics line.")
 def run(
     prompt, prompt_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads, as_json, quiet, **generation
 ) -> None:
@@ -115,19 +82,6 @@ def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bo
             click.echo()
     seconds = round(time.perf_counter() - begun, 3)
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
-
-
-def nbytes(text: str) -> float:
-    """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
-
-    Raises:
-        BudgetError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
-    if not match:
-        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 8MB")
-    number, unit, binary = match.groups()
-    return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
