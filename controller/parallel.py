@@ -9,6 +9,7 @@ elsewhere. It agrees with the runtime's step-by-step logits to rounding
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from transformers import LlamaForCausalLM
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.reference import effective_model, stored_mean_keys
 from kvq.exporter.rotation import head_rotation
+from kvq.runtime.attention import make_backend
 from kvq.runtime.bundle import Bundle
-from kvq.runtime.codecs import CODECS, NUMPY, Codec
+from kvq.runtime.codecs import Codec, CodecSet
 from kvq.runtime.errors import CheckpointError
 
 # read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
@@ -124,7 +126,7 @@ class ParallelModel:
             else:
                 # A query's own key and value are exact; the window's, and what passes through it on its
                 # way to a codec, are rounded to the window's 16 bits.
-                window = tuple(_straight(x, NUMPY.window) if self.recent else x for x in (key, value))
+                window = tuple(_straight(x, _codecs().window) if self.recent else x for x in (key, value))
                 seen = read(index, *window)
             mixed, squares = _attention(query * config.head_dim**-0.5, (key, value), window, seen, blocks)
             if index + 1 == len(net.layers):
@@ -220,9 +222,15 @@ def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def roundtrip(x: Tensor, bits: int) -> Tensor:
     """What a codec returns of x, with the gradient of the identity (straight-through).
 
-    The codec itself runs, in numpy: what is learned is learned about the bytes that are stored.
+    The codec itself runs, on the CPU: what is learned is learned about the bytes that are stored.
     """
-    return _straight(x, CODECS[bits])
+    return _straight(x, _codecs().by_bits[bits])
+
+
+@functools.cache
+def _codecs() -> CodecSet:
+    """The fastest there are; all give the same bytes."""
+    return make_backend().codecs
 
 
 def _straight(x: Tensor, codec: Codec) -> Tensor:

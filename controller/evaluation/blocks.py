@@ -17,7 +17,7 @@ import numpy as np
 from kvq.controller.budget import Budget
 from kvq.controller.features import RarityCounter, attention_variance
 from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures
-from kvq.runtime.codecs import CODECS, NUMPY
+from kvq.runtime.attention import make_backend
 from kvq.runtime.engine import HEAD_ROWS, Head, SegmentedPass
 from kvq.runtime.model import Model
 from kvq.runtime.pages import Geometry
@@ -50,6 +50,7 @@ class BlockScorer:
     def __init__(self, model: Model, length: int, recent: int = 16) -> None:
         shape = model.architecture
         self.model, self.length, self.recent = model, length, recent
+        self.codecs = make_backend().codecs  # the same bytes whichever it is
         self.geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
         room = (shape.layers, shape.kv_heads, length, shape.head_dim)
         self._kept = np.empty((2, *room), np.float32)  # as the window keeps them
@@ -103,7 +104,7 @@ class BlockScorer:
             self._keep(start, layers.keys, layers.values, bits[start:stop])
             yield start, logits
         if result is not None:
-            store = KVStore(self.geometry, self.recent)
+            store = KVStore(self.geometry, self.recent, codecs=self.codecs)
             store.append(keys, values, bits)
             result.append(Scored(bits, store.used_nbytes, store.nbytes))
 
@@ -111,12 +112,12 @@ class BlockScorer:
         """Round new keys and values [layers, kv_heads, tokens, head_dim] as the window and as their codecs do."""
         span = slice(start, start + len(bits))
         for side, x in enumerate((keys, values)):
-            kept = NUMPY.window.roundtrip(x) if self.recent else x
+            kept = self.codecs.window.roundtrip(x) if self.recent else x
             self._kept[side, :, :, span] = kept
             for width in np.unique(bits[:, side]):
                 chosen = np.flatnonzero(bits[:, side] == width)
                 self._seen[side, :, :, start + chosen] = np.moveaxis(
-                    CODECS[int(width)].roundtrip(np.ascontiguousarray(kept[:, :, chosen])), 2, 0
+                    self.codecs.by_bits[int(width)].roundtrip(np.ascontiguousarray(kept[:, :, chosen])), 2, 0
                 )
 
     def _attend(
@@ -128,7 +129,7 @@ class BlockScorer:
         count, heads, head_dim = query.shape
         kv_heads, group = key.shape[1], heads // key.shape[1]
         near = max(0, start - self.recent)  # columns before it are decoded for every row
-        window = [NUMPY.window.roundtrip(x) if self.recent else x for x in (key, value)]
+        window = [self.codecs.window.roundtrip(x) if self.recent else x for x in (key, value)]
         # Columns: decoded [0, start), kept [near, start), the block itself.
         kept = [
             np.concatenate([self._kept[side, layer, :, near:start], window[side].transpose(1, 0, 2)], axis=1)
