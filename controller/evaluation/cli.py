@@ -79,14 +79,25 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Writ
 @RECENT
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was exported from: adds the "
               "oracle, which knows every token's damage (needs torch).")  # fmt: skip
+@click.option(
+    "--arms", help="Only these, with commas; their rows go beside others of the same texts in kvq eval report."
+)
 @JSON
 @click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
 @THREADS
-def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison, threads) -> None:
+def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     import kvq
-    from kvq.controller.evaluation.pareto import chunks, compare, measure
+    from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
+    wanted = ARMS if arms is None else tuple(arms.split(","))
+    unknown = [arm for arm in wanted if arm not in ARMS]
+    if unknown:
+        raise click.UsageError(f"--arms takes {', '.join(ARMS)} with commas between them, got {', '.join(unknown)!r}")
+    if "shuffled" in wanted and "adaptive" not in wanted:
+        raise click.UsageError("--arms shuffled needs adaptive, whose precisions it shuffles; give both")
+    if arms is not None and "oracle" in wanted and checkpoint is None:
+        raise click.UsageError("--arms oracle needs --checkpoint, to measure every token's damage")
     loaded = kvq.load(model, threads=threads)
     if checkpoint is not None:
         import torch
@@ -104,7 +115,7 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
     with bar() as progress:
         for cut in cuts:
             each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-            rows += measure(loaded, cut, budgets, recent, checkpoint, progress, each)
+            rows += measure(loaded, cut, budgets, recent, checkpoint, wanted, progress, each)
     write(rows)
 
 

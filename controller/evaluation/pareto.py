@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from kvq.runtime.errors import ContextError
 from kvq.runtime.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
+SCORED = ("rule", "random", "paper", "adaptive")
+ARMS = (*FIXED, "static", *SCORED, "shuffled", "oracle")
 RESAMPLES = 10_000
 Progress = Callable[[int, int, str], None]
 
@@ -46,6 +48,7 @@ def measure(
     budgets: list[float],
     recent: int = 16,
     checkpoint: Path | None = None,
+    arms: Sequence[str] = ARMS,
     progress: Progress | None = None,
     each: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -57,6 +60,7 @@ def measure(
         budgets: total bits per value.
         recent: newest tokens at 16 bits, in all arms.
         checkpoint: where the bundle came from; with it the oracle is an arm.
+        arms: which of `ARMS` to measure; "shuffled" needs "adaptive". Those the bundle lacks are left out.
         progress: called as work goes on.
         each: called with the rows so far after each text; a long run that is cut short leaves something.
 
@@ -69,9 +73,9 @@ def measure(
     space = Bytes(scorer.geometry, context, recent)
     for budget in budgets:
         space.check(budget)
-    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint else None
-    learned = [name for name in ("paper", "adaptive") if name in model.bundle.manifest.controllers]
-    policies = {name: make_policy(name, model.bundle) for name in ("rule", "random", *learned)}
+    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint and "oracle" in arms else None
+    there = {"rule", "random", *model.bundle.manifest.controllers}
+    policies = {name: make_policy(name, model.bundle) for name in SCORED if name in arms and name in there}
     results: dict[tuple[str, float | None], list[Outcome]] = {}
 
     def rows() -> list[dict[str, Any]]:
@@ -80,7 +84,8 @@ def measure(
     for number, ids in enumerate(texts):
         if progress:
             progress(number, len(texts), f"context {context}")
-        rng = np.random.default_rng(number)
+        # A generator for each arm: what is drawn for one does not depend on which others are measured.
+        mixing, shuffling = (np.random.default_rng([number, of]) for of in range(2))
         expected = reference(scorer, ids)
         damage = meter(ids) if meter else None
 
@@ -90,13 +95,15 @@ def measure(
             return done
 
         for name in FIXED:
-            add(name, None, make_policy(name))
+            if name in arms:
+                add(name, None, make_policy(name))
         for budget in budgets:
-            add("static", budget, Given(static_mix(space, budget, rng)))
+            if "static" in arms:
+                add("static", budget, Given(static_mix(space, budget, mixing)))
             for name, policy in policies.items():
                 done = add(name, budget, policy, budget)
-                if name == "adaptive":
-                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, rng)))
+                if name == "adaptive" and "shuffled" in arms:
+                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, shuffling)))
             if meter is not None and damage is not None:
                 add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
         if each:
