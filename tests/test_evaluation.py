@@ -150,3 +150,22 @@ def test_one_text_at_the_edges_of_the_budgets(tiny_model):
     for row in rows:
         assert row["bits_requested"] is None or row["bits_measured"] <= row["bits_requested"] + 1e-3
     assert tables(rows)
+
+
+def test_arms_measured_apart_are_those_measured_together(tiny_model):
+    texts = [np.random.default_rng(seed).integers(0, 512, 60) for seed in range(2)]
+    together = measure(tiny_model, texts, [9.0], recent=4)
+    apart = [
+        row for arms in (("int4", "random"), ("static",)) for row in measure(tiny_model, texts, [9.0], 4, arms=arms)
+    ]
+    assert [row["arm"] for row in apart] == ["int4", "random", "static"]
+    assert all(row in together for row in apart)
+
+
+@pytest.mark.parametrize("arms", ["shuffled", "oracle", "adaptive,best"])
+def test_arms_that_cannot_be_measured_are_wrong_usage(arms, tiny_bundle, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(calibration_text())
+    result = CliRunner().invoke(evaluate, ["pareto", "-m", str(tiny_bundle), "--text", str(text), "--arms", arms])
+    assert result.exit_code == 2
+    assert "--arms" in result.output

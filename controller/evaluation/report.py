@@ -11,10 +11,16 @@ from kvq.controller.evaluation.pareto import compare
 ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2", "static", "rule", "random", "shuffled", "paper", "adaptive",
          "oracle")  # fmt: skip
 
+# Line and marker of each arm: told apart without colour too.
+STYLES = {
+    "static": ("-", "s"), "rule": ("--", "v"), "random": (":", "x"), "shuffled": ("-.", "+"),
+    "paper": ("--", "D"), "adaptive": ("-", "o"), "oracle": (":", "*"),
+}  # fmt: skip
+
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: per context the arms, the paired differences, and the way from random to the oracle."""
-    parts = []
+    parts: list[str] = []
     for context in sorted({row["context"] for row in rows}):
         here = [row for row in rows if row["context"] == context]
         parts.append(f"### Context {context}, {here[0]['texts']} texts\n\n{_arms(here)}\n")
@@ -87,12 +93,15 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         for arm in ORDER:
             points = sorted((r["bits_mean"], r["kld_mean"]) for r in here if r["arm"] == arm and r["bits_requested"])
             if points:
+                line, marker = STYLES[arm]
+                shade = "black" if arm in ("adaptive", "oracle") else "0.45"
                 width = 2.5 if arm == "adaptive" else 1.2
-                panel.plot(*zip(*points, strict=True), marker="o", label=arm, linewidth=width)
+                panel.plot(*zip(*points, strict=True), line, marker=marker, color=shade, label=arm, linewidth=width)
         for row in here:
             if row["bits_requested"] is None and row["kld_mean"] > 0 and row["bits_mean"] < 7:
-                panel.plot(row["bits_mean"], row["kld_mean"], "k+")
-                panel.annotate(row["arm"], (row["bits_mean"], row["kld_mean"]), fontsize=8)
+                place = (row["bits_mean"], row["kld_mean"])
+                panel.plot(*place, "k.", markersize=4)
+                panel.annotate(row["arm"], place, xytext=(3, 4), textcoords="offset points", fontsize=8)
         panel.set(title=f"context {context}", xlabel="total bits per value", yscale="log")
         panel.grid(True, which="both", alpha=0.3)
     panels[0][0].set_ylabel("KL to 16 bits, nats a token")
