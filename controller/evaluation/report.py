@@ -24,7 +24,7 @@ ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2", "static", "rule", "rand
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: per context the arms, the paired differences, and the way from random to the oracle."""
-    parts = []
+    parts: list[str] = []
     for context in sorted({row["context"] for row in rows}):
         here = [row for row in rows if row["context"] == context]
         parts.append(f"### Context {context}, {here[0]['texts']} texts\n\n{_arms(here)}\n")
