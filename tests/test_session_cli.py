@@ -94,6 +94,14 @@ def test_the_text_of_a_later_prompt_gets_no_special_tokens(tiny_model, path, mon
     assert 0 not in loaded.tokens[1:]
 
 
+def test_the_resume_benchmark_measures_what_it_has_checked(tiny_model, path):
+    from kvq.bench.resume import measure
+
+    row = measure(tiny_model, "fp16", 1000, path)
+    assert row[:2] == ["248", "fp16"]
+    assert path.exists()
+
+
 def test_prefill_does_not_replace_a_file_unasked(tiny_bundle, tmp_path, path):
     document = tmp_path / "doc.txt"
     document.write_text("Hello")

@@ -84,7 +84,7 @@ def run(
         if kept is not None:
             say(kept.closed(session))
     if interrupt.asked:
-        raise KeyboardInterrupt
+        sys.exit(130)
 
 
 def generate(
