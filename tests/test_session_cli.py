@@ -185,9 +185,9 @@ def test_ctrl_c_saves_what_was_said_and_the_next_run_goes_on_there(tiny_bundle, 
     ]
     process = subprocess.Popen(
         [*arguments, "-n", "-1", "--backend", "numpy", "Hello"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
-    first = process.stdout.read(20)
+    first = process.stdout.read(20)  # unbuffered: communicate reads past what a buffer holds
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=120)
     assert b"Traceback" not in stderr
