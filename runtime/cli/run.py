@@ -93,7 +93,7 @@ def run(
         if kept is not None:
             say(kept.closed(session))
     if interrupt.asked:
-        raise KeyboardInterrupt
+        sys.exit(130)
 
 
 def generate(
@@ -109,12 +109,14 @@ def generate(
     tokens, reason = 0, None
     try:
         for response in session.generate(prompt, **generation):
+            if interrupt:
+                interrupt.arm()  # before any text is shown
             pieces.append(response.text)
             tokens, reason = response.index + 1, response.finish_reason
             if echo:
                 click.echo(response.text, nl=False)
                 sys.stdout.flush()
-            if interrupt and interrupt.wanted() and reason is None:
+            if interrupt and interrupt.asked and reason is None:
                 reason = "interrupted"
                 break
     finally:
