@@ -18,6 +18,8 @@ COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
     "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
     "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
+    "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
+    "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
