@@ -138,6 +138,11 @@ class Budget:
                 f" tokens, {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
             )
 
+    @property
+    def limits_memory(self) -> bool:
+        """It bounds the bytes of all arrays (kv_memory), not those of the stored tokens alone (kv_bits)."""
+        return self._constant > 0
+
     def least(self, length: int) -> float:
         """Bytes of a store of that length with every unprotected token in the cheapest class."""
         window = self._window

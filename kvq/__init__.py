@@ -32,12 +32,15 @@ if TYPE_CHECKING:
         NonFiniteError,
         PolicyError,
         PromptError,
+        RequestError,
         SamplingError,
+        ServerError,
         SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
+    from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.model import Model, load
     from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
@@ -54,6 +57,7 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
+    **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
     **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
     "Conversation": "kvq.runtime.conversation",
@@ -75,7 +79,9 @@ _EXPORTS = {
             "NonFiniteError",
             "PolicyError",
             "PromptError",
+            "RequestError",
             "SamplingError",
+            "ServerError",
             "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
@@ -96,21 +102,27 @@ __all__ = [
     "ContextError",
     "Conversation",
     "HubError",
+    "InspectedToken",
+    "Inspection",
     "KvqError",
     "Model",
     "NonFiniteError",
     "Policy",
     "PolicyError",
     "PromptError",
+    "RequestError",
     "Response",
     "SamplingError",
     "ScoredPolicy",
+    "ServerError",
     "Session",
     "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "inspect_session",
+    "inspect_text",
     "kv_nbytes",
     "load",
     "make_policy",

@@ -17,9 +17,11 @@ import kvq
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
     "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
-    "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
     "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
     "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
+    "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
+    "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
+    "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
@@ -27,7 +29,7 @@ COMMANDS = {
     "completion": ("kvq.runtime.cli.completion:completion", "Print shell completion code."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_OF = {"matplotlib": "plot", "lm_eval": "eval", "starlette": "server", "uvicorn": "server"}
 EXTRA_PACKAGES = {
     "torch",
     "transformers",
@@ -38,6 +40,8 @@ EXTRA_PACKAGES = {
     "huggingface_hub",
     "matplotlib",
     "lm_eval",
+    "starlette",
+    "uvicorn",
 }
 
 

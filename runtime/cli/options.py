@@ -96,7 +96,7 @@ def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str)
     return named or [CompletionItem(incomplete, type="dir")]
 
 
-def _complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from kvq.controller.policies import POLICIES
 
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
@@ -140,7 +140,7 @@ SAMPLING = [
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past the end-of-text token."),
 ]  # fmt: skip
 CACHE = [
-    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=_complete_policy,
+    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
            "fp16 if not given, adaptive with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
@@ -152,16 +152,16 @@ CACHE = [
 ]  # fmt: skip
 
 
+def given(ctx: click.Context) -> set[str]:
+    """Names of the options that the user has set, by flag or variable."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+
+
 def load_model(model: str | None, threads: int | None) -> Model:
     """The model that -m names; what takes time is told on stderr."""
     import kvq  # onnxruntime and the rest load only now: --help stays quick
 
     return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
-
-
-def given(ctx: click.Context) -> set[str]:
-    """Names of the options that the user has set, by flag or variable."""
-    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
 
 
 def nbytes(text: str) -> float:
