@@ -15,6 +15,8 @@ import kvq
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
     "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
+    "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
+    "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),

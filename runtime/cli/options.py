@@ -140,6 +140,11 @@ CACHE = [
 ]  # fmt: skip
 
 
+def given(ctx: click.Context) -> set[str]:
+    """Names of the options that the user has set, by flag or variable."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+
+
 def nbytes(text: str) -> float:
     """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
 
