@@ -11,6 +11,10 @@ class BundleError(KvqError):
     """A model bundle is missing, damaged, unsafe or of another format version."""
 
 
+class HubError(BundleError):
+    """A model that would have to come from the hub, which cannot be had or is not to be used."""
+
+
 class CheckpointError(KvqError):
     """A checkpoint to export cannot be read: missing files, pickled weights, wrong shapes."""
 

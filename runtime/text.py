@@ -25,6 +25,11 @@ class StreamingDecoder:
         self._shown = 0  # characters of the decoded tail that have been returned
         self._clean = 0  # ids of the tail up to the last whole character
 
+    @property
+    def whole(self) -> bool:
+        """Whether every id pushed so far is part of a character that has been returned."""
+        return self._clean == len(self._tail)
+
     def _decode(self) -> str:
         return self.tokenizer.decode(self._tail, skip_special_tokens=self.skip_special_tokens)
 

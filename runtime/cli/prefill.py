@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, nbytes, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, load_model, nbytes, option, options
 from kvq.runtime.cli.run import read_prompt
 from kvq.runtime.errors import SessionError
 
@@ -39,12 +39,10 @@ def prefill(
       kvq prefill report.txt -o report.kvq -p int4
       kvq-run --session report.kvq --session-readonly "In short, the report says"
     """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
     if os.path.lexists(out) and not overwrite:
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
     text = read_prompt(None, file) or ""
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     memory = None if kv_memory is None else nbytes(kv_memory)
     session = loaded.session(policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory)
     ids = loaded.encode(text)

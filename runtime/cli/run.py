@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SAMPLING, SETTINGS, Command, given, nbytes, option, options
+from kvq.runtime.cli.options import (
+    CACHE,
+    MODEL,
+    SAMPLING,
+    SETTINGS,
+    Command,
+    given,
+    load_model,
+    nbytes,
+    option,
+    options,
+)
 from kvq.runtime.cli.sessions import SESSION, Interrupt, SessionFile
 from kvq.runtime.errors import PromptError
 
@@ -56,15 +67,13 @@ def run(
       cat chapter.txt | kvq-run -q
       kvq-run --session story.kvq "It was late"
     """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
     kept = SessionFile.of(session_file, session_readonly)
     text = read_prompt(prompt, prompt_file, optional=kept is not None and kept.exists)
     settings = {
         "policy": policy, "recent": recent, "sink": sink, "backend": backend,
         "kv_bits": kv_bits, "kv_memory": None if kv_memory is None else nbytes(kv_memory),
     }  # fmt: skip
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     session = loaded.session(**settings) if kept is None else kept.open(loaded, settings, given(ctx))
     say = None if quiet or as_json else partial(click.echo, err=True)
     if kept is not None and say:
