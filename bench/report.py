@@ -8,7 +8,6 @@ Speeds are given next to the fastest onnxruntime and the fastest llama.cpp arm o
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import click
 
 from kvq.bench.table import write_plot
+from kvq.runtime.files import write_atomically
 
 NEEDED = ("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes")
 PEERS = {"ort": "ort-gqa-", "llama": "llama-"}
@@ -160,9 +160,7 @@ def main(files, out) -> None:
     try:
         read = [(file.stem, read_rows(file)) for file in files]
         text = page(read, out.absolute().parent)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(out)
+        write_atomically(out, text)
     except ValueError as error:
         click.echo(f"kvq.bench.report: {error}", err=True)
         sys.exit(2)

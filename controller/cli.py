@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -11,12 +10,15 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.errors import CalibrationError
+from kvq.controller.texts import read_text
+from kvq.runtime.cli.options import OFFLINE
+from kvq.runtime.files import write_atomically
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, help="Hugging Face folder or hub id the bundle was exported from.")
+@OFFLINE
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 calibration text, a few megabytes.")
 @click.option(
     "--set",
@@ -25,9 +27,9 @@ from kvq.runtime.errors import CalibrationError
     help="Features: extended for adaptive, paper for paper if not given.",
 )
 @click.option("--objective", type=click.Choice(["adaptive", "paper", "both"]), default="adaptive", show_default=True)
-@click.option("--tokens", default=200_000, show_default=True, help="Samples, about.")
+@click.option("--tokens", type=click.IntRange(1), default=200_000, show_default=True, help="Samples, about.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write settings and loss curves as JSON.")  # fmt: skip
 def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, seed, threads, report) -> None:
     """Train the precision controller of BUNDLE on a text and store it there.
@@ -36,12 +38,7 @@ def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, s
     Example:
       kvq train-controller my-bundle --checkpoint ./my-checkpoint --text books.txt
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(f"cannot read {text}: {error.strerror}; check the path given with --text") from None
-    except UnicodeDecodeError:
-        raise CalibrationError(f"{text} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+    content = read_text(text, "--text")
     import torch
 
     from kvq.controller.train import Recipe, train_controllers
@@ -65,12 +62,7 @@ def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, s
 
         reports = train_controllers(bundle, Path(checkpoint), content, recipes, progress=progress)
     if report is not None:
-        temporary = report.with_name(report.name + ".part")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump([asdict(r) for r in reports], file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(report)
+        write_atomically(report, json.dumps([asdict(r) for r in reports], indent=1))
     for recipe, done in zip(recipes, reports, strict=True):
         best = min(row["valid"] for row in done.curve)
         shares = ", ".join(f"{share:.1%}" for share in done.shares)

@@ -34,10 +34,10 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> np.ndarray:
     """Signed samples g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)]; keys first. See `probe`."""
-    return probe(model, ids, generator)[0]
+    return probe(model, ids, generator)[0][0]
 
 
-def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> tuple[np.ndarray, Pass]:
+def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: int = 1) -> tuple[np.ndarray, Pass]:
     """Signed samples of every token's damage, and the pass through the exact cache they come from.
 
     A class (k, v) has the sample s = keys' sample at width k + values' sample at width v, and
@@ -47,31 +47,33 @@ def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> tupl
         model: the weights.
         ids: int64 [batch, tokens].
         generator: of the drawn predictions.
+        draws: samples of each token; each costs a backward pass, the forward pass is shared.
 
     Returns:
-        g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)], keys first; and the pass, detached.
+        g . d, float32 [draws, batch, tokens, 2 sides, len(WIDTHS)], keys first; and the pass, detached.
     """
-    leaves: list[tuple[Tensor, Tensor]] = []
-    errors: list[list[list[Tensor]]] = []
+    leaves: list[Tensor] = []  # of layer 0's keys, its values, layer 1's keys, ...
+    errors: list[list[Tensor]] = []
 
     def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         leaf = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
-        leaves.append((leaf[0], leaf[1]))
-        errors.append([[roundtrip(x.detach(), w) - x.detach() for w in WIDTHS] for x in (keys, values)])
+        leaves.extend(leaf)
+        errors.extend([roundtrip(x.detach(), w) - x.detach() for w in WIDTHS] for x in (keys, values))
         return keys + leaf[0], values + leaf[1]
 
     found = model.run(ids, read)
-    logits = found.logits.log_softmax(-1)
-    flat = logits.detach().exp().flatten(0, 1)
-    drawn = torch.multinomial(flat.cpu(), 1, generator=generator).to(logits.device)
-    logits.flatten(0, 1).gather(1, drawn).sum().backward()
-    result = ids.new_zeros((*ids.shape, 2, len(WIDTHS)), dtype=torch.float32)
-    for leaf, error in zip(leaves, errors, strict=True):
-        for side in range(2):
-            gradient = leaf[side].grad
-            assert gradient is not None
-            for w, d in enumerate(error[side]):
-                result[:, :, side, w] += (gradient * d).sum((1, 3))
+    logits = found.logits.log_softmax(-1).flatten(0, 1)
+    # By the distribution function: multinomial would take a random number for each entry of the vocabulary.
+    below = logits.detach().exp().cumsum(-1)
+    places = torch.rand((len(below), draws), generator=generator).to(below.device) * below[:, -1:]
+    drawn = torch.searchsorted(below, places).clamp_max(below.shape[1] - 1)
+    result = ids.new_zeros((draws, *ids.shape, 2, len(WIDTHS)), dtype=torch.float32)
+    for draw in range(draws):
+        total = logits.gather(1, drawn[:, draw, None]).sum()
+        gradients = torch.autograd.grad(total, leaves, retain_graph=draw + 1 < draws)
+        for i, (gradient, error) in enumerate(zip(gradients, errors, strict=True)):
+            for w, d in enumerate(error):
+                result[draw, :, :, i % 2, w] += (gradient * d).sum((1, 3))
     return result.cpu().numpy(), Pass(*(x.detach() for x in found))
 
 

@@ -1,14 +1,15 @@
 """Reading through the quantized cache in one differentiable pass: the engine of labels and training.
 
 Decoding step by step, a query sees itself and the newest tokens in full precision and every
-earlier token as its codec returns it. One pass over a whole text does the same with two score
-matrices and a mask: column j of row i comes from the exact keys where i - j <= recent and from
-the decoded ones elsewhere. It agrees with the runtime's step-by-step logits to rounding
+earlier token as its codec returns it. One pass over a whole text does the same: the scores of
+column j in row i come from the window's keys where i - j <= recent and from the decoded ones
+elsewhere. It agrees with the runtime's step-by-step logits to rounding
 (`tests/test_parallel.py`); weights are the bundle's own, so what is learned here holds there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from transformers import LlamaForCausalLM
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.reference import effective_model, stored_mean_keys
 from kvq.exporter.rotation import head_rotation
+from kvq.runtime.attention import make_backend
 from kvq.runtime.bundle import Bundle
-from kvq.runtime.codecs import CODECS, NUMPY, Codec
+from kvq.runtime.codecs import Codec, CodecSet
 from kvq.runtime.errors import CheckpointError
 
 # read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
 # rotated and centred as the store holds them.
 Reader = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+ROWS = 128  # of attention at a time: what they do not see is not computed
 
 
 class Pass(NamedTuple):
@@ -102,9 +105,7 @@ class ParallelModel:
         x = embedding(ids, net.embed_tokens.weight)
         places = torch.arange(tokens, device=ids.device)
         cosine, sine = net.rotary_emb(x, places[None])
-        distance = places[:, None] - places[None]
-        causal, near, own = distance >= 0, distance <= self.recent, distance == 0
-        bias = torch.where(causal, 0.0, -torch.inf)
+        blocks = [_Block.of(start, min(start + ROWS, tokens), self.recent, ids) for start in range(0, tokens, ROWS)]
         keys, values = [], []
         variance = x.new_zeros(ids.shape)
         for index, layer in enumerate(net.layers):
@@ -120,35 +121,17 @@ class ParallelModel:
             value = heads(attention.v_proj) @ self.rotation
             keys.append(key)
             values.append(value)
-            group = query.shape[1] // key.shape[1]
-            rows = query.reshape(len(ids), key.shape[1], group * tokens, -1) * config.head_dim**-0.5
-            shape = (len(ids), key.shape[1], group, tokens, tokens)
             if read is None:
-                scores = (rows @ key.transpose(-1, -2)).view(shape)
-                weights = torch.softmax(scores + bias, -1)
-                mixed = weights.view(*rows.shape[:3], tokens) @ value
+                window = seen = (key, value)
             else:
                 # A query's own key and value are exact; the window's, and what passes through it on its
                 # way to a codec, are rounded to the window's 16 bits.
-                window = [_straight(x, NUMPY.window) if self.recent else x for x in (key, value)]
-                seen_key, seen_value = read(index, window[0], window[1])
-                own_score = (rows.view(*shape[:-1], -1) * key[:, :, None]).sum(-1)
-                scores = torch.where(
-                    near,
-                    (rows @ window[0].transpose(-1, -2)).view(shape),
-                    (rows @ seen_key.transpose(-1, -2)).view(shape),
-                )
-                scores = torch.where(own, own_score[..., None], scores)
-                weights = torch.softmax(scores + bias, -1)
-                flat = weights.view(*rows.shape[:3], tokens)
-                near_rows = near.repeat(group, 1)
-                mixed = (flat * near_rows) @ window[1] + (flat * ~near_rows) @ seen_value
-                own_weight = weights.diagonal(dim1=-2, dim2=-1)[..., None]
-                mixed = mixed + (own_weight * (value - window[1])[:, :, None]).reshape(mixed.shape)
+                window = tuple(_straight(x, _codecs().window) if self.recent else x for x in (key, value))
+                seen = read(index, *window)
+            mixed, squares = _attention(query * config.head_dim**-0.5, (key, value), window, seen, blocks)
             if index + 1 == len(net.layers):
-                squares = weights.detach().square().sum(-1).mean((1, 2))
                 length = places + 1.0
-                variance = squares / length - 1 / length**2
+                variance = squares.mean(1) / length - 1 / length**2
             mixed = mixed.view(len(ids), -1, tokens, config.head_dim) @ self.rotation.T
             mixed = mixed.transpose(1, 2).reshape(*ids.shape, -1)
             x = x + linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
@@ -158,6 +141,71 @@ class ParallelModel:
             x = x + linear(silu(gate) * up, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
         logits = linear(_norm(x, net.norm), self.model.lm_head.weight)
         return Pass(logits, variance, x, torch.stack(keys, 1), torch.stack(values, 1))
+
+
+class _Block(NamedTuple):
+    """Rows [start, stop) and the columns they see: decoded ones [0, far), the window's and their own [near, stop).
+
+    far_bias, near_bias: 0 where a row reads the column from there, else -inf; [rows, columns].
+    own: where a column is the row's own token, bool [rows, columns from near].
+    """
+
+    start: int
+    stop: int
+    far: int
+    near: int
+    far_bias: Tensor
+    near_bias: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, start: int, stop: int, recent: int, like: Tensor) -> _Block:
+        far, near = max(0, stop - 1 - recent), max(0, start - recent)
+        row = torch.arange(start, stop, device=like.device)[:, None]
+        decoded = row - torch.arange(far, device=like.device) > recent
+        distance = row - torch.arange(near, stop, device=like.device)
+        zero = torch.zeros((), device=like.device)
+        return cls(
+            start, stop, far, near, torch.where(decoded, zero, -torch.inf),
+            torch.where((distance >= 0) & (distance <= recent), zero, -torch.inf), distance == 0,
+        )  # fmt: skip
+
+
+def _attention(
+    query: Tensor,
+    exact: tuple[Tensor, ...],
+    window: tuple[Tensor, ...],
+    seen: tuple[Tensor, ...],
+    blocks: list[_Block],
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in which a row reads its own token exactly, the window's as kept, older ones as decoded.
+
+    Args:
+        query: scaled, float32 [batch, heads, tokens, head_dim].
+        exact, window, seen: keys and values, float32 [batch, kv_heads, tokens, head_dim] each.
+        blocks: of rows, covering all tokens.
+
+    Returns:
+        float32 [batch, heads, tokens, head_dim], and each row's sum of squares [batch, heads, tokens], detached.
+    """
+    batch, kv_heads, _, head_dim = exact[0].shape
+    mixed, squares = [], []
+    for block in blocks:
+        part, near = slice(block.start, block.stop), slice(block.near, block.stop)
+        rows = query[:, :, part].reshape(batch, kv_heads, -1, head_dim)  # [batch, kv_heads, group * rows, head_dim]
+        shape = (batch, kv_heads, query.shape[1] // kv_heads, block.stop - block.start)
+        far = (rows @ seen[0][:, :, : block.far].transpose(-1, -2)).view(*shape, -1)
+        close = (rows @ window[0][:, :, near].transpose(-1, -2)).view(*shape, -1)
+        own = (rows.view(*shape, head_dim) * exact[0][:, :, None, part]).sum(-1, keepdim=True)
+        close = torch.where(block.own, own, close)
+        weights = torch.softmax(torch.cat([far + block.far_bias, close + block.near_bias], -1), -1)
+        squares.append(weights.detach().square().sum(-1).flatten(1, 2))
+        flat = weights.view(batch, kv_heads, rows.shape[2], -1)
+        out = flat[..., : block.far] @ seen[1][:, :, : block.far] + flat[..., block.far :] @ window[1][:, :, near]
+        share = weights[..., block.far :].diagonal(block.start - block.near, -2, -1)[..., None]
+        out = out.view(*shape, head_dim) + share * (exact[1] - window[1])[:, :, None, part]
+        mixed.append(out.flatten(1, 2))
+    return torch.cat(mixed, 2), torch.cat(squares, 2)
 
 
 def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
@@ -174,9 +222,15 @@ def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def roundtrip(x: Tensor, bits: int) -> Tensor:
     """What a codec returns of x, with the gradient of the identity (straight-through).
 
-    The codec itself runs, in numpy: what is learned is learned about the bytes that are stored.
+    The codec itself runs, on the CPU: what is learned is learned about the bytes that are stored.
     """
-    return _straight(x, CODECS[bits])
+    return _straight(x, _codecs().by_bits[bits])
+
+
+@functools.cache
+def _codecs() -> CodecSet:
+    """The fastest there are; all give the same bytes."""
+    return make_backend().codecs
 
 
 def _straight(x: Tensor, codec: Codec) -> Tensor:

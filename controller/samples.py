@@ -11,6 +11,7 @@ import torch
 from kvq.controller.damage import WIDTHS, probe
 from kvq.controller.features import RarityCounter
 from kvq.controller.parallel import ParallelModel
+from kvq.controller.texts import Encode, count_tokens, windows
 from kvq.runtime.errors import CalibrationError
 
 # Texts of two lengths: a token of a long text is read by more queries.
@@ -53,7 +54,8 @@ class Samples:
 
 def collect(
     model: ParallelModel,
-    ids: np.ndarray,
+    encode: Encode,
+    text: str,
     tokens: int,
     seed: int,
     probes: int = 1,
@@ -63,33 +65,39 @@ def collect(
 
     Args:
         model: the bundle's weights.
-        ids: int64 [text tokens].
+        encode: text -> token ids.
+        text: the calibration text.
         tokens: about how many samples to take.
         seed: of the drawn predictions.
         probes: draws of the damage per token.
         progress: called as work goes on.
 
     Raises:
-        CalibrationError: the text is shorter than one window.
+        CalibrationError: the text is shorter than one window, or gives fewer than two.
     """
     context = model.model.config.max_position_embeddings
-    lengths = [min(n, context) for n in LENGTHS]
-    lengths = [n for n in lengths if len(ids) >= 4 * n] or lengths[:1]
-    if len(ids) < lengths[0]:
+    lengths = sorted({min(n, context) for n in LENGTHS})
+    available = count_tokens(encode, text)
+    lengths = [n for n in lengths if available >= 4 * n] or lengths[:1]
+    if available < lengths[0]:
         raise CalibrationError(
-            f"the calibration text has {len(ids)} tokens, at least {lengths[0]} are needed; give a longer text"
+            f"the calibration text has {available} tokens, at least {lengths[0]} are needed; give a longer text"
+        )
+    if lengths[0] <= model.recent + 1:
+        raise CalibrationError(
+            f"the model's context of {context} tokens is no longer than the recent window of {model.recent}:"
+            " no token is ever stored at few bits, and there is nothing to train"
         )
     plan: list[int] = []
-    while sum(plan) < min(tokens, len(ids)):
+    while sum(plan) < min(tokens, available) or len(plan) < 2:
         # As many tokens of either length.
         plan.append(min(lengths, key=lambda n: sum(p for p in plan if p == n)))
-    starts = np.linspace(0, len(ids) - max(plan), len(plan)).astype(int)
     generator = torch.Generator().manual_seed(seed)
     parts: list[Samples] = []
-    for number, (start, length) in enumerate(zip(starts.tolist(), plan, strict=True)):
+    for number, ids in enumerate(windows(encode, text, plan, "the calibration text")):
         if progress:
             progress(number, len(plan), "measuring damage")
-        parts.append(_window(model, ids[start : start + length], number, generator, probes))
+        parts.append(_window(model, ids, number, generator, probes))
     stacked = {
         name: np.concatenate([getattr(part, name) for part in parts], axis=1 if name == "signed" else 0)
         for name in Samples.__dataclass_fields__
@@ -99,8 +107,7 @@ def collect(
 
 def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch.Generator, probes: int) -> Samples:
     batch = torch.from_numpy(ids)[None].to(model.device)
-    signed, found = probe(model, batch, generator)
-    draws = [signed[0], *(probe(model, batch, generator)[0][0] for _ in range(probes - 1))]
+    signed, found = probe(model, batch, generator, probes)
     with torch.inference_mode():
         logp = found.logits[0].log_softmax(-1)
         p = logp.exp()
@@ -124,6 +131,6 @@ def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch
         paper=np.stack(paper, 1).astype(np.float32),
         norms=torch.cat(norms, 1).float().numpy(),
         residual=found.residual[0].half().cpu().numpy(),
-        signed=np.stack(draws),
+        signed=signed[:, 0],
         read=np.arange(count) < count - model.recent - 1,
     )

@@ -127,11 +127,15 @@ def train_controllers(
     opened = Bundle(bundle)
     if TOKENIZER not in opened.manifest.files:
         raise CalibrationError(f"{bundle} has no tokenizer to read the calibration text with; export one with it")
-    ids = np.asarray(Tokenizer.from_file(str(opened.path / TOKENIZER)).encode(text).ids, np.int64)
+    tokenizer = Tokenizer.from_file(str(opened.path / TOKENIZER))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     model = ParallelModel.load(opened, checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first = recipes[0]
     begun = time.perf_counter()
-    samples = collect(model, ids, first.tokens, first.seed, first.probes, progress)
+    samples = collect(
+        model, lambda part: tokenizer.encode(part).ids, text, first.tokens, first.seed, first.probes, progress
+    )
     collected = time.perf_counter() - begun
     trained = []
     for recipe in recipes:

@@ -23,6 +23,7 @@ SHAPE_FIELDS = (
 )  # fmt: skip
 # RoPE variants whose frequencies do not depend on how long the text is.
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -115,7 +116,20 @@ class Checkpoint:
         if file.is_file():
             return file.read_text(encoding="utf-8")
         template = _json(self.folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
         return template if isinstance(template, str) else None
+
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the special tokens that a chat template may name, such as {"bos_token": "<s>"}."""
+        found = _json(self.folder / "special_tokens_map.json") | _json(self.folder / "tokenizer_config.json")
+        texts = {
+            name: entry.get("content") if isinstance(entry, dict) else entry
+            for name in SPECIAL_TOKENS
+            if (entry := found.get(name)) is not None
+        }
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def eos_token_ids(self) -> list[int]:
         """Ids that end a text: of generation_config.json, else of config.json."""

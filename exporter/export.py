@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -18,10 +17,9 @@ from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graph import WeightFile
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.segments import ACCURACY_LEVEL, HEAD_BITS, LAYER_BITS, SegmentOptions, SegmentWriter
-from kvq.runtime.bundle import MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
+from kvq.runtime.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
 from kvq.runtime.errors import BundleError, CheckpointError
-
-CHAT_TEMPLATE = "chat_template.jinja"
+from kvq.runtime.files import sync_folder, write_atomically
 
 # progress(done, total, what)
 Progress = Callable[[int, int, str], None]
@@ -63,6 +61,7 @@ def export(
     rotate: bool = True,
     center: bool = True,
     calibration: str | None = None,
+    name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -77,6 +76,7 @@ def export(
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
         calibration: that text; None takes a built-in one.
+        name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
         progress: called as work goes on.
 
@@ -84,13 +84,13 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    for name, value, known in (
+    for option, value, known in (
         ("weights", weights, LAYER_BITS),
         ("activations", activations, ACCURACY_LEVEL),
         ("block", block, (16, 32, 64, 128, 256)),
     ):
         if value not in known:
-            raise CheckpointError(f"{name} is {value!r}; use one of {', '.join(map(str, known))}")
+            raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known))}")
     begun = time.perf_counter()
     out = Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -122,8 +122,8 @@ def export(
         file = WeightFile(folder)
         writer = SegmentWriter(checkpoint, SegmentOptions(weights, activations, block, rotation, means), folder, file)
         segments = []
-        for name in writer.segments():
-            segments.append(name)
+        for segment in writer.segments():
+            segments.append(segment)
             progress(len(segments), shape.layers + 4, "writing segments")
         decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
         file.close()
@@ -131,7 +131,7 @@ def export(
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
         manifest = Manifest(
-            name=checkpoint.name,
+            name=name or checkpoint.name,
             architecture=shape,
             weights={
                 "layers": weights,
@@ -146,6 +146,7 @@ def export(
             decoder=decoder,
             head=head,
             uncertainty=uncertainty,
+            special_tokens=checkpoint.special_tokens(),
             files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},
         )
         write_text(folder, MANIFEST, manifest.to_json())
@@ -175,7 +176,7 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
-        _sync(folder)
+        sync_folder(folder)
         if out.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             out.rename(aside / out.name)
@@ -187,7 +188,7 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             folder.rename(out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -205,20 +206,7 @@ def _replaceable(folder: Path) -> bool:
     return found <= listed | {MANIFEST}
 
 
-def _sync(folder: Path) -> None:
-    """fsync a folder, so that its entries survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(folder: Path, name: str, text: str | None) -> None:
-    """Write and fsync a UTF-8 file; None writes nothing."""
-    if text is None:
-        return
-    with open(folder / name, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a UTF-8 file that survives a power cut; None writes nothing."""
+    if text is not None:
+        write_atomically(folder / name, text)

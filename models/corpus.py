@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kvq.runtime.files import atomic_file
+
 END_OF_TEXT = "<|endoftext|>"
 # The chat markers of SmolLM-Instruct; reserved so that a fine-tune need not resize the vocabulary.
 SPECIAL_TOKENS = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
@@ -59,7 +61,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 8192) -> Tokenizer:
 def pack(texts: Iterator[str], tokenizer: Tokenizer, out: Path) -> int:
     """Write all documents as uint16 ids to `out`, each closed by end-of-text; return the count.
 
-    Written to a temporary file and renamed, so a killed run never leaves half a corpus behind.
+    A killed run never leaves half a corpus behind.
     """
     if tokenizer.get_vocab_size() > 1 << 16:
         raise ValueError(
@@ -68,16 +70,12 @@ def pack(texts: Iterator[str], tokenizer: Tokenizer, out: Path) -> int:
         )
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.uint16)
     count = 0
-    partial = out.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with atomic_file(out) as file:
         for encoding in _encode(texts, tokenizer):
             ids = np.asarray(encoding, np.uint16)
             file.write(ids.tobytes())
             file.write(end.tobytes())
             count += len(ids) + 1
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)
     return count
 
 

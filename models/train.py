@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from kvq.exporter.export import export
 from kvq.exporter.segments import LAYER_BITS
 from kvq.models.corpus import documents, pack, train_tokenizer
 from kvq.models.family import SHAPES, config
+from kvq.runtime.files import atomic_file, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +93,6 @@ def validate(loss, ids: np.ndarray, length: int, device: str, windows: int = 64)
     return float(sum(parts) / len(parts))
 
 
-def save_atomically(obj, path: Path) -> None:
-    """torch.save to a temporary name, fsync, rename."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def prepare(corpus: Path, valid: Path | None, out: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     """Tokenizer and packed ids (uint16 [tokens]) of both texts, made once and reused."""
     tokenizer_file = out / "tokenizer.json"
@@ -164,7 +154,8 @@ def train(model, recipe: Recipe, ids: np.ndarray, valid: np.ndarray, out: Path, 
                 file.write(json.dumps(line) + "\n")
         if done % recipe.checkpoint_steps == 0 or done == recipe.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            save_atomically(state, checkpoint)
+            with atomic_file(checkpoint) as file:
+                torch.save(state, file)
 
 
 def plot_curve(curve: Path, image: Path) -> None:
@@ -189,7 +180,8 @@ def plot_curve(curve: Path, image: Path) -> None:
 @click.argument("corpus", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--valid", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="held-out text")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default=Recipe.shape, show_default=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), metavar="NAME", default=Recipe.shape, show_default=True,
+              help=", ".join(SHAPES))  # fmt: skip
 @click.option("--steps", default=Recipe.steps, show_default=True)
 @click.option("--seed", default=Recipe.seed, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -209,7 +201,7 @@ def main(corpus, out, valid, shape, steps, seed, device, weights, compiled) -> N
     fields = config(shape)
     tokenizer, ids, valid_ids = prepare(corpus, valid, out, fields["vocab_size"])
     model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa")).to(device)
-    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+    write_atomically(out / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
     train(model, recipe, ids, valid_ids, out, device, compiled)
     plot_curve(out / "curve.jsonl", out / "curve.png")
     checkpoint = out / shape

@@ -21,6 +21,7 @@ FORMAT = "kvq-bundle"
 FORMAT_VERSION = 2
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 MANIFEST_MAX_BYTES = 1 << 20
 # Far above any model of this kind: buffers are made after the manifest, before the graphs are compared with it.
 MOST_FEATURES = 1 << 17
@@ -59,6 +60,7 @@ class Manifest:
         head, uncertainty: graph files.
         controllers: name of a learned policy -> {"file", "set", "objective", "classes", "curve", "model", "report"},
             see `kvq.controller.train`.
+        special_tokens: name in the checkpoint's tokenizer -> text, for the chat template, e.g. {"bos_token": "<s>"}.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """
 
@@ -74,6 +76,7 @@ class Manifest:
     uncertainty: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     controllers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict)
 
     @property
     def model_digest(self) -> str:
@@ -106,10 +109,12 @@ class Manifest:
                     f" {remedy}"
                 )
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
-            names = [f.name for f in fields(Manifest) if f.name not in ("architecture", "controllers")]
-            controllers = data.get("controllers", {})  # older bundles have none
+            later = ("controllers", "special_tokens")  # older bundles have none
+            names = [f.name for f in fields(Manifest) if f.name not in ("architecture", *later)]
             manifest = Manifest(
-                architecture=architecture, **{name: data[name] for name in names}, controllers=controllers
+                architecture=architecture,
+                **{name: data[name] for name in names},
+                **{name: data.get(name, {}) for name in later},
             )
             _check_types(manifest)
             return manifest
@@ -138,6 +143,8 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
         if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
             raise ValueError(f"entry of {name}")
+    if not all(isinstance(text, str) for item in manifest.special_tokens.items() for text in item):
+        raise ValueError(f"special_tokens {manifest.special_tokens}")
     controllers = [entry["file"] for entry in manifest.controllers.values()]
     for name in (*manifest.segments, manifest.decoder, manifest.head, manifest.uncertainty, WEIGHTS, *controllers):
         if name not in manifest.files:

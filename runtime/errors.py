@@ -11,6 +11,10 @@ class BundleError(KvqError):
     """A model bundle is missing, damaged, unsafe or of another format version."""
 
 
+class HubError(BundleError):
+    """A model that would have to come from the hub, which cannot be had or is not to be used."""
+
+
 class CheckpointError(KvqError):
     """A checkpoint to export cannot be read: missing files, pickled weights, wrong shapes."""
 
@@ -39,6 +43,10 @@ class ContextError(KvqError):
     """More tokens than the model's context window holds."""
 
 
+class SessionError(KvqError):
+    """A session file that cannot be read or written, is damaged, or belongs to another model."""
+
+
 class SamplingError(KvqError):
     """A sampling option is out of its range."""
 
@@ -51,5 +59,23 @@ class TokenizerError(KvqError):
     """Text was given to a bundle that carries no tokenizer."""
 
 
+class ChatTemplateError(KvqError):
+    """A bundle's chat template is not valid, does what it must not, or refuses the conversation."""
+
+
 class BackendError(KvqError):
     """An attention backend or thread setting cannot be had in this process."""
+
+
+class ServerError(KvqError):
+    """`kvq serve` cannot start: the address is taken, or an option is out of its range."""
+
+
+class RequestError(KvqError):
+    """A request that the server refuses; `status`, `code` and `param` go into the HTTP answer."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param

@@ -1,7 +1,11 @@
 """Pages: fixed-capacity arrays of tokens that share one (key bits, value bits) pair.
 
 A page holds all layers and KV heads of its tokens. Tokens are only ever added behind the
-last one or dropped from the end, and a stored token's bytes never change.
+last one or dropped from the end, and a stored token's bytes never change. All pages of a bucket but
+the last are full, so their number and sizes follow from the bucket's count of tokens alone.
+
+Forked buckets share their pages. A shared page never changes again: whoever wants to add to it or
+to drop tokens from it goes on with a copy of its own.
 
 Values lie token by token. Keys lie in tiles of 16 tokens, word by word (see `codecs.base`): word
 j of all tokens of a tile, then word j + 1. A dot product with a query then runs down the tokens
@@ -125,12 +129,17 @@ class Slots:
 
 
 class Page:
-    """Room for `capacity` tokens of one `Bits` pair; `count` of them are used."""
+    """Room for `capacity` tokens of one `Bits` pair; `count` of them are used.
+
+    shared: other buckets may hold this page too, so it must not change any more.
+    """
 
     def __init__(self, bits: Bits, geometry: Geometry, capacity: int) -> None:
         self.bits = bits
+        self.geometry = geometry
         self.capacity = capacity
         self.count = 0
+        self.shared = False
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
@@ -143,6 +152,24 @@ class Page:
         self.values.write(slice(start, stop), values)
         self.positions[start:stop] = positions
         self.count = stop
+
+    def parts(self) -> list[np.ndarray]:
+        """Views of what is used of each array: positions; key codes of whole tiles, and of the begun one; key scales;
+        value codes and scales.
+        """
+        n, (tiles, rest) = self.count, divmod(self.count, TILE_TOKENS)
+        keys, values = self.keys, self.values
+        begun = keys.codes[:, :, tiles : tiles + bool(rest), :, :rest]
+        return [
+            *(self.positions[:n], keys.codes[:, :, :tiles], begun, keys.scales[:, :, :n]),
+            *(values.codes[:, :, :n], values.scales[:, :, :n]),
+        ]
+
+    def copy(self, count: int) -> Page:
+        """A page of the same capacity that holds the first `count` tokens and is nobody else's."""
+        twin, kept = Page(self.bits, self.geometry, self.capacity), slice(0, count)
+        twin.append(self.keys.encoded(kept), self.values.encoded(kept), self.positions[kept])
+        return twin
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Decode one layer's tokens [start, stop) into keys, values float32 [kv_heads, stop - start, head_dim]."""
@@ -172,11 +199,13 @@ class Bucket:
         return g.layers * g.kv_heads * sum(CODECS[b].vector_bytes(g.head_dim) for b in self.bits) + 4
 
     def open_page(self) -> Page:
-        """The last page, which has room for a token; a new one if need be."""
+        """The last page, which has room for a token and is not shared; a new one if need be."""
         if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
             size = min(max(FIRST_PAGE_TOKENS, self.count), LAST_PAGE_TOKENS)
             self.pages.append(Page(self.bits, self.geometry, size))
             self.nbytes += self.pages[-1].nbytes
+        elif self.pages[-1].shared:
+            self.pages[-1] = self.pages[-1].copy(self.pages[-1].count)
         return self.pages[-1]
 
     def close_empty_page(self) -> None:
@@ -201,7 +230,19 @@ class Bucket:
             page = self.pages[-1]
             kept = int(np.searchsorted(page.positions[: page.count], length))
             self.count -= page.count - kept
-            page.count = kept
-            if kept:
-                return
-            self.nbytes -= self.pages.pop().nbytes
+            if not kept:
+                self.nbytes -= self.pages.pop().nbytes
+                continue
+            if kept < page.count and page.shared:
+                self.pages[-1] = page.copy(kept)
+            else:
+                page.count = kept
+            return
+
+    def fork(self) -> Bucket:
+        """A bucket of the same tokens, on the same pages."""
+        twin = Bucket(self.bits, self.geometry)
+        for page in self.pages:
+            page.shared = True
+        twin.pages, twin.count, twin.nbytes = list(self.pages), self.count, self.nbytes
+        return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TypedDict
@@ -10,8 +11,11 @@ import numpy as np
 
 from kvq.runtime.errors import SamplingError
 
-# sampler(logits float32 [vocab], history of token ids) -> (token, its log-probability in nats)
+# sampler(logits float32 [vocab], all token ids before the new one) -> (token, its log-probability in nats)
 Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
+
+# Keeps the draws apart from those of `random` policies, which come from the same generator.
+SAMPLING_STREAM = 0x6B76712D74657874  # "kvq-text"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -54,7 +58,8 @@ def make_sampler(
         min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024).
         repetition_penalty: divide positive and multiply negative logits of tokens in the history
             (Keskar et al. 2019); 1 leaves them alone; from 0.01 to 100.
-        seed: of the random generator; None draws one.
+        seed: decides every draw, together with the place in the text (the number of tokens before it); its last 64
+            bits count, None draws one. So a text continues alike whether or not its session was saved in between.
 
     The log-probability returned is the model's own: of the raw logits, before any of this.
 
@@ -71,7 +76,7 @@ def make_sampler(
             raise SamplingError(f"{name} must be an integer, got {value!r}")
     if seed is not None and seed < 0:
         raise SamplingError(f"seed must not be negative, got {seed}")
-    generator = np.random.default_rng(seed)
+    stream = (secrets.randbits(64) if seed is None else int(seed)) ^ SAMPLING_STREAM
 
     def sample(logits: np.ndarray, history: Sequence[int]) -> tuple[int, float]:
         scores = logits
@@ -86,7 +91,8 @@ def make_sampler(
         else:
             with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
                 scores = (scores.astype(np.float64) - scores.max()) / temperature
-            token = _draw(scores, generator, top_k, top_p, min_p)
+            point = float(uniform(np.array([len(history)]), stream)[0])
+            token = _draw(scores, point, top_k, top_p, min_p)
         return token, log_probability(logits, token)
 
     return sample
@@ -98,8 +104,11 @@ def log_probability(logits: np.ndarray, token: int) -> float:
     return float(logits[token] - peak - np.log(np.exp(logits - peak).sum()))
 
 
-def _draw(scores: np.ndarray, generator: np.random.Generator, top_k: int, top_p: float, min_p: float) -> int:
-    """Draw from softmax(scores float64 [vocab]) after the filters; the most likely token always survives."""
+def _draw(scores: np.ndarray, point: float, top_k: int, top_p: float, min_p: float) -> int:
+    """Draw from softmax(scores float64 [vocab]) after the filters, by a point in [0, 1) on the cumulative weights.
+
+    The most likely token always survives.
+    """
     candidates = np.arange(len(scores))
     if 0 < top_k < len(scores):
         candidates = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
@@ -113,8 +122,20 @@ def _draw(scores: np.ndarray, generator: np.random.Generator, top_k: int, top_p:
     if min_p > 0.0:
         weights = np.where(weights >= min_p, weights, 0.0)  # the most likely token has weight one
     edges = np.cumsum(weights)
-    point = min(generator.random() * edges[-1], np.nextafter(edges[-1], 0))
+    point = min(point * edges[-1], np.nextafter(edges[-1], 0))
     return int(candidates[np.searchsorted(edges, point, side="right")])
+
+
+def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 of the positions' shape, a pure function of (seed, position).
+
+    SplitMix64 (Steele, Lea, Flood 2014): a counter-based generator needs no state to save.
+    """
+    z = positions.astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) & (1 << 64) - 1)
+    z = z * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def _check(name: str, value: float, least: float, most: float, above: bool = False) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Unpack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -14,12 +16,12 @@ from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_po
 from kvq.runtime.attention import make_backend
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.engine import HEAD_ROWS, ForwardPass, Head
-from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError
+from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError, SessionError
 from kvq.runtime.generate import Response, stream
 from kvq.runtime.pages import Geometry
 from kvq.runtime.sampling import SamplingOptions
 from kvq.runtime.statistics import Clock, Stats
-from kvq.runtime.store import KVStore
+from kvq.runtime.store import KVStore, distinct_nbytes
 
 if TYPE_CHECKING:
     from kvq.runtime.model import Model
@@ -40,6 +42,9 @@ class Session:
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
         kv_bits: most bits per stored value, all told, or
         kv_memory: most bytes of the store; either is kept as `kvq.controller.budget` defines it.
+
+    Attributes:
+        metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
     def __init__(
@@ -59,7 +64,9 @@ class Session:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
         shape = model.architecture
         self.model = model
+        self.metadata: dict[str, Any] = {}
         self.policy = make_policy(policy, model.bundle)
+        self._wanted_backend = backend
         self.backend = make_backend(backend)
         self.tokens: list[int] = []
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
@@ -70,7 +77,8 @@ class Session:
             sink=sink,
             codecs=self.backend.codecs,
         )
-        self.budget = None
+        self.budget: Budget | None = None
+        self.kv_bits, self.kv_memory = kv_bits, kv_memory
         if kv_bits is not None or kv_memory is not None:
             window, geometry = self.store.window.capacity, self.store.geometry
             self.budget = Budget(
@@ -88,7 +96,12 @@ class Session:
         """Tokens that still fit into the context."""
         return self.model.architecture.context - len(self.tokens) - len(self.pending)
 
-    def append(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+    def append(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        all_logits: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
         """Feed tokens to the model and store them.
 
         Tokens of one chunk see each other unrounded and all earlier ones as the store keeps them, so
@@ -97,6 +110,7 @@ class Session:
         Args:
             ids: token ids, at least one.
             all_logits: return the logits after every appended token instead of the last alone.
+            progress: called after each chunk with the tokens done and to do; raising there leaves those done appended.
 
         Returns:
             float32 [vocab], or float32 [len(ids), vocab] with all_logits.
@@ -121,6 +135,8 @@ class Session:
             at = start + skip - first_wanted
             self._step(chunk, skip, logits[at : at + len(chunk) - skip])
             clock.add(len(chunk), time.perf_counter() - begun, read)
+            if progress is not None:
+                progress(start + len(chunk), len(feed))
         self.last_logits = logits[-1].copy() if all_logits else logits[0]
         return logits if all_logits else logits[0]
 
@@ -160,7 +176,9 @@ class Session:
         features = TokenFeatures(
             positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
         )
-        self.store.append(layers.keys, layers.values, self._choice(features))
+        choice = self._choice(features)
+        self.store.append(layers.keys, layers.values, choice)
+        self.last_logits = None  # those of an earlier token now, should a later chunk fail
         if "rarity" in needs:
             self._rarity.count(ids)
         self.tokens += ids.tolist()
@@ -261,6 +279,48 @@ class Session:
         if again:
             self.append(again)
 
+    def fork(self) -> Session:
+        """A second session with the same text, settings and metadata, which goes its own way from here.
+
+        The two share the pages of the text so far, see `kv_nbytes`, and may run in different threads.
+        With the same seed both continue alike.
+        """
+        self._check_whole()
+        twin = Session(
+            self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
+            prefill_chunk=self.prefill_chunk, backend=self._wanted_backend,
+        )  # fmt: skip
+        twin.store = self.store.fork(twin.backend.codecs)
+        twin.budget, twin.kv_bits, twin.kv_memory = self.budget, self.kv_bits, self.kv_memory
+        twin._restore(list(self.tokens), list(self.pending), self.last_logits)
+        twin.metadata = copy.deepcopy(self.metadata)
+        return twin
+
+    def _restore(self, tokens: list[int], pending: list[int], last_logits: np.ndarray | None) -> None:
+        """Take over the text of a store that is filled already."""
+        self.tokens, self.pending = tokens, pending
+        self.last_logits = None if last_logits is None else last_logits.copy()
+        self._rarity.count(np.asarray(tokens, np.int64))
+
+    def _check_whole(self) -> None:
+        """Raise SessionError where an interrupted step has left text and store apart."""
+        if self.store.length != len(self.tokens):
+            raise SessionError(
+                "the session was interrupted in the middle of a step and cannot go on; make a new one, or load the last"
+                " one saved"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
+
+        Raises:
+            SessionError: the file cannot be written, or metadata is not made of JSON values.
+        """
+        from kvq.runtime.session_file import write_session
+
+        self._check_whole()
+        write_session(self, path)
+
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
         store, shape = self.store, self.model.architecture
@@ -285,3 +345,8 @@ class Session:
             ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
             gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
         )
+
+
+def kv_nbytes(sessions: Iterable[Session]) -> int:
+    """Bytes of the KV stores of some sessions; pages that forks share are counted once."""
+    return distinct_nbytes([session.store for session in sessions])

@@ -7,7 +7,7 @@ newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class RecentWindow:
         room = -(-capacity // TILE_TOKENS) * TILE_TOKENS
         self.keys = Slots(NUMPY.window, geometry, room, tiled=True)
         self.values = Slots(NUMPY.window, geometry, room, tiled=False)
-        self.head_dim = geometry.head_dim
+        self.geometry = geometry
         self.token_bytes = 2 * geometry.layers * geometry.kv_heads * NUMPY.window.vector_bytes(geometry.head_dim) + 2
         self.bits = np.zeros((capacity, 2), np.uint8)
         self.capacity = capacity
@@ -40,6 +40,15 @@ class RecentWindow:
         """Bytes of all slots, used or not."""
         return self.keys.nbytes + self.values.nbytes + self.bits.nbytes
 
+    def copy(self) -> RecentWindow:
+        """A window of the same tokens."""
+        twin = RecentWindow(self.geometry, self.capacity)
+        for new, old in ((twin.keys, self.keys), (twin.values, self.values)):
+            new.codes[...], new.scales[...] = old.codes, old.scales
+        twin.bits[...] = self.bits
+        twin.count = self.count
+        return twin
+
     def slots(self, start: int, stop: int) -> np.ndarray:
         """Ring slots of the positions [start, stop)."""
         return np.arange(start, stop) % self.capacity
@@ -49,7 +58,7 @@ class RecentWindow:
         decoded = []
         for part in (self.keys, self.values):
             shape = part.codes.shape[:2] if layer is None else part.codes.shape[1:2]
-            decoded.append(np.empty((*shape, len(slots), self.head_dim), np.float32))
+            decoded.append(np.empty((*shape, len(slots), self.geometry.head_dim), np.float32))
             part.decode(slots, decoded[-1], slice(None) if layer is None else layer)
         return decoded[0], decoded[1]
 
@@ -187,6 +196,14 @@ class KVStore:
         self.window.count = max(0, length - (self.length - self.window.count))
         self.length = length
 
+    def fork(self, codecs: CodecSet) -> KVStore:
+        """A store of the same tokens that goes its own way and shares the pages; codecs: what it encodes with."""
+        twin = KVStore(self.geometry, self.window.capacity, self.sink, codecs)
+        twin.window = self.window.copy()
+        twin.buckets = {bits: bucket.fork() for bits, bucket in self.buckets.items()}
+        twin.length, twin.peak_nbytes = self.length, self.nbytes
+        return twin
+
     def blocks(
         self, layer: int, limit: int, scratch: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -247,6 +264,13 @@ class KVStore:
             "slack_nbytes": window.nbytes - window.count * window.token_bytes,
         }
         return rows
+
+
+def distinct_nbytes(stores: Collection[KVStore]) -> int:
+    """Bytes held by all arrays of some stores, shared pages counted once."""
+    held = {id(store.window): store.window.nbytes for store in stores}
+    held |= {id(page): page.nbytes for store in stores for bucket in store.buckets.values() for page in bucket.pages}
+    return sum(held.values())
 
 
 def _runs(pages: list[Page], limit: int) -> Iterator[list[tuple[Page, int, int]]]:

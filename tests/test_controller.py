@@ -17,6 +17,7 @@ from kvq.controller.network import features_of
 from kvq.controller.parallel import ParallelModel
 from kvq.controller.policies import Policy, make_policy
 from kvq.controller.samples import collect
+from kvq.controller.texts import windows
 from kvq.controller.train import Recipe, fit, store, train_controllers
 from kvq.exporter.calibration import calibration_text
 from kvq.runtime.bundle import MANIFEST, Bundle, digest
@@ -55,8 +56,7 @@ def trained(tiny_bundle, tiny_checkpoint, tmp_path_factory):
 def samples(tiny_bundle, tiny_checkpoint):
     bundle = Bundle(tiny_bundle)
     model = ParallelModel.load(bundle, tiny_checkpoint)
-    ids = np.asarray(kvq.load(tiny_bundle).encode(TEXT), np.int64)
-    return collect(model, ids, 600, seed=0)
+    return collect(model, kvq.load(tiny_bundle).encode, TEXT, 600, seed=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 256])
@@ -131,6 +131,28 @@ def test_features_of_single_tokens_and_of_chunks_agree(tiny_model):
     for name, one, many in zip(("positions", "entropy", "rarity", "variance", "confidence"), *runs, strict=True):
         # Earlier tokens of a chunk are read exactly, those of the window at 16 bits: the logits differ a little.
         np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 90])
+def test_features_follow_from_logits_and_attention_to_1e_5(chunk, tiny_model):
+    """Streaming features against their formulas over whole arrays, in float64, of the same logits and the same text."""
+    ids = np.random.default_rng(6).integers(0, TINY["vocab_size"], 90)
+    policy = Watcher()
+    session = tiny_model.session(policy, recent=90, prefill_chunk=chunk)
+    logits = session.append(ids, all_logits=True).astype(np.float64)
+    _, entropy, rarity, variance, confidence = (
+        np.concatenate(part) for part in list(zip(*policy.shown, strict=True))[:5]
+    )
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(1), atol=1e-5)
+    np.testing.assert_allclose(confidence, p.max(1), atol=1e-5)
+    earlier = np.array([(ids[:i] == ids[i]).sum() for i in range(90)])
+    distinct = np.array([len(set(ids[:i].tolist())) for i in range(90)])
+    np.testing.assert_allclose(rarity, np.log((np.arange(90) + distinct + 1) / (earlier + 1)), atol=1e-5)
+    whole = Watcher()
+    tiny_model.session(whole, recent=90, prefill_chunk=90).append(ids)
+    np.testing.assert_allclose(variance, whole.shown[0][3], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adaptive", "paper"])
@@ -231,6 +253,49 @@ def test_a_controller_of_an_unknown_feature_set_is_refused(trained, tmp_path):
 def test_a_learned_policy_needs_a_model(name):
     with pytest.raises(PolicyError, match=r"model\.session"):
         make_policy(name)
+
+
+@pytest.mark.parametrize("repeats", [2, 400])
+def test_a_text_is_trained_on_in_windows_from_all_of_it(repeats):
+    """Long texts are not encoded as a whole: of what is asked for, at most a few times as much is read."""
+    text = "".join(f"{i:06d} " for i in range(1000 * repeats))
+    read = []
+
+    def encode(part):
+        read.append(len(part))
+        return [int(word) for word in part.split() if len(word) == 6]
+
+    found = windows(encode, text, [50, 100, 50, 100], "the text")
+    assert [len(ids) for ids in found] == [50, 100, 50, 100]
+    assert found[0][0] == 0
+    assert found[-1][-1] >= 0.8 * 1000 * repeats
+    assert all((np.diff(ids) == 1).all() for ids in found)
+    assert sum(read) < 50_000
+
+
+def test_windows_of_a_short_text_overlap():
+    found = windows(lambda part: list(part.encode()), "abcdefghij", [8, 8, 10], "the text")
+    assert [bytes(ids.tolist()).decode() for ids in found] == ["abcdefgh", "abcdefgh", "abcdefghij"]
+    with pytest.raises(CalibrationError, match="the text has 10 tokens, a window needs 11"):
+        windows(lambda part: list(part.encode()), "abcdefghij", [11], "the text")
+
+
+TEXTS = {
+    "not English": "Съешь же ещё этих мягких французских булок, да выпей чаю. 床前明月光，疑是地上霜。\n" * 300,
+    "one word": "a" * 20_000,
+    "nothing but spaces after a word": "a" + " " * 20_000,
+    "a window and a half": "the sea and the ship " * 80,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_any_text_that_is_long_enough_trains_a_controller(text, tiny_bundle, tiny_checkpoint, tmp_path):
+    path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    train_controllers(path, tiny_checkpoint, text, [Recipe(tokens=600, epochs=1)])
+    model = kvq.load(path)
+    session = model.session("adaptive", recent=2, kv_bits=8)
+    session.append(model.encode(text[:400])[:100])
+    assert session.stats().kv_used_bits <= 8
 
 
 def test_too_short_a_text_is_refused(tiny_bundle, tiny_checkpoint):

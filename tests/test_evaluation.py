@@ -14,8 +14,10 @@ from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.cli import evaluate
 from kvq.controller.evaluation.divergence import outcome, reference
 from kvq.controller.evaluation.pareto import chunks, compare, measure
+from kvq.controller.evaluation.report import tables
 from kvq.controller.policies import make_policy
 from kvq.exporter.calibration import calibration_text
+from kvq.runtime.cli.main import guarded
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.pages import Geometry
 from kvq.runtime.store import KVStore
@@ -107,6 +109,63 @@ def test_the_command_writes_rows(tiny_bundle, tmp_path):
 def test_too_short_a_text_is_refused(tiny_bundle, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Too short.")
-    with pytest.raises(CalibrationError, match="a chunk needs") as caught:
+    with pytest.raises(CalibrationError, match="a window needs") as caught:
         chunks(kvq.load(tiny_bundle), [text], 100, 2)
     assert "\n" not in str(caught.value)
+
+
+def refused(arguments, capsys):
+    """Exit code and stderr of ``kvq eval pareto`` with these arguments."""
+    with pytest.raises(SystemExit) as caught:
+        guarded(lambda: evaluate.main(["pareto", *map(str, arguments)], standalone_mode=False))
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("kvq: ")
+    assert "\n" not in message
+    return caught.value.code, message
+
+
+def test_refusals_are_one_line(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(calibration_text())
+    other.write_bytes(b"\xff\xfe\x00")
+    common = ["-m", tiny_bundle, "--chunks", 1, "--recent", 4]
+    for extra, code, expected in (
+        (["--text", text, "--context", 300], 1, "context of 256"),
+        (["--text", text, "--context", 100, "--bits", "9,2"], 2, "below what is possible"),
+        (["--text", text, "--context", 4, "--bits", 9], 2, "below what is possible"),
+        (["--text", other, "--context", 60, "--bits", 9], 1, "not UTF-8"),
+        (["--text", tmp_path / "none", "--context", 60, "--bits", 9], 1, "cannot read"),
+        (["--text", text, "--context", 60, "--bits", 9, "--checkpoint", tmp_path], 1, "config.json"),
+    ):
+        found, message = refused([*common, *extra], capsys)
+        assert expected in message
+        assert found == code
+
+
+def test_one_text_at_the_edges_of_the_budgets(tiny_model):
+    ids = np.random.default_rng(0).integers(0, 512, 60)
+    lowest = Bytes(BlockScorer(tiny_model, 60, 4).geometry, 60, 4)
+    edge = lowest.bits(lowest.stored * lowest.each(LADDER[:1])[0] + lowest.window)
+    rows = measure(tiny_model, [ids], [edge + 1e-6, 40.0], recent=4)
+    for row in rows:
+        assert row["bits_requested"] is None or row["bits_measured"] <= row["bits_requested"] + 1e-3
+    assert tables(rows)
+
+
+def test_arms_measured_apart_are_those_measured_together(tiny_model):
+    texts = [np.random.default_rng(seed).integers(0, 512, 60) for seed in range(2)]
+    together = measure(tiny_model, texts, [9.0], recent=4)
+    apart = [
+        row for arms in (("int4", "random"), ("static",)) for row in measure(tiny_model, texts, [9.0], 4, arms=arms)
+    ]
+    assert [row["arm"] for row in apart] == ["int4", "random", "static"]
+    assert all(row in together for row in apart)
+
+
+@pytest.mark.parametrize("arms", ["shuffled", "oracle", "adaptive,best"])
+def test_arms_that_cannot_be_measured_are_wrong_usage(arms, tiny_bundle, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(calibration_text())
+    result = CliRunner().invoke(evaluate, ["pareto", "-m", str(tiny_bundle), "--text", str(text), "--arms", arms])
+    assert result.exit_code == 2
+    assert "--arms" in result.output

@@ -73,6 +73,12 @@ def literal_distribution(
     return dict(zip(kept, softmax([scores[token] for token in kept]), strict=True))
 
 
+def draws(sampler, logits: np.ndarray, history: list[int], count: int) -> list[tuple[int, float]]:
+    """What the sampler draws at `count` places of a text, one behind the other, over the same ids each time."""
+    longer = np.array([*history, *[history[0] if history else 0] * count])
+    return [sampler(logits, longer[: len(history) + i]) for i in range(count)]
+
+
 def some_logits(seed: int, vocab: int = VOCAB) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1.2, vocab).astype(np.float32)
 
@@ -83,7 +89,7 @@ def test_draws_come_from_the_kept_set_with_its_renormalised_probabilities(option
     logits = some_logits(seed)
     expected = literal_distribution(logits.tolist(), HISTORY, **options)
     sampler = make_sampler(**{"temperature": 1.0, **options}, seed=seed)
-    counts = Counter(sampler(logits, HISTORY)[0] for _ in range(DRAWS))
+    counts = Counter(token for token, _ in draws(sampler, logits, HISTORY, DRAWS))
 
     assert set(counts) <= set(expected)
     assert {token for token, p in expected.items() if p * DRAWS > 20} <= set(counts)
@@ -108,7 +114,7 @@ def test_no_token_outside_the_kept_set_is_ever_drawn(tenths, top_k, top_p, min_p
     # A border that falls on a cumulative sum is decided by rounding: both sides of it are right.
     expected = set(literal_distribution(logits.tolist(), [], top_p=min(1.0, top_p + 1e-9), **options))
     sampler = make_sampler(top_p=top_p, seed=seed, **options)
-    assert {sampler(logits, [])[0] for _ in range(30)} <= expected
+    assert {token for token, _ in draws(sampler, logits, [], 30)} <= expected
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40), st.integers(0, 99))
@@ -123,19 +129,19 @@ def test_greedy_takes_the_first_largest_logit_whatever_the_other_options(logits,
 def test_a_vanishing_temperature_is_greedy(temperature):
     logits = np.array([1.0, 9.0, 3.0, -2.0], np.float32)
     sampler = make_sampler(temperature=temperature, seed=0)
-    assert [sampler(logits, [])[0] for _ in range(20)] == [1] * 20
+    assert {token for token, _ in draws(sampler, logits, [], 20)} == {1}
 
 
 def test_a_high_temperature_draws_every_token():
     sampler = make_sampler(temperature=1e6, seed=0)
-    assert {sampler(some_logits(0), [])[0] for _ in range(300)} == set(range(VOCAB))
+    assert {token for token, _ in draws(sampler, some_logits(0), [], 300)} == set(range(VOCAB))
 
 
 def test_ties_at_the_border_of_top_k_are_kept_by_id():
     # "ties by id, so that a seed means the same on every machine"
     logits = np.zeros(1000, np.float32)
     sampler = make_sampler(temperature=1.0, top_k=5, seed=0)
-    assert {sampler(logits, [])[0] for _ in range(200)} == {0, 1, 2, 3, 4}
+    assert {token for token, _ in draws(sampler, logits, [], 200)} == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
@@ -151,9 +157,26 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(options):
         assert tokens(5) != tokens(6)
 
 
+def test_a_draw_depends_on_seed_and_place_alone():
+    logits = np.zeros(1000, np.float32)
+    first = make_sampler(seed=4)
+    expected = [token for token, _ in draws(first, logits, [], 40)]
+    again = make_sampler(seed=4)
+    places = np.random.default_rng(0).permutation(40)
+    assert [again(logits, [7] * place)[0] for place in places] == [expected[place] for place in places]
+    assert len(set(expected)) > 30
+
+
+def test_neighbouring_seeds_do_not_draw_alike():
+    logits = np.zeros(10_000, np.float32)
+    rows = [[token for token, _ in draws(make_sampler(seed=seed), logits, [], 50)] for seed in range(20)]
+    tokens = [token for row in rows for token in row]
+    assert len(set(tokens)) > 900  # 953 of 1,000 independent draws are expected to differ
+
+
 def test_without_a_seed_two_samplers_differ():
     logits = np.zeros(1000, np.float32)
-    runs = [[sampler(logits, [])[0] for _ in range(20)] for sampler in (make_sampler(), make_sampler())]
+    runs = [draws(sampler, logits, [], 20) for sampler in (make_sampler(), make_sampler())]
     assert runs[0] != runs[1]  # equal by chance once in 1e60
 
 
@@ -164,7 +187,7 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits_once_per_di
     scores = [2.0 / penalty, -1.0 * penalty, 0.0, 0.5, -0.3]
     expected = softmax(scores)
     sampler = make_sampler(temperature=1.0, repetition_penalty=penalty, seed=3)
-    counts = Counter(sampler(logits, history)[0] for _ in range(DRAWS))
+    counts = Counter(token for token, _ in draws(sampler, logits, history, DRAWS))
     for token, p in enumerate(expected):
         assert abs(counts[token] - p * DRAWS) < 5 * math.sqrt(DRAWS * p * (1 - p))
 
@@ -195,8 +218,7 @@ def test_the_returned_log_probability_ignores_temperature_filters_and_penalty():
     logits = some_logits(9)
     sampler = make_sampler(temperature=3.0, top_k=4, min_p=0.1, repetition_penalty=2.0, seed=1)
     expected = np.log(softmax(logits.tolist()))
-    for _ in range(50):
-        token, logprob = sampler(logits, HISTORY)
+    for token, logprob in draws(sampler, logits, HISTORY, 50):
         assert logprob == pytest.approx(expected[token], abs=1e-5)
 
 
@@ -216,7 +238,7 @@ def test_the_memory_layout_of_the_logits_does_not_matter(options, layout):
     runs = []
     for array in (logits, other):
         sampler = make_sampler(**{"temperature": 1.0, **options}, seed=8)
-        runs.append([sampler(array, HISTORY) for _ in range(20)])
+        runs.append(draws(sampler, array, HISTORY, 20))
     assert [token for token, _ in runs[0]] == [token for token, _ in runs[1]]
     assert [p for _, p in runs[0]] == pytest.approx([p for _, p in runs[1]], abs=1e-5)
 

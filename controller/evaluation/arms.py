@@ -8,6 +8,7 @@ import numpy as np
 
 from kvq.controller.budget import token_bytes
 from kvq.runtime.bundle import Bundle
+from kvq.runtime.errors import BudgetError
 from kvq.runtime.pages import Geometry
 from kvq.runtime.store import RecentWindow
 
@@ -29,6 +30,7 @@ class Bytes:
         self.geometry, self.length, self.recent = geometry, length, recent
         self.values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
         self.stored = max(0, length - recent)
+        self.window = min(length, recent) * RecentWindow(geometry, recent).token_bytes
 
     def each(self, pairs: list[tuple[int, int]]) -> np.ndarray:
         """Bytes of a token of each pair, int64 [pairs]."""
@@ -36,7 +38,16 @@ class Bytes:
 
     def left(self, kv_bits: float) -> float:
         """Bytes for the stored tokens together, the window's taken off."""
-        return kv_bits * self.values * self.length / 8 - RecentWindow(self.geometry, self.recent).nbytes
+        return kv_bits * self.values * self.length / 8 - self.window
+
+    def check(self, kv_bits: float) -> None:
+        """Raise BudgetError for a budget that the lowest precision exceeds: arms would not be at equal bytes."""
+        lowest = self.bits(self.stored * self.each(LADDER[:1])[0] + self.window)
+        if kv_bits < lowest:
+            raise BudgetError(
+                f"{kv_bits:g} bits per value are below what is possible: {lowest:.2f} for {self.length} tokens with"
+                f" {self.recent} recent ones at 16 bits; give more, a longer context or a smaller window"
+            )
 
     def bits(self, nbytes: float) -> float:
         """Bits per value of the whole text."""
@@ -90,14 +101,13 @@ class DamageMeter:
         """float64 [tokens, classes] in nats, of ids int64 [tokens]."""
         import torch
 
-        from kvq.controller.damage import WIDTHS, probe_damage
+        from kvq.controller.damage import WIDTHS, probe
 
-        batch = torch.from_numpy(np.asarray(ids, np.int64))[None]
+        batch = torch.from_numpy(np.asarray(ids, np.int64))[None].to(self._model.device)
+        signed = probe(self._model, batch, self._generator, PROBES)[0][:, 0]  # [draws, tokens, sides, widths]
         total = np.zeros((len(ids), len(self.classes)))
-        for _ in range(PROBES):
-            signed = probe_damage(self._model, batch, self._generator)[0]
-            for i, pair in enumerate(self.classes):
-                parts = [signed[:, side, WIDTHS.index(b)] for side, b in enumerate(pair) if b < 16]
-                if parts:
-                    total[:, i] += np.square(np.sum(parts, axis=0)) / 2 / PROBES
+        for i, pair in enumerate(self.classes):
+            parts = [signed[:, :, side, WIDTHS.index(b)] for side, b in enumerate(pair) if b < 16]
+            if parts:
+                total[:, i] = np.square(np.sum(parts, axis=0, dtype=np.float64)).mean(0) / 2
         return total

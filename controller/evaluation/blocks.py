@@ -17,7 +17,7 @@ import numpy as np
 from kvq.controller.budget import Budget
 from kvq.controller.features import RarityCounter, attention_variance
 from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures
-from kvq.runtime.codecs import CODECS, NUMPY
+from kvq.runtime.attention import make_backend
 from kvq.runtime.engine import HEAD_ROWS, Head, SegmentedPass
 from kvq.runtime.model import Model
 from kvq.runtime.pages import Geometry
@@ -50,6 +50,7 @@ class BlockScorer:
     def __init__(self, model: Model, length: int, recent: int = 16) -> None:
         shape = model.architecture
         self.model, self.length, self.recent = model, length, recent
+        self.codecs = make_backend().codecs  # the same bytes whichever it is
         self.geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
         room = (shape.layers, shape.kv_heads, length, shape.head_dim)
         self._kept = np.empty((2, *room), np.float32)  # as the window keeps them
@@ -84,13 +85,14 @@ class BlockScorer:
             if len(part) not in self._passes:
                 self._passes[len(part)] = SegmentedPass(self.model.engine, len(part), self._attend)
             layers = self._passes[len(part)]
-            squares = np.empty((len(part), shape.heads), np.float32)
+            squares = np.empty((len(part), shape.heads), np.float32) if "attention_variance" in policy.needs else None
             self._before.length = start
             layers.forward(part, self._before, squares)
-            logits, entropy, confidence = self._logits(layers.residual)
+            logits, entropy, confidence = self._logits(layers.residual, policy)
             positions = np.arange(start, stop)
+            variance = None if squares is None else attention_variance(squares, positions + 1)
             features = TokenFeatures(
-                positions, entropy, rarity.rarity(part), attention_variance(squares, positions + 1), confidence,
+                positions, entropy, rarity.rarity(part), variance, confidence,
                 part, layers.residual, layers.keys, layers.values,
             )  # fmt: skip
             rarity.count(part)
@@ -102,7 +104,7 @@ class BlockScorer:
             self._keep(start, layers.keys, layers.values, bits[start:stop])
             yield start, logits
         if result is not None:
-            store = KVStore(self.geometry, self.recent)
+            store = KVStore(self.geometry, self.recent, codecs=self.codecs)
             store.append(keys, values, bits)
             result.append(Scored(bits, store.used_nbytes, store.nbytes))
 
@@ -110,12 +112,12 @@ class BlockScorer:
         """Round new keys and values [layers, kv_heads, tokens, head_dim] as the window and as their codecs do."""
         span = slice(start, start + len(bits))
         for side, x in enumerate((keys, values)):
-            kept = NUMPY.window.roundtrip(x) if self.recent else x
+            kept = self.codecs.window.roundtrip(x) if self.recent else x
             self._kept[side, :, :, span] = kept
             for width in np.unique(bits[:, side]):
                 chosen = np.flatnonzero(bits[:, side] == width)
                 self._seen[side, :, :, start + chosen] = np.moveaxis(
-                    CODECS[int(width)].roundtrip(np.ascontiguousarray(kept[:, :, chosen])), 2, 0
+                    self.codecs.by_bits[int(width)].roundtrip(np.ascontiguousarray(kept[:, :, chosen])), 2, 0
                 )
 
     def _attend(
@@ -127,7 +129,7 @@ class BlockScorer:
         count, heads, head_dim = query.shape
         kv_heads, group = key.shape[1], heads // key.shape[1]
         near = max(0, start - self.recent)  # columns before it are decoded for every row
-        window = [NUMPY.window.roundtrip(x) if self.recent else x for x in (key, value)]
+        window = [self.codecs.window.roundtrip(x) if self.recent else x for x in (key, value)]
         # Columns: decoded [0, start), kept [near, start), the block itself.
         kept = [
             np.concatenate([self._kept[side, layer, :, near:start], window[side].transpose(1, 0, 2)], axis=1)
@@ -157,13 +159,15 @@ class BlockScorer:
         if squares is not None:
             squares[...] = total_squares.reshape(heads, count).T
 
-    def _logits(self, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logits, entropy and confidence of residual rows."""
+    def _logits(self, residual: np.ndarray, policy: Policy) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Logits of residual rows, and their entropy and confidence if the policy looks at them."""
         logits = np.empty((len(residual), self.model.architecture.vocab), np.float32)
         entropy, confidence = np.empty((2, len(residual)), np.float32)
+        wanted = policy.needs & {"entropy", "confidence"}
         for at in range(0, len(residual), HEAD_ROWS):
             rows = residual[at : at + HEAD_ROWS]
             part = slice(at, at + len(rows))
             logits[part] = self._head.logits(rows)
-            entropy[part], confidence[part] = self._head.uncertainty(len(rows))
-        return logits, entropy, confidence
+            if wanted:
+                entropy[part], confidence[part] = self._head.uncertainty(len(rows))
+        return (logits, entropy, confidence) if wanted else (logits, None, None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
+from kvq.runtime.cli.options import OFFLINE, load_model, options
+from kvq.runtime.files import write_atomically
 
 
 @click.group("eval", context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,12 +25,7 @@ def write_json(path: Path | None, value: object) -> None:
     if path is None:
         click.echo(text, nl=False)
         return
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, text)
 
 
 @contextmanager
@@ -60,14 +58,18 @@ def _numbers(text: str, option: str, kind: type = float) -> list:
     return found
 
 
-MODEL = click.option("-m", "--model", help="Bundle folder or embedded model; the default model if not given.")
+MODEL = options(MODEL_OPTIONS)
 TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
                     help="UTF-8 text to score; can be repeated.")  # fmt: skip
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
-CHUNKS = click.option("--chunks", "count", default=16, show_default=True, help="Chunks, spread over the texts.")
-RECENT = click.option("--recent", default=16, show_default=True, help="Newest tokens at 16 bits, in every arm.")
-THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
+CHUNKS = click.option(
+    "--chunks", "count", type=click.IntRange(1), default=16, show_default=True, help="Chunks, spread over the texts."
+)
+RECENT = click.option(
+    "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
+)
+JSON = click.option("--json", "out", type=click.Path(path_type=Path), envvar="KVQ_JSON_FILE",
+                    help="Write the result there; else to stdout.")  # fmt: skip
 
 
 @evaluate.command()
@@ -79,16 +81,30 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Writ
 @RECENT
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was exported from: adds the "
               "oracle, which knows every token's damage (needs torch).")  # fmt: skip
+@click.option(
+    "--arms", help="Only these, with commas; their rows go beside others of the same texts in kvq eval report."
+)
 @JSON
 @click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
-@THREADS
-def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparison, threads) -> None:
+def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
-    import kvq
-    from kvq.controller.evaluation.pareto import chunks, compare, measure
+    from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
-    loaded = kvq.load(model, threads=threads)
+    wanted = ARMS if arms is None else tuple(arms.split(","))
+    unknown = [arm for arm in wanted if arm not in ARMS]
+    if unknown:
+        raise click.UsageError(f"--arms takes {', '.join(ARMS)} with commas between them, got {', '.join(unknown)!r}")
+    if "shuffled" in wanted and "adaptive" not in wanted:
+        raise click.UsageError("--arms shuffled needs adaptive, whose precisions it shuffles; give both")
+    if arms is not None and "oracle" in wanted and checkpoint is None:
+        raise click.UsageError("--arms oracle needs --checkpoint, to measure every token's damage")
+    loaded = load_model(model, threads)
+    if checkpoint is not None:
+        import torch
+
+        torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
     budgets = _numbers(bits, "--bits")
+    cuts = [chunks(loaded, list(texts), length, count) for length in _numbers(context, "--context", int)]
     rows: list[dict] = []
 
     def write(found: list) -> None:
@@ -97,10 +113,9 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
             write_json(comparison, compare(found))
 
     with bar() as progress:
-        for length in _numbers(context, "--context", int):
-            cut = chunks(loaded, list(texts), length, count)
+        for cut in cuts:
             each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-            rows += measure(loaded, cut, budgets, recent, checkpoint, progress, each)
+            rows += measure(loaded, cut, budgets, recent, checkpoint, wanted, progress, each)
     write(rows)
 
 
@@ -112,14 +127,12 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, out, comparis
 @CHUNKS
 @RECENT
 @JSON
-@THREADS
 def kld(model, texts, policies, context, count, recent, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
-    import kvq
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     rows: list[dict] = []
     with bar() as progress:
         for length in _numbers(context, "--context", int):
@@ -131,7 +144,7 @@ def kld(model, texts, policies, context, count, recent, out, threads) -> None:
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), help="Folder of TASK.jsonl files; the hub's if not given."
 )
-LIMIT = click.option("--limit", type=int, help="Items per task; all if not given.")
+LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; all if not given.")
 
 
 @evaluate.command()
@@ -139,56 +152,57 @@ LIMIT = click.option("--limit", type=int, help="Items per task; all if not given
 @click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
 @click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
 @click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
+@RECENT
 @DATA
 @LIMIT
 @JSON
-@THREADS
-def tasks(model, policies, tasks, kv_bits, data, limit, out, threads) -> None:
+def tasks(model, policies, tasks, kv_bits, recent, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
-    loaded = kvq.load(model, threads=threads)
-    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits), tasks.split(","), data, limit))
+    loaded = load_model(model, threads)
+    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent), tasks.split(","), data, limit))
 
 
 @evaluate.command("paper-table")
-@click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
+@click.option("--models", required=True, help="Models as -m takes them, with commas between them.")
+@OFFLINE
+@click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
 @click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
+@RECENT
 @DATA
 @LIMIT
 @JSON
-@THREADS
-def paper_table(models, kv_bits, data, limit, out, threads) -> None:
+def paper_table(models, kv_bits, recent, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
     Where the hub can be reached:
       kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M --text books.txt --objective both
+      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M \\
+        --text books.txt --objective both
       kvq eval paper-table --models smollm-135m
     """
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
     rows: list[dict] = []
     for name in models.split(","):
-        loaded = kvq.load(name, threads=threads)
+        loaded = load_model(name, threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
-        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits)
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent)
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
             rows.append({"model": loaded.bundle.manifest.name, **row})
     write_json(out, rows)
 
 
-def _arms(model, policies, kv_bits: float | None) -> list[tuple[str, dict]]:
-    """Policies with the budget where they can follow one."""
+def _arms(model, policies, kv_bits: float | None, recent: int) -> list[tuple[str, dict]]:
+    """Policies with their window, and the budget where they can follow one."""
     from kvq.controller.policies import ScoredPolicy, make_policy
 
     arms = []
     for name in policies:
         follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
-        arms.append((name, {"kv_bits": kv_bits} if follows else {}))
+        arms.append((name, {"recent": recent} | ({"kv_bits": kv_bits} if follows else {})))
     return arms
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,33 @@ from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled,
 from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
 from kvq.controller.policies import make_policy
-from kvq.runtime.errors import CalibrationError
+from kvq.controller.texts import read_text, windows
+from kvq.runtime.errors import ContextError
 from kvq.runtime.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
+SCORED = ("rule", "random", "paper", "adaptive")
+ARMS = (*FIXED, "static", *SCORED, "shuffled", "oracle")
 RESAMPLES = 10_000
 Progress = Callable[[int, int, str], None]
 
 
 def chunks(model: Model, texts: list[Path], context: int, count: int) -> list[np.ndarray]:
-    """`count` runs of `context` tokens, evenly spread over each of the texts in turn.
+    """`count` runs of `context` tokens, int64 [context] each, evenly spread over each of the texts in turn.
 
     Raises:
         CalibrationError: a text cannot be read or is shorter than one chunk.
+        ContextError: the model's context is shorter than a chunk.
     """
+    if context > model.architecture.context:
+        raise ContextError(
+            f"a chunk of {context} tokens does not fit into the model's context of {model.architecture.context};"
+            " give a smaller --context"
+        )
     found: list[np.ndarray] = []
     for i, path in enumerate(texts):
-        try:
-            ids = np.asarray(model.encode(path.read_text(encoding="utf-8")), np.int64)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"cannot read {path} as UTF-8 text ({error}); give another file") from None
-        if len(ids) < context:
-            raise CalibrationError(f"{path} has {len(ids)} tokens, a chunk needs {context}; give a longer text")
         share = count // len(texts) + (i < count % len(texts))
-        found += [ids[s : s + context] for s in np.linspace(0, len(ids) - context, share).astype(int)]
+        found += windows(model.encode, read_text(path, "--text"), [context] * share, str(path))
     return found
 
 
@@ -45,6 +48,7 @@ def measure(
     budgets: list[float],
     recent: int = 16,
     checkpoint: Path | None = None,
+    arms: Sequence[str] = ARMS,
     progress: Progress | None = None,
     each: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -56,6 +60,7 @@ def measure(
         budgets: total bits per value.
         recent: newest tokens at 16 bits, in all arms.
         checkpoint: where the bundle came from; with it the oracle is an arm.
+        arms: which of `ARMS` to measure; "shuffled" needs "adaptive". Those the bundle lacks are left out.
         progress: called as work goes on.
         each: called with the rows so far after each text; a long run that is cut short leaves something.
 
@@ -66,9 +71,11 @@ def measure(
     context = len(texts[0])
     scorer = BlockScorer(model, context, recent)
     space = Bytes(scorer.geometry, context, recent)
-    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint else None
-    learned = [name for name in ("paper", "adaptive") if name in model.bundle.manifest.controllers]
-    policies = {name: make_policy(name, model.bundle) for name in ("rule", "random", *learned)}
+    for budget in budgets:
+        space.check(budget)
+    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint and "oracle" in arms else None
+    there = {"rule", "random", *model.bundle.manifest.controllers}
+    policies = {name: make_policy(name, model.bundle) for name in SCORED if name in arms and name in there}
     results: dict[tuple[str, float | None], list[Outcome]] = {}
 
     def rows() -> list[dict[str, Any]]:
@@ -77,7 +84,8 @@ def measure(
     for number, ids in enumerate(texts):
         if progress:
             progress(number, len(texts), f"context {context}")
-        rng = np.random.default_rng(number)
+        # A generator for each arm: what is drawn for one does not depend on which others are measured.
+        mixing, shuffling = (np.random.default_rng([number, of]) for of in range(2))
         expected = reference(scorer, ids)
         damage = meter(ids) if meter else None
 
@@ -87,13 +95,15 @@ def measure(
             return done
 
         for name in FIXED:
-            add(name, None, make_policy(name))
+            if name in arms:
+                add(name, None, make_policy(name))
         for budget in budgets:
-            add("static", budget, Given(static_mix(space, budget, rng)))
+            if "static" in arms:
+                add("static", budget, Given(static_mix(space, budget, mixing)))
             for name, policy in policies.items():
                 done = add(name, budget, policy, budget)
-                if name == "adaptive":
-                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, rng)))
+                if name == "adaptive" and "shuffled" in arms:
+                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, shuffling)))
             if meter is not None and damage is not None:
                 add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
         if each:

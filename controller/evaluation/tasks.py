@@ -105,7 +105,9 @@ def local_task(name: str, file: Path) -> ConfigurableTask:
             "doc_to_target": "{{gold}}",
             "doc_to_choice": "{{choices}}",
             "num_fewshot": 0,
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            ],
         }
     )
 

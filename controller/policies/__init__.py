@@ -38,7 +38,7 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
         return policy
     if policy not in POLICIES:
         raise PolicyError(f"unknown policy {policy!r}; use one of: {', '.join(sorted(POLICIES))}")
-    factory = POLICIES[policy]
+    factory, recipe = POLICIES[policy], (policy, dict(options))
     signature = inspect.signature(factory)
     if "bundle" in signature.parameters and "bundle" not in options:
         if bundle is None:
@@ -50,7 +50,9 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
         raise PolicyError(
             f"policy {policy!r} does not take the options {sorted(options.keys() - {'bundle'})}; leave them out"
         ) from None
-    return factory(**options)
+    made = factory(**options)
+    made.recipe = recipe
+    return made
 
 
 __all__ = ["FEATURE_NAMES", "POLICIES", "Policy", "ScoredPolicy", "TokenFeatures", "make_policy"]

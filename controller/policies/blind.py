@@ -6,6 +6,7 @@ import numpy as np
 
 from kvq.controller.policies.base import Policy, ScoredPolicy, TokenFeatures, curve_of
 from kvq.runtime.errors import PolicyError
+from kvq.runtime.sampling import uniform
 
 CLASSES = np.array([(16, 16), (8, 8), (4, 4), (2, 2)], np.uint8)  # those of arXiv 2604.04722
 
@@ -14,6 +15,7 @@ class MixedPolicy(Policy):
     """A fixed cycle 16, 8, 4, 2 over the positions: every precision in use, for tests and demos."""
 
     name = "mixed"
+    classes = CLASSES
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return CLASSES[features.positions % len(CLASSES)]
@@ -56,18 +58,6 @@ class RandomPolicy(ScoredPolicy):
 
     def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return curve_of(self.score(TokenFeatures(np.arange(4096))), nbytes)
-
-
-def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 of the positions' shape, a pure function of (seed, position).
-
-    SplitMix64 (Steele, Lea, Flood 2014): a counter-based generator needs no state to save.
-    """
-    z = positions.astype(np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) & (1 << 64) - 1)
-    z = z * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 POLICIES = {"mixed": MixedPolicy, "random": RandomPolicy}

@@ -4,75 +4,59 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.errors import BudgetError, PromptError
-from kvq.runtime.sampling import DEFAULTS
+from kvq.runtime.cli.options import (
+    CACHE,
+    MODEL,
+    SAMPLING,
+    SETTINGS,
+    Command,
+    given,
+    load_model,
+    nbytes,
+    option,
+    options,
+)
+from kvq.runtime.cli.sessions import SESSION, Interrupt, SessionFile
+from kvq.runtime.errors import PromptError
 
 if TYPE_CHECKING:
     from kvq.runtime.session import Session
 
-# Names and short forms as in llama.cpp and mlx-lm.
-SAMPLING = [
-    click.option("-n", "--max-tokens", default=128, show_default=True, help="Most tokens; -1 fills the context."),
-    click.option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], show_default=True,
-                 help="0 is greedy."),
-    click.option("--top-k", default=DEFAULTS["top_k"], show_default=True, help="Keep the k most likely; 0 is all."),
-    click.option("--top-p", default=DEFAULTS["top_p"], show_default=True, help="Keep the fewest that reach p."),
-    click.option("--min-p", default=DEFAULTS["min_p"], show_default=True,
-                 help="Drop what is less than p times as likely as the best."),
-    click.option("--repetition-penalty", "--repeat-penalty", default=DEFAULTS["repetition_penalty"], show_default=True,
-                 help="1 is off."),
-    click.option("-s", "--seed", type=int, help="Same seed, same text; drawn if not given."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT appears; can be repeated."),
-    click.option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", help="End at a token id."),
-    click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token."),
-]  # fmt: skip
-CACHE = [
-    click.option("-p", "--policy", help="Precision of cached tokens: fp16, int8, int4, int2, k8v4 (any pair of "
-                 "widths), mixed, random, rule, paper, adaptive; fp16 if not given, adaptive with a budget."),
-    click.option("--kv-bits", type=float, metavar="X", help="Keep the cache to X bits per value, all told."),
-    click.option("--kv-memory", metavar="SIZE", help="Keep the cache to that many bytes: 800kB, 8MB."),
-    click.option("--recent", default=16, show_default=True, help="Newest tokens kept at 16 bits."),
-    click.option("--sink", default=0, show_default=True, help="First tokens kept at 16 bits."),
-    click.option("--backend", help="Attention backend; KVQ_BACKEND or the fastest if not given."),
-]  # fmt: skip
 
-
-def options(group: list):
-    """Apply a list of click options in the order they are written."""
-
-    def decorate(function):
-        for option in reversed(group):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("prompt", required=False)
-@click.option(
-    "-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file, - is stdin."
+@option(
+    "-f",
+    "--file",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section="Basics",
+    help="Read the prompt from a file, - is stdin.",
 )
-@click.option("-m", "--model", metavar="MODEL", help="Bundle folder or embedded model; the default model if not given.")
+@options(SESSION)
+@option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with text and statistics.")
+@option("-q", "--quiet", is_flag=True, section="Basics", help="No statistics line.")
+@options(MODEL)
 @options(CACHE)
 @options(SAMPLING)
-@click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text and statistics.")
-@click.option("-q", "--quiet", is_flag=True, help="No statistics line.")
+@click.pass_context
 def run(
-    prompt, prompt_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads, as_json, quiet, **generation
-) -> None:
+    ctx, prompt, prompt_file, model, session_file, session_readonly, policy, kv_bits, kv_memory, recent, sink, backend,
+    threads, as_json, quiet, **generation,
+) -> None:  # fmt: skip
     """Generate text after PROMPT.
 
     The prompt is the argument, a file, or stdin; a file given with an argument goes before it.
+    A session goes on after the text it holds, without a prompt too.
 
     \b
     Examples:
@@ -81,35 +65,60 @@ def run(
       kvq-run -f notes.txt --policy int4 --json
       kvq-run -f notes.txt --kv-bits 3.5
       cat chapter.txt | kvq-run -q
+      kvq-run --session story.kvq "It was late"
     """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
-    text = read_prompt(prompt, prompt_file)
-    memory = None if kv_memory is None else nbytes(kv_memory)
-    session = kvq.load(model, threads=threads).session(
-        policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory
-    )
+    kept = SessionFile.of(session_file, session_readonly)
+    text = read_prompt(prompt, prompt_file, optional=kept is not None and kept.exists)
+    settings = {
+        "policy": policy, "recent": recent, "sink": sink, "backend": backend,
+        "kv_bits": kv_bits, "kv_memory": None if kv_memory is None else nbytes(kv_memory),
+    }  # fmt: skip
+    loaded = load_model(model, threads)
+    session = loaded.session(**settings) if kept is None else kept.open(loaded, settings, given(ctx))
+    say = None if quiet or as_json else partial(click.echo, err=True)
+    if kept is not None and say:
+        say(kept.opened(session))
     if generation["max_tokens"] == -1:
         generation["max_tokens"] = None
-    result = generate(session, text, generation, echo=not as_json)
+    interrupt = Interrupt(enabled=kept is not None)
+    with interrupt:
+        result = generate(session, text, generation, echo=not as_json, interrupt=interrupt)
+        if kept is not None:
+            kept.close(session)
+            result["session"] = kept.as_dict()
     if as_json:
         click.echo(json.dumps(result | {"prompt": text, "stats": session.stats().as_dict()}, ensure_ascii=False))
-    elif not quiet:
-        click.echo(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}", err=True)
+    elif say:
+        say(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}")
+        if kept is not None:
+            say(kept.closed(session))
+    if interrupt.asked:
+        sys.exit(130)
 
 
-def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bool) -> dict[str, Any]:
+def generate(
+    session: Session,
+    prompt: str | None,
+    generation: dict[str, Any],
+    echo: bool,
+    interrupt: Interrupt | None = None,
+) -> dict[str, Any]:
     """Generate, writing text to stdout as it comes if `echo`; returns text, tokens, finish_reason, seconds."""
     begun = time.perf_counter()
     pieces: list[str] = []
     tokens, reason = 0, None
     try:
         for response in session.generate(prompt, **generation):
+            if interrupt:
+                interrupt.arm()  # before any text is shown
             pieces.append(response.text)
             tokens, reason = response.index + 1, response.finish_reason
             if echo:
                 click.echo(response.text, nl=False)
                 sys.stdout.flush()
+            if interrupt and interrupt.asked and reason is None:
+                reason = "interrupted"
+                break
     finally:
         if echo and pieces:
             click.echo()
@@ -117,21 +126,10 @@ def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bo
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
 
 
-def nbytes(text: str) -> float:
-    """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
-
-    Raises:
-        BudgetError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
-    if not match:
-        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 8MB")
-    number, unit, binary = match.groups()
-    return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
-
-
-def read_prompt(argument: str | None, file: Path | None) -> str:
+def read_prompt(argument: str | None, file: Path | None, optional: bool = False) -> str | None:
     """The prompt from file or stdin, followed by the argument; stdin is read only if nothing else is given.
+
+    Where it is optional, None if there is none.
 
     Raises:
         PromptError: nothing given, unreadable, empty, or not UTF-8.
@@ -148,6 +146,8 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         parts.append(_utf8(os.fsencode(argument), "the prompt"))  # undecodable bytes arrive as surrogates
     text = "\n".join(part.rstrip("\n") for part in parts)
     if not text.strip():
+        if optional and argument is None and file is None:
+            return None
         raise PromptError(
             'the prompt is empty: give it as an argument (kvq-run "Once upon a time"), with --file, or on stdin'
         )

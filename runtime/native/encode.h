@@ -39,24 +39,24 @@ INLINE vi quantized(vf x, float scale, float top) {
     return __builtin_convertvector(q, vi);
 }
 
-/* The fitted scale of the four-level codebook, in float64 from whole numbers. */
-INLINE float codebook_scale(const float *x, int padded, int head_dim, float peak) {
-    const double inner = 0.4528, border = (double)(float)((1 + 10.0 / 3) / 2), one = 65536;
-    int32_t magnitude[1024];
-    int64_t squares = 0;
+/* The four-level codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
+INLINE float codebook_fit(const float *x, int padded, int head_dim, float peak, uint32_t *code) {
+    const double inner = 0.4528, border = (double)(float)((1 + 10.0 / 3) / 2), one = 65536, most_gain = 1.5;
+    int32_t magnitude[1024], most_inner = 0;
+    int64_t total = 0, products = 0;
     for (int c = 0; c < padded; c += LANES) {
         vf unit = peak > 0 ? load_f(x + c) / peak : splat(0);
         vf whole = unit * 65536.0f + ROUND_MAGIC - ROUND_MAGIC;
         vi m = __builtin_convertvector((vf)((vu)whole & 0x7fffffff), vi);
         memcpy(magnitude + c, &m, sizeof m);
     }
-    for (int c = 0; c < head_dim; c++) squares += (int64_t)magnitude[c] * magnitude[c];
-    double scale = inner * sqrt((double)squares / head_dim);
-    for (int round = 0; round < 2; round++) {
+    for (int c = 0; c < head_dim; c++) total += (int64_t)magnitude[c] * magnitude[c];
+    double scale = inner * sqrt((double)total / head_dim);
+    for (int round = 0; round < 3; round++) {
         const double limit = scale * border;
-        /* magnitude > limit, in whole numbers */
-        const int32_t most_inner = limit >= one ? (int32_t)one : (int32_t)limit;
-        int64_t products = 0, levels = 0;
+        int64_t levels = 0;
+        most_inner = limit >= one ? (int32_t)one : (int32_t)limit; /* magnitude > limit, in whole numbers */
+        products = 0;
         for (int c = 0; c < head_dim; c++) {
             int outer = magnitude[c] > most_inner;
             products += (int64_t)magnitude[c] * (outer ? 10 : 3);
@@ -64,7 +64,13 @@ INLINE float codebook_scale(const float *x, int padded, int head_dim, float peak
         }
         scale = 3 * (double)products / (double)levels;
     }
-    return (float)(scale * (double)(peak / 65536.0f));
+    for (int c = 0; c < padded; c++) {
+        uint32_t outer = magnitude[c] > most_inner;
+        code[c] = x[c] >= 0 ? 2 + outer : 1 - outer;
+    }
+    const double unbiased = products > 0 ? 3 * (double)total / (double)products : 0;
+    const double stored = (scale + 4 * unbiased) / 5, most = most_gain * scale;
+    return (float)((stored < most ? stored : most) * (double)(peak / 65536.0f));
 }
 
 /* Encode one vector. Returns 0, or -1 for a value that numpy's codec refuses (it then says why). */
@@ -87,19 +93,11 @@ INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uin
         }
     } else {
         const float largest = bits == WINDOW_BITS ? 32767 : bits == 8 ? 127 : 7;
-        const int half = half_above(bits == 2 ? codebook_scale(x, padded, head_dim, peak) : peak / largest);
+        const int half = half_above(bits == 2 ? codebook_fit(x, padded, head_dim, peak, code) : peak / largest);
         if (half < 0) return -1;
         *scale_out = (uint16_t)half;
         const float scale = float_of_half(half);
-        if (bits == 2) {
-            const vf border = splat(scale * (float)((1 + 10.0 / 3) / 2));
-            for (int c = 0; c < padded; c += LANES) {
-                vf v = load_f(x + c);
-                vi outer = (vf)((vu)v & 0x7fffffff) > border; /* -1 where true */
-                vi level = ((v >= 0) & (2 - outer)) | ((v < 0) & (1 + outer));
-                memcpy(code + c, &level, sizeof level);
-            }
-        } else {
+        if (bits != 2) {
             const int offset = bits == 4 ? 8 : 0;
             const uint32_t mask = bits == 4 ? 15 : bits == 8 ? 255 : 65535;
             for (int c = 0; c < padded; c += LANES) {

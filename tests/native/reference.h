@@ -215,34 +215,39 @@ static void reference_attend(const store *s, int heads, int tokens, int layer, c
     free(keys), free(values), free(score);
 }
 
-/* The scale of the codebook at 2 bits, as runtime/codecs/codebook.py fits it. */
-static float fitted_scale(const float *x, int head_dim, float peak) {
+/* Codes and scale of the codebook at 2 bits, as runtime/codecs/codebook.py fits them. */
+static float fitted_scale(const float *x, int head_dim, float peak, uint32_t *code) {
     const double border = (float)((1 + 10.0 / 3) / 2);
-    double scale = 0;
-    for (int round = -1; round < 2; round++) {
-        double products = 0, squares = 0; /* whole numbers below 2^53 */
+    double scale = 0, total = 0, products = 0; /* sums: whole numbers below 2^53 */
+    for (int round = -1; round < 3; round++) {
+        double squares = 0;
+        products = 0;
         for (int c = 0; c < head_dim; c++) {
             double magnitude = peak > 0 ? fabsf(rintf(x[c] / peak * 65536.0f)) : 0;
-            int level = magnitude > scale * border ? 10 : 3;
-            products += round < 0 ? magnitude * magnitude : magnitude * level;
+            int outer = magnitude > scale * border, level = outer ? 10 : 3;
+            if (round < 0) total += magnitude * magnitude;
+            products += magnitude * level;
             squares += level * level;
+            code[c] = (uint32_t)(x[c] >= 0 ? 2 + outer : 1 - outer);
         }
-        scale = round < 0 ? 0.4528 * sqrt(products / head_dim) : 3 * products / squares;
+        scale = round < 0 ? 0.4528 * sqrt(total / head_dim) : 3 * products / squares;
     }
-    return (float)(scale * (double)(peak / 65536.0f));
+    double stored = (scale + 4 * (products > 0 ? 3 * total / products : 0)) / 5;
+    return (float)(fmin(stored, 1.5 * scale) * (double)(peak / 65536.0f));
 }
 
 /* One vector; -1 for what a codec refuses. */
 static int reference_encode(int width, const float *x, int head_dim, uint32_t *words, uint16_t *scale_out) {
     const int bits = code_bits(width), count = words_of(width, head_dim), top = (1 << (bits - 1)) - 1;
     float peak = 0, scale = 0;
+    uint32_t fitted[1024];
     for (int c = 0; c < head_dim; c++) {
         if (!isfinite(x[c])) return -1;
         peak = fmaxf(peak, fabsf(x[c]));
     }
     if (bits == 16 && peak > 65504) return -1;
     if (width != 16) {
-        scale = width == 2 ? fitted_scale(x, head_dim, peak) : peak / (float)top;
+        scale = width == 2 ? fitted_scale(x, head_dim, peak, fitted) : peak / (float)top;
         if (scale > 65504) return -1;
         *scale_out = nearest_half(scale);
         if (half_value(*scale_out) < scale) ++*scale_out; /* rounded up, so that the largest value never clips */
@@ -252,10 +257,8 @@ static int reference_encode(int width, const float *x, int head_dim, uint32_t *w
     for (int c = 0; c < head_dim; c++) {
         uint32_t code;
         if (width == 16) code = nearest_half(x[c]);
-        else if (width == 2) {
-            int outer = fabsf(x[c]) > scale * (float)((1 + 10.0 / 3) / 2);
-            code = (uint32_t)(x[c] >= 0 ? 2 + outer : 1 - outer);
-        } else {
+        else if (width == 2) code = fitted[c];
+        else {
             float q = scale > 0 ? rintf(x[c] / scale) : 0;
             q = fminf(fmaxf(q, (float)(-top - 1)), (float)top);
             code = (uint32_t)((int)q + (width == 4 ? 8 : 0)) & (uint32_t)(2 * top + 1);

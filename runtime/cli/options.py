@@ -1,0 +1,200 @@
+"""Options that commands share, their environment twins, and help in sections.
+
+Every flag has an environment twin, named after its longest form whatever the command: --kv-bits is
+KVQ_KV_BITS. A flag beats the variable. `with_twins` gives them to a command; the command group
+calls it, so a new command has them without doing anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from kvq.runtime.errors import BudgetError
+from kvq.runtime.sampling import DEFAULTS
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
+
+
+class Option(click.Option):
+    """A click option with a section of the help page, and aliases that the page leaves out."""
+
+    def __init__(self, *arguments: Any, section: str = "Options", **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.section = section
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        long = [name for name in self.opts if name.startswith("--")]
+        if len(long) < 2:
+            return super().get_help_record(ctx)
+        everything, self.opts = self.opts, [name for name in self.opts if name not in long[1:]]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = everything
+
+
+class Command(click.Command):
+    """A command whose help page lists options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title in sorted(sections, key=lambda title: title == "Options"):  # --help and its like come last
+            with formatter.section(title):
+                formatter.write_dl(sections[title], col_max=26)
+
+
+class Words(click.ParamType):
+    """Text of an option that can be repeated; its environment twin is one value, blanks and all."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
+
+
+def option(*names: str, section: str, **attributes: Any) -> Callable:
+    """As click.option, in a section of the help page."""
+    return click.option(*names, cls=Option, section=section, **attributes)
+
+
+def options(group: Sequence[Callable]) -> Callable:
+    """Apply a list of click options in the order they are written."""
+
+    def decorate(function):
+        for each in reversed(group):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    # Where huggingface_hub, and all that is built on it, looks; it is imported only afterwards.
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from kvq.runtime.references import cached_models, embedded_models
+
+    names = [*embedded_models(), *cached_models()]
+    named = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return named or [CompletionItem(incomplete, type="dir")]
+
+
+def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from kvq.controller.policies import POLICIES
+
+    return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
+
+
+OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
+                 help="Fetch nothing from the hub.")  # fmt: skip
+# Which model, and what it runs on.
+MODEL = [
+    option("-m", "--model", metavar="MODEL", section="Model", shell_complete=_complete_model,
+           help="Embedded model, bundle folder or hub id; kvq list."),
+    OFFLINE,
+    option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),
+]  # fmt: skip
+
+
+def max_tokens(default: int) -> Callable:
+    """The option that bounds a text, by default to so many tokens."""
+    return option("-n", "--max-tokens", default=default, metavar="N", show_default=True, section="Sampling",
+                  help="Most tokens; -1 fills the context.")  # fmt: skip
+
+
+# Names and short forms as in llama.cpp and mlx-lm.
+SAMPLING = [
+    max_tokens(128),
+    option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], metavar="X", show_default=True,
+           section="Sampling", help="0 is greedy."),
+    option("--top-k", default=DEFAULTS["top_k"], metavar="K", show_default=True, section="Sampling",
+           help="Keep the k most likely; 0 is all."),
+    option("--top-p", default=DEFAULTS["top_p"], metavar="P", show_default=True, section="Sampling",
+           help="Keep the fewest that reach p."),
+    option("--min-p", default=DEFAULTS["min_p"], metavar="P", show_default=True, section="Sampling",
+           help="Drop what is below p times the best."),
+    option("--repetition-penalty", "--repeat-penalty", default=DEFAULTS["repetition_penalty"], metavar="X",
+           show_default=True, section="Sampling", help="1 is off."),
+    option("-s", "--seed", type=int, metavar="N", section="Sampling", help="Same seed, same text; drawn if not given."),
+    option("--stop", multiple=True, type=Words(), metavar="TEXT", section="Sampling",
+           help="End before TEXT appears; can be repeated."),
+    option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", section="Sampling",
+           help="End at a token id; can be repeated."),
+    option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past the end-of-text token."),
+]  # fmt: skip
+CACHE = [
+    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
+           help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
+           "fp16 if not given, adaptive with a budget."),
+    option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
+    option("--kv-memory", metavar="SIZE", section="Cache", help="Keep it to that many bytes: 800kB, 8MB."),
+    option("--recent", default=16, metavar="N", show_default=True, section="Cache",
+           help="Newest tokens kept at 16 bits."),
+    option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
+    option("--backend", metavar="NAME", section="Cache", help="native or numpy; the fastest if not given."),
+]  # fmt: skip
+
+
+def given(ctx: click.Context) -> set[str]:
+    """Names of the options that the user has set, by flag or variable."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+
+
+def load_model(model: str | None, threads: int | None) -> Model:
+    """The model that -m names; what takes time is told on stderr."""
+    import kvq  # onnxruntime and the rest load only now: --help stays quick
+
+    return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
+
+
+def nbytes(text: str) -> float:
+    """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
+
+    Raises:
+        BudgetError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
+    if not match:
+        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 8MB")
+    number, unit, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
+
+
+def with_twins(command: click.Command) -> click.Command:
+    """Give every option of a command, and of its subcommands, its environment twin; the help page says so."""
+    for parameter in command.params:
+        if (
+            isinstance(parameter, click.Option)
+            and parameter.envvar is None
+            and parameter.name not in ("help", "version")
+        ):
+            parameter.envvar = twin(parameter)
+    if isinstance(command, click.Group):
+        for subcommand in command.commands.values():
+            with_twins(subcommand)
+    elif command.epilog is None:
+        command.epilog = TWINS
+    return command
+
+
+def twin(parameter: click.Option) -> str | None:
+    """Name of an option's environment variable; None for one without a long form."""
+    long = [name for name in parameter.opts if name.startswith("--")]
+    return "KVQ_" + long[0][2:].upper().replace("-", "_") if long else None

@@ -1,0 +1,84 @@
+"""Files written atomically: whoever reads the name finds the old file or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that write the same file at once are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the name `path` when the block ends well and vanishes when not.
+
+    The temporary file, ``.NAME.tmp`` in the same folder, is synchronised before the rename and the folder after
+    it. Its name is always the same, so a killed writer leaves at most one behind, which the next one takes over;
+    writers of the same file wait for each other. An existing file keeps its permissions.
+
+    Raises:
+        OSError: the folder cannot be written, or there is no space; `path` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = _locked(temporary)
+    # Closing the descriptor gives the lock back, so the name is dealt with before that.
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            file.truncate(0)
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+    sync_folder(path.parent)
+
+
+def _locked(temporary: Path) -> int:
+    """Descriptor of the temporary file, made if need be, that no other writer holds."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    while True:
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            if fcntl is None:
+                return descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The writer we waited for has renamed or removed the file that we opened: then this is not ours to write.
+            if os.path.samestat(os.fstat(descriptor), os.stat(temporary, follow_symlinks=False)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """fsync a folder, so that its entries survive a power cut."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
