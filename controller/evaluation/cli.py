@@ -67,7 +67,17 @@ RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
 THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Write the result there; else to stdout.")
+
+
+def _in_a_folder(_context, _parameter, path: Path | None) -> Path | None:
+    """An output path whose folder is there: known now, and not after an hour of work."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}; make it first")
+    return path
+
+
+OUTPUT = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_folder}
+JSON = click.option("--json", "out", **OUTPUT, help="Write the result there; else to stdout.")
 
 
 @evaluate.command()
@@ -83,7 +93,7 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), help="Writ
     "--arms", help="Only these, with commas; their rows go beside others of the same texts in kvq eval report."
 )
 @JSON
-@click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
+@click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
 @THREADS
 def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
@@ -211,7 +221,7 @@ def _arms(model, policies, kv_bits: float | None, recent: int) -> list[tuple[str
 
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Also draw damage against bytes as PNG.")
+@click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
 def report(files, picture) -> None:
     """Markdown tables from the JSON of `kvq eval pareto`, as in docs/quality.md."""
     from kvq.controller.evaluation.report import plot, tables
