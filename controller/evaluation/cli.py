@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.options import OUTPUT
 from kvq.runtime.files import write_atomically
 
 
@@ -67,16 +68,6 @@ RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
 THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-
-
-def _in_a_folder(_context, _parameter, path: Path | None) -> Path | None:
-    """An output path whose folder is there: known now, and not after an hour of work."""
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}; make it first")
-    return path
-
-
-OUTPUT = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_folder}
 JSON = click.option("--json", "out", **OUTPUT, help="Write the result there; else to stdout.")
 
 
