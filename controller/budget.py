@@ -15,7 +15,8 @@ What is held. At every length n the bytes of the store are at most
   SIZE below least(context) is refused, so there least(n) never decides.
 
 n is the length at the end of the call that appends: a prompt may spend on its early tokens what
-it saves on later ones. Appended token by token, the bound holds at every token.
+it saves on later ones. Appended token by token, the bound holds at every token. Trimming may cut a prompt
+where it has spent and not yet saved; tokens then get the cheapest class until the bound holds again.
 
 The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
 the policy was made) at the rate that would just use up what is left. What a text really spends
@@ -141,6 +142,11 @@ class Budget:
                 f"kv_bits {limit:g} is below what is possible: {lowest:.2f} with a full context of {self.context}"
                 f" tokens, {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
             )
+
+    @property
+    def limits_memory(self) -> bool:
+        """It bounds the bytes of all arrays (kv_memory), not those of the stored tokens alone (kv_bits)."""
+        return self._constant > 0
 
     def least(self, length: int) -> float:
         """Bytes of a store of that length with every unprotected token in the cheapest class."""

@@ -11,13 +11,14 @@ from pathlib import Path
 import click
 
 from kvq.controller.texts import read_text
-from kvq.runtime.cli.options import OUTPUT
+from kvq.runtime.cli.options import OFFLINE, OUTPUT
 from kvq.runtime.files import write_atomically
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, help="Hugging Face folder or hub id the bundle was exported from.")
+@OFFLINE
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 calibration text, a few megabytes.")
 @click.option(
     "--set",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.options import OFFLINE
 from kvq.runtime.errors import PromptError
 
 
@@ -51,9 +52,13 @@ from kvq.runtime.errors import PromptError
     show_default=True,
     help="segments is a bundle for kvq; single is the standard one-file ONNX in fp32.",
 )
+@click.option("--name", help="Name in the bundle; that of the checkpoint if not given.")
+@OFFLINE
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.pass_context
-def export(ctx, checkpoint, out, weights, activations, block, rotate, center, calibration, layout, overwrite) -> None:
+def export(
+    ctx, checkpoint, out, weights, activations, block, rotate, center, calibration, layout, name, overwrite
+) -> None:
     """Convert CHECKPOINT to a bundle in the folder OUT.
 
     CHECKPOINT is a Hugging Face folder or a hub id of a Llama-architecture model.
@@ -95,6 +100,7 @@ def export(ctx, checkpoint, out, weights, activations, block, rotate, center, ca
             rotate=rotate,
             center=center,
             calibration=text,
+            name=name,
             overwrite=overwrite,
             progress=progress,
         )
@@ -103,7 +109,7 @@ def export(ctx, checkpoint, out, weights, activations, block, rotate, center, ca
 
 def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
     """The one-file layout; options that only bundles have are refused rather than ignored."""
-    bundle_only = ("weights", "activations", "block", "rotate", "center", "calibration", "overwrite")
+    bundle_only = ("weights", "activations", "block", "rotate", "center", "calibration", "name", "overwrite")
     given = [n for n in bundle_only if ctx.get_parameter_source(n) != click.core.ParameterSource.DEFAULT]
     if given:
         raise click.UsageError(f"--layout single takes no --{given[0]}")

@@ -61,6 +61,7 @@ def export(
     rotate: bool = True,
     center: bool = True,
     calibration: str | None = None,
+    name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -75,6 +76,7 @@ def export(
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
         calibration: that text; None takes a built-in one.
+        name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
         progress: called as work goes on.
 
@@ -82,13 +84,13 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    for name, value, known in (
+    for option, value, known in (
         ("weights", weights, LAYER_BITS),
         ("activations", activations, ACCURACY_LEVEL),
         ("block", block, (16, 32, 64, 128, 256)),
     ):
         if value not in known:
-            raise CheckpointError(f"{name} is {value!r}; use one of {', '.join(map(str, known))}")
+            raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known))}")
     begun = time.perf_counter()
     out = Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -120,8 +122,8 @@ def export(
         file = WeightFile(folder)
         writer = SegmentWriter(checkpoint, SegmentOptions(weights, activations, block, rotation, means), folder, file)
         segments = []
-        for name in writer.segments():
-            segments.append(name)
+        for segment in writer.segments():
+            segments.append(segment)
             progress(len(segments), shape.layers + 4, "writing segments")
         decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
         file.close()
@@ -129,7 +131,7 @@ def export(
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
         manifest = Manifest(
-            name=checkpoint.name,
+            name=name or checkpoint.name,
             architecture=shape,
             weights={
                 "layers": weights,

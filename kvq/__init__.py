@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
     from kvq.runtime.chat import ChatTemplate
+    from kvq.runtime.conversation import Conversation
     from kvq.runtime.errors import (
         BackendError,
         BudgetError,
@@ -26,16 +27,20 @@ if TYPE_CHECKING:
         ChatTemplateError,
         CheckpointError,
         ContextError,
+        HubError,
         KvqError,
         NonFiniteError,
         PolicyError,
         PromptError,
+        RequestError,
         SamplingError,
+        ServerError,
         SessionError,
         TokenizerError,
         UnsupportedArchitectureError,
     )
     from kvq.runtime.generate import Response
+    from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.model import Model, load
     from kvq.runtime.session import Session, kv_nbytes
     from kvq.runtime.statistics import Stats
@@ -52,8 +57,10 @@ if (_checkout / "pyproject.toml").is_file():
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
     **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
+    **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
     **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
     "ChatTemplate": "kvq.runtime.chat",
+    "Conversation": "kvq.runtime.conversation",
     "Response": "kvq.runtime.generate",
     "Stats": "kvq.runtime.statistics",
     "session_options": "kvq.runtime.threads",
@@ -67,11 +74,14 @@ _EXPORTS = {
             "ChatTemplateError",
             "CheckpointError",
             "ContextError",
+            "HubError",
             "KvqError",
             "NonFiniteError",
             "PolicyError",
             "PromptError",
+            "RequestError",
             "SamplingError",
+            "ServerError",
             "SessionError",
             "TokenizerError",
             "UnsupportedArchitectureError",
@@ -90,21 +100,29 @@ __all__ = [
     "ChatTemplateError",
     "CheckpointError",
     "ContextError",
+    "Conversation",
+    "HubError",
+    "InspectedToken",
+    "Inspection",
     "KvqError",
     "Model",
     "NonFiniteError",
     "Policy",
     "PolicyError",
     "PromptError",
+    "RequestError",
     "Response",
     "SamplingError",
     "ScoredPolicy",
+    "ServerError",
     "Session",
     "SessionError",
     "Stats",
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "inspect_session",
+    "inspect_text",
     "kv_nbytes",
     "load",
     "make_policy",

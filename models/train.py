@@ -180,7 +180,8 @@ def plot_curve(curve: Path, image: Path) -> None:
 @click.argument("corpus", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--valid", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="held-out text")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default=Recipe.shape, show_default=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), metavar="NAME", default=Recipe.shape, show_default=True,
+              help=", ".join(SHAPES))  # fmt: skip
 @click.option("--steps", default=Recipe.steps, show_default=True)
 @click.option("--seed", default=Recipe.seed, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

@@ -15,8 +15,8 @@ Messages = Sequence[Mapping[str, str]]
 TRANSCRIPT = """\
 {%- for message in messages -%}
 {%- if not loop.first %}{{ "\n" }}{% endif -%}
-{%- if message.role == "system" -%}{{ message.content }}{{ "\n" }}
-{%- else -%}{{ message.role | capitalize }}: {{ message.content }}
+{%- if message.role == "system" -%}{{ message.content | trim }}{{ "\n" }}
+{%- else -%}{{ message.role | capitalize }}: {{ message.content | trim }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{% if messages %}{{ "\n" }}{% endif %}Assistant:{% endif -%}
@@ -111,8 +111,9 @@ class ChatTemplate:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
         if self._plain is None:
             # A second tokenizer, because the switch is a property of the tokenizer, which other threads may be using.
-            self._plain = Tokenizer.from_str(self.tokenizer.to_str())
-            self._plain.encode_special_tokens = True
+            plain = Tokenizer.from_str(self.tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
         ids = self.tokenizer.encode("", add_special_tokens=special).ids
         for at, piece in enumerate(self._special.split(text)):
             if at % 2:

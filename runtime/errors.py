@@ -11,6 +11,10 @@ class BundleError(KvqError):
     """A model bundle is missing, damaged, unsafe or of another format version."""
 
 
+class HubError(BundleError):
+    """A model that would have to come from the hub, which cannot be had or is not to be used."""
+
+
 class CheckpointError(KvqError):
     """A checkpoint to export cannot be read: missing files, pickled weights, wrong shapes."""
 
@@ -61,3 +65,17 @@ class ChatTemplateError(KvqError):
 
 class BackendError(KvqError):
     """An attention backend or thread setting cannot be had in this process."""
+
+
+class ServerError(KvqError):
+    """`kvq serve` cannot start: the address is taken, or an option is out of its range."""
+
+
+class RequestError(KvqError):
+    """A request that the server refuses; `status`, `code` and `param` go into the HTTP answer."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param

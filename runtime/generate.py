@@ -21,7 +21,8 @@ class Response:
     """One step of a generation.
 
     Attributes:
-        text: new text, possibly empty: a character may span tokens, a stop string is held back.
+        text: new text, possibly empty: a character may span tokens, a stop string is held back. A character that
+            max_tokens cuts in two is left out; a generation that continues the text begins with it.
         token: the sampled id.
         logprob: its log-probability under the model, in nats.
         index: tokens generated before this one.
@@ -110,6 +111,8 @@ def _stream(
 ) -> Iterator[Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
+    if decoder and not len(ids):
+        decoder.follow([*session.tokens, *session.pending])
     matcher = StopMatcher(stop)
     for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler)):
         reason = None
@@ -124,7 +127,8 @@ def _stream(
         if reason is None and session.room < 0:
             reason = "context"
         if reason and decoder and not matcher.stopped:
-            text += matcher.push(decoder.flush())
+            if reason != "length":  # a character that "length" cuts is shown whole by the continuation
+                text += matcher.push(decoder.flush())
             text += matcher.flush()
             reason = "stop" if matcher.stopped else reason
         yield Response(text, token, logprob, index, reason)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from kvq.runtime.chat import ChatTemplate
 from kvq.runtime.engine import Engine
 from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.pages import Geometry
+from kvq.runtime.references import DEFAULT_MODEL, embedded_models, locate
 from kvq.runtime.session import Session
 from kvq.runtime.store import KVStore
 
-DEFAULT_MODEL = "kvq-books"
+__all__ = ["DEFAULT_MODEL", "Model", "embedded_models", "load"]
 
 
 class Model:
@@ -160,33 +161,30 @@ def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     return tokenizer
 
 
-def embedded_models() -> dict[str, Path]:
-    """Models that come with the package: name -> folder."""
-    root = Path(str(importlib.resources.files("kvq.models"))) / "bundles"
-    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
-
-
-def load(path_or_name: str | os.PathLike[str] | None = None, *, threads: int | None = None) -> Model:
+def load(
+    path_or_name: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    offline: bool | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Model:
     """Load a model.
 
     Args:
-        path_or_name: the name of an embedded model, or a bundle folder; None is the default model.
+        path_or_name: an embedded model, a bundle folder, or a hub id ("owner/name") of a bundle or of a
+            checkpoint, which is fetched, exported if need be, and kept in KVQ_HOME; None is the default model.
         threads: onnxruntime threads; None uses every available core. One number per process.
+        offline: fetch nothing; None does as HF_HUB_OFFLINE says.
+        notice: told what takes time while a model is fetched.
 
     Raises:
         BundleError: no such bundle, or it is damaged, unsafe or of another version.
+        HubError: a hub id that is not on this machine and cannot be fetched (a `BundleError`).
+        CheckpointError: the checkpoint behind a hub id cannot be exported.
         BackendError: another number of threads is already in force.
 
     onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
     onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
     """
-    embedded = embedded_models()
     reference = DEFAULT_MODEL if path_or_name is None else os.fspath(path_or_name)
-    if reference in embedded:  # never a folder of that name in the current directory: say ./name for one
-        return Model(Bundle(embedded[reference]), threads)
-    if path_or_name is None or not os.path.isdir(reference):
-        names = f"{', '.join(embedded)} is embedded" if embedded else "this installation has no embedded model"
-        raise BundleError(
-            f"no model {reference!r}: not a bundle folder, and {names}; make a bundle with kvq export CHECKPOINT FOLDER"
-        )
-    return Model(Bundle(reference), threads)
+    return Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)

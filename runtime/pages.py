@@ -154,23 +154,21 @@ class Page:
         self.count = stop
 
     def parts(self) -> list[np.ndarray]:
-        """Views of what is used of each array: positions, codes and scales of keys, codes and scales of values.
-
-        The last tile of key codes is whole: its slots from `count` on are anything.
+        """Views of what is used of each array: positions; key codes of whole tiles, and of the begun one; key scales;
+        value codes and scales.
         """
-        n, tiles = self.count, -(-self.count // TILE_TOKENS)
+        n, (tiles, rest) = self.count, divmod(self.count, TILE_TOKENS)
         keys, values = self.keys, self.values
+        begun = keys.codes[:, :, tiles : tiles + bool(rest), :, :rest]
         return [
-            *(self.positions[:n], keys.codes[:, :, :tiles], keys.scales[:, :, :n]),
+            *(self.positions[:n], keys.codes[:, :, :tiles], begun, keys.scales[:, :, :n]),
             *(values.codes[:, :, :n], values.scales[:, :, :n]),
         ]
 
     def copy(self, count: int) -> Page:
         """A page of the same capacity that holds the first `count` tokens and is nobody else's."""
-        twin = Page(self.bits, self.geometry, self.capacity)
-        twin.count = count
-        for new, old in zip(twin.parts(), self.parts(), strict=True):
-            new[...] = old[tuple(slice(size) for size in new.shape)]
+        twin, kept = Page(self.bits, self.geometry, self.capacity), slice(0, count)
+        twin.append(self.keys.encoded(kept), self.values.encoded(kept), self.positions[kept])
         return twin
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:

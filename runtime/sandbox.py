@@ -27,7 +27,7 @@ MOST_STEPS = 100_000  # rounds of loops and calls in one rendering; jinja2's own
 MOST_CHARACTERS = 1 << 22  # of all text a rendering makes on its way, and sixteen times what the messages hold
 # No template needs them, and their results can be far longer than what they are given.
 BARRED_METHODS = {"center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"}
-BARRED_FILTERS = ("center", "format", "indent", "pprint", "urlize", "wordwrap", "xmlattr")
+BARRED_FILTERS = ("batch", "center", "format", "indent", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 
 # (messages, add_generation_prompt, special tokens) -> text
 Program = Callable[[list[dict[str, str]], bool, dict[str, str]], str]
@@ -164,6 +164,9 @@ def strftime_now(form: str) -> str:
 def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
            sort_keys: bool = False) -> str:  # fmt: skip
     """JSON without the HTML escapes of jinja2's own filter."""
+    widths = [indent or 0, *(len(text) for text in separators or ())]
+    if not all(isinstance(width, int) and 0 <= width <= 16 for width in widths):
+        raise SecurityError("it pads text to a large width")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -184,7 +187,7 @@ def compiled(source: str) -> Program:
         template = environment.from_string(Counting().visit(environment.parse(source)))
     except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
         raise ChatTemplateError(
-            f"the chat template cannot be compiled ({error}); export the bundle with a valid one"
+            f"the chat template cannot be compiled ({_line(error)}); export the bundle with a valid one"
         ) from None
 
     def program(messages: list[dict[str, str]], add_generation_prompt: bool, special_tokens: dict[str, str]) -> str:
@@ -201,12 +204,17 @@ def compiled(source: str) -> Program:
             raise ChatTemplateError(f"the chat template was stopped: {error}; export the bundle with another") from None
         except TemplateError as error:
             raise ChatTemplateError(
-                f"the chat template refuses this conversation ({error}); change its roles or their order"
+                f"the chat template refuses this conversation ({_line(error)}); change its roles or their order"
             ) from None
         except Exception as error:  # a template can raise whatever Python raises
             raise ChatTemplateError(
-                f"the chat template failed ({type(error).__name__}: {error}); export the bundle with another"
+                f"the chat template failed ({type(error).__name__}: {_line(error)}); export the bundle with another"
             ) from None
         return "".join(parts)
 
     return program
+
+
+def _line(error: BaseException) -> str:
+    """An error's message on one line, of a length to be read."""
+    return " ".join(str(error).split())[:200]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -96,7 +96,12 @@ class Session:
         """Tokens that still fit into the context."""
         return self.model.architecture.context - len(self.tokens) - len(self.pending)
 
-    def append(self, ids: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+    def append(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        all_logits: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
         """Feed tokens to the model and store them.
 
         Tokens of one chunk see each other unrounded and all earlier ones as the store keeps them, so
@@ -105,6 +110,7 @@ class Session:
         Args:
             ids: token ids, at least one.
             all_logits: return the logits after every appended token instead of the last alone.
+            progress: called after each chunk with the tokens done and to do; raising there leaves those done appended.
 
         Returns:
             float32 [vocab], or float32 [len(ids), vocab] with all_logits.
@@ -129,6 +135,8 @@ class Session:
             at = start + skip - first_wanted
             self._step(chunk, skip, logits[at : at + len(chunk) - skip])
             clock.add(len(chunk), time.perf_counter() - begun, read)
+            if progress is not None:
+                progress(start + len(chunk), len(feed))
         self.last_logits = logits[-1].copy() if all_logits else logits[0]
         return logits if all_logits else logits[0]
 

@@ -6,7 +6,8 @@ The payload is, without gaps, all little-endian::
     logits                    float32 [vocab], if the header says so
     of each bucket, page by page (their sizes follow from its count of tokens, see `kvq.runtime.pages`):
         positions             int32 [count]
-        key codes             uint8 [layers, kv_heads, tiles, words, 16, 4], unused slots of the last tile zero
+        key codes             uint8 [layers, kv_heads, count // 16, words, 16, 4], whole tiles
+                              uint8 [layers, kv_heads, words, count % 16, 4], the one begun
         key scales            float16 [layers, kv_heads, count, 1 or 0]
         value codes           uint8 [layers, kv_heads, count, words, 4]
         value scales          float16 [layers, kv_heads, count, 1 or 0]
@@ -30,7 +31,7 @@ from kvq.runtime.bundle import TOKENIZER, Manifest
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
-from kvq.runtime.pages import TILE_TOKENS, Bits, Bucket, Encoded, Page
+from kvq.runtime.pages import Bits, Bucket, Encoded, Page
 from kvq.runtime.session import Session
 from kvq.runtime.session_header import SessionHeader, open_session_file
 from kvq.runtime.store import KVStore
@@ -97,20 +98,10 @@ def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
         parts.append(logits.astype("<f4"))
     for bucket in store.buckets.values():
         for page in bucket.pages:
-            used = [np.ascontiguousarray(part) for part in page.parts()]
-            if page.count < page.capacity:
-                used[1] = _without_unused(used[1].copy(), page.count)
-            parts += used
+            parts += page.parts()
     slots = window.slots(store.length - window.count, store.length)
     parts += [*window.keys.encoded(slots), *window.values.encoded(slots), window.bits[slots]]
     return [np.ascontiguousarray(part, part.dtype.newbyteorder("<")) for part in parts]
-
-
-def _without_unused(codes: np.ndarray, count: int) -> np.ndarray:
-    """Key codes of a page with the slots behind its last token zero: what was trimmed must not get out."""
-    if count % TILE_TOKENS:
-        codes[:, :, -1, :, count % TILE_TOKENS :] = 0
-    return codes
 
 
 def _bytes(part: np.ndarray) -> memoryview:
@@ -251,8 +242,6 @@ def _read_page(source: _Source, page: Page) -> None:
             source.fill(part)
         else:
             part[...] = source.read(part.shape, little)
-    if page.count < page.capacity:
-        _without_unused(page.parts()[1], page.count)
 
 
 def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None, vocab: int) -> str:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from kvq.runtime.bundle import Architecture
 from kvq.runtime.codecs import CODECS, NUMPY
 from kvq.runtime.errors import SessionError
-from kvq.runtime.pages import TILE_TOKENS, Bits
+from kvq.runtime.pages import Bits
 
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
@@ -82,11 +82,8 @@ class SessionHeader:
         shape = self.architecture
         vectors, rows = shape.layers * shape.kv_heads, {}
         for k, v, count in self.buckets:
-            whole = -(-count // TILE_TOKENS) * TILE_TOKENS  # the last tile of key codes is stored whole
-            keys, values = CODECS[k], CODECS[v]
-            nbytes = whole * keys.code_bytes(shape.head_dim) + 2 * keys.has_scale * count
-            nbytes = vectors * (nbytes + count * values.vector_bytes(shape.head_dim)) + 4 * count
-            rows[str(Bits(k, v))] = {"tokens": count, "nbytes": nbytes}
+            each = vectors * sum(CODECS[bits].vector_bytes(shape.head_dim) for bits in (k, v)) + 4
+            rows[str(Bits(k, v))] = {"tokens": count, "nbytes": count * each}
         each = 2 * vectors * NUMPY.window.vector_bytes(shape.head_dim) + 2
         rows["recent"] = {"tokens": self.window, "nbytes": self.window * each}
         return rows
@@ -194,7 +191,7 @@ def _parse(text: bytes, path: str) -> SessionHeader:
         _check_types(header)
         _check_counts(header)
         return header
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise SessionError(
             f"{path} has a header that makes no sense ({' '.join(str(error).split()):.80}); make it again from the text"
         ) from None
@@ -217,7 +214,7 @@ def _check_types(header: SessionHeader) -> None:
         raise ValueError("policy_options is not a dictionary of options")
     for name in ("kv_bits", "kv_memory"):
         value = getattr(header, name)
-        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+        if value is not None and (type(value) not in (int, float) or not 0 < float(value) < math.inf):
             raise ValueError(f"{name} is {value!r}")
     if type(header.pending) is not list or type(header.buckets) is not list:
         raise ValueError("pending or buckets is not a list")

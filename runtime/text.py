@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+# Tokens before a continuation that its decoder has to know: no character and no group of invalid bytes is longer.
+FOLLOWED = 24
+
 
 class StreamingDecoder:
     """Turns ids into text piece by piece; a character split over tokens waits until it is whole.
@@ -21,6 +24,11 @@ class StreamingDecoder:
         self._tail: list[int] = []
         self._shown = 0  # characters of the decoded tail that have been returned
         self._clean = 0  # ids of the tail up to the last whole character
+
+    @property
+    def whole(self) -> bool:
+        """Whether every id pushed so far is part of a character that has been returned."""
+        return self._clean == len(self._tail)
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self._tail, skip_special_tokens=self.skip_special_tokens)
@@ -46,6 +54,11 @@ class StreamingDecoder:
             text = self._decode()
             self._shown = len(text) - text.endswith("\ufffd")
         return piece
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Go on behind a text that has been shown, but for a character that its last tokens leave incomplete."""
+        for token in tokens[-FOLLOWED:]:
+            self.push(token)
 
     def flush(self) -> str:
         """What is left at the end; an incomplete character becomes U+FFFD."""

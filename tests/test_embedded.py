@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kvq
-from kvq.runtime.model import DEFAULT_MODEL, embedded_models
+from kvq.runtime.references import DEFAULT_MODEL, embedded_models
 from tests.kvdata import arrays_in
 
 PROMPT = "The captain looked at the sea"

@@ -16,7 +16,7 @@ from kvq.controller.policies import FEATURE_NAMES, POLICIES, Policy, TokenFeatur
 from kvq.controller.policies.rule import RulePolicy
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import PolicyError
-from kvq.runtime.model import DEFAULT_MODEL, embedded_models
+from kvq.runtime.references import DEFAULT_MODEL, embedded_models
 from kvq.runtime.session import Session
 from tests.kvdata import WIDTHS, examples, seeds
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import OUTPUT
+from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
+from kvq.runtime.cli.options import OFFLINE, OUTPUT, load_model, options
 from kvq.runtime.files import write_atomically
 
 
@@ -57,7 +58,7 @@ def _numbers(text: str, option: str, kind: type = float) -> list:
     return found
 
 
-MODEL = click.option("-m", "--model", help="Bundle folder or embedded model; the default model if not given.")
+MODEL = options(MODEL_OPTIONS)
 TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
                     help="UTF-8 text to score; can be repeated.")  # fmt: skip
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
@@ -67,8 +68,7 @@ CHUNKS = click.option(
 RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
-THREADS = click.option("--threads", type=int, help="CPU threads; all available cores if not given.")
-JSON = click.option("--json", "out", **OUTPUT, help="Write the result there; else to stdout.")
+JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Write the result there; else to stdout.")
 
 
 @evaluate.command()
@@ -85,10 +85,8 @@ JSON = click.option("--json", "out", **OUTPUT, help="Write the result there; els
 )
 @JSON
 @click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
-@THREADS
 def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
-    import kvq
     from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
     wanted = ARMS if arms is None else tuple(arms.split(","))
@@ -99,7 +97,7 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, co
         raise click.UsageError("--arms shuffled needs adaptive, whose precisions it shuffles; give both")
     if arms is not None and "oracle" in wanted and checkpoint is None:
         raise click.UsageError("--arms oracle needs --checkpoint, to measure every token's damage")
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     if checkpoint is not None:
         import torch
 
@@ -128,14 +126,12 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, co
 @CHUNKS
 @RECENT
 @JSON
-@THREADS
 def kld(model, texts, policies, context, count, recent, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
-    import kvq
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     rows: list[dict] = []
     with bar() as progress:
         for length in _numbers(context, "--context", int):
@@ -159,39 +155,38 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; al
 @DATA
 @LIMIT
 @JSON
-@THREADS
 def tasks(model, policies, tasks, kv_bits, recent, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
-    loaded = kvq.load(model, threads=threads)
+    loaded = load_model(model, threads)
     write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent), tasks.split(","), data, limit))
 
 
 @evaluate.command("paper-table")
-@click.option("--models", required=True, help="Bundle folders or embedded models, with commas between them.")
+@click.option("--models", required=True, help="Models as -m takes them, with commas between them.")
+@OFFLINE
+@click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
 @click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
 @RECENT
 @DATA
 @LIMIT
 @JSON
-@THREADS
 def paper_table(models, kv_bits, recent, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
     Where the hub can be reached:
       kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M --text books.txt --objective both
+      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M \\
+        --text books.txt --objective both
       kvq eval paper-table --models smollm-135m
     """
-    import kvq
     from kvq.controller.evaluation.tasks import run_tasks
 
     rows: list[dict] = []
     for name in models.split(","):
-        loaded = kvq.load(name, threads=threads)
+        loaded = load_model(name, threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
         arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent)
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):

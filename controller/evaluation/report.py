@@ -8,14 +8,18 @@ from typing import Any
 
 from kvq.controller.evaluation.pareto import compare
 
+# Told apart without colour: each arm has a marker, a line style and a grey of its own.
+STYLES = {
+    "static": ("s", "--", "0.35"),
+    "rule": ("^", "-.", "0.35"),
+    "random": ("x", ":", "0.35"),
+    "shuffled": ("v", ":", "0.6"),
+    "paper": ("D", "--", "0.6"),
+    "adaptive": ("o", "-", "0"),
+    "oracle": ("*", "-.", "0.6"),
+}
 ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2", "static", "rule", "random", "shuffled", "paper", "adaptive",
          "oracle")  # fmt: skip
-
-# Line and marker of each arm: told apart without colour too.
-STYLES = {
-    "static": ("-", "s"), "rule": ("--", "v"), "random": (":", "x"), "shuffled": ("-.", "+"),
-    "paper": ("--", "D"), "adaptive": ("-", "o"), "oracle": (":", "*"),
-}  # fmt: skip
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -93,19 +97,22 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         for arm in ORDER:
             points = sorted((r["bits_mean"], r["kld_mean"]) for r in here if r["arm"] == arm and r["bits_requested"])
             if points:
-                line, marker = STYLES[arm]
-                shade = "black" if arm in ("adaptive", "oracle") else "0.45"
-                width = 2.5 if arm == "adaptive" else 1.2
-                panel.plot(*zip(*points, strict=True), line, marker=marker, color=shade, label=arm, linewidth=width)
+                marker, line, grey = STYLES[arm]
+                width, face = (2.2, grey) if arm == "adaptive" else (1.1, "white")
+                panel.plot(
+                    *zip(*points, strict=True), marker=marker, markersize=8, markerfacecolor=face, linestyle=line,
+                    color=grey, label=arm, linewidth=width,
+                )  # fmt: skip
         for row in here:
             if row["bits_requested"] is None and row["kld_mean"] > 0 and row["bits_mean"] < 7:
-                place = (row["bits_mean"], row["kld_mean"])
-                panel.plot(*place, "k.", markersize=4)
-                panel.annotate(row["arm"], place, xytext=(3, 4), textcoords="offset points", fontsize=8)
+                panel.plot(row["bits_mean"], row["kld_mean"], "k+")
+                place = {"xytext": (5, 4), "textcoords": "offset points"}
+                panel.annotate(row["arm"], (row["bits_mean"], row["kld_mean"]), fontsize=8, **place)
         panel.set(title=f"context {context}", xlabel="total bits per value", yscale="log")
+        panel.margins(x=0.08)
         panel.grid(True, which="both", alpha=0.3)
     panels[0][0].set_ylabel("KL to 16 bits, nats a token")
-    panels[0][-1].legend()
+    panels[0][-1].legend(handlelength=4)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

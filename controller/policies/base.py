@@ -52,11 +52,13 @@ class Policy(ABC):
     Attributes:
         name: what the user typed, reported by `stats()`.
         needs: the features to compute, a subset of `FEATURE_NAMES`; what is not needed costs nothing.
+        classes: uint8 [classes, 2], every pair it may choose; None may be any. Bounds on memory rest on it.
         recipe: name and options that `make_policy` makes the same policy of, where it has made this one.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
+    classes: np.ndarray | None = None
     recipe: tuple[str, dict[str, Any]] | None = None
 
     @abstractmethod
@@ -71,7 +73,7 @@ class ScoredPolicy(Policy):
     argmax_k (score_k - mu * bytes_k), see `kvq.controller.budget`.
 
     Attributes:
-        classes: uint8 [classes, 2], key and value bits of each class.
+        classes: uint8 [classes, 2], key and value bits of each class, in the order of the scores.
     """
 
     classes: np.ndarray

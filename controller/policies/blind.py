@@ -15,6 +15,7 @@ class MixedPolicy(Policy):
     """A fixed cycle 16, 8, 4, 2 over the positions: every precision in use, for tests and demos."""
 
     name = "mixed"
+    classes = CLASSES
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return CLASSES[features.positions % len(CLASSES)]

@@ -18,6 +18,7 @@ class StaticPolicy(Policy):
     def __init__(self, name: str, k_bits: int, v_bits: int) -> None:
         self.name = name
         self.bits = np.array([k_bits, v_bits], np.uint8)
+        self.classes = self.bits[None]
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
         return np.broadcast_to(self.bits, (len(features.positions), 2))

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 import click
+from click.shell_completion import CompletionItem
 
 import kvq
 
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
     "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
+    "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
+    "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
+    "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
+    "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
+    "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
+    "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
+    "completion": ("kvq.runtime.cli.completion:completion", "Print shell completion code."),
 }
 # What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "train", "lm_eval": "eval"}
+EXTRA_OF = {"matplotlib": "plot", "lm_eval": "eval", "starlette": "server", "uvicorn": "server"}
 EXTRA_PACKAGES = {
     "torch",
     "transformers",
@@ -31,6 +40,8 @@ EXTRA_PACKAGES = {
     "huggingface_hub",
     "matplotlib",
     "lm_eval",
+    "starlette",
+    "uvicorn",
 }
 
 
@@ -47,6 +58,11 @@ class LazyGroup(click.Group):
 
         module, attribute = COMMANDS[cmd_name][0].split(":")
         return with_twins(getattr(importlib.import_module(module), attribute))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # click's own would import every command to learn whether it is hidden.
+        named = [CompletionItem(name, help=COMMANDS[name][1]) for name in COMMANDS if name.startswith(incomplete)]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -83,7 +99,7 @@ def guarded(command: Callable[[], object]) -> None:
     if hasattr(signal, "SIGPIPE"):
         # `kvq-run ... | head` ends quietly, as with any Unix filter; click would exit with 1.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that lacks a character
+    _standard_streams()
     try:
         command()
     except click.UsageError as error:
@@ -103,6 +119,17 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):
         _exit(130)
+
+
+def _standard_streams() -> None:
+    """Make sure of stdin, stdout and stderr: Python has None for those that were closed when it started."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 # for as long as the process lives
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        _exit(1, "stdout is closed; redirect it to /dev/null where the text is not wanted")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that lacks a character
 
 
 def _naming_its_variable(error: click.UsageError) -> click.UsageError:

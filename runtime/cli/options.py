@@ -11,13 +11,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.sampling import DEFAULTS
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
@@ -87,30 +90,39 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from kvq.runtime.model import embedded_models
+    from kvq.runtime.references import cached_models, embedded_models
 
-    named = [CompletionItem(name) for name in embedded_models() if name.startswith(incomplete)]
+    names = [*embedded_models(), *cached_models()]
+    named = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="dir")]
 
 
-def _complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from kvq.controller.policies import POLICIES
 
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
 
 
+OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
+                 help="Fetch nothing from the hub.")  # fmt: skip
 # Which model, and what it runs on.
 MODEL = [
     option("-m", "--model", metavar="MODEL", section="Model", shell_complete=_complete_model,
            help="Embedded model, bundle folder or hub id; kvq list."),
-    option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
-           help="Fetch nothing from the hub."),
+    OFFLINE,
     option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),
 ]  # fmt: skip
+
+
+def max_tokens(default: int) -> Callable:
+    """The option that bounds a text, by default to so many tokens."""
+    return option("-n", "--max-tokens", default=default, metavar="N", show_default=True, section="Sampling",
+                  help="Most tokens; -1 fills the context.")  # fmt: skip
+
+
 # Names and short forms as in llama.cpp and mlx-lm.
 SAMPLING = [
-    option("-n", "--max-tokens", default=128, metavar="N", show_default=True, section="Sampling",
-           help="Most tokens; -1 fills the context."),
+    max_tokens(128),
     option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], metavar="X", show_default=True,
            section="Sampling", help="0 is greedy."),
     option("--top-k", default=DEFAULTS["top_k"], metavar="K", show_default=True, section="Sampling",
@@ -129,7 +141,7 @@ SAMPLING = [
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past the end-of-text token."),
 ]  # fmt: skip
 CACHE = [
-    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=_complete_policy,
+    option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
            "fp16 if not given, adaptive with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
@@ -139,6 +151,18 @@ CACHE = [
     option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
     option("--backend", metavar="NAME", section="Cache", help="native or numpy; the fastest if not given."),
 ]  # fmt: skip
+
+
+def given(ctx: click.Context) -> set[str]:
+    """Names of the options that the user has set, by flag or variable."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+
+
+def load_model(model: str | None, threads: int | None) -> Model:
+    """The model that -m names; what takes time is told on stderr."""
+    import kvq  # onnxruntime and the rest load only now: --help stays quick
+
+    return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
 
 
 def nbytes(text: str) -> float:
@@ -177,7 +201,7 @@ def twin(parameter: click.Option) -> str | None:
     return "KVQ_" + long[0][2:].upper().replace("-", "_") if long else None
 
 
-def _in_a_folder(_context, _parameter, path: Path | None) -> Path | None:
+def _in_a_folder(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
     """An output path whose folder is there: known now, and not after an hour of work."""
     if path is not None and not path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {path.parent}; make it first")

@@ -6,12 +6,25 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SAMPLING, SETTINGS, Command, nbytes, option, options
+from kvq.runtime.cli.options import (
+    CACHE,
+    MODEL,
+    SAMPLING,
+    SETTINGS,
+    Command,
+    given,
+    load_model,
+    nbytes,
+    option,
+    options,
+)
+from kvq.runtime.cli.sessions import SESSION, Interrupt, SessionFile
 from kvq.runtime.errors import PromptError
 
 if TYPE_CHECKING:
@@ -29,17 +42,21 @@ if TYPE_CHECKING:
     section="Basics",
     help="Read the prompt from a file, - is stdin.",
 )
+@options(SESSION)
 @option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with text and statistics.")
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No statistics line.")
 @options(MODEL)
 @options(CACHE)
 @options(SAMPLING)
+@click.pass_context
 def run(
-    prompt, prompt_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads, as_json, quiet, **generation
-) -> None:
+    ctx, prompt, prompt_file, model, session_file, session_readonly, policy, kv_bits, kv_memory, recent, sink, backend,
+    threads, as_json, quiet, **generation,
+) -> None:  # fmt: skip
     """Generate text after PROMPT.
 
     The prompt is the argument, a file, or stdin; a file given with an argument goes before it.
+    A session goes on after the text it holds, without a prompt too.
 
     \b
     Examples:
@@ -48,24 +65,44 @@ def run(
       kvq-run -f notes.txt --policy int4 --json
       kvq-run -f notes.txt --kv-bits 3.5
       cat chapter.txt | kvq-run -q
+      kvq-run --session story.kvq "It was late"
     """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
-    text = read_prompt(prompt, prompt_file)
-    memory = None if kv_memory is None else nbytes(kv_memory)
-    session = kvq.load(model, threads=threads).session(
-        policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory
-    )
+    kept = SessionFile.of(session_file, session_readonly)
+    text = read_prompt(prompt, prompt_file, optional=kept is not None and kept.exists)
+    settings = {
+        "policy": policy, "recent": recent, "sink": sink, "backend": backend,
+        "kv_bits": kv_bits, "kv_memory": None if kv_memory is None else nbytes(kv_memory),
+    }  # fmt: skip
+    loaded = load_model(model, threads)
+    session = loaded.session(**settings) if kept is None else kept.open(loaded, settings, given(ctx))
+    say = None if quiet or as_json else partial(click.echo, err=True)
+    if kept is not None and say:
+        say(kept.opened(session))
     if generation["max_tokens"] == -1:
         generation["max_tokens"] = None
-    result = generate(session, text, generation, echo=not as_json)
+    interrupt = Interrupt(enabled=kept is not None)
+    with interrupt:
+        result = generate(session, text, generation, echo=not as_json, interrupt=interrupt)
+        if kept is not None:
+            kept.close(session)
+            result["session"] = kept.as_dict()
     if as_json:
         click.echo(json.dumps(result | {"prompt": text, "stats": session.stats().as_dict()}, ensure_ascii=False))
-    elif not quiet:
-        click.echo(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}", err=True)
+    elif say:
+        say(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}")
+        if kept is not None:
+            say(kept.closed(session))
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
-def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bool) -> dict[str, Any]:
+def generate(
+    session: Session,
+    prompt: str | None,
+    generation: dict[str, Any],
+    echo: bool,
+    interrupt: Interrupt | None = None,
+) -> dict[str, Any]:
     """Generate, writing text to stdout as it comes if `echo`; returns text, tokens, finish_reason, seconds."""
     begun = time.perf_counter()
     pieces: list[str] = []
@@ -77,6 +114,9 @@ def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bo
             if echo:
                 click.echo(response.text, nl=False)
                 sys.stdout.flush()
+            if interrupt and interrupt.wanted() and reason is None:
+                reason = "interrupted"
+                break
     finally:
         if echo and pieces:
             click.echo()
@@ -84,8 +124,10 @@ def generate(session: Session, prompt: str, generation: dict[str, Any], echo: bo
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
 
 
-def read_prompt(argument: str | None, file: Path | None) -> str:
+def read_prompt(argument: str | None, file: Path | None, optional: bool = False) -> str | None:
     """The prompt from file or stdin, followed by the argument; stdin is read only if nothing else is given.
+
+    Where it is optional, None if there is none.
 
     Raises:
         PromptError: nothing given, unreadable, empty, or not UTF-8.
@@ -102,6 +144,8 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         parts.append(_utf8(os.fsencode(argument), "the prompt"))  # undecodable bytes arrive as surrogates
     text = "\n".join(part.rstrip("\n") for part in parts)
     if not text.strip():
+        if optional and argument is None and file is None:
+            return None
         raise PromptError(
             'the prompt is empty: give it as an argument (kvq-run "Once upon a time"), with --file, or on stdin'
         )

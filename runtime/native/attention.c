@@ -82,80 +82,6 @@ static unsigned key_widths(const kvq_pass *pass) {
     return widths;
 }
 
-/* A query head q [padded_dim] as integers, in the order of the words of every width that occurs (see kernel.h). */
-static void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
-                          int32_t *words) {
-    const float largest = 127 * QUERY_BASE * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
-    int8_t parts[QUERY_PARTS][1024 + 16];
-    float peak = 0;
-    for (int c = 0; c < padded; c++) peak = fmaxf(peak, fabsf(q[c]));
-    const float scale = peak > 0 ? peak / largest : 1, inverse = peak > 0 ? largest / peak : 1;
-    *integer = (kvq_integer_query){.scale = scale};
-    for (int c = 0; c < padded; c++) {
-        float rest = q[c] * inverse, unit = QUERY_BASE * QUERY_BASE;
-        for (int part = 0; part < QUERY_PARTS; part++, unit /= QUERY_BASE) {
-            float top = rest / unit + magic - magic;
-            top = top < 127 ? (top > -127 ? top : -127) : 127; /* a NaN too */
-            rest -= top * unit;
-            parts[part][c] = (int8_t)top;
-            integer->sums[part] += (int8_t)top;
-        }
-    }
-    for (int bits = 8; bits >= 2; bits /= 2) {
-        if (!(widths >> bits & 1)) continue;
-        const int steps = 8 / bits, n = words_per_vector(bits, d);
-        int8_t *to = (int8_t *)(words + integer_words_start(bits, d));
-        for (int part = 0; part < QUERY_PARTS; part++)
-            for (int s = 0; s < steps; s++)
-                for (int j = 0; j < n; j++, to += 4)
-                    for (int b = 0; b < 4; b++) to[b] = parts[part][(b * steps + s) * n + j];
-    }
-}
-
-/* Queries scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants them, as integers too. */
-static void prepare_queries(kvq_task *task, float *query, kvq_integer_query *integer, int32_t *words) {
-    const int d = task->pass->head_dim, padded = task->padded_dim;
-    const unsigned widths = key_widths(task->pass);
-    for (int h = 0; h < task->pass->heads; h++) {
-        float *q = query + (size_t)h * padded;
-        const float *from = task->rows->query + (size_t)h * d;
-        for (int c = 0; c < d; c++) q[c] = from[c] * task->softmax_scale;
-        memset(q + d, 0, sizeof(float) * (padded - d));
-        if (task->kernel->integer_dot)
-            integer_query(q, padded, d, widths, integer + h, words + (size_t)h * integer_words_all(d));
-    }
-}
-
-/* Merge what the chunks of a query head found, and the new token itself, into its output. */
-static void merge_head(const kvq_task *task, int head) {
-    const kvq_pass *pass = task->pass;
-    const kvq_rows *rows = task->rows;
-    const int d = pass->head_dim, kv_head = head / task->group;
-    const float *q = task->query + (size_t)head * task->padded_dim;
-    const float *key = rows->key + (size_t)kv_head * d, *value = rows->value + (size_t)kv_head * d;
-    float own = 0;
-    for (int c = 0; c < d; c++) own += q[c] * key[c];
-
-    const size_t step = partial_bytes(task);
-    const char *first = task->partials + ((size_t)kv_head * task->chunks * task->group + head % task->group) * step;
-    float maximum = own;
-    for (int c = 0; c < task->chunks; c++)
-        maximum = fmaxf(maximum, ((const kvq_partial *)(first + c * task->group * step))->maximum);
-    float *out = rows->out + (size_t)head * d, weight = expf(own - maximum);
-    float total = weight, squares = weight * weight;
-    for (int c = 0; c < d; c++) out[c] = weight * value[c];
-    for (int i = 0; i < task->chunks; i++) {
-        const kvq_partial *part = (const kvq_partial *)(first + i * task->group * step);
-        const float *sums = (const float *)(part + 1);
-        weight = expf(part->maximum - maximum);
-        total += weight * part->total;
-        squares += weight * weight * part->squares;
-        for (int c = 0; c < d; c++) out[c] += weight * sums[c];
-    }
-    for (int c = 0; c < d; c++) out[c] /= total;
-    if (rows->row_squares) rows->row_squares[head] = squares / (total * total);
-}
-
 static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
     const kvq_pass *pass = task->pass;
     int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
@@ -172,12 +98,12 @@ static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
         int32_t *words = (int32_t *)(memory + query_bytes);
         kvq_integer_query *integer = (kvq_integer_query *)(memory + query_bytes + word_bytes);
         char *partials = memory + query_bytes + word_bytes + integer_bytes;
-        prepare_queries(task, query, integer, words);
+        task->kernel->queries(task, key_widths(pass), query, integer, words);
         task->query = query, task->words = words, task->integer = integer;
         task->partials = partials + (16 - (uintptr_t)partials % 16) % 16;
         long work = (long)items * task->chunk_room * task->group * pass->head_dim;
         (work < SERIAL_WORK ? run_serially : parallel)(context, decode_work, items, task);
-        for (int h = 0; h < pass->heads; h++) merge_head(task, h);
+        for (int h = 0; h < pass->heads; h++) task->kernel->merge(task, h);
     }
     free(memory);
     if (chunk != few) free(chunk);
@@ -216,6 +142,11 @@ int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int
                uint16_t *scales) {
     const kvq_kernel *chosen = choose_kernel(kernel);
     return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
+}
+
+void kvq_prepare_token(const kvq_prepare *p, size_t token) {
+    const kvq_kernel *chosen = choose_kernel(p->kernel);
+    if (chosen) chosen->prepare(p, token);
 }
 
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {

@@ -1,7 +1,15 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
+#ifdef DOT_VALUES
+#include "dot_values.h"
+#endif
+#ifdef HALF_REGISTERS
+#include "half_avx512.h"
+#endif
 #include "encode.h"
 #include "move.h"
 #include "prefill.h"
+#include "prepare.h"
+#include "query.h"
 #include "swiglu.h"
 
 #define KERNEL(symbol, label, check, dot_products)                 \
@@ -9,7 +17,10 @@
                                .available = check,                 \
                                .integer_dot = dot_products,        \
                                .decode = decode_item,              \
+                               .queries = prepare_queries,         \
+                               .merge = merge_head,                \
                                .prefill = prefill_item,            \
+                               .prepare = prepare_token,           \
                                .swiglu = swiglu_row,               \
                                .move = move_token,                 \
                                .encode = encode_vectors}

@@ -66,9 +66,9 @@ INLINE void tile_scores_integer(int bits, int heads, const uint32_t *tile, int w
 #endif
 
 /* Ask for memory that will be read soon. A page's part of one layer and KV head is a few kilobytes, too short for the
- * processor to foresee the next one. */
+ * processor to foresee the next one. Into the second-level cache: what the first one holds is in use. */
 INLINE void prefetch(const char *from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 /* Scores of `heads` query heads over a page, -FLT_MAX in slots that hold no token. `next` is what is read after it. */
@@ -77,6 +77,10 @@ INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_pag
     const int words = words_per_vector(bits, task->pass->head_dim);
     const float *query = task->query + (size_t)head * task->padded_dim;
     const uint16_t *scales = page->key_scales + vector_row * page->capacity + page->begin;
+#ifdef HALF_REGISTERS
+    float pairs[DECODE_HEADS * (1024 + 2 * LANES)];
+    if (bits == 16) pair_channels(heads, query, task->padded_dim, words, pairs);
+#endif
     for (int t = 0; t < slots; t += TILE) {
         vf acc[DECODE_HEADS][TILE_VECTORS];
         const uint32_t *tile = key_tile(page, vector_row, words, t / TILE);
@@ -86,6 +90,11 @@ INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_pag
             const int d = task->pass->head_dim, stride = integer_words_all(d);
             const int32_t *parts = task->words + (size_t)head * stride + integer_words_start(bits, d);
             tile_scores_integer(bits, heads, tile, words, task->integer + head, parts, stride, acc);
+        } else
+#endif
+#ifdef HALF_REGISTERS
+        if (bits == 16) {
+            half_tile_scores(heads, tile, words, pairs, acc);
         } else
 #endif
             tile_scores(bits, heads, tile, words, query, task->padded_dim, acc);
@@ -112,6 +121,12 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
                   float *sums, int stride, const char *next) {
     const int codes = codes_of(bits), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
     const int at_once = codes < most ? codes : most;
+#ifdef HALF_REGISTERS
+    if (bits == 16 && words % 8 == 0) {
+        half_weigh(heads, values, words, slots, weights, room, sums, stride, next);
+        return;
+    }
+#endif
     if (words % LANES == 0) {
         for (int j = 0; j < words; j += LANES)
             for (int first = 0; first < codes; first += at_once) {
@@ -195,10 +210,11 @@ static const char *codes_at(const kvq_task *task, int page, int chunk, size_t ve
 
 static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head, int heads, char *partial) {
     const kvq_pass *pass = task->pass;
-    const int dim = task->padded_dim, room = task->chunk_room;
+    const int dim = task->padded_dim;
+    const int room = task->chunk_room + TILE; /* rows a power of two apart would fall on the same lines of the cache */
     const size_t vector_row = (size_t)task->layer * pass->kv_heads + kv_head;
     const int begin = task->chunk[chunk], end = task->chunk[chunk + 1];
-    float scores[DECODE_HEADS * CHUNK_SLOTS + LANES];
+    float scores[DECODE_HEADS * (CHUNK_SLOTS + TILE) + LANES];
     int at = 0;
     for (int p = begin; p < end; p++) {
         const kvq_page *page = pass->page + p;
@@ -232,9 +248,22 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
 
     at = 0;
     const int stride = (int)(partial_bytes(task) / sizeof(float));
-    for (int p = begin; p < end; p++) {
+    for (int p = begin, count; p < end; p += count) {
         const kvq_page *page = pass->page + p;
         int slots = slots_of(page), words = words_per_vector(page->value_bits, pass->head_dim);
+        const char *next = codes_at(task, p + 1, chunk, vector_row, 0);
+        count = 1;
+#ifdef DOT_VALUES
+        if (dot_values_fit(page->value_bits, words)) { /* all neighbours of this precision at once */
+            for (; p + count < end && page[count].value_bits == page->value_bits; count++)
+                slots += slots_of(page + count) > 0 ? slots_of(page + count) : 0;
+            next = codes_at(task, p + count, chunk, vector_row, 0);
+            FOR_HEADS(weigh_run(page->value_bits, HEADS, words, page, count, vector_row, scores + at, room, sums[0],
+                                stride, next))
+            at += slots;
+            continue;
+        }
+#endif
         if (slots <= 0) continue;
         const size_t first_slot = vector_row * page->capacity + page->begin;
         const uint32_t *values = page->values + first_slot * words;
@@ -245,7 +274,6 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
                 for (int g = 0; g < heads; g++)
                     store_f(scores + g * room + at + t, load_f(scores + g * room + at + t) * scale);
             }
-        const char *next = codes_at(task, p + 1, chunk, vector_row, 0);
         FOR_HEADS(FOR_BITS(page->value_bits,
                            weigh(BITS, HEADS, values, words, slots, scores + at, room, sums[0], stride, next)))
         at += slots;

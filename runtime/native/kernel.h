@@ -27,7 +27,10 @@ typedef struct {
     int (*available)(void);
     int integer_dot;                               /* wants task->integers */
     void (*decode)(const kvq_task *task, size_t i); /* item: one KV head x one chunk of pages, one new token */
+    void (*queries)(const kvq_task *task, unsigned widths, float *query, kvq_integer_query *integer, int32_t *words);
+    void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
+    void (*prepare)(const kvq_prepare *p, size_t token);
     void (*swiglu)(const float *x, size_t n, float *out);
     int (*move)(const kvq_move *move);
     int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);

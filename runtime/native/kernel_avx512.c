@@ -7,6 +7,8 @@
 
 #define DOT_KERNEL
 #define DOT_OFFSET(bits) ((bits) == 8 ? 128 : (bits) == 4 ? 8 : 10)
+#define DOT_VALUES
+#define HALF_REGISTERS
 
 INLINE vf avx512_half_to_float(vu x) {
     return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
@@ -33,6 +35,21 @@ INLINE vf avx512_spread(const float *p, int tokens) {
 }
 #define spread avx512_spread
 
+/* e^x for x <= 0, exactly 0 below -87: 2^n times 2^r by a polynomial of least relative error; relative error 3e-7. */
+INLINE vf avx512_exp(vf x) {
+    const __m512 log2e = _mm512_set1_ps(1.44269502f);
+    const vf n = (vf)_mm512_roundscale_ps((__m512)x * log2e, 8);
+    const vf r = (vf)_mm512_fmsub_ps((__m512)x, log2e, (__m512)n) + x * 1.92596299e-8f; /* log2 e beyond single precision */
+    vf p = r * 1.327647245e-3f + 9.675541893e-3f;
+    p = p * r + 5.550713092e-2f;
+    p = p * r + 2.402212024e-1f;
+    p = p * r + 6.931469440e-1f;
+    p = p * r + 1.0f;
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87), _CMP_GT_OQ);
+    return (vf)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+}
+#define exp_f avx512_exp
+
 INLINE vu dot_codes(int bits, vu word, int s) {
     if (bits == 8) return word ^ 0x80808080u;
     if (bits == 4) return (word >> (4 * s)) & 0x0f0f0f0fu;
@@ -40,7 +57,9 @@ INLINE vu dot_codes(int bits, vu word, int s) {
     return (vu)_mm512_shuffle_epi8(levels, (__m512i)((word >> (2 * s)) & 0x03030303u));
 }
 INLINE vi dot(vi sum, vu codes, int32_t query) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(query));
+    const __m512i all = _mm512_set1_epi32(query);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(all));
+    return sum;
 }
 #include "body.h"
 

@@ -61,6 +61,7 @@ typedef struct {
     float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys */
     int32_t heads, kv_heads, head_dim;
     int32_t rotate; /* whether heads are rotated by the Hadamard matrix; head_dim is a power of two then */
+    int32_t kernel; /* as in kvq_pass */
 } kvq_prepare;
 
 /* Queries and keys of one token: rotary embedding, rotation, centring. */

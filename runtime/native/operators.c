@@ -98,6 +98,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .kv_heads = pass->kv_heads,
         .head_dim = pass->head_dim,
         .rotate = self->rotate && !(d & (d - 1)),
+        .kernel = pass->kernel,
     };
     float *out = output(&r, tokens, pass->heads * d);
     if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * both * d))))

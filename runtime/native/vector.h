@@ -3,6 +3,7 @@
  * and, where the instruction set does it better than the plain forms below:
  *   half_to_float(x)      vu -> vf: the low halves of the lanes
  *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
+ *   exp_f(x)              e^x for x <= 0
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
  * and for integer dot products (see decode.h) DOT_KERNEL, DOT_OFFSET, dot_codes and dot. */
 #ifndef KVQ_VECTOR_H
@@ -17,6 +18,25 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf select_f(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
+
+/* The number of each lane. */
+INLINE vi lane_numbers(void) {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi x;
+    memcpy(&x, numbers, sizeof x);
+    return x;
+}
+
+/* Lane i ^ step in lane i; step is a constant. */
+INLINE vf swap_lanes(vf x, int step) {
+#if defined(__clang__)
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = x[i ^ step];
+    return y;
+#else
+    return __builtin_shuffle(x, lane_numbers() ^ step);
+#endif
+}
 
 INLINE float sum_lanes(vf x) {
     float s = 0;
@@ -73,8 +93,9 @@ INLINE vf level(int bits, vu word, int i) {
 }
 INLINE int codes_of(int bits) { return bits == WINDOW_BITS ? 2 : 32 / bits; }
 
+#ifndef exp_f
 /* e^x for x <= 0, exactly 0 below -87; relative error below 3e-7. */
-INLINE vf exp_f(vf x) {
+INLINE vf exp_plain(vf x) {
     vi keep = x > -87.0f;
     x = select_f(keep, x, splat(0));
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
@@ -91,6 +112,8 @@ INLINE vf exp_f(vf x) {
     p = p * r * r + r + 1.0f;
     return (vf)(((vi)p + (exponent << 23)) & keep);
 }
+#define exp_f exp_plain
+#endif
 
 INLINE float half_scalar(uint16_t h) {
     vf x = half_to_float(h - (vu){0});

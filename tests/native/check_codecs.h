@@ -138,14 +138,14 @@ static void check_swiglu(void) {
 }
 
 /* Rotary embedding, rotation, centring. */
-static void check_prepare(void) {
+static void check_prepare(int kernel) {
     static const int dims[] = {8, 24, 64, 128, 256};
     for (int i = 0; i < 4 * LENGTH(dims); i++) {
         const int d = dims[i / 4], half = d / 2, heads = 3, kv_heads = 2, tokens = 2, rotate = i % 2 && !(d & (d - 1));
         float *qkv = random_rows(tokens, (heads + 2 * kv_heads) * d, (heads + 2 * kv_heads) * d);
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + kv_heads) * d);
-        const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate};
+        const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
         for (int t = tokens; t-- > 0;) kvq_prepare_token(&prepare, t);
         double worst = 0;
         for (int t = 0; t < tokens; t++)
@@ -165,7 +165,7 @@ static void check_prepare(void) {
                     worst = fmax(worst, fabs(out[(t * (heads + kv_heads) + h) * d + c] - expected));
                 }
             }
-        if (!(worst < 1e-5)) fail("prepare: error %g; head_dim %d, rotate %d", worst, d, rotate);
+        if (!(worst < 1e-5)) fail("%s: prepare: error %g; head_dim %d, rotate %d", kvq_kernel_name(kernel), worst, d, rotate);
         free(qkv), free(cosine), free(sine), free(mean), free(out);
     }
 }

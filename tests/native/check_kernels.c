@@ -44,7 +44,8 @@ static void check_everything(int quick) {
     check_encoding(quick ? 1 : 4);
     check_moves(quick ? 2 : 10);
     check_swiglu();
-    check_prepare();
+    for (int kernel = 0; kernel < kvq_kernels(); kernel++)
+        if (kvq_kernel_available(kernel)) check_prepare(kernel);
     if (!shared_calls) fail("no work was ever handed to other threads");
 }
 

@@ -1,0 +1,255 @@
+"""Load on `kvq serve`: several clients in conversations at once, every text checked.
+
+    python -m kvq.bench.serve --clients 8 --seconds 120 --kv-memory-total 10MB
+
+A server of its own on a free loopback port; every client keeps several conversations open and takes
+a turn in one after the other, so that idle ones have to leave memory. Afterwards every response is
+generated once more by the library alone, from an empty session, and compared. Times are taken in
+the clients, which run on the same machine.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.resources
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+TIMEOUT_S = 600
+TEMPERATURE = 0.8
+
+
+@dataclass
+class Turn:
+    """A request and what came of it; times in seconds from the request, `gaps` between pieces of text."""
+
+    messages: list[dict[str, str]]
+    seed: int
+    text: str = ""
+    first: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class Load:
+    """What the clients do."""
+
+    clients: int
+    seconds: float
+    conversations: int
+    turns: int
+    max_tokens: int
+    policy: str
+    chunk: int
+
+
+class ServerProcess:
+    """`kvq serve` on a free port, for as long as the block lasts."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+        command = [sys.executable, "-m", "kvq", "serve", "--port", "0", "-q", *arguments]
+        self.process = subprocess.Popen(command, stderr=self._log)
+        self.port = int(self._wait_for(r"listening on http://127\.0\.0\.1:(\d+)")[1])
+        self._wait_for("^kvq: ready")
+
+    def _wait_for(self, pattern: str) -> re.Match[str]:
+        while True:
+            self._log.seek(0)
+            log = self._log.read()
+            if found := re.search(pattern, log, re.MULTILINE):
+                return found
+            if self.process.poll() is not None:
+                raise click.ClickException(f"the server ended: {log.strip()[-300:]}")
+            time.sleep(0.05)
+
+    def stats(self) -> dict[str, Any]:
+        """Of the server, and its largest resident memory."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
+        connection.request("GET", "/stats")
+        stats = json.loads(connection.getresponse().read())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return stats | {"peak_rss_nbytes": int(peak[1]) * 1024 if peak else None}
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self._log.close()
+
+
+def pieces(connection: http.client.HTTPConnection, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed response."""
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise click.ClickException(f"{answer.status}: {answer.read()[:300]!r}")
+    for line in answer:
+        data = line.removeprefix(b"data: ").strip()
+        if data and data != b"[DONE]":
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise click.ClickException(str(chunk["error"]))
+            yield chunk
+    answer.read()
+
+
+def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) -> None:
+    """Send the request of a turn and note what comes back."""
+    body = {
+        "messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "temperature": TEMPERATURE,
+        "policy": load.policy, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    begun = last = time.perf_counter()
+    for chunk in pieces(connection, body):
+        if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            now = time.perf_counter()
+            if turn.text:
+                turn.gaps.append(now - last)
+            else:
+                turn.first = now - begun
+            last = now
+            turn.text += chunk["choices"][0]["delta"]["content"]
+        elif usage := chunk["usage"]:
+            turn.prompt_tokens, turn.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def client(number: int, port: int, load: Load, sentences: list[str], end: float, done: list[Turn]) -> None:
+    """Conversations of one client until the time is over; finished turns are put into `done`."""
+    generator = np.random.default_rng(number)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+
+    def some(count: int) -> str:
+        at = int(generator.integers(0, len(sentences) - count))
+        return " ".join(sentences[at : at + count])
+
+    opened: list[list[dict[str, str]]] = [[] for _ in range(load.conversations)]
+    while True:
+        for i in range(load.conversations):
+            if time.perf_counter() > end:
+                return
+            if len(opened[i]) >= 2 * load.turns + 1:
+                opened[i] = []
+            if not opened[i]:
+                opened[i] = [{"role": "system", "content": some(int(generator.integers(4, 16)))}]
+            opened[i].append({"role": "user", "content": some(1)})
+            turn = Turn(list(opened[i]), int(generator.integers(1 << 31)))
+            take_turn(connection, turn, load)
+            opened[i].append({"role": "assistant", "content": turn.text})
+            done.append(turn)
+
+
+def run_load(server: ServerProcess, load: Load) -> tuple[list[Turn], float]:
+    """All turns of all clients, and the seconds they took."""
+    text = importlib.resources.files("kvq.exporter").joinpath("calibration.txt").read_text(encoding="utf-8")
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+    done: list[Turn] = []
+    failures: list[BaseException] = []
+    begun = time.perf_counter()
+
+    def one(number: int) -> None:
+        try:
+            client(number, server.port, load, sentences, begun + load.seconds, done)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(load.clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return done, time.perf_counter() - begun
+
+
+def wrong_texts(turns: list[Turn], model: str | None, load: Load) -> int:
+    """How many responses are not what the library alone says to the same messages."""
+    import kvq
+
+    loaded = kvq.load(model)
+    template = loaded.chat_template
+    wrong = 0
+    for turn in turns:
+        responses = loaded.session(load.policy, prefill_chunk=load.chunk).generate(
+            template.encode(turn.messages), max_tokens=load.max_tokens, temperature=TEMPERATURE, seed=turn.seed,
+            stop=template.stop, stop_tokens=template.stop_tokens,
+        )  # fmt: skip
+        wrong += "".join(response.text for response in responses) != turn.text
+    return wrong
+
+
+def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str, Any]:
+    """The figures: milliseconds, bytes, counts."""
+    first = np.percentile([1e3 * turn.first for turn in turns], [50, 95])
+    gaps = np.percentile([1e3 * gap for turn in turns for gap in turn.gaps], [50, 95])
+    return {
+        "responses": len(turns),
+        "seconds": round(seconds, 1),
+        "tokens_per_s": round(sum(turn.tokens for turn in turns) / seconds, 1),
+        "prompt_tokens": sum(turn.prompt_tokens for turn in turns),
+        "cached_tokens": sum(turn.cached_tokens for turn in turns),
+        "first_token_ms": [round(value, 1) for value in first],
+        "per_token_ms": [round(value, 2) for value in gaps],
+    } | {name: stats[name] for name in SHOWN}
+
+
+SHOWN = (
+    "reused", "evictions", "restores", "dropped_files", "kv_limit_nbytes", "kv_peak_nbytes", "file_nbytes",
+    "peak_rss_nbytes",
+)  # fmt: skip
+
+
+@click.command()
+@click.option("--model", help="bundle; the embedded model if not given")
+@click.option("--clients", default=8, show_default=True)
+@click.option("--seconds", default=60.0, show_default=True, help="how long the load lasts")
+@click.option("--conversations", default=3, show_default=True, help="open ones of each client")
+@click.option("--turns", default=5, show_default=True, help="of a conversation")
+@click.option("--max-tokens", default=48, show_default=True, help="of a response")
+@click.option("--policy", default="k8v4", show_default=True, help="one without a budget")
+@click.option("--chunk", default=128, show_default=True, help="as of kvq serve")
+@click.option("--kv-memory-total", default="10MB", show_default=True)
+@click.option("--record", type=click.Path(path_type=Path), help="write the responses there and do not check them now")
+@click.option("--check", type=click.Path(path_type=Path, exists=True), help="check the responses of a --record")
+def main(
+    model, clients, seconds, conversations, turns, max_tokens, policy, chunk, kv_memory_total, record, check
+) -> None:
+    """Put load on a server, print the figures as JSON, and check every text."""
+    if check is not None:
+        saved = json.loads(check.read_text())
+        load, done = Load(**saved["load"]), [Turn(**turn) for turn in saved["turns"]]
+    else:
+        load = Load(clients, seconds, conversations, turns, max_tokens, policy, chunk)
+        arguments = ["--kv-memory-total", kv_memory_total, "--concurrency", str(clients), "--chunk", str(chunk)]
+        with ServerProcess(arguments + (["-m", model] if model else [])) as server:
+            done, took = run_load(server, load)
+            click.echo(json.dumps(report(done, took, server.stats()), indent=1))
+        if record is not None:
+            record.write_text(json.dumps({"load": vars(load), "turns": [vars(turn) for turn in done]}))
+            return
+    wrong = wrong_texts(done, model, load)
+    click.echo(f"{wrong} of {len(done)} texts differ from those of the library alone")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

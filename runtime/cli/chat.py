@@ -1,0 +1,276 @@
+"""``kvq chat``: a conversation in the terminal; answers to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq.runtime.cli.options import (
+    CACHE,
+    MODEL,
+    SAMPLING,
+    SETTINGS,
+    Command,
+    load_model,
+    max_tokens,
+    nbytes,
+    option,
+    options,
+)
+from kvq.runtime.errors import KvqError, PromptError
+
+if TYPE_CHECKING:
+    from kvq.runtime.conversation import Conversation
+    from kvq.runtime.model import Model
+    from kvq.runtime.session import Session
+
+HELP = """\
+/save FILE    save the conversation with its cache, to go on later
+/load FILE    go on with a saved one
+/policy NAME  another precision of cached tokens; the conversation is processed again
+/stats        tokens, bytes and times so far
+/undo         take back the last question and its answer
+/reset        begin anew; the system prompt stays
+/quit         end, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
+@option("-q", "--quiet", is_flag=True, section="Basics", help="No notices, only answers and errors.")
+@options(MODEL)
+@options(CACHE)
+@options([max_tokens(512), *SAMPLING[1:]])
+def chat(
+    system, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink, backend, max_tokens, **generation
+) -> None:
+    """Talk with a model; /help lists what you can type besides.
+
+    Every question is added to the cache, so earlier turns are never processed
+    again. Without a terminal, each line of stdin is one question.
+
+    \b
+    Examples:
+      kvq chat -m HuggingFaceTB/SmolLM2-360M-Instruct --kv-bits 4
+      kvq chat -m ./my-bundle --system "Answer in one sentence."
+      printf 'Hello\\nAnd then?\\n' | kvq chat -q
+    """
+    settings = {"policy": policy, "recent": recent, "sink": sink, "backend": backend, "kv_bits": kv_bits}
+    settings["kv_memory"] = None if kv_memory is None else nbytes(kv_memory)
+    generation["max_tokens"] = None if max_tokens == -1 else max_tokens
+    repl = Repl(load_model(model, threads), settings, system, generation, quiet)
+    repl.interactive() if sys.stdin.isatty() else repl.script()
+
+
+@dataclass
+class Repl:
+    """A running chat.
+
+    Attributes:
+        settings: of `Model.session`, for every session of this chat.
+        system: system prompt.
+        generation: options of `Conversation.reply`.
+        quiet: whether notices are left out.
+        stopping: whether Ctrl-C was pressed during an answer.
+        answering: whether an answer is on its way.
+    """
+
+    model: Model
+    settings: dict[str, Any]
+    system: str | None
+    generation: dict[str, Any]
+    quiet: bool
+    conversation: Conversation = field(init=False)
+    stopping: bool = False
+    answering: bool = False
+
+    def __post_init__(self) -> None:
+        self.begin(self.new_session())
+        self.conversation.session.generate([0], **self.generation)  # checks the options now, and computes nothing
+
+    def new_session(self) -> Session:
+        """An empty session with this chat's settings."""
+        return self.model.session(**self.settings)
+
+    def begin(self, session: Session, system: bool = True) -> None:
+        """Start or take up the conversation of a session."""
+        from kvq.runtime.conversation import Conversation
+
+        self.conversation = Conversation(session, self.system if system else None)
+
+    def notice(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def script(self) -> None:
+        """A question a line from stdin; the first error ends it."""
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                raise PromptError(f"line {number} of stdin is not UTF-8; convert it with iconv -t UTF-8") from None
+            if not self.handle(text.strip()):
+                return
+
+    def interactive(self) -> None:
+        """Questions from the terminal until Ctrl-D; an error is told and the chat goes on."""
+        prepare_readline()
+        signal.signal(signal.SIGINT, self._interrupt)
+        session = self.conversation.session
+        template = "plain transcript: this model has no chat template" if self.conversation.template.builtin else "chat"
+        self.notice(
+            f"{self.model.bundle.manifest.name} | policy {session.policy.name} | {template} | /help lists commands"
+        )
+        while True:
+            try:
+                if not self.handle(ask().strip()):
+                    return
+            except EOFError:
+                click.echo(err=True)
+                return
+            except KeyboardInterrupt:
+                click.echo("\n(Ctrl-D or /quit ends the chat)", err=True)
+            except (KvqError, OSError) as error:
+                click.echo(f"kvq: {error}", err=True)
+
+    def _interrupt(self, *_: object) -> None:
+        # A forward pass must not be cut in the middle: an answer is stopped between its tokens.
+        if not self.answering or self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def handle(self, line: str) -> bool:
+        """Answer a line or do what it says; False ends the chat."""
+        if not line.startswith("/"):
+            if line:
+                self.answer(line)
+            return True
+        try:
+            name, *arguments = shlex.split(line[1:]) or [""]
+        except ValueError as error:
+            raise PromptError(f"{line!r:.80} cannot be read ({error}); close its quotes") from None
+        if name in ("quit", "exit", "bye"):
+            return False
+        commands: dict[str, tuple[int, Callable[..., None]]] = {
+            "help": (0, self.help), "save": (1, self.save), "load": (1, self.load), "policy": (1, self.policy),
+            "stats": (0, self.stats), "undo": (0, self.undo), "reset": (0, self.reset),
+        }  # fmt: skip
+        command = commands.get(name)
+        if command is None:
+            raise PromptError(f"no command /{name}; /help lists them")
+        if len(arguments) != command[0]:
+            raise PromptError(f"/{name} takes {command[0] or 'no'} argument{'s' * (command[0] != 1)}; see /help")
+        command[1](*arguments)
+        return True
+
+    def answer(self, question: str) -> None:
+        """Stream an answer to stdout."""
+        self.stopping, begun, reason = False, False, None
+        replies = self.conversation.reply(question, cancelled=lambda: self.stopping, **self.generation)
+        self.answering = True
+        try:
+            for response in replies:
+                text = response.text if begun else response.text.lstrip()
+                if text:
+                    begun = True
+                    click.echo(text, nl=False)
+                    sys.stdout.flush()
+                reason = response.finish_reason
+                if self.stopping:
+                    break
+        finally:
+            replies.close()  # type: ignore[attr-defined] # a generator: ends its turn
+            self.answering = False
+            click.echo()
+        if self.stopping:
+            self.notice("(stopped)")
+        elif reason == "length":
+            self.notice(f"(cut after {self.generation['max_tokens']} tokens; -n sets how many)")
+        elif reason == "context":
+            self.notice(
+                f"(the context of {self.model.architecture.context} tokens is full: /undo takes back a turn,"
+                " /reset begins anew)"
+            )
+
+    def help(self) -> None:
+        """What can be typed."""
+        click.echo(HELP, err=True)
+
+    def save(self, path: str) -> None:
+        """Write the session, conversation included."""
+        self.conversation.session.save(path)
+        session = self.conversation.session
+        self.notice(f"saved {len(session.tokens)} tokens to {path}, {Path(path).stat().st_size / 1e3:.1f} kB")
+
+    def load(self, path: str) -> None:
+        """Take up a saved session."""
+        session = self.model.load_session(path)
+        self.begin(session, system=False)
+        self.notice(f"{self._turns()}, {len(session.tokens)} tokens, policy {session.policy.name}")
+
+    def policy(self, name: str) -> None:
+        """Process the conversation again under another policy."""
+        settings = {**self.settings, "policy": name}
+        session = self.model.session(**settings)
+        self.conversation.move_to(session)
+        self.settings = settings
+        self.notice(f"policy {session.policy.name}, {len(session.tokens)} tokens processed again")
+
+    def stats(self) -> None:
+        """The line of statistics, asked for and so printed even if quiet."""
+        click.echo(self.conversation.session.stats().line(), err=True)
+
+    def undo(self) -> None:
+        """Take back a turn."""
+        self.conversation.undo()
+        self.notice(f"{self._turns()}, {len(self.conversation.session.tokens)} tokens left")
+
+    def _turns(self) -> str:
+        turns = len(self.conversation.turns)
+        return f"{turns} turn{'s' * (turns != 1)}"
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.begin(self.new_session())
+        self.notice("a new conversation")
+
+
+def ask() -> str:
+    """A question from the terminal; the prompt is not part of what stdout carries when it goes elsewhere."""
+    lines, prompt = [], "> "
+    while True:
+        if sys.stdout.isatty():
+            line = input(prompt)
+        else:
+            click.echo(prompt, nl=False, err=True)
+            line = input()
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines)
+        prompt = ". "
+
+
+def prepare_readline() -> None:
+    """Line editing, and completion of commands and file names; nothing where Python has no readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+    commands = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+
+    def complete(text: str, state: int) -> str | None:
+        found = [name + " " for name in commands if name.startswith(text)] if text.startswith("/") else []
+        return found[state] if state < len(found) else None
+
+    readline.set_completer_delims(" \t\n")
+    readline.set_completer(complete)
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")

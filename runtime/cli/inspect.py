@@ -1,0 +1,96 @@
+"""``kvq inspect``: which words were worth their bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, nbytes, option, options
+from kvq.runtime.cli.run import read_prompt
+from kvq.runtime.files import write_atomically
+
+BASICS = [
+    option("-f", "--file", "text_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Read the text from a file, - is stdin."),
+    option("--session", "session_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Show a saved session: its text, its precisions."),
+    option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with tokens and totals."),
+    option("--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Write a self-contained page instead."),
+    option("--png", "png_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
+           help="Write a plot along the text instead."),
+    option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", metavar="WHEN", section="Basics",
+           show_default=True, help="24-bit colours: always, never, or auto, on a terminal without NO_COLOR."),
+    option("-q", "--quiet", is_flag=True, section="Basics", help="No totals."),
+]  # fmt: skip
+POLICY = option("-p", "--policy", default="adaptive", metavar="NAME", show_default=True, section="Cache",
+                shell_complete=complete_policy, help="Precisions; the names are those of kvq run.")  # fmt: skip
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("text", required=False)
+@options([*BASICS, *MODEL, POLICY, *CACHE[1:]])
+@click.pass_context
+def inspect(
+    ctx, text, text_file, session_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads,
+    color, as_json, html_file, png_file, quiet,
+) -> None:  # fmt: skip
+    """Show TEXT with each token shaded by the precision it is cached at.
+
+    The text is the argument, a file, stdin, or that of a saved session; a file given with an argument goes before it.
+    Totals go to stderr.
+
+    \b
+    Examples:
+      kvq inspect "The captain looked at the sea"
+      kvq inspect -f chapter.txt --kv-bits 3.25 --html chapter.html
+      kvq inspect -p rule -f chapter.txt --png chapter.png
+      kvq inspect --session chapter.kvq
+      cat chapter.txt | kvq inspect --json
+    """
+    import kvq  # onnxruntime and the rest load only now: --help stays quick
+    from kvq.runtime.views import page, plot, terminal
+
+    if png_file:
+        import matplotlib  # noqa: F401 # a missing package is said before the model runs
+    features = bool(as_json or html_file or png_file)
+    if session_file:
+        _refuse_beside_session(ctx)
+        session = kvq.load(model, threads=threads).load_session(session_file, backend=backend)
+        inspection = kvq.inspect_session(session, features=features)
+    else:
+        prompt = read_prompt(text, text_file)
+        memory = None if kv_memory is None else nbytes(kv_memory)
+        inspection = kvq.inspect_text(
+            kvq.load(model, threads=threads), prompt, policy, features=features, recent=recent, sink=sink,
+            backend=backend, kv_bits=kv_bits, kv_memory=memory,
+        )  # fmt: skip
+    if html_file:
+        write_atomically(html_file, page.html(inspection))
+    if png_file:
+        write_atomically(png_file, plot.png(inspection))
+    if as_json:
+        click.echo(json.dumps(inspection.as_dict()))  # ASCII: no control character of the text gets out
+    elif not html_file and not png_file:
+        colored = terminal.wants_color(color, sys.stdout)
+        width = shutil.get_terminal_size((0, 0)).columns
+        click.echo(terminal.text(inspection, colored, width), nl=False, color=colored)
+    if not quiet:
+        if sys.stdout.isatty():
+            click.echo(err=True)
+        colored = terminal.wants_color(color, sys.stderr)
+        click.echo(terminal.table(inspection, colored), nl=False, err=True, color=colored)
+
+
+def _refuse_beside_session(ctx: click.Context) -> None:
+    """A session has its text and its policy: options that would set them are refused, not ignored."""
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink"):
+            hint = parameter.get_error_hint(ctx)
+            raise click.UsageError(f"{hint} and --session exclude each other: a session has its own", ctx)

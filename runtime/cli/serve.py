@@ -1,0 +1,86 @@
+"""``kvq serve``: the OpenAI-compatible HTTP API over one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, nbytes, option, options
+
+AT_LEAST_ONE = click.IntRange(1)
+SERVER = [
+    option("--host", default="127.0.0.1", show_default=True, section="Server", help="Address to listen on."),
+    option("--port", type=click.IntRange(0, 65535), default=8080, metavar="N", show_default=True, section="Server",
+           help="0 takes a free one."),
+    option("--name", metavar="NAME", section="Server", help="Of the model in the API; the bundle's if not given."),
+    option("--api-key", metavar="KEY", section="Server", help="Ask for it; better set KVQ_API_KEY."),
+    option("--cors-origin", "cors_origins", multiple=True, metavar="URL", section="Server",
+           help="Let pages from there in; can be repeated."),
+    option("-q", "--quiet", is_flag=True, section="Server", help="No line per request."),
+]  # fmt: skip
+SESSIONS = [
+    option("--kv-memory-total", metavar="SIZE", section="Sessions",
+           help="Most bytes of all caches; a quarter of memory if not given."),
+    option("--session-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
+           section="Sessions", help="Where idle ones are saved until the end."),
+    option("--session-disk", default="1GB", metavar="SIZE", show_default=True, section="Sessions",
+           help="Most bytes saved there."),
+    option("--chunk", type=AT_LEAST_ONE, default=128, metavar="N", show_default=True, section="Sessions",
+           help="Tokens per prefill step; reuse begins at multiples."),
+]  # fmt: skip
+LIMITS = [
+    option("--concurrency", type=AT_LEAST_ONE, default=8, metavar="N", show_default=True, section="Limits",
+           help="Requests at work."),
+    option("--queue", type=click.IntRange(0), default=32, metavar="N", show_default=True, section="Limits",
+           help="Requests that wait; more get 429."),
+    option("--max-tokens", type=AT_LEAST_ONE, default=1024, metavar="N", show_default=True, section="Limits",
+           help="Of a response."),
+    option("--max-prompt-tokens", type=AT_LEAST_ONE, metavar="N", section="Limits",
+           help="The model's context if not given."),
+    option("--max-body", default="4MB", metavar="SIZE", show_default=True, section="Limits", help="Of a request."),
+    option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, metavar="S", show_default=True,
+           section="Limits", help="Seconds for a request, waiting included."),
+]  # fmt: skip
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@options(SERVER)
+@options(MODEL)
+@options(CACHE)
+@options(SESSIONS)
+@options(LIMITS)
+def serve(
+    model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, backend, chunk,
+    kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens, max_body, timeout,
+    threads, quiet,
+) -> None:  # fmt: skip
+    """Serve the OpenAI-compatible HTTP API.
+
+    \b
+    Examples:
+      kvq serve
+      kvq serve -m smollm --kv-bits 3.5 --kv-memory-total 200MB
+      KVQ_API_KEY=secret kvq serve --host 0.0.0.0
+    """
+    if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
+        raise click.UsageError("the API key must be printable ASCII and not empty; unset KVQ_API_KEY to go without")
+    from kvq.runtime.server.app import Limits
+    from kvq.runtime.server.protocol import Settings
+    from kvq.runtime.server.serve import Options
+    from kvq.runtime.server.serve import serve as run
+
+    run(
+        Options(
+            model=model, threads=threads, host=host, port=port, name=name,
+            settings=Settings(policy, kv_bits, None if kv_memory is None else nbytes(kv_memory), recent, sink),
+            backend=backend, chunk=chunk,
+            kv_memory_total=None if kv_memory_total is None else int(nbytes(kv_memory_total)),
+            session_dir=session_dir, session_disk=int(nbytes(session_disk)),
+            concurrency=concurrency, queue=queue,
+            limits=Limits(
+                body=int(nbytes(max_body)), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout
+            ),
+            api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
+        )
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+/* The ends of a decode step's attention: queries and keys as the projection yields them become what scores are taken
+ * with, and the partial results of a head become its output. */
+#ifndef KVQ_QUERY_H
+#define KVQ_QUERY_H
+
+#include <math.h>
+
+#include "kernel.h"
+#include "vector.h"
+
+/* Four bytes' worth of lanes: a row of integer words is head_dim / 4 long whatever the width, a multiple of these. */
+typedef int32_t v4 __attribute__((vector_size(16)));
+
+/* Words of one width from the parts of a query, see integer_words. */
+INLINE void integer_rows(int bits, int d, const int32_t *part, int32_t *to) {
+    const int steps = 8 / bits, n = words_per_vector(bits, d);
+    for (int s = 0; s < steps; s++, to += n)
+        for (int j = 0; j < n; j += 4) {
+            v4 word = {0};
+            for (int b = 0; b < 4; b++) {
+                v4 x;
+                memcpy(&x, part + (b * steps + s) * n + j, sizeof x);
+                word |= (x & 255) << (8 * b);
+            }
+            if (j + 4 <= n) memcpy(to + j, &word, sizeof word);
+            else memcpy(to + j, &word, sizeof(int32_t) * (n - j));
+        }
+}
+
+/* A query q [padded] as integers, in the words of every width that occurs (bit b of `widths` for b bits). */
+INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer, int32_t *words) {
+    const float largest = 127 * QUERY_BASE * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+    int32_t parts[QUERY_PARTS][1024 + 32];
+    vf top = splat(0);
+    for (int c = 0; c < padded; c += LANES) top = max_f(top, (vf)((vu)load_f(q + c) & 0x7fffffff));
+    const float peak = max_lanes(top);
+    const float scale = peak > 0 ? peak / largest : 1, inverse = peak > 0 ? largest / peak : 1;
+    vi sums[QUERY_PARTS] = {{0}};
+    for (int c = 0; c < padded; c += LANES) {
+        vf rest = load_f(q + c) * inverse;
+        float unit = QUERY_BASE * QUERY_BASE;
+        for (int part = 0; part < QUERY_PARTS; part++, unit /= QUERY_BASE) {
+            vf whole = rest / unit + magic - magic;
+            whole = select_f(whole < 127, select_f(whole > -127, whole, splat(-127)), splat(127)); /* a NaN too */
+            rest -= whole * unit;
+            vi x = __builtin_convertvector(whole, vi);
+            sums[part] += x;
+            memcpy(parts[part] + c, &x, sizeof x);
+        }
+    }
+    *integer = (kvq_integer_query){.scale = scale};
+    for (int part = 0; part < QUERY_PARTS; part++) {
+        int32_t lanes[LANES];
+        memcpy(lanes, &sums[part], sizeof lanes);
+        for (int i = 0; i < LANES; i++) integer->sums[part] += lanes[i];
+        memset(parts[part] + padded, 0, sizeof(int32_t) * 16);
+    }
+    for (int part = 0; part < QUERY_PARTS; part++) {
+        if (widths >> 8 & 1) integer_rows(8, d, parts[part], words + integer_words_start(8, d) + part * integer_words(8, d));
+        if (widths >> 4 & 1) integer_rows(4, d, parts[part], words + integer_words_start(4, d) + part * integer_words(4, d));
+        if (widths >> 2 & 1) integer_rows(2, d, parts[part], words + integer_words_start(2, d) + part * integer_words(2, d));
+    }
+}
+
+/* Queries scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants them, as integers too. */
+static void prepare_queries(const kvq_task *task, unsigned widths, float *query, kvq_integer_query *integer,
+                            int32_t *words) {
+    const int d = task->pass->head_dim, padded = task->padded_dim;
+    for (int h = 0; h < task->pass->heads; h++) {
+        float *q = query + (size_t)h * padded;
+        const float *from = task->rows->query + (size_t)h * d;
+        for (int c = 0; c < d; c++) q[c] = from[c] * task->softmax_scale;
+        memset(q + d, 0, sizeof(float) * (padded - d));
+        if (task->kernel->integer_dot)
+            integer_query(q, padded, d, widths, integer + h, words + (size_t)h * integer_words_all(d));
+    }
+}
+
+/* Merge what the chunks of a query head found, and the new token itself, into its output. */
+static void merge_head(const kvq_task *task, int head) {
+    const kvq_pass *pass = task->pass;
+    const kvq_rows *rows = task->rows;
+    const int d = pass->head_dim, kv_head = head / task->group, whole = d / LANES * LANES;
+    const float *q = task->query + (size_t)head * task->padded_dim;
+    const float *key = rows->key + (size_t)kv_head * d, *value = rows->value + (size_t)kv_head * d;
+    vf products = splat(0);
+    for (int c = 0; c < whole; c += LANES) products += load_f(q + c) * load_f(key + c);
+    float own = sum_lanes(products);
+    for (int c = whole; c < d; c++) own += q[c] * key[c];
+
+    const size_t step = partial_bytes(task);
+    const char *first = task->partials + ((size_t)kv_head * task->chunks * task->group + head % task->group) * step;
+    float maximum = own;
+    for (int c = 0; c < task->chunks; c++)
+        maximum = fmaxf(maximum, ((const kvq_partial *)(first + c * task->group * step))->maximum);
+    float *out = rows->out + (size_t)head * d, weight = expf(own - maximum);
+    float total = weight, squares = weight * weight;
+    for (int c = 0; c < d; c++) out[c] = weight * value[c];
+    for (int i = 0; i < task->chunks; i++) {
+        const kvq_partial *part = (const kvq_partial *)(first + i * task->group * step);
+        const float *sums = (const float *)(part + 1);
+        weight = expf(part->maximum - maximum);
+        total += weight * part->total;
+        squares += weight * weight * part->squares;
+        for (int c = 0; c < d; c++) out[c] += weight * sums[c];
+    }
+    const float inverse = 1 / total;
+    for (int c = 0; c < d; c++) out[c] *= inverse;
+    if (rows->row_squares) rows->row_squares[head] = squares / (total * total);
+}
+
+#endif

@@ -1,0 +1,74 @@
+"""Bounds on the bytes of a session's KV store, known before its tokens are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvq.controller.budget import page_room, token_bytes
+from kvq.runtime.codecs import CODECS
+from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from kvq.runtime.session import Session
+    from kvq.runtime.store import KVStore
+
+SINK = (16, 16)
+
+
+class Capacity:
+    """What a session with these settings can take up, in bytes.
+
+    Args:
+        session: any session of the settings; only its policy, budget and shapes are looked at.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.policy, self.budget = session.policy, session.budget
+        self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
+        geometry = session.store.geometry
+        pairs = {(int(k), int(v)) for k, v in _choices(session)} | ({SINK} if session.store.sink else set())
+        self._token_bytes = {pair: token_bytes(geometry, pair) for pair in pairs}
+        self._window = session.store.window.nbytes
+        self._recent = session.store.window.capacity
+        self._sink = min(session.store.sink, session.model.architecture.context)
+        self._room = page_room(session.model.architecture.context + 1)
+
+    def most_nbytes(self, length: int) -> int:
+        """Most bytes of a store that holds up to `length` tokens, on its own."""
+        stored = min(max(0, length - self._recent), len(self._room) - 1)
+        widest = max(self._token_bytes.values())
+        if len(self._token_bytes) == 1:
+            most = self._window + widest * int(self._room[stored])
+        else:
+            # However the tokens fall to the pairs, the free room of a pair's pages is less than its last page.
+            slack = min(LAST_PAGE_TOKENS, max(FIRST_PAGE_TOKENS, stored)) - 1
+            most = self._window + widest * stored + slack * sum(self._token_bytes.values())
+        if self.budget is not None and self.budget.limits_memory:
+            most = min(most, int(self.budget.allowed(length)))
+        return most
+
+    def growth(self, store: KVStore, tokens: int) -> int:
+        """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
+        widest = max(self._token_bytes.values())
+        pages = LAST_PAGE_TOKENS * (widest if tokens == 1 else sum(self._token_bytes.values()))
+        pages += widest * (tokens - 1)
+        return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
+
+
+def open_nbytes(store: KVStore, shared: bool = False) -> int:
+    """Bytes of the pages with room for more tokens, or of those of them that are shared: an append copies these."""
+    last = [bucket.pages[-1] for bucket in store.buckets.values() if bucket.pages]
+    return sum(page.nbytes for page in last if page.count < page.capacity and (page.shared or not shared))
+
+
+def fork_nbytes(store: KVStore) -> int:
+    """Most bytes that a fork comes to have of its own before it grows."""
+    return store.window.nbytes + open_nbytes(store)
+
+
+def _choices(session: Session) -> np.ndarray:
+    """Every (key bits, value bits) pair that the policy may choose, [pairs, 2]."""
+    classes = session.policy.classes
+    return np.array([(k, v) for k in CODECS for v in CODECS]) if classes is None else classes

@@ -1,0 +1,350 @@
+"""Kept sessions: prefixes of earlier prompts, in memory and on disk, within a bound of bytes.
+
+What is kept are forks taken while a prompt is prefilled, at lengths that are multiples of the
+prefill chunk, and nothing else. A prompt is always prefilled in chunks that begin at these
+lengths, so such a session holds exactly what prefilling the same tokens anew would hold, and a
+response does not depend on what the server answered before. Tokens that were decoded one by one
+are never reused: in a chunk they see each other unrounded, so their stored bytes would differ.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import kvq
+from kvq.runtime.errors import KvqError, RequestError
+from kvq.runtime.server.capacity import Capacity, fork_nbytes, open_nbytes
+from kvq.runtime.server.protocol import Settings
+from kvq.runtime.statistics import size
+
+if TYPE_CHECKING:
+    from kvq.runtime.model import Model
+    from kvq.runtime.session import Session
+
+MOST_KEPT = 1024  # prefixes, in memory and on disk together: every request is compared with all of them
+MOST_SETTINGS = 64
+
+
+@dataclass(eq=False)
+class Prefix:
+    """A kept session. Its tokens never change, so a file written once stays good.
+
+    Attributes:
+        settings, tokens: what the session holds; int64 [length].
+        session: None while it is on disk only.
+        path, file_nbytes: of the file, if one was written.
+        nbytes: of the store when it was last in memory.
+        used: turn of the pool's clock at the last use.
+        branches: different texts go on from here, so a longer one does not replace it.
+    """
+
+    settings: Settings
+    tokens: np.ndarray
+    session: Session | None
+    nbytes: int
+    path: Path | None = None
+    file_nbytes: int = 0
+    used: int = 0
+    branches: bool = False
+
+
+@dataclass(eq=False)
+class Lease:
+    """A session at work on a request.
+
+    Attributes:
+        session: the caller's alone.
+        cached: tokens of the prompt that it held from the start.
+        boundaries: lengths at which a fork is still to be kept.
+        branch: the boundary up to which an earlier prompt goes the same way and then another.
+        most_nbytes: what its store can grow to.
+        parent: the longest kept prefix of the prompt.
+        state: bytes of the store and of its shared open pages, when all bytes were last counted.
+    """
+
+    settings: Settings
+    capacity: Capacity
+    session: Session
+    cached: int
+    boundaries: list[int]
+    branch: int
+    most_nbytes: int
+    parent: Prefix | None
+    state: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class PoolCounts:
+    """What happened so far."""
+
+    hits: int = 0
+    evictions: int = 0
+    restores: int = 0
+    dropped_files: int = 0
+    peak_nbytes: int = 0
+
+
+@dataclass
+class SessionPool:
+    """All sessions of a server. One thread uses it.
+
+    Args:
+        model: the loaded model.
+        limit: most bytes of all KV stores together, pages that sessions share counted once; None is no limit.
+        folder: where sessions are saved; None makes a temporary one, which `close` removes.
+        disk_limit: most bytes of the files.
+        chunk: tokens of a prefill chunk.
+        backend: as in `Model.session`.
+        log: told in one line when a file cannot be written or read.
+    """
+
+    model: Model
+    limit: int | None
+    folder: Path | None
+    disk_limit: int
+    chunk: int
+    backend: str | None
+    log: Callable[[str], None]
+    counts: PoolCounts = field(default_factory=PoolCounts)
+
+    def __post_init__(self) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="kvq-serve-", dir=self.folder)
+        self._prefixes: list[Prefix] = []
+        self._leases: list[Lease] = []
+        self._capacities: dict[Settings, Capacity] = {}
+        self._clock = 0
+        self.known_nbytes = 0  # of all stores; too much where something was let go since
+        self._files = 0
+
+    # -- what a request may take ------------------------------------------------------------------
+
+    def check(self, settings: Settings, length: int) -> Capacity:
+        """Bounds for a request; one that would not even fit alone is refused. Thread-safe.
+
+        Args:
+            settings: of its session.
+            length: most tokens it can come to.
+
+        Raises:
+            RequestError: 413, it needs more bytes than all sessions may have.
+            KvqError: unknown policy, a budget that cannot be kept.
+        """
+        capacity = self._capacities.get(settings)
+        if capacity is None:
+            session = self.model.session(
+                settings.policy, recent=settings.recent, sink=settings.sink, backend=self.backend,
+                kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
+            )  # fmt: skip
+            if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
+                self._capacities.clear()
+            capacity = self._capacities[settings] = Capacity(session)
+        most = capacity.most_nbytes(length)
+        if self.limit is not None and most > self.limit:
+            raise RequestError(
+                f"a KV cache of {length} tokens may take {size(most)}, the server has {size(self.limit)} for all;"
+                " shorten the prompt, ask for fewer max_tokens, or for fewer kv_bits",
+                413,
+                "kv_memory_exceeded",
+            )
+        return capacity
+
+    # -- a request's way through ------------------------------------------------------------------
+
+    def begin(self, ids: np.ndarray, settings: Settings, capacity: Capacity, length: int) -> Lease | None:
+        """A session that holds the longest kept beginning of a prompt; None if there is no room now.
+
+        Args:
+            ids: int64 [tokens], the prompt.
+            settings, capacity: of the session, see `check`.
+            length: most tokens the request can come to.
+        """
+        most = capacity.most_nbytes(length)
+        if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
+            return None
+        last = (len(ids) - 1) // self.chunk * self.chunk  # at least one token is left to give logits
+        common = [(prefix, _common(prefix.tokens, ids)) for prefix in self._prefixes if prefix.settings == settings]
+        # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
+        parted = (shared for prefix, shared in common if shared < len(prefix.tokens))
+        branch = min(max(parted, default=0) // self.chunk * self.chunk, last)
+        fitting = [prefix for prefix, shared in common if shared == len(prefix.tokens) <= last]
+        parent, session = None, None
+        for parent in sorted(fitting, key=lambda prefix: len(prefix.tokens), reverse=True):
+            session = self._fork_of(parent)
+            if session is not None:
+                self.counts.hits += 1
+                parent.branches |= len(parent.tokens) == branch
+                break
+        if session is None:
+            self._make_room(capacity.most_nbytes(0))
+            parent, session = None, self._new_session(settings, capacity)
+        cached = len(session.tokens)
+        boundaries = [at for at in sorted({branch, last}) if at > cached]
+        lease = Lease(settings, capacity, session, cached, boundaries, branch, most, parent)
+        self._leases.append(lease)
+        self._count()
+        return lease
+
+    def _new_session(self, settings: Settings, capacity: Capacity) -> Session:
+        """An empty session. Its budget is the one made once: for some policies that takes a second."""
+        session = self.model.session(
+            capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk, backend=self.backend
+        )
+        session.budget, session.kv_bits, session.kv_memory = capacity.budget, capacity.kv_bits, capacity.kv_memory
+        return session
+
+    def _fork_of(self, prefix: Prefix) -> Session | None:
+        """A fork of a kept session, restored if need be; None if its file is gone or there is no room."""
+        self._touch(prefix)
+        if prefix.session is None and not self._restore(prefix):
+            return None
+        session = prefix.session
+        if session is None or not self._make_room(fork_nbytes(session.store), spare=prefix):
+            return None
+        return session.fork()
+
+    def room_for(self, lease: Lease, tokens: int) -> None:
+        """Before an append: idle sessions go to disk if that many tokens may need their bytes."""
+        self._make_room(lease.capacity.growth(lease.session.store, tokens))
+
+    def appended(self, lease: Lease) -> None:
+        """After an append."""
+        state = (lease.session.store.nbytes, open_nbytes(lease.session.store, shared=True))
+        if state != lease.state:
+            lease.state = state
+            self._count()
+
+    def keep(self, lease: Lease) -> None:
+        """Keep a fork of the session as it is, if this is a length to keep it at and there is room."""
+        length = len(lease.session.tokens)
+        if length not in lease.boundaries:
+            return
+        lease.boundaries.remove(length)
+        tokens = np.asarray(lease.session.tokens, np.int64)
+        for prefix in self._prefixes:
+            if prefix.settings == lease.settings and np.array_equal(prefix.tokens, tokens):
+                self._touch(prefix)
+                prefix.branches |= length == lease.branch
+                return
+        if not self._make_room(fork_nbytes(lease.session.store)):
+            return
+        session = lease.session.fork()
+        session.last_logits = None  # as many bytes as some tokens, and never looked at
+        lease.state = (0, 0)  # its open pages are shared now
+        kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)
+        parent, lease.parent = lease.parent, kept
+        if parent is not None and not parent.branches and parent in self._prefixes:
+            self._forget(parent)
+        self._prefixes.append(kept)
+        self._touch(kept)
+        self._count()
+        if len(self._prefixes) > MOST_KEPT:
+            self._forget(min(self._prefixes, key=lambda p: p.used))
+
+    def end(self, lease: Lease) -> None:
+        """The request is over; what it has appended beyond the kept lengths is forgotten."""
+        self._leases.remove(lease)
+
+    def close(self) -> None:
+        """Remove all files."""
+        self._prefixes.clear()
+        self._temporary.cleanup()
+
+    # -- bytes ------------------------------------------------------------------------------------
+
+    def nbytes(self) -> int:
+        """Bytes of all KV stores, shared pages counted once."""
+        kept = [prefix.session for prefix in self._prefixes if prefix.session is not None]
+        return kvq.kv_nbytes([*kept, *(lease.session for lease in self._leases)])
+
+    def file_nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(prefix.file_nbytes for prefix in self._prefixes)
+
+    def kept(self) -> tuple[int, int]:
+        """Prefixes in memory, and on disk only."""
+        inside = sum(prefix.session is not None for prefix in self._prefixes)
+        return inside, len(self._prefixes) - inside
+
+    def _count(self) -> None:
+        """Count all bytes, after any may have been added."""
+        self.known_nbytes = self.nbytes()
+        self.counts.peak_nbytes = max(self.counts.peak_nbytes, self.known_nbytes)
+
+    def _make_room(self, nbytes: int, spare: Prefix | None = None) -> bool:
+        """Save the least recently used idle sessions until so many bytes are free; False if that is not enough."""
+        if self.limit is None or self.known_nbytes + nbytes <= self.limit:
+            return True
+        while True:
+            self.known_nbytes = self.nbytes()
+            if self.known_nbytes + nbytes <= self.limit:
+                return True
+            idle = [p for p in self._prefixes if p.session is not None and p is not spare]
+            if not idle:
+                return False
+            self._evict(min(idle, key=lambda p: p.used))
+
+    def _touch(self, prefix: Prefix) -> None:
+        self._clock += 1
+        prefix.used = self._clock
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _evict(self, prefix: Prefix) -> None:
+        """Out of memory; into a file if the disk's bound allows it."""
+        session, prefix.session = prefix.session, None
+        self.counts.evictions += 1
+        if session is None or prefix.path is not None:
+            return
+        self._files += 1
+        path = Path(self._temporary.name) / f"{self._files}.kvq"
+        try:
+            session.save(path)
+            prefix.path, prefix.file_nbytes = path, path.stat().st_size
+        except (OSError, KvqError) as error:
+            self.log(f"an idle session cannot be saved ({error}); its conversation will be processed anew")
+            path.unlink(missing_ok=True)
+            self._forget(prefix)
+            return
+        while self.file_nbytes() > self.disk_limit:
+            oldest = min((p for p in self._prefixes if p.path is not None), key=lambda p: p.used)
+            self.counts.dropped_files += 1
+            self._drop_file(oldest)
+
+    def _restore(self, prefix: Prefix) -> bool:
+        """Back into memory; False if there is no room, or the file is gone or damaged, which is forgotten then."""
+        if prefix.path is None or not self._make_room(prefix.nbytes, spare=prefix):
+            return False
+        try:
+            session = self.model.load_session(prefix.path)
+        except (OSError, KvqError) as error:
+            self.log(f"a saved session cannot be restored ({error}); its conversation is processed anew")
+            self._forget(prefix)
+            return False
+        prefix.session = session
+        self.counts.restores += 1
+        self._count()
+        return True
+
+    def _drop_file(self, prefix: Prefix) -> None:
+        if prefix.path is not None:
+            prefix.path.unlink(missing_ok=True)
+        prefix.path, prefix.file_nbytes = None, 0
+        if prefix.session is None:
+            self._prefixes.remove(prefix)
+
+    def _forget(self, prefix: Prefix) -> None:
+        prefix.session = None
+        self._drop_file(prefix)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common beginning."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

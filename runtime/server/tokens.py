@@ -1,0 +1,89 @@
+"""Single tokens as the API shows them beside log-probabilities: text, bytes, alternatives."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+class Scored(NamedTuple):
+    """A token id and its log-probability under the model, in nats."""
+
+    token: int
+    logprob: float
+
+
+class TokenTexts:
+    """What single token ids stand for.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items()}
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+        self._bytes_of = _byte_alphabet() if byte_level else None
+
+    def nbytes(self, token: int) -> bytes:
+        """The bytes of a token; a character may span several tokens."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if token in self._special:
+            return piece.encode()
+        if self._bytes_of is not None:
+            return b"".join(self._bytes_of.get(c, c.encode()) for c in piece)
+        if code := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):  # byte fallback
+            return bytes.fromhex(code[1])
+        return piece.replace("▁", " ").encode()
+
+    def text(self, token: int) -> str:
+        """The text of a token; U+FFFD where it is a part of a character."""
+        return self.nbytes(token).decode(errors="replace")
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """The characters that byte-level BPE writes for bytes (GPT-2): printable ones stand for themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): bytes([byte]) for byte in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(moved)}
+
+
+def most_likely(logits: np.ndarray, count: int) -> list[Scored]:
+    """The `count` most likely next tokens, best first, ties by id; logits float32 [vocab]."""
+    if not count:
+        return []
+    candidates = np.argpartition(-logits, min(count, len(logits) - 1))[: count + 1]
+    best = candidates[np.lexsort((candidates, -logits[candidates]))][:count]
+    peak = logits.max()
+    total = np.log(np.exp(logits - peak).sum())
+    return [Scored(int(token), float(logits[token] - peak - total)) for token in best]
+
+
+def chat_logprobs(texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]]) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice."""
+
+    def entry(scored: Scored) -> dict[str, Any]:
+        raw = texts.nbytes(scored.token)
+        return {"token": texts.text(scored.token), "logprob": scored.logprob, "bytes": list(raw)}
+
+    rows = zip(chosen, alternatives, strict=True)
+    return {"content": [entry(one) | {"top_logprobs": [entry(other) for other in top]} for one, top in rows]}
+
+
+def completion_logprobs(
+    texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]], offset: int
+) -> dict[str, Any]:
+    """The `logprobs` object of a completion choice; offset: characters of the tokens before these."""
+    names = [texts.text(one.token) for one in chosen]
+    offsets = [offset + sum(map(len, names[:i])) for i in range(len(names))]
+    return {
+        "tokens": names,
+        "token_logprobs": [one.logprob for one in chosen],
+        "top_logprobs": [{texts.text(other.token): other.logprob for other in top} for top in alternatives],
+        "text_offset": offsets,
+    }

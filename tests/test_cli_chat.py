@@ -1,0 +1,195 @@
+"""``kvq chat`` as people meet it: in a terminal of its own, and in scripts."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from tests.test_cli import assert_one_line_error, kvq
+
+CHAT = ["chat", "-n", "12", "-t", "0", "--ignore-eos"]
+
+
+def chat(model, *arguments, input="", **options):
+    return kvq(*CHAT, "-m", str(model), *arguments, input=input, **options)
+
+
+def test_each_line_of_stdin_is_a_turn_and_stdout_is_the_answers(tiny_bundle, tiny_model):
+    from kvq.runtime.conversation import Conversation
+
+    conversation = Conversation(tiny_model.session())
+    expected = []
+    for question in ("Hello", "Why?"):
+        options = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True, "top_k": 40, "top_p": 0.95}
+        expected.append("".join(r.text for r in conversation.reply(question, **options)).lstrip())
+    done = chat(tiny_bundle, "-q", input="Hello\n\n  Why?  \n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(answer + "\n" for answer in expected)
+
+
+def test_notices_go_to_stderr(tiny_bundle):
+    done = chat(
+        tiny_bundle, input="Hello\n/stats\n/help\n/undo\n/reset\n/policy int4\nHello\n/stats\n/quit\nnot asked\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+    for words in ("(cut after 12 tokens", "tokens cached in", "/save FILE", "0 turns, 0 tokens left",
+                  "a new conversation", "policy int4, 0 tokens processed again", "policy int4: "):  # fmt: skip
+        assert words in done.stderr
+        assert words not in done.stdout
+
+
+def test_a_policy_is_changed_with_the_conversation_kept(tiny_bundle):
+    done = chat(tiny_bundle, input="Hello\n/policy k8v4\n/undo\nHello\n/policy fp16\n")
+    assert done.returncode == 0, done.stderr
+    assert "policy k8v4, " in done.stderr
+    assert "0 turns, 0 tokens left" in done.stderr
+
+
+def test_a_saved_conversation_goes_on_as_if_it_had_never_been_away(tiny_bundle, tmp_path):
+    file = tmp_path / "talk.kvq"
+    system = ["--system", "Be brief."]
+    whole = chat(tiny_bundle, "-q", *system, "-t", "1", "-s", "3", input="Hello\nWhy?\nAnd?\n")
+    first = chat(tiny_bundle, "-q", *system, "-t", "1", "-s", "3", input=f"Hello\n/save '{file}'\n")
+    rest = chat(tiny_bundle, "-t", "1", "-s", "3", input=f"/load {file}\nWhy?\nAnd?\n/undo\n/undo\n/undo\n")
+    assert rest.returncode == 0, rest.stderr
+    assert first.stdout + rest.stdout == whole.stdout
+    assert "1 turn, " in rest.stderr
+    assert "0 turns, 0 tokens left" in rest.stderr
+
+
+def test_a_file_that_holds_no_conversation_is_refused_and_the_chat_goes_on(tiny_bundle, tiny_model, tmp_path):
+    session = tiny_model.session()
+    session.append([1, 2, 3])
+    session.save(tmp_path / "text.kvq")
+    terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01")
+    for line, words in (
+        (f"/load {tmp_path}/text.kvq", "no conversation"),
+        (f"/load {tmp_path}/missing.kvq", "missing.kvq"),
+        (f"/save {tmp_path}/no/such/folder", "kvq: "),
+        ("Hello", "(cut after 3 tokens"),
+    ):
+        terminal.until("> ")
+        terminal.type(line + "\n")
+        terminal.until(words)
+    terminal.type("\x04")
+    assert terminal.end().endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("input", "words", "code"),
+    [
+        ("/nothing\n", ["no command /nothing", "/help"], 1),
+        ("/save\n", ["/save takes 1 argument"], 1),
+        ("/undo 2\n", ["/undo takes no arguments"], 1),
+        ('/save "x\n', ["close its quotes"], 1),
+        ("/undo\n", ["nothing to undo"], 1),
+        ("/policy nonsense\n", ["unknown policy 'nonsense'"], 2),
+        ("word " * 300, ["context of 256 tokens is full"], 1),
+        (b"caf\xe9\n", ["line 1 of stdin is not UTF-8"], 1),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_in_a_script_the_first_error_ends_it(tiny_bundle, input, words, code):
+    after = input + (b"Hello\n" if isinstance(input, bytes) else "\nHello\n")
+    assert_one_line_error(chat(tiny_bundle, "-q", input=after), *words, code=code)
+
+
+def test_a_wrong_option_is_told_before_the_first_question(tiny_bundle):
+    assert_one_line_error(chat(tiny_bundle, "--temp=-1"), "temperature must be at least 0", code=2)
+    assert_one_line_error(chat(tiny_bundle, "-p", "nonsense"), "unknown policy", code=2)
+
+
+class Terminal:
+    """kvq chat with a terminal for stdin and stderr, and a pipe for stdout."""
+
+    def __init__(self, *arguments):
+        self.master, slave = pty.openpty()
+        attributes = termios.tcgetattr(slave)
+        attributes[3] &= ~termios.ECHO
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
+        command = [sys.executable, "-m", "kvq", "chat", "-t", "1", "-s", "1", "--ignore-eos", *arguments]
+        # A child of a job in the background inherits that interrupts are ignored.
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=subprocess.PIPE, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, words: str) -> None:
+        """Read what the terminal shows until the words come."""
+        deadline = time.monotonic() + 100
+        while words not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            try:
+                self.seen += os.read(self.master, 4096).decode()
+            except OSError:  # the other side is closed
+                raise AssertionError(self.seen) from None
+        self.seen = self.seen.partition(words)[2]
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> str:
+        """Wait for the end; what stdout carried."""
+        out = self.process.stdout.read().decode()
+        self.process.stdout.close()
+        assert self.process.wait(60) == 0
+        os.close(self.master)
+        return out
+
+
+def test_an_interrupt_stops_the_answer_and_the_chat_goes_on():
+    terminal = Terminal("-n", "-1")  # the embedded model: an answer of many seconds
+    terminal.until("> ")
+    terminal.type("Hello\n")
+    first = terminal.process.stdout.read(1)
+    terminal.interrupt()
+    terminal.until("(stopped)")
+    terminal.until("> ")
+    terminal.interrupt()  # at the prompt
+    terminal.until("(Ctrl-D or /quit ends the chat)")
+    terminal.until("> ")
+    terminal.type("/stats\n")
+    terminal.until("tokens cached")
+    terminal.until("> ")
+    terminal.type("/nonsense\n")
+    terminal.until("no command /nonsense")
+    terminal.until("> ")
+    terminal.type("/undo\n")
+    terminal.until("0 turns, 0 tokens left")
+    terminal.until("> ")
+    terminal.type("\x04")
+    out = terminal.end()
+    assert "Traceback" not in terminal.seen
+    assert out.endswith("\n")
+    assert "> " not in first.decode() + out
+
+
+def test_a_line_that_ends_in_a_backslash_goes_on(tiny_bundle):
+    terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01")
+    terminal.until("> ")
+    terminal.type("One \\\n")
+    terminal.until(". ")
+    terminal.type("two\n")
+    terminal.until("(cut after 3 tokens")
+    terminal.until("> ")
+    terminal.type("/quit\n")
+    assert terminal.end().endswith("\n")
+
+
+def test_a_closed_pipe_ends_a_chat_quietly(tiny_bundle):
+    line = f'printf "Hello\\nMore\\n" | "{sys.executable}" -m kvq chat -m "{tiny_bundle}" -n 200 -q | head -c 1'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=120)
+    assert done.stderr == b""

@@ -1,0 +1,318 @@
+"""Scheduler and session pool without HTTP: what a response may not depend on, and the bound on bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kvq
+from kvq.runtime.errors import RequestError
+from kvq.runtime.server.capacity import Capacity
+from kvq.runtime.server.pool import SessionPool
+from kvq.runtime.server.protocol import Settings
+from kvq.runtime.server.scheduler import Job, Scheduler
+
+CHUNK = 16
+KINDS = [
+    Settings("fp16"),
+    Settings("int4"),
+    Settings("mixed", recent=4, sink=2),
+    Settings("rule"),
+    Settings("random", kv_bits=8.0),
+    Settings("k8v4", recent=0),
+]
+
+
+class Runner:
+    """A scheduler over a model; `all_nbytes` are the bytes of all sessions after each step, counted from outside."""
+
+    def __init__(self, model, limit=None, disk=10**9, concurrency=4, waiting=64) -> None:
+        self.log: list[str] = []
+        ready = threading.Event()
+
+        def make_pool(model):
+            self.pool = SessionPool(model, limit, None, disk, CHUNK, None, self.log.append)
+            return self.pool
+
+        self.scheduler = Scheduler(
+            lambda: model, make_pool, concurrency, waiting, lambda error: ready.set(), self.log.append
+        )
+        ready.wait()
+        self.all_nbytes: list[int] = []
+        self.order: list[Job] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def start(self, ids, kind=KINDS[0], tokens=8, seed=1, deadline=1e9, **sampling):
+        events = queue.Queue()
+
+        def emit(event):
+            self.all_nbytes.append(self.pool.nbytes())
+            self.order.append(job)
+            events.put(event)
+            self.gate.wait(120)
+
+        length = len(ids) + tokens
+        job = Job(
+            np.asarray(ids, np.int64), kind, self.pool.check(kind, length), length, tokens, [], [],
+            {"temperature": 1.0, "seed": seed, **sampling}, 0, time.monotonic() + deadline, emit,
+        )  # fmt: skip
+        self.scheduler.submit(job)
+        job.events = events
+        return job
+
+    @contextlib.contextmanager
+    def held(self):
+        """Inside the block the worker stands still, so what is started there is started at once."""
+        self.gate.clear()
+        first = self.start([1], tokens=1)
+        first.events.get(timeout=120)
+        yield
+        self.order.clear()
+        self.gate.set()
+
+    def finish(self, job):
+        """(tokens, what `Done` says of cached tokens)"""
+        tokens = []
+        while True:
+            event = job.events.get(timeout=120)
+            if isinstance(event, BaseException):
+                raise event
+            tokens.append(event.response.token)
+            if event.done is not None:
+                return tokens, event.done.cached
+
+    def run(self, *arguments, **options):
+        return self.finish(self.start(*arguments, **options))
+
+    def close(self):
+        self.scheduler.stop()
+        self.scheduler.join()
+
+
+@pytest.fixture
+def runner(tiny_model):
+    runner = Runner(tiny_model)
+    yield runner
+    runner.close()
+
+
+def alone(model, ids, kind=KINDS[0], tokens=8, seed=1):
+    """The same response by the library alone: the prompt appended chunk by chunk, then decoded."""
+    session = blank(model, kind).fork()
+    for at in range(0, len(ids), CHUNK):
+        session.append(ids[at : at + CHUNK])
+    return [r.token for r in session.generate(None, max_tokens=tokens, temperature=1.0, seed=seed)]
+
+
+@functools.cache
+def blank(model, kind):
+    """An empty session; a budget takes a second to make for some policies."""
+    return model.session(kind.policy, recent=kind.recent, sink=kind.sink, kv_bits=kind.kv_bits, prefill_chunk=CHUNK)
+
+
+def text(seed, length):
+    return np.random.default_rng(seed).integers(1, 500, length).tolist()
+
+
+def test_a_conversation_reuses_what_it_has_and_says_what_it_would_have_said_without(tiny_model, runner):
+    ids, reused = text(0, 40), 0
+    for turn in range(4):
+        tokens, cached = runner.run(ids, KINDS[1], seed=turn)
+        assert tokens == alone(tiny_model, ids, KINDS[1], seed=turn)
+        assert cached == reused
+        reused = (len(ids) - 1) // CHUNK * CHUNK
+        ids = ids + tokens + text(100 + turn, 9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.policy)
+def test_reuse_by_prompts_that_share_a_beginning(tiny_model, runner, kind):
+    """A document and several questions: from the third on, the document is not processed again."""
+    document = text(1, 70)
+    for question in range(4):
+        ids = document + text(10 + question, 30)
+        tokens, cached = runner.run(ids, kind)
+        assert tokens == alone(tiny_model, ids, kind)
+        assert cached == (0 if question < 2 else 64)
+
+
+def test_settings_do_not_share(tiny_model, runner):
+    ids = text(2, 50)
+    runner.run(ids, KINDS[0])
+    tokens, cached = runner.run(ids, KINDS[1])
+    assert cached == 0
+    assert tokens == alone(tiny_model, ids, KINDS[1])
+
+
+def test_a_shorter_prompt_than_a_kept_one(tiny_model, runner):
+    ids = text(3, 100)
+    runner.run(ids)
+    for length in (1, CHUNK - 1, CHUNK, CHUNK + 1, 64, 65):
+        assert runner.run(ids[:length])[0] == alone(tiny_model, ids[:length])
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_response_depends_on_what_was_answered_before_or_beside_it(tiny_model, data):
+    """Conversations in random order, several at a time, under a bound that forces sessions out and back in."""
+    bounded = data.draw(st.booleans())
+    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=2))
+    chats = [text(seed, data.draw(st.integers(1, 60))) for seed in range(data.draw(st.integers(1, 4)))]
+    most = max(Capacity(blank(tiny_model, kind)).most_nbytes(250) for kind in kinds)
+    limit = 2 * most if bounded else None
+    runner = Runner(tiny_model, limit, disk=data.draw(st.sampled_from([0, 60_000, 10**9])))
+    try:
+        for turn in range(3):
+            jobs = [(ids, kind, runner.start(ids, kind, seed=turn)) for ids in chats for kind in kinds]
+            done = [(ids, kind, runner.finish(job)[0]) for ids, kind, job in jobs]
+            for ids, kind, tokens in done:
+                assert tokens == alone(tiny_model, ids, kind, seed=turn)
+            chats = [ids + tokens + text(turn, 7) for ids, kind, tokens in done if kind == kinds[0]]
+        assert not runner.log
+        if limit is not None:
+            assert max(runner.all_nbytes) <= limit
+            assert runner.pool.counts.peak_nbytes <= limit
+    finally:
+        runner.close()
+
+
+def test_idle_sessions_go_to_disk_and_come_back(tiny_model):
+    kind = KINDS[0]
+    limit = Capacity(blank(tiny_model, kind)).most_nbytes(120) * 5 // 2
+    runner = Runner(tiny_model, limit)
+    folder = Path(runner.pool._temporary.name)
+    chats = [text(seed, 100) for seed in range(4)]
+    for _ in range(2):
+        for ids in chats:
+            assert runner.run(ids, kind)[0] == alone(tiny_model, ids, kind)
+    assert runner.pool.counts.evictions >= 4
+    assert runner.pool.counts.restores >= 3
+    assert max(runner.all_nbytes) <= limit
+    assert list(folder.iterdir())
+    runner.close()
+    assert not folder.exists()
+
+
+def test_files_stay_within_their_bound(tiny_model):
+    kind = KINDS[0]
+    limit = Capacity(blank(tiny_model, kind)).most_nbytes(120) * 5 // 2
+    runner = Runner(tiny_model, limit, disk=100_000)
+    for seed in range(6):
+        runner.run(text(seed, 100), kind)
+        files = Path(runner.pool._temporary.name).iterdir()
+        assert sum(file.stat().st_size for file in files) <= 100_000
+    assert runner.pool.counts.dropped_files > 0
+    assert runner.run(text(0, 100), kind) == (alone(tiny_model, text(0, 100), kind), 0)
+    runner.close()
+
+
+def test_a_damaged_file_is_told_and_its_conversation_processed_anew(tiny_model):
+    kind = KINDS[0]
+    limit = Capacity(blank(tiny_model, kind)).most_nbytes(120) * 5 // 2
+    runner = Runner(tiny_model, limit)
+    chats = [text(seed, 100) for seed in range(3)]
+    for ids in chats:
+        runner.run(ids, kind)
+    for file in Path(runner.pool._temporary.name).iterdir():
+        file.write_bytes(file.read_bytes()[:-10])
+    for ids in chats:
+        assert runner.run(ids, kind)[0] == alone(tiny_model, ids, kind)
+    assert "cannot be restored" in runner.log[0]
+    runner.close()
+
+
+def test_what_can_never_fit_is_refused_and_what_does_not_fit_now_waits(tiny_model):
+    kind = KINDS[0]
+    limit = Capacity(blank(tiny_model, kind)).most_nbytes(100)
+    runner = Runner(tiny_model, limit)
+    with pytest.raises(RequestError, match="may take") as refused:
+        runner.pool.check(kind, 200)
+    assert refused.value.status == 413
+    jobs = [runner.start(text(seed, 80), kind, tokens=20) for seed in range(3)]
+    assert [runner.finish(job)[0] for job in jobs] == [alone(tiny_model, text(s, 80), kind, 20) for s in range(3)]
+    assert max(runner.all_nbytes) <= limit
+    runner.close()
+
+
+@pytest.mark.parametrize("policy", ["fp16", "int4", "k8v2", "mixed", "rule", "random"])
+@pytest.mark.parametrize("sink", [0, 5])
+def test_bounds_hold(tiny_model, policy, sink):
+    """Bytes of a store never exceed what `Capacity` has said, nor grow by more in one append."""
+    session = tiny_model.session(policy, sink=sink, prefill_chunk=CHUNK)
+    capacity = Capacity(session)
+    generator = np.random.default_rng(5)
+    while session.room:
+        tokens = min(int(generator.choice([1, 1, 3, CHUNK])), session.room)
+        twin = session.fork() if generator.random() < 0.3 else None
+        held = [session] if twin is None else [session, twin]
+        before, bound = kvq.kv_nbytes(held), capacity.growth(session.store, tokens)
+        session.append(generator.integers(1, 500, tokens))
+        assert kvq.kv_nbytes(held) - before <= bound
+        assert session.store.nbytes <= capacity.most_nbytes(session.store.length)
+
+
+def test_a_short_request_overtakes_a_long_prompt(tiny_model):
+    runner = Runner(tiny_model, concurrency=3)
+    with runner.held():
+        long, short = runner.start(text(0, 240), tokens=4), runner.start(text(1, 3), tokens=4)
+    runner.finish(long)
+    runner.finish(short)
+    assert runner.order == [short] * 4 + [long] * 4
+    runner.close()
+
+
+def test_jobs_take_turns_token_by_token(tiny_model):
+    runner = Runner(tiny_model, concurrency=4)
+    with runner.held():
+        jobs = [runner.start(text(seed, 5), tokens=12) for seed in range(3)]
+    for job in jobs:
+        runner.finish(job)
+    assert all(len(set(runner.order[at : at + 3])) == 3 for at in range(6, 24))
+    runner.close()
+
+
+def test_a_cancelled_job_stops_within_a_step(tiny_model, runner):
+    job = runner.start(text(0, 20), tokens=200)
+    job.events.get(timeout=120)
+    job.cancelled.set()
+    steps = 1 + job.events.qsize()
+    assert runner.run(text(1, 5), tokens=8)[0] == alone(tiny_model, text(1, 5))
+    assert job.events.qsize() + 1 <= steps + 2
+    assert runner.scheduler.counts() == (0, 0)
+
+
+def test_deadline_queue_and_end(tiny_model):
+    runner = Runner(tiny_model, concurrency=1, waiting=1)
+    late = runner.start(text(0, 20), tokens=200, deadline=-1)
+    with pytest.raises(RequestError, match="too long") as refused:
+        runner.finish(late)
+    assert refused.value.status == 503
+    with runner.held():
+        jobs = [runner.start(text(seed, 200), tokens=50) for seed in (1, 2)]
+        with pytest.raises(RequestError, match="waiting") as refused:
+            runner.start(text(3, 5))
+        assert refused.value.status == 429
+        runner.scheduler.stop()
+    for job in jobs:
+        with pytest.raises(RequestError, match="shutting down"):
+            runner.finish(job)
+    with pytest.raises(RequestError, match="shutting down"):
+        runner.start(text(3, 5))
+    runner.close()
+
+
+def test_an_error_ends_one_job_and_no_other(tiny_model, runner):
+    bad = runner.start([1, 2, 3], tokens=0)  # refused by Session.generate, past all checks of the server
+    good = runner.start(text(1, 5))
+    with pytest.raises(kvq.SamplingError):
+        runner.finish(bad)
+    assert runner.finish(good)[0] == alone(tiny_model, text(1, 5))
