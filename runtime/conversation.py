@@ -234,7 +234,9 @@ class Conversation:
         rest = reply[len(text) :] + rest
         beyond = tokenizer.decode(said[shown:], skip_special_tokens=False) if shown < len(said) else ""
         start = len(session.tokens)
-        if rest.startswith(beyond) and len(rest) > len(beyond):  # an end-of-turn token above all
+        if not beyond.strip("\ufffd"):  # nothing, or bytes of a character that the end of the reply has cut
+            length, pending = start, list(session.pending)
+        elif rest.startswith(beyond) and len(rest) > len(beyond):  # an end-of-turn token above all
             length, pending, rest = start, list(session.pending), rest[len(beyond) :]
         elif turn.prompt + shown >= start:  # not cached yet, so there is nothing to take out of the cache
             length, pending = start, said[start - turn.prompt : shown]

@@ -217,7 +217,8 @@ def said(replies) -> str:
 def cached(conversation) -> str:
     """The text in the cache, and sampled but not yet in it."""
     session = conversation.session
-    return session.model.tokenizer.decode([*session.tokens, *session.pending], skip_special_tokens=False)
+    text = session.model.tokenizer.decode([*session.tokens, *session.pending], skip_special_tokens=False)
+    return text.replace("\ufffd", "")  # of characters that random weights leave incomplete
 
 
 def counted(session):
@@ -235,7 +236,7 @@ def counted(session):
 def spelled(conversation, question: str) -> str:
     """What the cache must spell when the reply to a question begins: the template over all messages."""
     messages = [*conversation.messages, {"role": "user", "content": question}]
-    return conversation.template.render(messages)
+    return conversation.template.render(messages).replace("\ufffd", "")
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "plain"])
@@ -278,7 +279,7 @@ def test_the_cache_spells_what_the_template_does(every, name):
         text = spelled(conversation, question)
         replies = conversation.reply(question, **{"temperature": 1.5, "seed": 5, "max_tokens": 12, **options})
         first = next(replies)
-        shown = every[name].tokenizer.decode([first.token], skip_special_tokens=False)
+        shown = every[name].tokenizer.decode([first.token], skip_special_tokens=False).replace("\ufffd", "")
         # Blanks beside a reply are the template's in its text, the model's in the cache.
         assert "".join(cached(conversation).removesuffix(shown).split()) == "".join(text.split())
         said(replies)

@@ -65,6 +65,24 @@ def test_a_saved_conversation_goes_on_as_if_it_had_never_been_away(tiny_bundle, 
     assert "0 turns, 0 tokens left" in rest.stderr
 
 
+def test_a_session_file_is_taken_up_and_kept(tiny_bundle, tmp_path):
+    file = tmp_path / "talk.kvq"
+    options = ["-t", "1", "-s", "3"]
+    whole = chat(tiny_bundle, "-q", *options, input="Hello\nWhy?\n")
+    first = chat(tiny_bundle, *options, "--session", str(file), input="Hello\n")
+    assert f"new session {file}" in first.stderr
+    held = file.read_bytes()
+    for _ in range(2):
+        rest = chat(tiny_bundle, "-q", *options, "--session", str(file), "--session-readonly", input="Why?\n")
+        assert (rest.returncode, first.stdout + rest.stdout) == (0, whole.stdout)
+        assert file.read_bytes() == held
+    done = chat(tiny_bundle, "-q", *options, "--session", str(file), input="Why?\n/undo\n/undo\n/undo\n")
+    assert (done.returncode, "nothing to undo" in done.stderr) == (1, True)
+    assert file.read_bytes() != held  # what stood before the error is kept
+    done = chat(tiny_bundle, "--session", str(file), "--system", "Be brief.", input="Hello\n")
+    assert_one_line_error(done, "leave system out")
+
+
 def test_a_file_that_holds_no_conversation_is_refused_and_the_chat_goes_on(tiny_bundle, tiny_model, tmp_path):
     session = tiny_model.session()
     session.append([1, 2, 3])

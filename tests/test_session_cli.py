@@ -94,6 +94,14 @@ def test_the_text_of_a_later_prompt_gets_no_special_tokens(tiny_model, path, mon
     assert 0 not in loaded.tokens[1:]
 
 
+def test_the_resume_benchmark_measures_what_it_has_checked(tiny_model, path):
+    from kvq.bench.resume import measure
+
+    row = measure(tiny_model, "fp16", 1000, path)
+    assert row[:2] == ["248", "fp16"]
+    assert path.exists()
+
+
 def test_prefill_does_not_replace_a_file_unasked(tiny_bundle, tmp_path, path):
     document = tmp_path / "doc.txt"
     document.write_text("Hello")
@@ -177,9 +185,9 @@ def test_ctrl_c_saves_what_was_said_and_the_next_run_goes_on_there(tiny_bundle, 
     ]
     process = subprocess.Popen(
         [*arguments, "-n", "-1", "--backend", "numpy", "Hello"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
-    first = process.stdout.read(20)
+    first = process.stdout.read(20)  # unbuffered: communicate reads past what a buffer holds
     process.send_signal(signal.SIGINT)
     rest, stderr = process.communicate(timeout=120)
     assert b"Traceback" not in stderr

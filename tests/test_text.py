@@ -49,6 +49,17 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*map(decoder.push, ids), decoder.flush()]
 
 
+@given(TEXTS, st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_a_decoder_that_follows_a_text_goes_on_where_it_was_cut(text, place):
+    ids = TOKENIZER.encode(text).ids
+    cut = int(place * len(ids))
+    first, second = StreamingDecoder(TOKENIZER), StreamingDecoder(TOKENIZER)
+    pieces = [*map(first.push, ids[:cut])]
+    second.follow(ids[:cut])
+    assert "".join([*pieces, *map(second.push, ids[cut:]), second.flush()]) == text
+
+
 @given(TEXTS)
 @settings(max_examples=300, deadline=None)
 @example("")

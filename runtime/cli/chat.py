@@ -18,12 +18,14 @@ from kvq.runtime.cli.options import (
     SAMPLING,
     SETTINGS,
     Command,
+    given,
     load_model,
     max_tokens,
     nbytes,
     option,
     options,
-)
+)  # fmt: skip
+from kvq.runtime.cli.sessions import SESSION, SessionFile
 from kvq.runtime.errors import KvqError, PromptError
 
 if TYPE_CHECKING:
@@ -44,13 +46,16 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
+@options(SESSION)
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No notices, only answers and errors.")
 @options(MODEL)
 @options(CACHE)
 @options([max_tokens(512), *SAMPLING[1:]])
+@click.pass_context
 def chat(
-    system, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink, backend, max_tokens, **generation
-) -> None:
+    ctx, system, session_file, session_readonly, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
+    backend, max_tokens, **generation,
+) -> None:  # fmt: skip
     """Talk with a model; /help lists what you can type besides.
 
     Every question is added to the cache, so earlier turns are never processed
@@ -60,13 +65,25 @@ def chat(
     Examples:
       kvq chat -m HuggingFaceTB/SmolLM2-360M-Instruct --kv-bits 4
       kvq chat -m ./my-bundle --system "Answer in one sentence."
+      kvq chat --session talk.kvq
       printf 'Hello\\nAnd then?\\n' | kvq chat -q
     """
     settings = {"policy": policy, "recent": recent, "sink": sink, "backend": backend, "kv_bits": kv_bits}
     settings["kv_memory"] = None if kv_memory is None else nbytes(kv_memory)
     generation["max_tokens"] = None if max_tokens == -1 else max_tokens
-    repl = Repl(load_model(model, threads), settings, system, generation, quiet)
-    repl.interactive() if sys.stdin.isatty() else repl.script()
+    kept = SessionFile.of(session_file, session_readonly)
+    loaded = load_model(model, threads)
+    repl = Repl(loaded, settings, system, generation, quiet)
+    if kept is not None and kept.exists:
+        repl.begin(kept.open(loaded, settings, given(ctx)))
+    if kept is not None:
+        repl.notice(kept.opened(repl.conversation.session))
+    try:
+        repl.interactive() if sys.stdin.isatty() else repl.script()
+    finally:
+        if kept is not None and not isinstance(sys.exception(), KeyboardInterrupt):
+            kept.close(repl.conversation.session)
+            repl.notice(kept.closed(repl.conversation.session))
 
 
 @dataclass

@@ -26,7 +26,7 @@ def info(path, as_json) -> None:
       kvq info story.kvq
       kvq info ./my-bundle --json
     """
-    from kvq.runtime.model import embedded_models
+    from kvq.runtime.references import embedded_models
 
     if str(path) in embedded_models():
         path = embedded_models()[str(path)]

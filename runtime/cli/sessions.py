@@ -95,7 +95,7 @@ class SessionFile:
 
 
 class Interrupt:
-    """Ctrl-C while a session is held: from `wanted` on, the first one only asks to end at the next token.
+    """Ctrl-C while a session is held: from `arm` on, the first one only asks to end at the next token.
 
     Before that, and a second time, it interrupts as usual: a half-read prompt is not worth keeping.
 
@@ -123,7 +123,6 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
 
-    def wanted(self) -> bool:
-        """Whether to end now; call after every token."""
+    def arm(self) -> None:
+        """The prompt has been read: what is in the session from now on is worth keeping."""
         self._armed = self._enabled
-        return self.asked

@@ -321,7 +321,7 @@ class SessionPool:
         if prefix.path is None or not self._make_room(prefix.nbytes, spare=prefix):
             return False
         try:
-            session = self.model.load_session(prefix.path)
+            session = self.model.load_session(prefix.path, backend=self.backend)
         except (OSError, KvqError) as error:
             self.log(f"a saved session cannot be restored ({error}); its conversation is processed anew")
             self._forget(prefix)

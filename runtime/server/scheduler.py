@@ -236,22 +236,23 @@ class Scheduler:
             self._fail(job, error)
 
     def _prefill(self, job: Job, lease: Lease, pool: SessionPool) -> None:
-        session = lease.session
-        done = len(session.tokens)
+        done = len(lease.session.tokens)
         chunk = job.ids[done : (done // pool.chunk + 1) * pool.chunk]
+        if done + len(chunk) == len(job.ids):
+            job.responses = lease.session.generate(
+                chunk.tolist(), max_tokens=job.max_tokens, stop=job.stop, stop_tokens=job.stop_tokens, **job.sampling
+            )
+            self._decode(job, lease, pool, len(chunk))
+            return
         pool.room_for(lease, len(chunk))
-        session.append(chunk)
+        lease.session.append(chunk)
         pool.appended(lease)
         pool.keep(lease)
-        if len(session.tokens) == len(job.ids):
-            job.responses = session.generate(
-                None, max_tokens=job.max_tokens, stop=job.stop, stop_tokens=job.stop_tokens, **job.sampling
-            )
 
-    def _decode(self, job: Job, lease: Lease, pool: SessionPool) -> None:
+    def _decode(self, job: Job, lease: Lease, pool: SessionPool, tokens: int = 1) -> None:
         if job.responses is None:
             return
-        pool.room_for(lease, 1)
+        pool.room_for(lease, tokens)
         response = next(job.responses)
         pool.appended(lease)
         logits = lease.session.last_logits  # those the token was drawn from
