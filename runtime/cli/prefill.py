@@ -41,7 +41,7 @@ def prefill(
     """
     if os.path.lexists(out) and not overwrite:
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
-    text = read_prompt(None, file) or ""
+    text = read_prompt(None, file)
     loaded = load_model(model, threads)
     memory = None if kv_memory is None else nbytes(kv_memory)
     session = loaded.session(policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory)

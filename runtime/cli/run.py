@@ -82,7 +82,7 @@ def run(
         generation["max_tokens"] = None
     interrupt = Interrupt(enabled=kept is not None)
     with interrupt:
-        result = generate(session, text, generation, echo=not as_json, interrupt=interrupt)
+        result = generate(session, text or None, generation, echo=not as_json, interrupt=interrupt)
         if kept is not None:
             kept.close(session)
             result["session"] = kept.as_dict()
@@ -126,10 +126,10 @@ def generate(
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}
 
 
-def read_prompt(argument: str | None, file: Path | None, optional: bool = False) -> str | None:
+def read_prompt(argument: str | None, file: Path | None, optional: bool = False) -> str:
     """The prompt from file or stdin, followed by the argument; stdin is read only if nothing else is given.
 
-    Where it is optional, None if there is none.
+    Where it is optional, "" if there is none.
 
     Raises:
         PromptError: nothing given, unreadable, empty, or not UTF-8.
@@ -147,7 +147,7 @@ def read_prompt(argument: str | None, file: Path | None, optional: bool = False)
     text = "\n".join(part.rstrip("\n") for part in parts)
     if not text.strip():
         if optional and argument is None and file is None:
-            return None
+            return ""
         raise PromptError(
             'the prompt is empty: give it as an argument (kvq-run "Once upon a time"), with --file, or on stdin'
         )
