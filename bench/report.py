@@ -39,6 +39,8 @@ How it is measured:
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
 * The floor is the time to read the weights and the cache once, at the bandwidth of a plain read of a large array by as
   many threads in the same run. Peak memory is that of the arm's whole process.
+* Attention / read: attention alone over the packed cache, all layers, and its part of the bandwidth of a plain read of
+  the same arrays in as many threads (`kvq.bench.attention`).
 """
 
 
@@ -48,12 +50,19 @@ def ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     return f"{best / row['ms_per_token']:.2f}" if best else "-"
 
 
+def beside_read(row: dict[str, Any]) -> str:
+    """Bandwidth of attention alone and its part of a plain read's; a dash where it was not measured."""
+    if "attention_of_read" not in row:
+        return "-"
+    return f"{row['attention_gb_per_s']:.1f} GB/s, {row['attention_of_read']:.2f}"
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of one shape, context and number of threads, fastest first."""
     lines = [
-        "| arm | ms/token | spread | ort-gqa / arm | llama / arm | floor ms | x floor | GB/s | prefill tokens/s |"
-        " KV MB | peak MB | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | ms/token | spread | ort-gqa / arm | llama / arm | floor ms | x floor | GB/s | attention / read |"
+        " prefill tokens/s | KV MB | peak MB | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: r["ms_per_token"]):
         same = [r for r in rows if r.get("group", 1) == row.get("group", 1)] if row.get("groups", 1) > 1 else rows
@@ -66,6 +75,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['floor_ms']:.2f}",
             f"{row['over_floor']:.2f}",
             f"{row['gb_per_s']:.1f}",
+            beside_read(row),
             f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['kv_bytes'] / 1e6:.1f}",
             f"{row['peak_rss_bytes'] / 1e6:.0f}",

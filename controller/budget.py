@@ -26,6 +26,9 @@ stored tokens: trimming and forking sessions need no state.
 
 from __future__ import annotations
 
+import bisect
+import math
+
 import numpy as np
 
 from kvq.controller.policies.base import Policy, ScoredPolicy
@@ -119,7 +122,9 @@ class Budget:
         # further ones need beyond what it grows by meanwhile, max over j >= c of room[j] - per_token * (j - c).
         slope = self._per_token * np.arange(len(room))
         self._need = room if self._constant else np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
-        self._curve_bytes, self._curve_mu = policy.curve(self._class_bytes)
+        means, prices = policy.curve(self._class_bytes)
+        self._curve = (np.asarray(means, float).tolist(), np.asarray(prices, float).tolist())
+        self._rooms, self._needs, self._nbytes = self._room.tolist(), self._need.tolist(), self._bytes.tolist()
         self._refuse_impossible(name, float(limit))
 
     def _refuse_impossible(self, name: str, limit: float) -> None:
@@ -181,33 +186,46 @@ class Budget:
             length: tokens chosen so far.
             end: length of the text when the call that appends these tokens is done.
         """
-        chosen = np.empty(len(scores), np.int64)
-        for row, score in enumerate(scores):
-            at = length + row
+        # Plain numbers: at a few classes a token, numpy's calls would cost ten times the arithmetic.
+        held, room, nbytes = counts.tolist(), self._rooms, self._nbytes
+        total = sum(b * room[c] for b, c in zip(nbytes, held, strict=True))
+        chosen = []
+        for at, score in enumerate(scores.tolist(), length):
             # A sink token is raised to 16 bits by the store whatever is chosen here.
-            chosen[row] = self._sink_pair if at < self.sink else self._class(score, counts, at, end)
-            counts[chosen[row]] += 1
+            one = self._sink_pair if at < self.sink else self._class(score, held, total, at, end)
+            total += nbytes[one] * (room[held[one] + 1] - room[held[one]])
+            held[one] += 1
+            chosen.append(one)
+        counts[:] = held
         return np.asarray(self.pairs, np.uint8)[chosen]
 
-    def _class(self, score: np.ndarray, counts: np.ndarray, at: int, end: int) -> int:
-        """Class of the token at position `at`."""
-        least, n = self._least, len(self._class_bytes)
+    def _class(self, score: list[float], held: list[int], total: int, at: int, end: int) -> int:
+        """Class of the token at position `at`; held and total: tokens by pair and bytes in buckets so far."""
+        least, room, nbytes, need = self._least, self._rooms, self._nbytes, self._needs
         # The length at which the bytes are counted; a budget of memory has to last for the whole context.
         due = self.context if self._constant else min(max(end, at + 1 + self.recent), self.context)
         further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
-        held = self._bytes * self._room[counts]
-        total = float(held.sum())
-        free = self._per_token * due + self._constant - self._window - total
-        # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
-        added = self._class_bytes * (self._room[counts[:n] + 1] - self._room[counts[:n]])
-        cheap = counts[least] + further
-        fits = free - added + held[least] >= self._need[cheap]
-        fits[least] = free + held[least] >= self._need[cheap + 1]
-        if not fits.any():
-            return least
         goal = min(max(due, at + 1 + self.recent + HORIZON), self.context)
         left = self._per_token * goal + self._constant - self._window - total
-        rate = left / max(goal - self.recent - at, 1)
-        value = score - np.interp(rate, self._curve_bytes, self._curve_mu) * self._class_bytes
-        value[~fits] = -np.inf
-        return int(value.argmax())
+        price = self._price(left / max(goal - self.recent - at, 1))
+        # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
+        free = self._per_token * due + self._constant - self._window - total + nbytes[least] * room[held[least]]
+        cheap = held[least] + further
+        best, highest = least, -math.inf
+        for i, value in enumerate(score):
+            if i == least:
+                fits = free >= need[cheap + 1]
+            else:
+                fits = free - nbytes[i] * (room[held[i] + 1] - room[held[i]]) >= need[cheap]
+            value -= price * nbytes[i]
+            if fits and value > highest:
+                best, highest = i, value
+        return best
+
+    def _price(self, rate: float) -> float:
+        """Price of a byte at which typical text takes that many bytes a token: linear between the curve's points."""
+        means, prices = self._curve
+        i = bisect.bisect_right(means, rate)
+        if i in (0, len(means)):
+            return prices[min(i, len(means) - 1)]
+        return prices[i - 1] + (prices[i] - prices[i - 1]) * (rate - means[i - 1]) / (means[i] - means[i - 1])

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from kvq.controller.texts import read_text
-from kvq.runtime.cli.options import OFFLINE
+from kvq.runtime.cli.options import OFFLINE, OUTPUT
 from kvq.runtime.files import write_atomically
 
 
@@ -30,7 +30,7 @@ from kvq.runtime.files import write_atomically
 @click.option("--tokens", type=click.IntRange(1), default=200_000, show_default=True, help="Samples, about.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write settings and loss curves as JSON.")  # fmt: skip
+@click.option("--report", **OUTPUT, help="Write settings and loss curves as JSON.")
 def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, seed, threads, report) -> None:
     """Train the precision controller of BUNDLE on a text and store it there.
 

@@ -23,6 +23,7 @@ EXTENDED_INPUTS = ("ids", "positions", "residual", "keys", "values")
 SETS = {"paper": PAPER_INPUTS, "extended": EXTENDED_INPUTS}
 # Attention variance spans five orders of magnitude; its logarithm is what is normalised.
 VARIANCE_FLOOR = 1e-6
+NORM_FLOOR = 1e-12  # of mean squares, before their logarithm
 TABLE_WIDTH = 8  # learned numbers per token id
 
 
@@ -57,8 +58,11 @@ class Controller(nn.Module):
 
     def normalise(self, features: np.ndarray) -> None:
         """Take mean and standard deviation from training features [tokens, features]."""
-        self.mean.copy_(torch.from_numpy(features.mean(0, dtype=np.float64)))
-        self.scale.copy_(torch.from_numpy(1 / (features.std(0, dtype=np.float64) + 1e-6)))
+        mean = features.mean(0, dtype=np.float64)
+        # A feature that hardly varies must not be blown up: rounding would be all that is left of it.
+        spread = features.std(0, dtype=np.float64) + 1e-3 * np.abs(mean) + 1e-6
+        self.mean.copy_(torch.from_numpy(mean))
+        self.scale.copy_(torch.from_numpy(1 / spread))
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """float32 [tokens, classes] of features [tokens, features] and ids int64 [tokens]."""
@@ -103,6 +107,7 @@ def write_onnx(
         name: without suffix.
     """
     graph = Graph(name, _Inline())  # type: ignore[arg-type]
+    state = {key: value.detach().cpu().numpy().copy() for key, value in net.state_dict().items()}
     column = graph.constant([-1, 1])
     if feature_set == "paper":
         columns = []
@@ -118,21 +123,27 @@ def write_onnx(
         residual = graph.input("residual", "tokens", shape.hidden)
         place = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), column)
         columns = [graph.op("Log", graph.op("Add", place, graph.constant(1.0, np.float32)))]
-        for side in ("keys", "values"):
-            x = graph.input(side, shape.layers, shape.kv_heads, "tokens", shape.head_dim)
-            squares = graph.op("ReduceSum", graph.op("Mul", x, x), graph.constant([-1]), keepdims=0)
-            mean = graph.op("Mul", squares, graph.constant(1 / shape.head_dim, np.float32))
-            floored = graph.op("Add", mean, graph.constant(1e-12, np.float32))
-            rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([shape.layers * shape.kv_heads, -1]))
-            columns.append(graph.op("Transpose", rows, perm=[1, 0]))
+        sides = [
+            graph.input(side, shape.layers, shape.kv_heads, "tokens", shape.head_dim) for side in ("keys", "values")
+        ]
+        squares = graph.op("ReduceSumSquare", graph.op("Concat", *sides, axis=0), graph.constant([-1]), keepdims=0)
+        # The log of the mean is that of the sum less a constant, which goes into the normalisation.
+        floored = graph.op("Add", squares, graph.constant(NORM_FLOOR * shape.head_dim, np.float32))
+        norms = 2 * shape.layers * shape.kv_heads
+        rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([norms, -1]))
+        columns.append(graph.op("Transpose", rows, perm=[1, 0]))
+        state["mean"][1 : 1 + norms] += np.float32(np.log(shape.head_dim))
         columns.append(residual)
     x = graph.op("Concat", *columns, axis=1)
-    state = {key: value.detach().cpu().numpy() for key, value in net.state_dict().items()}
-    x = graph.op("Mul", graph.op("Sub", x, graph.weight("mean", state["mean"])), graph.weight("scale", state["scale"]))
     if ids is not None and net.table is not None:
         x = graph.op("Concat", x, graph.op("Gather", graph.weight("table", state["table.weight"]), ids), axis=1)
+    # (x - mean) * scale is part of the first layer: fewer nodes, and a decode step runs each of them.
+    first, inputs = state["layers.0.weight"].astype(np.float64), len(state["mean"])
+    state["layers.0.bias"] = state["layers.0.bias"] - first[:, :inputs] @ (state["mean"] * state["scale"]).astype(float)
+    first[:, :inputs] *= state["scale"]
+    state["layers.0.weight"] = first
     for i in range(len(net.layers)):
-        weight, bias = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
+        weight, bias = (state[f"layers.{i}.{part}"].astype(np.float32) for part in ("weight", "bias"))
         x = graph.op("Gemm", x, graph.weight(f"weight_{i}", weight), graph.weight(f"bias_{i}", bias), transB=1)
         if i + 1 < len(net.layers):
             x = graph.op("Relu", x)

@@ -93,6 +93,10 @@ class ParallelModel:
         """Where the weights are."""
         return self.rotation.device
 
+    def _as_kept(self, x: Tensor) -> Tensor:
+        """x as the window rounds it, if there is one."""
+        return _straight(x, _codecs().window) if self.recent else x
+
     def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
         """One pass over int64 ids [batch, tokens], all tokens scored.
 
@@ -126,7 +130,7 @@ class ParallelModel:
             else:
                 # A query's own key and value are exact; the window's, and what passes through it on its
                 # way to a codec, are rounded to the window's 16 bits.
-                window = tuple(_straight(x, _codecs().window) if self.recent else x for x in (key, value))
+                window = (self._as_kept(key), self._as_kept(value))
                 seen = read(index, *window)
             mixed, squares = _attention(query * config.head_dim**-0.5, (key, value), window, seen, blocks)
             if index + 1 == len(net.layers):

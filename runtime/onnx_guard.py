@@ -27,8 +27,8 @@ ATTRIBUTE_REFUSED = {6: "subgraph", 11: "subgraphs", 22: "sparse tensor", 23: "s
 OPERATORS = {
     "": (
         "Add", "Cast", "Concat", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "LogSoftmax", "MatMul",
-        "Mul", "ReduceMax", "ReduceSum", "Relu", "Reshape", "SimplifiedLayerNormalization", "Sin", "Slice", "Split",
-        "Sub", "Transpose",
+        "Mul", "ReduceMax", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "SimplifiedLayerNormalization",
+        "Sin", "Slice", "Split", "Sub", "Transpose",
     ),
     "com.microsoft": ("MatMulNBits", "QuickGelu", "RotaryEmbedding"),
     "kvq": ("Attention", "SwiGLU"),

@@ -169,3 +169,10 @@ def test_arms_that_cannot_be_measured_are_wrong_usage(arms, tiny_bundle, tmp_pat
     result = CliRunner().invoke(evaluate, ["pareto", "-m", str(tiny_bundle), "--text", str(text), "--arms", arms])
     assert result.exit_code == 2
     assert "--arms" in result.output
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(tiny_bundle, tmp_path):
+    out = tmp_path / "none" / "rows.json"
+    result = CliRunner().invoke(evaluate, ["pareto", "-m", str(tiny_bundle), "--text", "text", "--json", str(out)])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output

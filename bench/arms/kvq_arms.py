@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvq.bench.arms.base import Arm, ArmSpec, Setup, package_version
+from kvq.bench.attention import attention_beside_read
 
 POLICIES = ("fp16", "int8", "int4", "int2", "mixed")
 
@@ -64,6 +65,7 @@ class KvqArm(Arm):
             "versions": package_version("kvq", "onnxruntime", "numpy"),
             "settings": f"policy {stats.policy}, newest {stats.recent} tokens at 16 bits",
             "kv_bits": stats.kv_bits,
+            **attention_beside_read(self.session, self.setup.threads),
         }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
-from kvq.runtime.cli.options import OFFLINE, load_model, options
+from kvq.runtime.cli.options import OFFLINE, OUTPUT, load_model, options
 from kvq.runtime.files import write_atomically
 
 
@@ -68,8 +68,7 @@ CHUNKS = click.option(
 RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
-JSON = click.option("--json", "out", type=click.Path(path_type=Path), envvar="KVQ_JSON_FILE",
-                    help="Write the result there; else to stdout.")  # fmt: skip
+JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Write the result there; else to stdout.")
 
 
 @evaluate.command()
@@ -85,7 +84,7 @@ JSON = click.option("--json", "out", type=click.Path(path_type=Path), envvar="KV
     "--arms", help="Only these, with commas; their rows go beside others of the same texts in kvq eval report."
 )
 @JSON
-@click.option("--compare", "comparison", type=click.Path(path_type=Path), help="Write paired intervals there, as JSON.")
+@click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
 def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
@@ -208,7 +207,7 @@ def _arms(model, policies, kv_bits: float | None, recent: int) -> list[tuple[str
 
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Also draw damage against bytes as PNG.")
+@click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
 def report(files, picture) -> None:
     """Markdown tables from the JSON of `kvq eval pareto`, as in docs/quality.md."""
     from kvq.controller.evaluation.report import plot, tables

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -198,3 +199,14 @@ def twin(parameter: click.Option) -> str | None:
     """Name of an option's environment variable; None for one without a long form."""
     long = [name for name in parameter.opts if name.startswith("--")]
     return "KVQ_" + long[0][2:].upper().replace("-", "_") if long else None
+
+
+def _in_a_folder(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """An output path whose folder is there: known now, and not after an hour of work."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}; make it first")
+    return path
+
+
+# Of an option that names a file to write.
+OUTPUT: dict[str, Any] = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_folder}

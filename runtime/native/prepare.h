@@ -6,12 +6,16 @@
 
 #include "vector.h"
 
-/* Rotary embedding of one head, the halves of head_dim paired (Su et al., arXiv 2104.09864). */
+/* Rotary embedding of one head, the halves of head_dim paired (Su et al., arXiv 2104.09864). Each product is rounded by
+ * itself, as onnxruntime's operator does it in the segments: a fused sum would move a code here and there. */
 INLINE void rotary(const float *x, const float *cosine, const float *sine, int half, float *restrict out) {
+    float crossed[1024];
     for (int c = 0; c < half; c++) {
-        out[c] = x[c] * cosine[c] - x[half + c] * sine[c];
-        out[half + c] = x[half + c] * cosine[c] + x[c] * sine[c];
+        out[c] = x[c] * cosine[c], crossed[c] = x[half + c] * sine[c];
+        out[half + c] = x[half + c] * cosine[c], crossed[half + c] = x[c] * sine[c];
     }
+    __asm__ volatile("" : : "r"(crossed), "r"(out) : "memory"); /* keeps products and sums apart */
+    for (int c = 0; c < half; c++) out[c] -= crossed[c], out[half + c] += crossed[half + c];
 }
 
 /* One stage within a register: the sum of lanes i and i ^ step where i has the bit, their difference where not. */
