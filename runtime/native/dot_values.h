@@ -15,7 +15,8 @@
 
 /* Vectors of so many words can be taken apart below: whole registers of them, or of half and quarter length. */
 INLINE int dot_values_fit(int bits, int words) {
-    return bits <= 8 && words * (8 / bits) <= 8 * MOST_PASSES && ((words == 4 && bits < 8) || words == 8 || words % 16 == 0);
+    const int shaped = (words == 4 && bits < 8) || words == 8 || words % 16 == 0;
+    return bits <= 8 && shaped && words * (8 / bits) <= 8 * MOST_PASSES;
 }
 
 /* Four tokens' bytes together: dword 4 w + b of the result holds byte b of word 4 c + w of four tokens, the first one's
@@ -57,7 +58,7 @@ INLINE __m512i signed_codes(int bits, __m512i bytes, int s) {
 /* Where the 16 channels of a register of codes are: a pass of dot_page works on two registers. Pass p of one precision
  * and width: which words, and which code of their bytes. */
 typedef struct {
-    int word, step; /* of register i: dword 4 l + b is code step + i * next_step of byte b of word + stride l + i * next */
+    int word, step; /* register i, dword 4 l + b: code step + i next_step of byte b of word + stride l + i next */
     int stride, next, next_step;
 } dot_pass;
 
@@ -82,7 +83,8 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
             for (int i = 0; i < 2; i++) sum[g][part][i] = acc[(g * WEIGHT_PARTS + part) * 2 + i];
     for (int t = 0; t < slots; t += 4, values += 4 * words) {
         if (p == 0 && next)
-            for (int line = 0; line < words / 4; line++) __builtin_prefetch(next + (size_t)(t * words) * 4 + line * 64, 0, 2);
+            for (int line = 0; line < words / 4; line++)
+                __builtin_prefetch(next + (size_t)(t * words) * 4 + line * 64, 0, 2);
         __m512i code[2];
         if (words == 4 || (words == 8 && bits < 8)) {
             __m512i bytes = four_tokens(words, values, at.word / 4);
@@ -98,7 +100,8 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
                 int32_t four;
                 memcpy(&four, weights + g * room + t + part, sizeof four);
                 const __m512i weight = _mm512_set1_epi32(four);
-                for (int i = 0; i < 2; i++) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[g][part][i]) : "v"(weight), "v"(code[i]));
+                for (int i = 0; i < 2; i++) /* around the intrinsic GCC 12 keeps the sums in memory */
+                    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[g][part][i]) : "v"(weight), "v"(code[i]));
             }
     }
     for (int g = 0; g < heads; g++)
@@ -106,7 +109,7 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
             for (int i = 0; i < 2; i++) acc[(g * WEIGHT_PARTS + part) * 2 + i] = sum[g][part][i];
 }
 
-/* Softmax weights of a page become whole numbers of `unit`, scales of the values included; word `part` of four tokens'
+/* Softmax weights of a page times the values' scales become whole numbers of 1 / inverse; word `part` of four tokens'
  * weights then holds their bytes number `part`. */
 INLINE void whole_weights(int heads, const uint16_t *scales, int slots, float inverse, float *weights, int room) {
     const __m512i by_byte = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -119,8 +122,8 @@ INLINE void whole_weights(int heads, const uint16_t *scales, int slots, float in
     }
 }
 
-/* sums[head][channel] += weights[head][token] * scale[token] * level[token][channel] over `count` pages of one
- * precision, which `first_slot` and the pages' own fields place; weights are overwritten. */
+/* sums[head][channel] += weights[head][token] * scale[token] * level[token][channel] over `count` neighbouring pages of
+ * one precision; weights are overwritten. `next` is what is read after them. */
 INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int count, size_t vector_row,
                       float *weights, int room, float *sums, int stride, const char *next) {
     const int passes = words * (8 / bits) / 8, steps = 8 / bits;
@@ -137,8 +140,10 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
         const size_t first_slot = vector_row * page[p].capacity + page[p].begin;
         const uint32_t *values = page[p].values + first_slot * words;
         const char *after = next;
-        if (p + 1 < count)
-            after = (const char *)(page[p + 1].values + (vector_row * page[p + 1].capacity + page[p + 1].begin) * words);
+        if (p + 1 < count) {
+            const size_t its_slot = vector_row * page[p + 1].capacity + page[p + 1].begin;
+            after = (const char *)(page[p + 1].values + its_slot * words);
+        }
         whole_weights(heads, page[p].value_scales + first_slot, slots, inverse, weights + at, room);
         for (int pass = 0; pass < passes; pass++)
             dot_page(bits, heads, words, pass, values, slots, weights + at, room,
@@ -152,7 +157,8 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
             for (int i = 0; i < 2; i++) {
                 const __m512i *part = acc + ((pass * heads + g) * WEIGHT_PARTS) * 2 + i;
                 float lanes[LANES];
-                store_f(lanes, ((to_float((vi)part[4]) * 256 + to_float((vi)part[2])) * 256 + to_float((vi)part[0])) * unit);
+                const vf high = to_float((vi)part[4]) * 256 + to_float((vi)part[2]);
+                store_f(lanes, (high * 256 + to_float((vi)part[0])) * unit);
                 float *to = sums + g * stride + (at.step + i * at.next_step) * words + at.word + i * at.next;
                 for (int b = 0; b < 4; b++)
                     for (int l = 0; l < 4; l++) to[b * steps * words + l * at.stride] += lanes[4 * l + b];

@@ -10,14 +10,15 @@
 
 INLINE vf load_16_halves(const uint32_t *words) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)words)); }
 
-/* The two channels of each word of a query side by side, for half_tile_scores: pairs [heads, 2 * padded words]. The last
- * load may reach beyond the query, where the task's memory goes on. */
+/* The two channels of each word of a query side by side, for half_tile_scores: pairs [heads, 2 * padded words].
+ * The last load may reach beyond the query, where the task's memory goes on. */
 INLINE void pair_channels(int heads, const float *query, int stride, int words, float *pairs) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int g = 0; g < heads; g++)
         for (int j = 0; j < words; j += LANES, pairs += 2 * LANES) {
-            const __m512 first = (__m512)load_f(query + g * stride + j), last = (__m512)load_f(query + g * stride + words + j);
+            const float *q = query + g * stride + j;
+            const __m512 first = (__m512)load_f(q), last = (__m512)load_f(q + words);
             store_f(pairs, (vf)_mm512_permutex2var_ps(first, low, last));
             store_f(pairs + LANES, (vf)_mm512_permutex2var_ps(first, high, last));
         }
@@ -53,7 +54,8 @@ INLINE void half_columns(int heads, int vectors, const uint32_t *values, int wor
         for (int v = 0; v < vectors; v++) acc[g][v] = splat(0);
     for (int t = 0; t < slots; t++) {
         if (j == 0)
-            for (int line = 0; line < words; line += 16) __builtin_prefetch(next + ((size_t)t * words + line) * 4, 0, 2);
+            for (int line = 0; line < words; line += 16)
+                __builtin_prefetch(next + ((size_t)t * words + line) * 4, 0, 2);
         vf x[4];
         for (int v = 0; v < vectors; v++) x[v] = load_16_halves(values + (size_t)t * words + j + v * 8);
         for (int g = 0; g < heads; g++)

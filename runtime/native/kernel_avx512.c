@@ -39,7 +39,8 @@ INLINE vf avx512_spread(const float *p, int tokens) {
 INLINE vf avx512_exp(vf x) {
     const __m512 log2e = _mm512_set1_ps(1.44269502f);
     const vf n = (vf)_mm512_roundscale_ps((__m512)x * log2e, 8);
-    const vf r = (vf)_mm512_fmsub_ps((__m512)x, log2e, (__m512)n) + x * 1.92596299e-8f; /* log2 e beyond single precision */
+    const vf beyond = x * 1.92596299e-8f; /* what log2 e has beyond single precision */
+    const vf r = (vf)_mm512_fmsub_ps((__m512)x, log2e, (__m512)n) + beyond;
     vf p = r * 1.327647245e-3f + 9.675541893e-3f;
     p = p * r + 5.550713092e-2f;
     p = p * r + 2.402212024e-1f;

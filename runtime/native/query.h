@@ -8,7 +8,7 @@
 #include "kernel.h"
 #include "vector.h"
 
-/* Four bytes' worth of lanes: a row of integer words is head_dim / 4 long whatever the width, a multiple of these. */
+/* The rows of integer words are short: four at a time. */
 typedef int32_t v4 __attribute__((vector_size(16)));
 
 /* Words of one width from the parts of a query, see integer_words. */
@@ -28,7 +28,8 @@ INLINE void integer_rows(int bits, int d, const int32_t *part, int32_t *to) {
 }
 
 /* A query q [padded] as integers, in the words of every width that occurs (bit b of `widths` for b bits). */
-INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer, int32_t *words) {
+INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
+                          int32_t *words) {
     const float largest = 127 * QUERY_BASE * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
     int32_t parts[QUERY_PARTS][1024 + 32];
     vf top = splat(0);
@@ -56,9 +57,11 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
         memset(parts[part] + padded, 0, sizeof(int32_t) * 16);
     }
     for (int part = 0; part < QUERY_PARTS; part++) {
-        if (widths >> 8 & 1) integer_rows(8, d, parts[part], words + integer_words_start(8, d) + part * integer_words(8, d));
-        if (widths >> 4 & 1) integer_rows(4, d, parts[part], words + integer_words_start(4, d) + part * integer_words(4, d));
-        if (widths >> 2 & 1) integer_rows(2, d, parts[part], words + integer_words_start(2, d) + part * integer_words(2, d));
+#define ROWS(b) integer_rows(b, d, parts[part], words + integer_words_start(b, d) + part * integer_words(b, d))
+        if (widths >> 8 & 1) ROWS(8);
+        if (widths >> 4 & 1) ROWS(4);
+        if (widths >> 2 & 1) ROWS(2);
+#undef ROWS
     }
 }
 
