@@ -124,9 +124,9 @@ while time.monotonic() < end or not (all(seen) and cut):
     child = os.fork()
     if child == 0:
         while True:
-            for session in sessions:
-                session.save(folder / "one.kvq")
-    time.sleep(rng.random() * 0.02)
+            sessions.reverse()
+            sessions[kills % 2].save(folder / "one.kvq")
+    time.sleep(rng.random() * rng.choice([0.02, 0.1]))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     kills += 1

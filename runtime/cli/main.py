@@ -77,7 +77,7 @@ def group() -> None:
 
 def main() -> None:
     """Entry point of ``kvq``."""
-    guarded(lambda: group.main(standalone_mode=False))
+    guarded(lambda: group.main(prog_name="kvq", standalone_mode=False))
 
 
 def run_main() -> None:
