@@ -40,6 +40,9 @@ from kvq.runtime.store import KVStore, RecentWindow
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
+# Points of a curve that are farther apart than this share of the rate wanted have nothing between them.
+FAR_APART = 0.05
+GOLDEN_RATIO = 0.6180339887498949
 PROTECTED = (16, 16)  # of sink tokens
 
 
@@ -207,7 +210,7 @@ class Budget:
         further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
         goal = min(max(due, at + 1 + self.recent + HORIZON), self.context)
         left = self._per_token * goal + self._constant - self._window - total
-        price = self._price(left / max(goal - self.recent - at, 1))
+        price = self._price(left / max(goal - self.recent - at, 1), at)
         # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
         free = self._per_token * due + self._constant - self._window - total + nbytes[least] * room[held[least]]
         cheap = held[least] + further
@@ -222,10 +225,18 @@ class Budget:
                 best, highest = i, value
         return best
 
-    def _price(self, rate: float) -> float:
-        """Price of a byte at which typical text takes that many bytes a token: linear between the curve's points."""
+    def _price(self, rate: float, at: int) -> float:
+        """Price of a byte for the token at position `at`, so that typical text takes `rate` bytes a token.
+
+        Linear between close points of the curve. Where many tokens score alike, points are far apart and no price
+        leads to a rate between them: then tokens take the prices of both in turn, by a golden-ratio sequence.
+        """
         means, prices = self._curve
         i = bisect.bisect_right(means, rate)
         if i in (0, len(means)):
             return prices[min(i, len(means) - 1)]
-        return prices[i - 1] + (prices[i] - prices[i - 1]) * (rate - means[i - 1]) / (means[i] - means[i - 1])
+        gap = means[i] - means[i - 1]
+        share = (rate - means[i - 1]) / gap
+        if gap > FAR_APART * rate:
+            return prices[i] if at * GOLDEN_RATIO % 1.0 < share else prices[i - 1]
+        return prices[i - 1] + (prices[i] - prices[i - 1]) * share

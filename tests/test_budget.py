@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvq.controller.budget import Budget, page_room, token_bytes
@@ -70,6 +70,7 @@ def spend(budget, policy, length, cuts, recent, sink):
     recent=st.sampled_from([0, 1, 16, 40]),
     sink=st.sampled_from([0, 0, 4]),
 )
+@example(0, 600, 9.0, 0.0, [], False, 0, 0)  # all tokens score alike: no price leads to 9 bits
 @examples(200)
 def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, spread, cuts, singles, recent, sink):
     policy = Scores(seed, spread, curve_seed=seed + 1)
