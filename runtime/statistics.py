@@ -64,7 +64,8 @@ class Stats:
         """One line for people."""
         parts = [f"{self.tokens} tokens cached in {size(self.kv_nbytes)}"]
         if self.kv_bits is not None:
-            parts[0] += f" ({self.kv_bits:.2f} bits/value)"
+            taken, used = f"{self.kv_bits:.2f}", f"{self.kv_used_bits:.2f}"
+            parts[0] += f" ({taken} bits/value" + (")" if used == taken else f", {used} without free room)")
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
         parts.append(f"policy {self.policy}: {', '.join(held)}" if held else f"policy {self.policy}")
         if self.prefill_tokens_per_s is not None:
