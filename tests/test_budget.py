@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvq.controller.budget import Budget, page_room, token_bytes
 from kvq.controller.policies import ScoredPolicy, make_policy
 from kvq.controller.policies.base import curve_of
-from kvq.runtime.cli.run import nbytes, run
+from kvq.runtime.cli.options import nbytes
+from kvq.runtime.cli.run import run
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.pages import Bits, Bucket, Encoded, Geometry
 from kvq.runtime.session import Session

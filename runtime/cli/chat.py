@@ -21,7 +21,6 @@ from kvq.runtime.cli.options import (
     given,
     load_model,
     max_tokens,
-    nbytes,
     option,
     options,
 )  # fmt: skip
@@ -68,8 +67,10 @@ def chat(
       kvq chat --session talk.kvq
       printf 'Hello\\nAnd then?\\n' | kvq chat -q
     """
-    settings = {"policy": policy, "recent": recent, "sink": sink, "backend": backend, "kv_bits": kv_bits}
-    settings["kv_memory"] = None if kv_memory is None else nbytes(kv_memory)
+    settings = {
+        "policy": policy, "recent": recent, "sink": sink, "backend": backend,
+        "kv_bits": kv_bits, "kv_memory": kv_memory,
+    }  # fmt: skip
     generation["max_tokens"] = None if max_tokens == -1 else max_tokens
     kept = SessionFile.of(session_file, session_readonly)
     loaded = load_model(model, threads)

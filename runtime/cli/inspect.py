@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, nbytes, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, complete_policy, load_model, option, options
 from kvq.runtime.cli.run import read_prompt
 from kvq.runtime.files import write_atomically
 
@@ -61,14 +61,13 @@ def inspect(
     features = bool(as_json or html_file or png_file)
     if session_file:
         _refuse_beside_session(ctx)
-        session = kvq.load(model, threads=threads).load_session(session_file, backend=backend)
+        session = load_model(model, threads).load_session(session_file, backend=backend)
         inspection = kvq.inspect_session(session, features=features)
     else:
         prompt = read_prompt(text, text_file)
-        memory = None if kv_memory is None else nbytes(kv_memory)
         inspection = kvq.inspect_text(
-            kvq.load(model, threads=threads), prompt, policy, features=features, recent=recent, sink=sink,
-            backend=backend, kv_bits=kv_bits, kv_memory=memory,
+            load_model(model, threads), prompt, policy, features=features, recent=recent, sink=sink,
+            backend=backend, kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
     if html_file:
         write_atomically(html_file, page.html(inspection))

@@ -67,6 +67,18 @@ class Words(click.ParamType):
         return [rv]
 
 
+class Size(click.ParamType):
+    """A number of bytes, see `nbytes`; one that is none is a `BudgetError`, as other values a budget cannot have."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return nbytes(value) if isinstance(value, str) else value
+
+
+SIZE = Size()
+
+
 def option(*names: str, section: str, **attributes: Any) -> Callable:
     """As click.option, in a section of the help page."""
     return click.option(*names, cls=Option, section=section, **attributes)
@@ -145,7 +157,7 @@ CACHE = [
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
            "fp16 if not given, adaptive with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
-    option("--kv-memory", metavar="SIZE", section="Cache", help="Keep it to that many bytes: 800kB, 8MB."),
+    option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 800kB, 8MB."),
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",
            help="Newest tokens kept at 16 bits."),
     option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),

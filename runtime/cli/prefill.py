@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, load_model, nbytes, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, load_model, option, options
 from kvq.runtime.cli.run import read_prompt
 from kvq.runtime.errors import SessionError
 
@@ -43,8 +43,7 @@ def prefill(
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
     text = read_prompt(None, file)
     loaded = load_model(model, threads)
-    memory = None if kv_memory is None else nbytes(kv_memory)
-    session = loaded.session(policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=memory)
+    session = loaded.session(policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
     ids = loaded.encode(text)
     begun = time.perf_counter()
     if quiet:

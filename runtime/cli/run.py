@@ -20,7 +20,6 @@ from kvq.runtime.cli.options import (
     Command,
     given,
     load_model,
-    nbytes,
     option,
     options,
 )
@@ -71,7 +70,7 @@ def run(
     text = read_prompt(prompt, prompt_file, optional=kept is not None and kept.exists)
     settings = {
         "policy": policy, "recent": recent, "sink": sink, "backend": backend,
-        "kv_bits": kv_bits, "kv_memory": None if kv_memory is None else nbytes(kv_memory),
+        "kv_bits": kv_bits, "kv_memory": kv_memory,
     }  # fmt: skip
     loaded = load_model(model, threads)
     session = loaded.session(**settings) if kept is None else kept.open(loaded, settings, given(ctx))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, nbytes, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, SIZE, Command, option, options
 
 AT_LEAST_ONE = click.IntRange(1)
 SERVER = [
@@ -20,11 +20,11 @@ SERVER = [
     option("-q", "--quiet", is_flag=True, section="Server", help="No line per request."),
 ]  # fmt: skip
 SESSIONS = [
-    option("--kv-memory-total", metavar="SIZE", section="Sessions",
+    option("--kv-memory-total", type=SIZE, metavar="SIZE", section="Sessions",
            help="Most bytes of all caches; a quarter of memory if not given."),
     option("--session-dir", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="DIR",
            section="Sessions", help="Where idle ones are saved until the end."),
-    option("--session-disk", default="1GB", metavar="SIZE", show_default=True, section="Sessions",
+    option("--session-disk", type=SIZE, default="1GB", metavar="SIZE", show_default=True, section="Sessions",
            help="Most bytes saved there."),
     option("--chunk", type=AT_LEAST_ONE, default=128, metavar="N", show_default=True, section="Sessions",
            help="Tokens per prefill step; reuse begins at multiples."),
@@ -38,7 +38,8 @@ LIMITS = [
            help="Of a response."),
     option("--max-prompt-tokens", type=AT_LEAST_ONE, metavar="N", section="Limits",
            help="The model's context if not given."),
-    option("--max-body", default="4MB", metavar="SIZE", show_default=True, section="Limits", help="Of a request."),
+    option("--max-body", type=SIZE, default="4MB", metavar="SIZE", show_default=True, section="Limits",
+           help="Of a request."),
     option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, metavar="S", show_default=True,
            section="Limits", help="Seconds for a request, waiting included."),
 ]  # fmt: skip
@@ -73,13 +74,13 @@ def serve(
     run(
         Options(
             model=model, threads=threads, host=host, port=port, name=name,
-            settings=Settings(policy, kv_bits, None if kv_memory is None else nbytes(kv_memory), recent, sink),
+            settings=Settings(policy, kv_bits, kv_memory, recent, sink),
             backend=backend, chunk=chunk,
-            kv_memory_total=None if kv_memory_total is None else int(nbytes(kv_memory_total)),
-            session_dir=session_dir, session_disk=int(nbytes(session_disk)),
+            kv_memory_total=None if kv_memory_total is None else int(kv_memory_total),
+            session_dir=session_dir, session_disk=int(session_disk),
             concurrency=concurrency, queue=queue,
             limits=Limits(
-                body=int(nbytes(max_body)), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout
+                body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout
             ),
             api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
         )

@@ -57,7 +57,7 @@ class CodebookCodec(Codec):
         total = np.sum(magnitude**2, axis=-1, keepdims=True)
         scale = INNER * np.sqrt(total / x.shape[-1])
         # Given the codes, the best scale is a projection; given the scale, the best codes are
-        # the nearest levels. Two rounds reach the fixed point within 0.1 % of the error.
+        # the nearest levels. Three rounds end close to the best codes there are, 0.6 % above at 64 channels.
         for _ in range(3):
             outer = magnitude > scale * BORDER
             products = np.sum(magnitude * np.where(outer, 10, 3), axis=-1, keepdims=True)
