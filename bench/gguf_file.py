@@ -48,7 +48,7 @@ def write_gguf(made: Assets, file: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for name, vector in weights.vectors().items():
         writer.add_tensor(_name(name), vector)
-    for name, matrix in weights.parts().items():
+    for name, matrix in weights.parts():
         heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(name.split(".")[-2])
         if heads:
             matrix = _interleaved(matrix, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class BundleWeights:
             self.array(f"{name}.codes"), self.array(f"{name}.scales"), a["bits"], a["block_size"], a["K"]
         )
 
-    def parts(self) -> dict[str, QuantizedMatrix]:
+    def parts(self) -> Iterator[tuple[str, QuantizedMatrix]]:
         """Matrices under the names of a Hugging Face checkpoint: products that share an input are cut apart."""
         shape = self.manifest.architecture
         rows = {
@@ -69,20 +70,18 @@ class BundleWeights:
             "gate_proj": shape.ffn,
             "up_proj": shape.ffn,
         }
-        found = {}
         for name in self.products:
             whole = self.matrix(name)
             prefix, _, last = name.rpartition(".")
             names = last.split("+")
             if len(names) == 1:
-                found[name if last == "weight" else f"{name}.weight"] = whole
+                yield name if last == "weight" else f"{name}.weight", whole
                 continue
             start = 0
             for part in names:
                 cut = slice(start, start + rows[part])
-                found[f"{prefix}.{part}.weight"] = whole._replace(codes=whole.codes[cut], scales=whole.scales[cut])
+                yield f"{prefix}.{part}.weight", whole._replace(codes=whole.codes[cut], scales=whole.scales[cut])
                 start = cut.stop
-        return found
 
     def vectors(self) -> dict[str, np.ndarray]:
         """Gains of the norms, float32 [hidden], under their checkpoint names."""

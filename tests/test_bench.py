@@ -221,7 +221,7 @@ def test_checkpoint_holds_the_values_of_the_bundle(cache):
     made = assets("tiny", cache)
     stored = load_file(made.checkpoint / "model.safetensors")
     weights = BundleWeights(made)
-    expected = weights.vectors() | {name: matrix.dequantize() for name, matrix in weights.parts().items()}
+    expected = weights.vectors() | {name: matrix.dequantize() for name, matrix in weights.parts()}
     assert stored.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(stored[name], tensor)
@@ -231,7 +231,7 @@ def test_gguf_blocks_decode_to_the_values_of_the_bundle(cache):
     gguf = pytest.importorskip("gguf")
     from kvq.bench.gguf_file import _blocks
 
-    for matrix in BundleWeights(assets("tiny", cache)).parts().values():
+    for _, matrix in BundleWeights(assets("tiny", cache)).parts():
         kind, blocks = _blocks(matrix)
         decoded = gguf.quants.dequantize(blocks, kind)
         np.testing.assert_allclose(decoded, matrix.dequantize(), rtol=2**-10, atol=1e-7)  # scales in half precision

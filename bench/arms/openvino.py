@@ -124,7 +124,7 @@ def take_weights(model: Any, weights: BundleWeights) -> None:
     import openvino
     from openvino import opset13 as ops
 
-    matrices = weights.parts()
+    matrices = dict(weights.parts())
     replaced = 0
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant":
