@@ -170,13 +170,13 @@ class Budget:
         return store.nbytes if self._constant else store.used_nbytes
 
     def counts(self, store: KVStore) -> np.ndarray:
-        """Tokens chosen so far by pair, int64 [pairs]; those in the window by what they will become."""
+        """Tokens by pair, int64 [pairs]; those in the window by what they will become, open ones left out."""
         found = np.zeros(len(self.pairs), np.int64)
         for stored, bucket in store.buckets.items():
             found[self.pairs.index((stored.k, stored.v))] += bucket.count
         window = store.window
         if window.count:
-            bits = window.bits[window.slots(store.length - window.count, store.length)]
+            bits = window.bits[window.slots(store.length - window.count, store.length - window.open)]
             found += np.bincount(self._index[bits[:, 0], bits[:, 1]], minlength=len(self.pairs))
         return found
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
+
+from kvq.controller.policies.base import TokenFeatures
 
 
 class RarityCounter:
@@ -53,3 +57,39 @@ def attention_variance(row_squares: np.ndarray, row_length: np.ndarray) -> np.nd
     """
     length = np.asarray(row_length, np.float32)
     return row_squares.mean(axis=1) / length - 1.0 / length**2
+
+
+class OpenTokens:
+    """Features of the newest tokens, kept until their precision is chosen.
+
+    Args:
+        reads: names of the fields of `TokenFeatures` to keep; `positions` are kept anyway.
+        room: most tokens.
+    """
+
+    def __init__(self, reads: Iterable[str], room: int) -> None:
+        self.room = room
+        self._names = ["positions", *sorted({*reads} - {"positions"})]
+        self._arrays: dict[str, np.ndarray] = {}
+        self._rows: list[list[tuple[str, np.ndarray]]] = []  # the same, token by token
+
+    def keep(self, row: int, features: TokenFeatures) -> None:
+        """Take the features of a single token as number `row`."""
+        if not self._rows:
+            self._make(features)
+        for name, kept in self._rows[row]:
+            kept[...] = features.get(name)
+
+    def _make(self, features: TokenFeatures) -> None:
+        """Room for features like these; the token's axis is the third of keys and values, else the first."""
+        axes = {name: 2 if features.get(name).ndim == 4 else 0 for name in self._names}
+        for name, axis in axes.items():
+            one = features.get(name)
+            self._arrays[name] = np.zeros((*one.shape[:axis], self.room, *one.shape[axis + 1 :]), one.dtype)
+        for row in range(self.room):
+            at = slice(row, row + 1)
+            self._rows.append([(n, a[:, :, at] if axes[n] else a[at]) for n, a in self._arrays.items()])
+
+    def features(self, rows: int) -> TokenFeatures:
+        """Features of the first `rows` tokens, as views."""
+        return TokenFeatures(**{n: a[:, :, :rows] if a.ndim == 4 else a[:rows] for n, a in self._arrays.items()})

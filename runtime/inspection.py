@@ -221,6 +221,7 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
     """
     if not session.tokens:
         raise PromptError("the session is empty: append a text first")
+    session.decide()
     found = None
     if features:
         store = session.store
@@ -234,6 +235,7 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
 
 
 def _inspection(session: Session, features: list[Features] | None) -> Inspection:
+    session.decide()
     stored = stored_tokens(session.store)
     pieces = cells(session.model.optional_tokenizer, session.tokens)
     tokens = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from kvq.controller.budget import Budget
-from kvq.controller.features import RarityCounter, attention_variance
+from kvq.controller.features import OpenTokens, RarityCounter, attention_variance
 from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
 from kvq.runtime.attention import make_backend
 from kvq.runtime.codecs import CODECS
@@ -25,6 +25,9 @@ from kvq.runtime.store import KVStore, distinct_nbytes
 
 if TYPE_CHECKING:
     from kvq.runtime.model import Model
+
+# Most decoded tokens whose precision is open at a time; a multiple of what controllers compute at once.
+MOST_OPEN = 16
 
 
 class Session:
@@ -90,6 +93,7 @@ class Session:
         self._heads: dict[int, Head] = {}
         self._prefill, self._decode = Clock(), Clock()
         self._end = 0  # length the text will have when the current append is done
+        self._open = OpenTokens(self.policy.reads or (), min(MOST_OPEN, self.store.window.capacity))
 
     @property
     def room(self) -> int:
@@ -176,19 +180,39 @@ class Session:
         features = TokenFeatures(
             positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
         )
-        choice = self._choice(features)
-        self.store.append(layers.keys, layers.values, choice)
+        self.store.append(layers.keys, layers.values, self._choice(features))
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
         if "rarity" in needs:
             self._rarity.count(ids)
         self.tokens += ids.tolist()
         del self.pending[:tokens]
 
-    def _choice(self, features: TokenFeatures) -> np.ndarray:
-        """The policy's choice, checked: policies may be anybody's."""
+    def _choice(self, features: TokenFeatures) -> np.ndarray | None:
+        """Precision of the next tokens; None leaves that of a decoded one open."""
+        store, room = self.store, self._open.room
+        if self.policy.reads is None or not room or self._end != store.length + 1:
+            self.decide()
+            return self._chosen(features, store.length, self._end)
+        if store.window.open == room:
+            self.decide()
+        self._open.keep(store.window.open, features)
+        return None
+
+    def decide(self) -> None:
+        """Choose the precision of decoded tokens now where that was left open, as it may be in the recent window."""
+        if still_open := self.store.window.open:
+            start = self.store.length - still_open
+            self.store.decide(self._chosen(self._open.features(still_open), start, start + 1))
+
+    def _chosen(self, features: TokenFeatures, start: int, end: int) -> np.ndarray:
+        """The policy's choice for the tokens at positions from `start` on, checked: policies may be anybody's.
+
+        end: as in `Budget.choose`. That of tokens that came one by one is right after the first: it counts only
+        where it is farther away than the window is long.
+        """
         if self.budget is not None and isinstance(self.policy, ScoredPolicy):
-            store, budget = self.store, self.budget
-            return budget.choose(self.policy.score(features), budget.counts(store), store.length, self._end)
+            budget = self.budget
+            return budget.choose(self.policy.score(features), budget.counts(self.store), start, end)
         bits = np.asarray(self.policy.choose(features))
         if bits.shape != (len(features.positions), 2) or not set(bits.ravel().tolist()) <= CODECS.keys():
             raise PolicyError(
@@ -265,6 +289,7 @@ class Session:
         """
         if not 0 <= length <= len(self.tokens):
             raise ContextError(f"cannot trim to {length} tokens, the session holds {len(self.tokens)}; give less")
+        self.decide()
         window = self.store.window
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
@@ -286,6 +311,7 @@ class Session:
         With the same seed both continue alike.
         """
         self._check_whole()
+        self.decide()
         twin = Session(
             self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
             prefill_chunk=self.prefill_chunk, backend=self._wanted_backend,
@@ -319,6 +345,7 @@ class Session:
         from kvq.runtime.session_file import write_session
 
         self._check_whole()
+        self.decide()
         write_session(self, path)
 
     def stats(self) -> Stats:

@@ -16,13 +16,15 @@ from kvq.runtime.codecs import NUMPY, CodecSet
 from kvq.runtime.pages import TILE_TOKENS, Bits, Bucket, Encoded, Geometry, Page, Slots
 
 SINK_BITS = Bits(16, 16)
+OPEN = np.zeros((1, 2), np.uint8)  # the bits of a token whose precision is not chosen yet
 
 
 class RecentWindow:
     """A ring of the newest tokens at 16 bits; the token at position p lies in slot p % capacity.
 
     keys, values: codes and scales for `capacity` tokens, rounded up to whole tiles.
-    bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves.
+    bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves; (0, 0) of an open one.
+    open: newest tokens whose precision is not chosen yet.
     """
 
     def __init__(self, geometry: Geometry, capacity: int) -> None:
@@ -34,6 +36,7 @@ class RecentWindow:
         self.bits = np.zeros((capacity, 2), np.uint8)
         self.capacity = capacity
         self.count = 0
+        self.open = 0
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +49,7 @@ class RecentWindow:
         for new, old in ((twin.keys, self.keys), (twin.values, self.values)):
             new.codes[...], new.scales[...] = old.codes, old.scales
         twin.bits[...] = self.bits
-        twin.count = self.count
+        twin.count, twin.open = self.count, self.open
         return twin
 
     def slots(self, start: int, stop: int) -> np.ndarray:
@@ -88,19 +91,23 @@ class KVStore:
         self.length = 0
         self.peak_nbytes = self.nbytes
 
-    def append(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray) -> None:
+    def append(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray | None) -> None:
         """Add tokens at the positions length, length + 1, ...
 
         Args:
             keys, values: float32 [layers, kv_heads, tokens, head_dim].
-            bits: uint8 [tokens, 2], key and value bits of each token.
+            bits: uint8 [tokens, 2], key and value bits of each token. None leaves that of a single token open:
+                `decide` has to come before it leaves the window, and before tokens that come with their bits.
 
         Raises:
             NonFiniteError: a value cannot be stored; the store is left as it was.
         """
-        new, window = bits.shape[0], self.window
-        bits = self._protect(bits)
+        window = self.window
+        still_open = int(bits is None)
+        bits = OPEN if bits is None else self._protect(bits, self.length)
+        new = len(bits)
         if new == 1 and self._append_one(keys, values, bits):
+            window.open += still_open
             return
         end = self.length + new
         # The window after this call holds the positions [first, end).
@@ -127,6 +134,7 @@ class KVStore:
             window.values.write(slots, ring[1])
             window.bits[slots] = bits[skipped:]
             window.count = end - first
+        window.open += still_open
         self.length = end
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
@@ -156,9 +164,15 @@ class KVStore:
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         return True
 
-    def _protect(self, bits: np.ndarray) -> np.ndarray:
-        """Bits with the sink tokens raised to 16."""
-        protected = max(0, self.sink - self.length)
+    def decide(self, bits: np.ndarray) -> None:
+        """Set the precision of the open tokens, uint8 [open, 2]."""
+        window, start = self.window, self.length - self.window.open
+        window.bits[window.slots(start, self.length)] = self._protect(bits, start)
+        window.open = 0
+
+    def _protect(self, bits: np.ndarray, start: int) -> np.ndarray:
+        """Bits of the tokens from position `start` on, with the sink tokens raised to 16."""
+        protected = max(0, self.sink - start)
         if protected:
             bits = bits.copy()
             bits[:protected] = SINK_BITS
@@ -194,6 +208,7 @@ class KVStore:
         for bucket in self.buckets.values():
             bucket.trim(length)
         self.window.count = max(0, length - (self.length - self.window.count))
+        self.window.open = max(0, length - (self.length - self.window.open))
         self.length = length
 
     def fork(self, codecs: CodecSet) -> KVStore:

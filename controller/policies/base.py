@@ -53,12 +53,16 @@ class Policy(ABC):
         name: what the user typed, reported by `stats()`.
         needs: the features to compute, a subset of `FEATURE_NAMES`; what is not needed costs nothing.
         classes: uint8 [classes, 2], every pair it may choose; None may be any. Bounds on memory rest on it.
+        reads: names of the fields of `TokenFeatures` it looks at, if it would rather be asked about many tokens at
+            once: then a session keeps these fields of decoded tokens, and asks when the first of them leaves the
+            recent window. None is asked at every step.
         recipe: name and options that `make_policy` makes the same policy of, where it has made this one.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
     classes: np.ndarray | None = None
+    reads: frozenset[str] | None = None
     recipe: tuple[str, dict[str, Any]] | None = None
 
     @abstractmethod

@@ -15,6 +15,7 @@ class MixedPolicy(Policy):
     """A fixed cycle 16, 8, 4, 2 over the positions: every precision in use, for tests and demos."""
 
     name = "mixed"
+    reads = frozenset()
     classes = CLASSES
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
@@ -35,6 +36,7 @@ class RandomPolicy(ScoredPolicy):
     """
 
     name = "random"
+    reads = frozenset()
     classes = CLASSES
 
     def __init__(self, weights: tuple[float, float, float, float] = (1, 1, 1, 1), seed: int = 0) -> None:

@@ -14,6 +14,9 @@ from kvq.runtime.errors import PolicyError
 from kvq.runtime.threads import session_options
 
 INPUTS = TokenFeatures._fields
+# Tokens are scored in multiples of this, rows of zeros among them if need be: onnxruntime's products of one row sum in
+# another order than those of many, and scores must not depend on how many tokens are asked about at once.
+ROWS = 16
 
 
 class LearnedPolicy(ScoredPolicy):
@@ -59,6 +62,7 @@ class LearnedPolicy(ScoredPolicy):
                 f"controller {name!r} is of a feature set this kvq does not know: {self._inputs}; {remedy}"
             )
         self.needs = frozenset(self._inputs) & frozenset(FEATURE_NAMES)
+        self.reads = frozenset(self._inputs)
         shape = manifest.architecture
         self._check(np.zeros(1, np.int64), shape.hidden, (shape.layers, shape.kv_heads, 1, shape.head_dim))
 
@@ -76,10 +80,21 @@ class LearnedPolicy(ScoredPolicy):
             ) from None
 
     def score(self, features: TokenFeatures) -> np.ndarray:
-        return self._session.run(None, {name: features.get(name) for name in self._inputs})[0]
+        inputs = {name: features.get(name) for name in self._inputs}
+        tokens = len(features.positions)
+        if missing := -tokens % ROWS:
+            inputs = {name: _padded(array, missing) for name, array in inputs.items()}
+        return self._session.run(None, inputs)[0][:tokens]
 
     def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._curve[0], self._curve[1]
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """A feature with so many tokens of zeros behind the last: [tokens, ...], or [layers, kv_heads, tokens, head_dim]."""
+    widths = [(0, 0)] * array.ndim
+    widths[2 if array.ndim == 4 else 0] = (0, rows)
+    return np.pad(array, widths)
 
 
 POLICIES = {name: partial(LearnedPolicy, name) for name in ("adaptive", "paper")}

@@ -25,6 +25,7 @@ class RulePolicy(ScoredPolicy):
 
     name = "rule"
     needs = frozenset({"attention_variance", "rarity"})
+    reads = needs
 
     FOCUS = 200.0
     COMMON_NATS = 4.9

@@ -15,6 +15,8 @@ WIDTHS = sorted(CODECS, reverse=True)  # a new codec is a choice of its own at o
 class StaticPolicy(Policy):
     """Every token gets the same pair of bits."""
 
+    reads = frozenset()
+
     def __init__(self, name: str, k_bits: int, v_bits: int) -> None:
         self.name = name
         self.bits = np.array([k_bits, v_bits], np.uint8)
