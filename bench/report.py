@@ -39,6 +39,9 @@ How it is measured:
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
 * The floor is the time to read the weights and the cache once, at the bandwidth of a plain read of a large array by as
   many threads in the same run. Peak memory is that of the arm's whole process.
+* Policy / step: what features, controller and budget take of a step, for the policies that look at tokens. It is
+  measured inside the timed steps, as a mean over all of them: every sixteenth step chooses for sixteen tokens. Their
+  budget is 3.25 bits a value; their controllers have the real architecture and random weights.
 * Attention / read: attention alone over the packed cache, all layers, and its part of the bandwidth of a plain read of
   the same arrays in as many threads (`kvq.bench.attention`).
 """
@@ -57,12 +60,19 @@ def beside_read(row: dict[str, Any]) -> str:
     return f"{row['attention_gb_per_s']:.1f} GB/s, {row['attention_of_read']:.2f}"
 
 
+def policy_time(row: dict[str, Any]) -> str:
+    """Time of a learned or rule-based policy, and its share of a step; a dash for a fixed one."""
+    if "policy_ms" not in row:
+        return "-"
+    return f"{row['policy_ms']:.3f} ms, {100 * row['policy_ms'] / row['ms_per_token']:.1f} %"
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of one shape, context and number of threads, fastest first."""
     lines = [
-        "| arm | ms/token | spread | ort-gqa / arm | llama / arm | floor ms | x floor | GB/s | attention / read |"
-        " prefill tokens/s | KV MB | peak MB | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | ms/token | spread | ort-gqa / arm | llama / arm | policy / step | floor ms | x floor | GB/s |"
+        " attention / read | prefill tokens/s | KV MB | peak MB | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: r["ms_per_token"]):
         same = [r for r in rows if r.get("group", 1) == row.get("group", 1)] if row.get("groups", 1) > 1 else rows
@@ -72,6 +82,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['ms_per_token']:.2f}",
             f"{row['ms_p25']:.2f} - {row['ms_p75']:.2f}",
             *ratios,
+            policy_time(row),
             f"{row['floor_ms']:.2f}",
             f"{row['over_floor']:.2f}",
             f"{row['gb_per_s']:.1f}",

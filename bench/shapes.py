@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvq.models.family import config
 
 LONGEST = 8192  # tokens of context that can be measured
@@ -110,7 +108,7 @@ def _exporter_digest() -> str:
 
 
 def make_bundle(made: Assets) -> None:
-    """Make bundle, checkpoint and exact bundle if they are not there; minutes, and some 5 bytes a parameter of memory."""
+    """Make bundle, checkpoint and exact bundle if they are not there; minutes, and 6 bytes a parameter of memory."""
     made, exact = replace(made, exact=False), replace(made, exact=True)
     if not (made.bundle.is_dir() and made.checkpoint.is_dir()):
         _make(made)

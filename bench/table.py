@@ -16,6 +16,7 @@ COLUMNS: list[tuple[str, Any]] = [
     ("GB/s", lambda r: f"{r['gb_per_s']:.1f}"),
     ("attention", lambda r: f"{r['attention_gb_per_s']:.1f}" if "attention_gb_per_s" in r else ""),
     ("of read", lambda r: f"{r['attention_of_read']:.2f}" if "attention_of_read" in r else ""),
+    ("policy ms", lambda r: f"{r['policy_ms']:.3f}" if "policy_ms" in r else ""),
     ("prefill/s", lambda r: f"{r['prefill_tokens_per_s']:.0f}"),
     ("KV MB", lambda r: f"{r['kv_bytes'] / 1e6:.1f}"),
     ("peak MB", lambda r: f"{r['peak_rss_bytes'] / 1e6:.0f}"),

@@ -174,18 +174,29 @@ class Session:
         entropy, confidence = self._logits(layers.residual, skip, logits_out)
         if not np.isfinite(logits_out).all():
             raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
-        positions = np.arange(self.store.length, self.store.length + tokens)
-        variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
-        rarity = self._rarity.rarity(ids) if "rarity" in needs else None
-        features = TokenFeatures(
-            positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
-        )
+        features = self._features(ids, layers, row_squares, entropy, confidence)
         self.store.append(layers.keys, layers.values, self._choice(features))
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
         if "rarity" in needs:
             self._rarity.count(ids)
         self.tokens += ids.tolist()
         del self.pending[:tokens]
+
+    def _features(
+        self,
+        ids: np.ndarray,
+        layers: ForwardPass,
+        row_squares: np.ndarray | None,
+        entropy: np.ndarray | None,
+        confidence: np.ndarray | None,
+    ) -> TokenFeatures:
+        """What the policy may look at, of the tokens of a forward pass."""
+        positions = np.arange(self.store.length, self.store.length + len(ids))
+        variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
+        rarity = self._rarity.rarity(ids) if "rarity" in self.policy.needs else None
+        return TokenFeatures(
+            positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
+        )
 
     def _choice(self, features: TokenFeatures) -> np.ndarray | None:
         """Precision of the next tokens; None leaves that of a decoded one open."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from kvq.bench.arms.base import Arm, ArmSpec, Setup, package_version
 from kvq.bench.attention import attention_beside_read
 
 POLICIES = ("fp16", "int8", "int4", "int2", "mixed")
+SCORED = ("adaptive", "paper", "rule")
+KV_BITS = 3.25  # budget of the scored ones, all told
 
 
 class KvqArm(Arm):
@@ -69,4 +72,71 @@ class KvqArm(Arm):
         }
 
 
+class KvqScoredArm(KvqArm):
+    """A policy that scores its classes, under a budget of `KV_BITS`; what it takes is a part of every step.
+
+    Policy time is measured inside the timed calls, around everything that serves the choice: features, the graph of
+    entropy and confidence where it is needed, controller, budget. Choices fall on every sixteenth step, so it is a
+    mean over all steps, with those still open at the end. Left out is what attention takes to sum squares of a row.
+    """
+
+    packages = ("torch", "onnx")  # controllers are made with these
+
+    def prepare(self) -> None:
+        from kvq.bench.controllers import add_controllers
+
+        if self.policy != "rule":
+            add_controllers(self.setup.assets.bundle, self.setup.threads)
+
+    def open(self, capacity: int) -> None:
+        self.session = session = self.model.session(self.policy, backend=self.setup.backend, kv_bits=KV_BITS)
+        self._policy_seconds, self._steps = 0.0, 0
+        for owner, name in ((session, "_features"), (session, "_choice"), (session._rarity, "count")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+        head = session._head
+
+        def timed_head(rows: int) -> Any:
+            made = head(rows)
+            if "uncertainty" not in vars(made):
+                vars(made)["uncertainty"] = self._timed(made.uncertainty)
+            return made
+
+        vars(session)["_head"] = timed_head
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, its time added to the policy's."""
+
+        def timed(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                self._policy_seconds += time.perf_counter() - begun
+
+        return timed
+
+    def prefill(self, ids: np.ndarray) -> float:
+        seconds = super().prefill(ids)
+        self._prefill_share = self._policy_seconds / seconds
+        self._policy_seconds, self._steps = 0.0, 0
+        return seconds
+
+    def step(self, token: int) -> float:
+        self._steps += 1
+        return super().step(token)
+
+    def describe(self) -> dict[str, Any]:
+        self._timed(self.session.decide)()
+        described = super().describe()
+        held = {pair: row["tokens"] for pair, row in self.session.stats().precisions.items() if row["tokens"]}
+        controller = "" if self.policy == "rule" else ", controller of the real size with untrained weights"
+        return described | {
+            "settings": f"{described['settings']}, {KV_BITS:g} bits a value in all{controller}",
+            "policy_ms": 1e3 * self._policy_seconds / max(1, self._steps),
+            "policy_prefill_share": self._prefill_share,
+            "tokens_by_precision": held,
+        }
+
+
 ARMS = {f"kvq-{policy}": ArmSpec(KvqArm, {"policy": policy}) for policy in POLICIES}
+ARMS |= {f"kvq-{policy}": ArmSpec(KvqScoredArm, {"policy": policy}) for policy in SCORED}
