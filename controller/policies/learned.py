@@ -91,7 +91,7 @@ class LearnedPolicy(ScoredPolicy):
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """A feature, [tokens, ...] or [layers, kv_heads, tokens, head_dim], with so many tokens of zeros behind the last."""
+    """A feature, [tokens, ...] or [layers, kv_heads, tokens, head_dim], with so many zeros behind the last token."""
     widths = [(0, 0)] * array.ndim
     widths[2 if array.ndim == 4 else 0] = (0, rows)
     return np.pad(array, widths)
