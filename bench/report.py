@@ -116,7 +116,7 @@ def page(files: list[tuple[str, list[dict[str, Any]]]], folder: Path) -> str:
         folder: where plots are written; their links are relative to it.
     """
     lines = [INTRODUCTION]
-    for name, rows in files:
+    for name, rows in sorted(files, key=lambda file: file[1][0]["weight_bytes"]):  # small models first
         first, about = rows[0], rows[0]["run"]
         lines += [f"## {first['shape']}, {first['threads']} threads", ""]
         lines += [

@@ -28,6 +28,7 @@ def sealed(header: dict | bytes, payload: bytes, magic: bytes = b"KVQSESS\n", ve
 
 def contents(session) -> dict:
     """Everything a session is made of, as bytes: equal for two sessions that cannot be told apart."""
+    session.decide()
     store, window = session.store, session.store.window
     slots = window.slots(store.length - window.count, store.length)
     pages = [

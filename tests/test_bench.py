@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import kvq
 from kvq.bench import decode, report, schedule
 from kvq.bench.arms import ARMS, ArmSpec
 from kvq.bench.arms.kvq_arms import KvqArm
 from kvq.bench.check import check_ids, relative_difference
+from kvq.bench.controllers import add_controllers
 from kvq.bench.floor import read_bandwidth
 from kvq.bench.shapes import BENCH_SHAPES, assets, make_bundle
 from kvq.bench.weights import BundleWeights
+from kvq.runtime.bundle import MANIFEST
 
 KEYS = {"arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes"}
+MEASURED = ("kvq-fp16", "kvq-mixed", "kvq-adaptive", "kvq-rule", "ort-gqa-fp32", "ort-gqa-int8")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def measured(cache, tmp_path_factory):
     """A finished run over the tiny shape: exit code, stdout, stderr, and the JSON file."""
     file = tmp_path_factory.mktemp("rows") / "tiny.json"
     command = [sys.executable, "-m", "kvq.bench.decode", "--shape", "tiny", "--context", "24,48", "--threads", "1"]
-    command += ["--arms", "kvq-fp16,kvq-mixed,ort-gqa-fp32,ort-gqa-int8", "--rounds", "2", "--steps", "3"]
+    command += ["--arms", ",".join(MEASURED), "--rounds", "2", "--steps", "3"]
     command += ["--cache", str(cache), "--json", str(file), "--plot", str(file.with_suffix(".png"))]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr, file
@@ -62,7 +66,7 @@ def plan(cache, *arms):
 def test_rows_have_the_promised_keys_and_consistent_units(measured):
     rows = rows_of(measured)
     assert {(row["arm"], row["context"]) for row in rows} == {
-        (arm, context) for arm in ("kvq-fp16", "kvq-mixed", "ort-gqa-fp32", "ort-gqa-int8") for context in (24, 48)
+        (arm, context) for arm in MEASURED for context in (24, 48)
     }
     for row in rows:
         assert row.keys() >= KEYS
@@ -96,6 +100,30 @@ def test_arms_agree_and_say_with_what(measured):
     assert by_arm["kvq-mixed"]["check_reference"] == "kvq-mixed on numpy, float32 activations"
 
 
+def test_rows_of_policies_that_look_at_tokens_say_what_that_takes(measured):
+    for row in rows_of(measured):
+        assert ("policy_ms" in row) == (row["arm"] in ("kvq-adaptive", "kvq-rule"))
+        if "policy_ms" in row:
+            assert 0 < row["policy_ms"] < 1e3
+            assert 0 < row["policy_prefill_share"] < 1
+            assert sum(row["tokens_by_precision"].values()) == row["context"] + 9
+            assert "3.25 bits a value in all" in row["settings"]
+
+
+def test_controllers_of_the_benchmark_are_added_once_and_mix_classes(measured, cache):
+    bundle = assets("tiny", cache).bundle
+    before = (bundle / MANIFEST).read_bytes()
+    add_controllers(bundle, 1)
+    assert (bundle / MANIFEST).read_bytes() == before
+    model = kvq.load(bundle)
+    ids = np.random.default_rng(4).integers(0, 512, 600)
+    for name in ("adaptive", "paper"):
+        session = model.session(name, kv_bits=4.5)
+        session.append(ids)
+        held = [row["tokens"] for pair, row in session.stats().precisions.items() if pair != "recent"]
+        assert sum(tokens > 30 for tokens in held) >= 2
+
+
 def test_table_goes_to_stdout_and_progress_to_stderr(measured):
     _, out, err, file = measured
     assert "ms/token" in out
@@ -113,6 +141,7 @@ def test_report_renders(measured, tmp_path):
     text = out.read_text()
     assert "### 48 cached tokens" in text
     assert "| kvq-mixed |" in text
+    assert "controller of the real size with untrained weights" in text
     assert "![ms per token against cached tokens](tiny.png)" in text
     assert (tmp_path / "tiny.png").is_file()
 
