@@ -7,10 +7,14 @@ is scaled so that predicted damages are spread like a trained one's, for a budge
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvq.controller.policies import FEATURE_NAMES, Policy, TokenFeatures
+
+if TYPE_CHECKING:
+    from kvq.controller.samples import Samples
 
 TOKENS = 512  # random ones, whose features say what normal is
 SPREAD = 1.5  # nats, standard deviation of a class's log damage over tokens
@@ -69,7 +73,7 @@ class _Watch(Policy):
         return np.full((len(features.positions), 2), 16, np.uint8)
 
 
-def _samples(bundle: Path, threads: int | None):  # type: ignore[no-untyped-def] - its module needs torch
+def _samples(bundle: Path, threads: int | None) -> Samples:
     """Features of random tokens; no damages, which nothing here looks at."""
     import kvq
     from kvq.controller.network import NORM_FLOOR
