@@ -78,8 +78,10 @@ class Server:
         return {"seconds": self.arm.prefill(np.asarray(ids, np.int64))}
 
     def steps(self, ids: list[int]) -> dict[str, Any]:
-        """Decode steps; {"seconds": of each}."""
-        return {"seconds": [self.arm.step(token) for token in ids]}
+        """Decode steps; {"seconds": of each, "policy_seconds": of each, or None}."""
+        seconds = [self.arm.step(token) for token in ids]
+        policy = self.arm.policy_seconds
+        return {"seconds": seconds, "policy_seconds": policy and policy[-len(ids) :]}
 
     def report(self) -> dict[str, Any]:
         """Bytes and description."""

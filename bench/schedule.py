@@ -143,11 +143,11 @@ class Run:
                         processes[arm] = process
                     except ArmError as error:
                         self._skip(arm, str(error))
-                seconds, idle = self._take_turns(processes, context)
+                seconds, policy, idle = self._take_turns(processes, context)
                 bandwidth = max(bandwidth, read_bandwidth(self.plan.threads))
                 for arm, process in processes.items():
                     try:
-                        rows[arm] |= self._row(seconds[arm], process.ask("report"), bandwidth)
+                        rows[arm] |= self._row(seconds[arm], policy[arm], process.ask("report"), bandwidth)
                     except ArmError as error:
                         self._skip(arm, str(error))
                         continue
@@ -227,12 +227,14 @@ class Run:
 
     def _take_turns(
         self, processes: dict[str, ArmProcess], context: int
-    ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Bursts of decode steps in turn; seconds of the counted steps, and processor use of each arm while idle.
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
+        """Bursts of decode steps in turn; seconds of the counted steps, what policies took of them, and processor use
+        of each arm while idle.
 
         An arm that fails is removed from `processes`.
         """
         seconds: dict[str, list[float]] = {arm: [] for arm in processes}
+        policy: dict[str, list[float]] = {arm: [] for arm in processes}
         idle_cpu, idle_wall = dict.fromkeys(processes, 0.0), dict.fromkeys(processes, 0.0)
         for turn in range(self.plan.rounds + 1):
             self.say(f"round {turn} of {self.plan.rounds}")
@@ -245,7 +247,7 @@ class Run:
                 others = {a: p.cpu_seconds() for a, p in processes.items() if a != arm}
                 begun = time.perf_counter()
                 try:
-                    taken = processes[arm].ask("steps", ids=ids)["seconds"]
+                    taken = processes[arm].ask("steps", ids=ids)
                 except ArmError as error:
                     del processes[arm]
                     self._skip(arm, str(error))
@@ -255,11 +257,15 @@ class Run:
                     idle_cpu[other] += processes[other].cpu_seconds() - before
                     idle_wall[other] += wall
                 if turn:
-                    seconds[arm] += taken[1:] or taken
-        return seconds, {arm: idle_cpu[arm] / idle_wall[arm] if idle_wall[arm] else 0.0 for arm in processes}
+                    counted = slice(min(1, len(ids) - 1), None)
+                    seconds[arm] += taken["seconds"][counted]
+                    policy[arm] += (taken["policy_seconds"] or [])[counted]
+        return seconds, policy, {arm: idle_cpu[arm] / idle_wall[arm] if idle_wall[arm] else 0.0 for arm in processes}
 
-    def _row(self, seconds: list[float], report: dict[str, Any], bandwidth: float) -> dict[str, Any]:
-        """What follows from the times of an arm's steps and its own report."""
+    def _row(
+        self, seconds: list[float], policy: list[float], report: dict[str, Any], bandwidth: float
+    ) -> dict[str, Any]:
+        """What follows from the times of an arm's steps, those of its policy in them, and its own report."""
         p25, median, p75 = (1e3 * np.percentile(seconds, [25, 50, 75])).tolist()
         read = report["weight_bytes"] + report["cache_read_bytes"]
         floor = 1e3 * read / bandwidth
@@ -277,6 +283,7 @@ class Run:
             "bandwidth_gb_per_s": bandwidth / 1e9,
             "floor_ms": floor,
             "over_floor": median / floor,
+            **({"policy_ms": 1e3 * float(np.mean(policy))} if policy else {}),
             **report["details"],
         }
 

@@ -23,15 +23,20 @@ class RarityCounter:
 
     def rarity(self, ids: np.ndarray) -> np.ndarray:
         """Rarities in nats, float32 [tokens], of the next ids int64 [tokens], each counting those before it."""
-        earlier = self.counts[ids] + _occurrences_so_far(ids)
-        first_time = earlier == 0
-        seen = self.seen + np.arange(len(ids))
-        distinct = self.distinct + np.cumsum(first_time) - first_time
+        earlier: np.ndarray = self.counts[ids]
+        seen: int | np.ndarray = self.seen
+        distinct: int | np.ndarray = self.distinct
+        if len(ids) > 1:
+            earlier = earlier + _occurrences_so_far(ids)
+            first_time = earlier == 0
+            seen = seen + np.arange(len(ids))
+            distinct = distinct + np.cumsum(first_time) - first_time
         return (np.log(seen + distinct + 1.0) - np.log(earlier + 1.0)).astype(np.float32)
 
     def count(self, ids: np.ndarray) -> None:
         """Take the ids, int64 [tokens], into the counts."""
-        self.distinct += int((self.counts[np.unique(ids)] == 0).sum())
+        once = ids if len(ids) == 1 else np.unique(ids)
+        self.distinct += int(len(once) - np.count_nonzero(self.counts[once]))
         np.add.at(self.counts, ids, 1)
         self.seen += len(ids)
 
@@ -56,7 +61,7 @@ def attention_variance(row_squares: np.ndarray, row_length: np.ndarray) -> np.nd
         row_length: int [tokens], number of weights in the row.
     """
     length = np.asarray(row_length, np.float32)
-    return row_squares.mean(axis=1) / length - 1.0 / length**2
+    return row_squares.sum(axis=1) / row_squares.shape[1] / length - 1.0 / length**2
 
 
 class OpenTokens:

@@ -42,6 +42,9 @@ class Arm(ABC):
         tolerance: largest accepted relative difference of its logits, see `kvq.bench.check`; None reports it only.
         weight_bytes_each, value_bytes_each: resident bytes per weight and per cached value, an upper
             estimate: arms that do not fit into memory together are measured in groups.
+
+    Attributes:
+        policy_seconds: what choosing precisions took of each step since the cache was opened; None: nothing chooses.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
@@ -52,6 +55,7 @@ class Arm(ABC):
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.policy_seconds: list[float] | None = None
 
     def prepare(self) -> None:  # noqa: B027 - most arms that read the bundle need nothing more
         """Make the files this arm reads, unless they exist."""
