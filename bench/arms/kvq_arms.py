@@ -94,7 +94,8 @@ class KvqScoredArm(KvqArm):
     def open(self, capacity: int) -> None:
         self.session = session = self.model.session(self.policy, backend=self.setup.backend, kv_bits=KV_BITS)
         self._policy = 0.0
-        self.policy_seconds = self._taken = []
+        self._taken: list[float] = []
+        self.policy_seconds = self._taken
         for owner, name in ((session, "_features"), (session, "_choice"), (session._rarity, "count")):
             setattr(owner, name, self._timed(getattr(owner, name)))
         head = session._head
