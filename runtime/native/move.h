@@ -36,6 +36,11 @@ static void read_window(slot_codes from, float *x) {
     }
 }
 
+/* A key's words lie a cache line apart and were last used a whole forward pass ago. */
+static void expect(slot_codes at) {
+    for (int j = 0; j < at.words; j += at.step == 1 ? TILE : 1) __builtin_prefetch(at.first + j * at.step, 1, 3);
+}
+
 static int move_token(const kvq_move *move) {
     const int d = move->head_dim;
     const size_t vectors = (size_t)move->layers * move->kv_heads;
@@ -51,6 +56,10 @@ static int move_token(const kvq_move *move) {
     for (int of_keys = 0; of_keys < 2; of_keys++)
         for (size_t i = 0; i < vectors; i++) {
             const slot_codes held = slot_at(move->window, of_keys, i, move->window_slot, d);
+            if (i + 1 < vectors) {
+                expect(slot_at(move->window, of_keys, i + 1, move->window_slot, d));
+                if (move->page) expect(slot_at(move->page, of_keys, i + 1, move->page_slot, d));
+            }
             if (move->page) {
                 const int bits = of_keys ? move->page->key_bits : move->page->value_bits;
                 read_window(held, x);
