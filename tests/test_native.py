@@ -281,16 +281,20 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
     store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY)
-    append = session.store.append
+    append, decide = session.store.append, session.store.decide
 
     def append_to_both(keys, values, bits):
         store.append(keys.copy(), values.copy(), bits)
         append(keys, values, bits)
 
-    session.store.append = append_to_both
+    def decide_in_both(bits):
+        store.decide(bits)
+        decide(bits)
+
+    session.store.append, session.store.decide = append_to_both, decide_in_both
     run(session)
     assert session.store.account() == store.account()
-    del session.store.append
+    del session.store.append, session.store.decide
     for found, expected in zip(stored_arrays(session.store), stored_arrays(store), strict=True):
         np.testing.assert_array_equal(found, expected)
 
