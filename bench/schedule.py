@@ -23,6 +23,7 @@ from kvq.bench.floor import read_bandwidth
 from kvq.bench.process import ArmError, ArmProcess
 from kvq.bench.shapes import Assets, assets
 
+MOST_PREFILLS, PREFILL_TOKENS = 5, 4096  # counted fillings of a cache, and tokens of all of them
 PAUSE = 0.1  # seconds between turns: threads that spin after their work come to rest
 SHARE_OF_MEMORY = 0.8  # of what is available, for all arms of a group together
 
@@ -143,6 +144,8 @@ class Run:
                         processes[arm] = process
                     except ArmError as error:
                         self._skip(arm, str(error))
+                for arm, speed in self._prefill_speeds(processes, context).items():
+                    rows[arm]["prefill_tokens_per_s"] = speed
                 seconds, policy, idle = self._take_turns(processes, context)
                 bandwidth = max(bandwidth, read_bandwidth(self.plan.threads))
                 for arm, process in processes.items():
@@ -168,18 +171,36 @@ class Run:
         return groups
 
     def _fill(self, arm: str, process: ArmProcess, context: int) -> dict[str, Any]:
-        """Load an arm and prefill its cache; the first fields of its row."""
-        self.say(f"{arm}: filling the cache with {context} tokens")
+        """Load an arm; the first fields of its row."""
+        self.say(f"{arm}: loading")
         process.ask("load")
-        seconds = process.ask("prefill", ids=self._ids[:context], room=self.plan.room)["seconds"]
         return {
             "arm": arm,
             "shape": self.plan.shape,
             "context": context,
             "threads": self.plan.threads,
-            "prefill_tokens_per_s": context / seconds,
             **self._checks[arm],
         }
+
+    def _prefill_speeds(self, processes: dict[str, ArmProcess], context: int) -> dict[str, float]:
+        """Fill the caches, the arms in turn; tokens per second, the median of several times for all but long contexts.
+
+        The first time is not counted where there are others. An arm that fails is removed from `processes`.
+        """
+        seconds: dict[str, list[float]] = {arm: [] for arm in processes}
+        times = 1 + min(MOST_PREFILLS, PREFILL_TOKENS // context)
+        for turn in range(times):
+            for arm in list(processes):
+                self.say(f"{arm}: filling the cache with {context} tokens" + (f", {turn + 1} of {times}") * (times > 1))
+                time.sleep(PAUSE)
+                try:
+                    taken = processes[arm].ask("prefill", ids=self._ids[:context], room=self.plan.room)["seconds"]
+                except ArmError as error:
+                    del processes[arm]
+                    self._skip(arm, str(error))
+                    continue
+                seconds[arm].append(taken)
+        return {arm: context / float(np.median(seconds[arm][1:] or seconds[arm])) for arm in processes}
 
     def _check(self, arm: str) -> None:
         """Compare an arm with its reference, see `kvq.bench.check`; keeps what its rows say of it.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
+from kvq.runtime import hugepages
 from kvq.runtime.blas import one_thread
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import BundleError
@@ -47,6 +48,8 @@ class Engine:
         self.architecture = bundle.manifest.architecture
         self._bundle = bundle
         self._lock = threading.Lock()
+        self.huge_nbytes = 0  # of the loaded graphs' memory, on huge pages
+        hugepages.wanted()  # refuses an unknown setting
         for name in (*bundle.manifest.segments, bundle.manifest.decoder):
             bundle.graph(name)  # refuses a foreign graph now, even one that no backend asks for later
         self.head = self._session(bundle.manifest.head)
@@ -81,7 +84,10 @@ class Engine:
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
-            return NamedSession(name, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+            with hugepages.new_memory() as done:
+                session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            self.huge_nbytes += done[0]
+            return NamedSession(name, session)
         except Exception as error:  # onnxruntime's errors share no base class
             why = str(error).strip().splitlines()[0]
             raise BundleError(f"{name} cannot be loaded ({why}); export the bundle again") from None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvq.runtime import hugepages
 from kvq.runtime.codecs import CODECS, Codec
 from kvq.runtime.codecs.base import WORD_BYTES
 
@@ -84,8 +85,8 @@ class Slots:
         layout = (capacity // TILE_TOKENS, words, TILE_TOKENS) if tiled else (capacity, words)
         self.codec = codec
         self.tiled = tiled
-        self.codes = np.zeros((*shape, *layout, WORD_BYTES), np.uint8)
-        self.scales = np.zeros((*shape, capacity, int(codec.has_scale)), np.float16)
+        self.codes = hugepages.zeros((*shape, *layout, WORD_BYTES))
+        self.scales = hugepages.zeros((*shape, capacity, int(codec.has_scale)), np.float16)
         self.addresses = (self.codes.ctypes.data, self.scales.ctypes.data)
 
     @property
@@ -132,6 +133,7 @@ class Page:
     """Room for `capacity` tokens of one `Bits` pair; `count` of them are used.
 
     shared: other buckets may hold this page too, so it must not change any more.
+    settled: its memory has been put on huge pages, see `settle`.
     """
 
     def __init__(self, bits: Bits, geometry: Geometry, capacity: int) -> None:
@@ -140,6 +142,7 @@ class Page:
         self.capacity = capacity
         self.count = 0
         self.shared = False
+        self.settled = False
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
@@ -177,6 +180,17 @@ class Page:
             part.decode(slice(start, stop), out, layer)
 
 
+def settle(pages: list[Page]) -> None:
+    """Put the pages' memory on huge pages, once enough of it is new: a step reads all of it."""
+    new = sum(page.nbytes for page in pages if not page.settled)
+    if new < 2 * hugepages.HUGE_PAGE or new < sum(page.nbytes for page in pages) // 8 or not hugepages.wanted():
+        return
+    codes = [side.codes for page in pages for side in (page.keys, page.values)]
+    hugepages.collapse((array.ctypes.data, array.ctypes.data + array.nbytes) for array in codes)
+    for page in pages:
+        page.settled = True
+
+
 class Bucket:
     """All pages of one `Bits` pair, in order of position.
 
@@ -207,11 +221,6 @@ class Bucket:
         elif self.pages[-1].shared:
             self.pages[-1] = self.pages[-1].copy(self.pages[-1].count)
         return self.pages[-1]
-
-    def close_empty_page(self) -> None:
-        """Take back a page that `open_page` made and nobody used."""
-        if self.pages and not self.pages[-1].count:
-            self.nbytes -= self.pages.pop().nbytes
 
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add tokens, opening pages as needed; existing pages are never copied."""

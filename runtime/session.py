@@ -382,6 +382,7 @@ class Session:
             decode_tokens=decode.tokens,
             ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
             gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
+            huge_weight_nbytes=self.model.engine.huge_nbytes,
         )
 
 

@@ -36,6 +36,7 @@ class Stats:
         prefill_tokens, prefill_tokens_per_s: tokens appended several at a time.
         decode_tokens, ms_per_token: tokens appended one at a time.
         gb_per_s: weights and cache read by decode steps over their time, 1e9 bytes a second.
+        huge_weight_nbytes: bytes of the loaded graphs that stand on huge pages, see `kvq.runtime.hugepages`.
     """
 
     backend: str
@@ -55,6 +56,7 @@ class Stats:
     decode_tokens: int
     ms_per_token: float | None
     gb_per_s: float | None
+    huge_weight_nbytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

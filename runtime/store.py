@@ -7,8 +7,8 @@ newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -66,10 +66,21 @@ class RecentWindow:
         return decoded[0], decoded[1]
 
 
-# mover(window, slot, page, keys, values): write the token that stands in the window's slot behind the last one of the
-# page (None: the slot is free), then keys and values, float32 [layers, kv_heads, 1, head_dim], into the slot. The bytes
-# are those of `KVStore.append`; counts and tags are the store's. False, with nothing done, for values that are refused.
-Mover = Callable[[RecentWindow, int, Page | None, np.ndarray, np.ndarray], bool]
+# What happens with a new token: its slot of the window, and the page and the slot there of the token that stood in it
+# (None and 0 where the slot was free).
+Step = tuple[int, Page | None, int]
+
+
+class Mover(Protocol):
+    """Takes new tokens through the window in one call; the bytes are those that encoding and writing in numpy gives."""
+
+    def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
+        """Whether it can: arrays as it needs them, and nothing in them that a codec would refuse."""
+
+    def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
+        """For one new token after the other, do what its step says; keys, values float32
+        [layers, kv_heads, tokens, head_dim]. Counts and tags are the store's.
+        """
 
 
 class KVStore:
@@ -106,8 +117,11 @@ class KVStore:
         still_open = int(bits is None)
         bits = OPEN if bits is None else self._protect(bits, self.length)
         new = len(bits)
-        if new == 1 and self._append_one(keys, values, bits):
+        mover = self.codecs.mover
+        if mover is not None and mover.takes(window, keys, values):
+            mover(window, self._steps(bits), keys, values)
             window.open += still_open
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
             return
         end = self.length + new
         # The window after this call holds the positions [first, end).
@@ -138,31 +152,31 @@ class KVStore:
         self.length = end
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
-    def _append_one(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray) -> bool:
-        """`append` of a single token by the mover; False where there is none or it refuses, nothing done."""
-        window, mover = self.window, self.codecs.mover
-        if mover is None or not window.capacity:
-            return False
-        slot = self.length % window.capacity
-        if window.count < window.capacity:
-            if not mover(window, slot, None, keys, values):
-                return False
-            window.count += 1
-        else:
-            pair = Bits(*window.bits[slot].tolist())
-            bucket = self.buckets.get(pair) or Bucket(pair, self.geometry)
-            page = bucket.open_page()
-            if not mover(window, slot, page, keys, values):
-                bucket.close_empty_page()
-                return False
-            page.positions[page.count] = self.length - window.capacity
-            page.count += 1
-            bucket.count += 1
-            self.buckets[pair] = bucket
-        window.bits[slot] = bits[0]
-        self.length += 1
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-        return True
+    def _steps(self, bits: np.ndarray) -> list[Step]:
+        """Make room for new tokens, uint8 [tokens, 2], and count them: what is to be written where."""
+        window, steps = self.window, []
+        leaving = len(bits) - (window.capacity - window.count)
+        if leaving > 1:  # buckets come about in the order in which `_encode` makes them
+            old = window.bits[window.slots(self.length - window.count, self.length)][:leaving]
+            for run in (old, bits[: max(0, leaving - len(old))]):
+                for pair in sorted({Bits(*pair) for pair in run.tolist()}):
+                    self.buckets.setdefault(pair, Bucket(pair, self.geometry))
+        for token in bits:
+            slot, page, page_slot = self.length % window.capacity, None, 0
+            if window.count < window.capacity:
+                window.count += 1
+            else:
+                pair = Bits(*window.bits[slot].tolist())
+                bucket = self.buckets.setdefault(pair, Bucket(pair, self.geometry))
+                page = bucket.open_page()
+                page_slot = page.count
+                page.positions[page_slot] = self.length - window.capacity
+                page.count += 1
+                bucket.count += 1
+            steps.append((slot, page, page_slot))
+            window.bits[slot] = token
+            self.length += 1
+        return steps
 
     def decide(self, bits: np.ndarray) -> None:
         """Set the precision of the open tokens, uint8 [open, 2]."""

@@ -47,6 +47,7 @@ class OrtGqaArm(Arm):
         import onnxruntime
 
         from kvq.runtime.bundle import MANIFEST, Manifest
+        from kvq.runtime.hugepages import new_memory
 
         bundle = self.setup.assets.bundle
         self.manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
@@ -55,7 +56,8 @@ class OrtGqaArm(Arm):
         options.intra_op_num_threads = self.setup.threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
         graph = (self.folder / f"gqa-{self.cache_bits}.onnx").read_bytes()
-        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        with new_memory():  # as kvq does for its own graphs
+            self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def open(self, capacity: int) -> None:
         shape = self.manifest.architecture
@@ -123,7 +125,8 @@ class OrtGqaArm(Arm):
         return {
             "backend": "onnxruntime GroupQueryAttention",
             "versions": package_version("onnxruntime"),
-            "settings": f"{cache} cache, shared past and present, bound once, own spinning pool, chunks of {CHUNK}",
+            "settings": f"{cache} cache, shared past and present, bound once, own spinning pool, weights on huge pages,"
+            f" chunks of {CHUNK}",
         }
 
 

@@ -17,7 +17,7 @@ class CodecSet(NamedTuple):
 
     by_bits: bits per value -> codec.
     window: the recent window's.
-    mover: takes one token at a time through the window in a single call, or None; see `kvq.runtime.store.Mover`.
+    mover: takes tokens through the window in a single call, or None; see `kvq.runtime.store.Mover`.
     """
 
     by_bits: dict[int, Codec]

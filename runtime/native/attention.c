@@ -154,7 +154,14 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
     if (chosen) chosen->swiglu(x, n, out);
 }
 
-int kvq_move_token(const kvq_move *move) {
+int kvq_move_tokens(const kvq_move *move) {
     const kvq_kernel *chosen = choose_kernel(move->kernel);
-    return chosen && move->head_dim <= 1024 ? chosen->move(move) : -1;
+    if (!chosen || move->head_dim > 1024) return -1;
+    if (move->tokens > 0) chosen->move(move);
+    return 0;
+}
+
+int32_t kvq_storable(int32_t kernel, const float *x, size_t count) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    return chosen && chosen->storable(x, count);
 }

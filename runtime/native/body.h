@@ -22,5 +22,6 @@
                                .prefill = prefill_item,            \
                                .prepare = prepare_token,           \
                                .swiglu = swiglu_row,               \
-                               .move = move_token,                 \
+                               .move = move_tokens,                \
+                               .storable = storable,               \
                                .encode = encode_vectors}

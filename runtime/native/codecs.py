@@ -7,10 +7,10 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.codecs import NUMPY, Codec, CodecSet
-from kvq.runtime.native.library import PAGE, WINDOW_BITS, Move, load
+from kvq.runtime.native.library import PAGE, WINDOW_BITS, Move, MoveStep, load
 from kvq.runtime.native.table import page_row, window_rows
 from kvq.runtime.pages import Page
-from kvq.runtime.store import RecentWindow
+from kvq.runtime.store import RecentWindow, Step
 
 MOST_CHANNELS = 1024
 
@@ -40,37 +40,42 @@ class NativeCodec(Codec):
         self.reference.decode(codes, scales, out)
 
 
-def _in_memory(row: tuple[int, ...]) -> ctypes.Array[ctypes.c_char]:
-    """A row of the page table where C can read it."""
-    return ctypes.create_string_buffer(np.array([row], PAGE).tobytes())
+def _in_memory(rows: list[tuple[int, ...]]) -> ctypes.Array[ctypes.c_char]:
+    """Rows of the page table where C can read them."""
+    return ctypes.create_string_buffer(np.array(rows, PAGE).tobytes())
 
 
 class NativeMover:
-    """A `kvq.runtime.store.Mover`: one call a decode step instead of some thirty of numpy's."""
+    """A `kvq.runtime.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's."""
 
     def __init__(self, kernel: int) -> None:
         self._library, self._kernel = load(), kernel
         self._window: RecentWindow | None = None
-        self._page: Page | None = None
-        self._window_row = self._page_row = ctypes.create_string_buffer(PAGE.itemsize)
-        self._move = Move()
+        self._pages: list[Page] = []
+        self._window_row = self._page_rows = _in_memory([])
 
-    def __call__(
-        self, window: RecentWindow, slot: int, page: Page | None, keys: np.ndarray, values: np.ndarray
-    ) -> bool:
-        layers, kv_heads, _, head_dim = keys.shape
-        if not (keys.flags.c_contiguous and values.flags.c_contiguous and keys.dtype == values.dtype == np.float32):
-            return False
+    def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
+        return (
+            window.capacity > 0
+            and keys.shape[-1] <= MOST_CHANNELS
+            and keys.dtype == values.dtype == np.float32
+            and keys.flags.c_contiguous
+            and values.flags.c_contiguous
+            and all(self._library.kvq_storable(self._kernel, x.ctypes.data, x.size) for x in (keys, values))
+        )
+
+    def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
         if window is not self._window:
-            self._window, self._window_row = window, _in_memory(window_rows(window)[0])
-            self._move = Move(layers, kv_heads, head_dim, self._kernel, None, None, ctypes.addressof(self._window_row))
-        if page is not None and page is not self._page:
-            self._page, self._page_row = page, _in_memory(page_row(page))
-        move = self._move
-        move.keys, move.values, move.window_slot = keys.ctypes.data, values.ctypes.data, slot
-        move.page = None if page is None else ctypes.addressof(self._page_row)
-        move.page_slot = 0 if page is None else page.count
-        return self._library.kvq_move_token(ctypes.byref(move)) == 0
+            self._window, self._window_row = window, _in_memory(window_rows(window)[:1])
+        pages = list({id(page): page for _, page, _ in steps if page is not None}.values())
+        if len(pages) != len(self._pages) or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
+            self._pages, self._page_rows = pages, _in_memory([page_row(page) for page in pages])
+        row = {id(page): i for i, page in enumerate(pages)} | {id(None): -1}
+        table = (MoveStep * len(steps))(*(MoveStep(slot, row[id(page)], page_slot) for slot, page, page_slot in steps))
+        layers, kv_heads, tokens, head_dim = keys.shape
+        rows = (ctypes.addressof(x) for x in (self._window_row, self._page_rows, table))
+        move = Move(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data, *rows)
+        self._library.kvq_move_tokens(ctypes.byref(move))
 
 
 def native_codecs(kernel: int) -> CodecSet:

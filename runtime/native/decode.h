@@ -199,16 +199,31 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
     default: { enum { BITS = 2 }; call; } break;           \
     }
 
-/* Where a page keeps a row of keys or values; of the page after the last one, that of the first. */
-static const char *codes_at(const kvq_task *task, int page, int chunk, size_t vector_row, int of_keys) {
-    if (page >= task->chunk[chunk + 1]) page = task->chunk[chunk];
-    const kvq_page *at = task->pass->page + page;
-    const size_t first_slot = vector_row * at->capacity + at->begin;
-    const uint32_t *codes = of_keys ? at->keys : at->values;
-    return (const char *)(codes + first_slot * words_per_vector(of_keys ? at->key_bits : at->value_bits, task->pass->head_dim));
+/* Where a page keeps a row of keys or values. */
+static const char *codes_at(const kvq_task *task, const kvq_page *page, size_t vector_row, int of_keys) {
+    const size_t first_slot = vector_row * page->capacity + page->begin;
+    const uint32_t *codes = of_keys ? page->keys : page->values;
+    const int bits = of_keys ? page->key_bits : page->value_bits;
+    return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
 }
 
-static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head, int heads, char *partial) {
+/* What is read after an item: the first keys of the one that its thread will probably be given next. */
+static const char *after_item(const kvq_task *task, size_t i) {
+    const size_t items = (size_t)task->chunks * task->pass->kv_heads, later = i + task->pass->threads;
+    const size_t item = later < items ? later : i;
+    const kvq_page *page = task->pass->page + task->chunk[item % task->chunks];
+    return codes_at(task, page, (size_t)task->layer * task->pass->kv_heads + item / task->chunks, 1);
+}
+
+/* As prefetch, for the scales of a page's keys or values. */
+static void prefetch_scales(const kvq_page *page, size_t vector_row, int of_keys) {
+    if ((of_keys ? page->key_bits : page->value_bits) == 16) return;
+    const uint16_t *scales = (of_keys ? page->key_scales : page->value_scales) + vector_row * page->capacity;
+    prefetch((const char *)(scales + page->begin), sizeof(uint16_t) * slots_of(page));
+}
+
+static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head, int heads, char *partial,
+                         const char *after) {
     const kvq_pass *pass = task->pass;
     const int dim = task->padded_dim;
     const int room = task->chunk_room + TILE; /* rows a power of two apart would fall on the same lines of the cache */
@@ -220,7 +235,10 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
         const kvq_page *page = pass->page + p;
         int slots = slots_of(page);
         if (slots <= 0) continue;
-        const char *next = codes_at(task, p + 1, chunk, vector_row, p + 1 < end);
+        const int last = p + 1 == end;
+        const char *next = codes_at(task, pass->page + (last ? begin : p + 1), vector_row, !last);
+        if (!last) prefetch_scales(page + 1, vector_row, 1);
+        prefetch_scales(page, vector_row, 0);
         FOR_HEADS(FOR_BITS(page->key_bits,
                            page_scores(BITS, HEADS, task, page, vector_row, head, slots, scores + at, room, next)))
         at += slots;
@@ -251,13 +269,12 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
     for (int p = begin, count; p < end; p += count) {
         const kvq_page *page = pass->page + p;
         int slots = slots_of(page), words = words_per_vector(page->value_bits, pass->head_dim);
-        const char *next = codes_at(task, p + 1, chunk, vector_row, 0);
         count = 1;
 #ifdef DOT_VALUES
         if (dot_values_fit(page->value_bits, words)) { /* all neighbours of this precision at once */
             for (; p + count < end && page[count].value_bits == page->value_bits; count++)
                 slots += slots_of(page + count) > 0 ? slots_of(page + count) : 0;
-            next = codes_at(task, p + count, chunk, vector_row, 0);
+            const char *next = p + count < end ? codes_at(task, page + count, vector_row, 0) : after;
             FOR_HEADS(weigh_run(page->value_bits, HEADS, words, page, count, vector_row, scores + at, room, sums[0],
                                 stride, next))
             at += slots;
@@ -265,6 +282,7 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
         }
 #endif
         if (slots <= 0) continue;
+        const char *next = p + 1 < end ? codes_at(task, page + 1, vector_row, 0) : after;
         const size_t first_slot = vector_row * page->capacity + page->begin;
         const uint32_t *values = page->values + first_slot * words;
         const uint16_t *scales = page->value_scales + first_slot;
@@ -282,10 +300,11 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
 
 static void decode_item(const kvq_task *task, size_t i) {
     const int kv_head = (int)(i / task->chunks), chunk = (int)(i % task->chunks);
+    const char *after = after_item(task, i);
     for (int g = 0; g < task->group; g += DECODE_HEADS) {
         int heads = task->group - g < DECODE_HEADS ? task->group - g : DECODE_HEADS;
         char *partial = task->partials + (i * task->group + g) * partial_bytes(task);
-        decode_heads(task, kv_head, chunk, kv_head * task->group + g, heads, partial);
+        decode_heads(task, kv_head, chunk, kv_head * task->group + g, heads, partial, after);
     }
 }
 

@@ -32,7 +32,8 @@ typedef struct {
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
     void (*prepare)(const kvq_prepare *p, size_t token);
     void (*swiglu)(const float *x, size_t n, float *out);
-    int (*move)(const kvq_move *move);
+    void (*move)(const kvq_move *move);
+    int (*storable)(const float *x, size_t count);
     int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 2 /* raise when a struct or a function below changes */
+#define KVQ_ABI 3 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -84,19 +84,28 @@ KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *r
 KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
                           uint32_t *words, uint16_t *scales);
 
-/* One token's way through the store: what stood in its slot of the recent window moves to a page, and it takes the
- * slot. Byte for byte what encoding and writing in numpy gives. */
+/* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
+typedef struct {
+    int32_t window_slot;
+    int32_t page, page_slot; /* number of the page's row; -1 where the slot of the window is free */
+} kvq_move_step;
+
+/* The way of new tokens through the store, one after the other. Byte for byte what encoding and writing in numpy gives. */
 typedef struct {
     int32_t layers, kv_heads, head_dim;
     int32_t kernel;
-    const float *keys, *values; /* of the new token, [layers, kv_heads, head_dim] */
+    int32_t tokens;
+    const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
     const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
-    const kvq_page *page;       /* where the old token goes; null when the slot was free */
-    int32_t window_slot, page_slot;
+    const kvq_page *page;       /* rows of the pages that tokens go to */
+    const kvq_move_step *step;  /* [tokens] */
 } kvq_move;
 
-/* Returns 0; or -1 when the new token is refused by the window's codec, and then nothing has changed. */
-KVQ_EXPORT int kvq_move_token(const kvq_move *move);
+/* Returns 0, or -1 where no kernel can do it. The values have to be storable. */
+KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);
+
+/* Whether all values are within the range of half precision, as every codec needs them to be: 1 or 0. */
+KVQ_EXPORT int32_t kvq_storable(int32_t kernel, const float *x, size_t count);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError
 
-ABI = 2
+ABI = 3
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 WINDOW_BITS = 15
 FILE = Path(__file__).with_name("libkvq.so")
@@ -43,13 +43,18 @@ class Rows(ctypes.Structure):
     )
 
 
+class MoveStep(ctypes.Structure):
+    """kvq_move_step: what happens with one new token."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("window_slot", "page", "page_slot"))
+
+
 class Move(ctypes.Structure):
-    """kvq_move: one token's way through the recent window."""
+    """kvq_move: the way of new tokens through the store."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "window", "page")),
-        *((name, ctypes.c_int32) for name in ("window_slot", "page_slot")),
+        *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "window", "page", "step")),
     )
 
 
@@ -82,7 +87,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_kernel_name.restype = ctypes.c_char_p
     library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
     library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
-    library.kvq_move_token.argtypes = (ctypes.POINTER(Move),)
+    library.kvq_move_tokens.argtypes = (ctypes.POINTER(Move),)
+    library.kvq_storable.argtypes = (number, floats, size)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None
 

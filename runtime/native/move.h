@@ -1,4 +1,4 @@
-/* A token's way through the recent window, see kvq_move. */
+/* Tokens on their way through the recent window, see kvq_move. */
 #ifndef KVQ_MOVE_H
 #define KVQ_MOVE_H
 
@@ -36,40 +36,54 @@ static void read_window(slot_codes from, float *x) {
     }
 }
 
+static void move_vector(const kvq_move *move, int of_keys, size_t row) {
+    const int d = move->head_dim;
+    const float *new = (of_keys ? move->keys : move->values) + row * move->tokens * d;
+    float x[1024];
+    uint32_t words[512];
+    uint16_t scale = 0;
+    for (int t = 0; t < move->tokens; t++, new += d) {
+        const kvq_move_step *step = move->step + t;
+        const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
+        if (step->page >= 0) {
+            const kvq_page *page = move->page + step->page;
+            const int bits = of_keys ? page->key_bits : page->value_bits;
+            read_window(held, x);
+            encode_vectors(bits, x, 1, d, words, &scale);
+            put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, bits);
+        }
+        encode_vectors(WINDOW_BITS, new, 1, d, words, &scale);
+        put(held, words, scale, WINDOW_BITS);
+    }
+}
+
 /* A key's words lie a cache line apart and were last used a whole forward pass ago. */
 static void expect(slot_codes at) {
     for (int j = 0; j < at.words; j += at.step == 1 ? TILE : 1) __builtin_prefetch(at.first + j * at.step, 1, 3);
 }
 
-static int move_token(const kvq_move *move) {
-    const int d = move->head_dim;
-    const size_t vectors = (size_t)move->layers * move->kv_heads;
-    float x[1024];
-    uint32_t words[512];
-    uint16_t scale = 0;
-    /* First see that nothing will be refused: what has moved cannot be brought back. */
-    for (size_t i = 0; i < 2 * vectors; i++) {
-        const float *new = i < vectors ? move->keys + i * d : move->values + (i - vectors) * d;
-        for (int c = 0; c < d; c++)
-            if (!(fabsf(new[c]) <= 65504.0f)) return -1;
-    }
+static void move_tokens(const kvq_move *move) {
+    const int vectors = move->layers * move->kv_heads, d = move->head_dim;
+    const kvq_move_step *first = move->step;
     for (int of_keys = 0; of_keys < 2; of_keys++)
-        for (size_t i = 0; i < vectors; i++) {
-            const slot_codes held = slot_at(move->window, of_keys, i, move->window_slot, d);
+        for (int i = 0; i < vectors; i++) {
             if (i + 1 < vectors) {
-                expect(slot_at(move->window, of_keys, i + 1, move->window_slot, d));
-                if (move->page) expect(slot_at(move->page, of_keys, i + 1, move->page_slot, d));
+                expect(slot_at(move->window, of_keys, i + 1, first->window_slot, d));
+                if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
             }
-            if (move->page) {
-                const int bits = of_keys ? move->page->key_bits : move->page->value_bits;
-                read_window(held, x);
-                encode_vectors(bits, x, 1, d, words, &scale);
-                put(slot_at(move->page, of_keys, i, move->page_slot, d), words, scale, bits);
-            }
-            encode_vectors(WINDOW_BITS, (of_keys ? move->keys : move->values) + i * d, 1, d, words, &scale);
-            put(held, words, scale, WINDOW_BITS);
+            move_vector(move, of_keys, i);
         }
-    return 0;
+}
+
+static int storable(const float *x, size_t count) {
+    size_t i = 0;
+    vu wrong = {0};
+    for (; i + LANES <= count; i += LANES) wrong |= ~(vu)((vf)((vu)load_f(x + i) & 0x7fffffff) <= 65504.0f);
+    uint32_t lanes[LANES], any = 0;
+    memcpy(lanes, &wrong, sizeof lanes);
+    for (int lane = 0; lane < LANES; lane++) any |= lanes[lane];
+    for (; i < count; i++) any |= !(fabsf(x[i]) <= 65504.0f);
+    return !any;
 }
 
 #endif

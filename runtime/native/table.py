@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
-from kvq.runtime.pages import Page
+from kvq.runtime.pages import Page, settle
 from kvq.runtime.store import KVStore, RecentWindow
 
 
@@ -27,6 +27,7 @@ class PageTable:
         window = store.window
         known = window is self._window and len(pages) == len(self._pages)
         if not known or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
+            settle(pages)
             self._pages, self._window = pages, window
             self.rows = np.array([page_row(page) for page in pages] + window_rows(window), PAGE)
         self.rows["count"][: len(pages)] = [page.count for page in pages]

@@ -68,20 +68,23 @@ static void check_encoding(int rounds) {
     }
 }
 
-/* One token takes a slot of the window, what stood there goes to a page: nothing else changes, and nothing at all when
- * the new token is refused. */
+/* Tokens take slots of the window one after the other, what stood there goes to pages: nothing else changes. */
 static void check_moves(int rounds) {
     static const int dims[] = {8, 24, 64, 128};
+    enum { MOST_TOKENS = 5, PAGES = 2 };
     for (int i = 0; i < rounds * WIDTH_COUNT * WIDTH_COUNT; i++) {
         store s = {.layers = 1 + i % 2, .kv_heads = 1 + i % 3, .head_dim = dims[below(4)]};
-        const int d = s.head_dim, vectors = s.layers * s.kv_heads;
+        const int d = s.head_dim, vectors = s.layers * s.kv_heads, tokens = 1 + below(MOST_TOKENS);
         const int period = 1 + below(60), capacity = TILE * (1 + below(3));
-        const int key_bits = WIDTHS[i % WIDTH_COUNT], value_bits = WIDTHS[i / WIDTH_COUNT % WIDTH_COUNT];
-        const int slot = below(period), to = below(capacity), free_slot = i % 7 == 0, refused = i % 5 == 0;
-        if (key_bits == WINDOW_BITS || value_bits == WINDOW_BITS) continue; /* no page is of this kind */
-        float *x[2] = {exactly(sizeof(float) * vectors * d), exactly(sizeof(float) * vectors * d)};
-        for (int j = 0; j < 2 * vectors; j++) fill_vector(x[j % 2] + j / 2 * d, d, below(11));
-        if (refused) x[i % 2][below(vectors * d)] = i % 3 ? NAN : -65520;
+        const int key_bits[PAGES] = {WIDTHS[i % WIDTH_COUNT], 4};
+        const int value_bits[PAGES] = {WIDTHS[i / WIDTH_COUNT % WIDTH_COUNT], 2};
+        if (key_bits[0] == WINDOW_BITS || value_bits[0] == WINDOW_BITS) continue; /* no page is of this kind */
+        kvq_move_step step[MOST_TOKENS];
+        const int first = below(period), to = below(capacity - MOST_TOKENS);
+        for (int t = 0; t < tokens; t++)
+            step[t] = (kvq_move_step){(first + t) % period, below(PAGES + 1) - 1, to + t};
+        float *x[2] = {exactly(sizeof(float) * vectors * tokens * d), exactly(sizeof(float) * vectors * tokens * d)};
+        for (int j = 0; j < 2 * vectors * tokens; j++) fill_vector(x[j % 2] + j / 2 * d, d, below(11));
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
             if (!kvq_kernel_available(kernel)) continue;
             const uint64_t before = seed;
@@ -90,33 +93,52 @@ static void check_moves(int rounds) {
                 store *to_fill = copy ? &expected : &moved;
                 seed = before;
                 add_ring(to_fill, period, period, 0);
-                add_page(to_fill, key_bits, value_bits, capacity, 0);
+                for (int p = 0; p < PAGES; p++) add_page(to_fill, key_bits[p], value_bits[p], capacity, 0);
             }
-            for (int j = 0; j < 2 * vectors && !refused; j++) {
-                const int of_values = j % 2, row = j / 2;
-                const slot_place from = place(expected.page, of_values, row, slot, d);
-                const slot_place target = place(expected.page + 1, of_values, row, to, d);
-                const int bits = of_values ? value_bits : key_bits;
-                float old[256];
-                for (int c = 0; c < d; c++) {
-                    const int code = code_of_channel(WINDOW_BITS, from.words, from.stride, d, c);
-                    old[c] = (float)decoded(WINDOW_BITS, code, *from.scale);
+            for (int t = 0; t < tokens; t++)
+                for (int j = 0; j < 2 * vectors; j++) {
+                    const int of_values = j % 2, row = j / 2, page = step[t].page;
+                    const slot_place from = place(expected.page, of_values, row, step[t].window_slot, d);
+                    float old[256];
+                    for (int c = 0; c < d; c++) {
+                        const int code = code_of_channel(WINDOW_BITS, from.words, from.stride, d, c);
+                        old[c] = (float)decoded(WINDOW_BITS, code, *from.scale);
+                    }
+                    if (page >= 0)
+                        put_vector(place(expected.page + 1 + page, of_values, row, step[t].page_slot, d),
+                                   of_values ? value_bits[page] : key_bits[page], old, d);
+                    put_vector(from, WINDOW_BITS, x[of_values] + ((size_t)row * tokens + t) * d, d);
                 }
-                if (!free_slot) put_vector(target, bits, old, d);
-                put_vector(from, WINDOW_BITS, x[of_values] + row * d, d);
-            }
-            const kvq_move move = {s.layers, s.kv_heads, d, kernel, x[0], x[1], moved.page,
-                                   free_slot ? NULL : moved.page + 1, slot, to};
-            const int status = kvq_move_token(&move);
-            if (status != (refused ? -1 : 0)) fail("%s: move: status %d", kvq_kernel_name(kernel), status);
+            const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, x[0], x[1], moved.page, moved.page + 1, step};
+            if (kvq_move_tokens(&move)) fail("%s: move: it failed", kvq_kernel_name(kernel));
             for (int a = 0; a < moved.arrays; a++)
                 if (memcmp(moved.array[a], expected.array[a], moved.nbytes[a]))
-                    fail("%s: move: array %d is wrong; k%dv%d, head_dim %d%s", kvq_kernel_name(kernel), a, key_bits,
-                         value_bits, d, refused ? ", refused" : "");
+                    fail("%s: move: array %d is wrong; k%dv%d, head_dim %d, %d tokens", kvq_kernel_name(kernel), a,
+                         key_bits[0], value_bits[0], d, tokens);
             release(&moved), release(&expected);
         }
         free(x[0]), free(x[1]);
     }
+}
+
+/* A value that no codec takes is found wherever it stands, and no other one. */
+static void check_storable(void) {
+    static const float wrong[] = {NAN, INFINITY, -INFINITY, 65505, -65520, 3e38f}, right[] = {65504, -65504, 0, 1e-40f};
+    for (int n = 1; n <= 70; n++)
+        for (int at = 0; at < n; at++) {
+            float *x = exactly(sizeof(float) * n);
+            for (int i = 0; i < n; i++) x[i] = PICK(right);
+            const float at_fault = PICK(wrong);
+            for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+                if (!kvq_kernel_available(kernel)) continue;
+                x[at] = 1;
+                if (!kvq_storable(kernel, x, n)) fail("%s: storable: %d values are refused", kvq_kernel_name(kernel), n);
+                x[at] = at_fault;
+                if (kvq_storable(kernel, x, n))
+                    fail("%s: storable: %g at %d of %d is taken", kvq_kernel_name(kernel), x[at], at, n);
+            }
+            free(x);
+        }
 }
 
 /* Against the exact function, in parts of each output: every row length, so every rest of a vector. */

@@ -43,6 +43,7 @@ static void check_everything(int quick) {
     check_large_scores();
     check_encoding(quick ? 1 : 4);
     check_moves(quick ? 2 : 10);
+    check_storable();
     check_swiglu();
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
         if (kvq_kernel_available(kernel)) check_prepare(kernel);
