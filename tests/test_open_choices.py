@@ -40,14 +40,15 @@ class EveryStep(RulePolicy):
     steps=STEPS,
     recent=st.sampled_from([0, 1, 4, 16, 40]),
     sink=st.sampled_from([0, 3]),
-    limit=st.sampled_from([{}, {"kv_bits": 7.5}, {"kv_bits": 9.0}, {"kv_memory": 200e3}]),
+    limit=st.sampled_from([{}, {"kv_bits": 9}, {"kv_bits": 11}, {"kv_memory": 200e3}]),
+    chunk=st.sampled_from([1, 128]),
 )
 @examples(40)
 def test_precisions_are_those_of_a_session_that_chooses_at_every_step(
-    steps, recent, sink, limit, tiny_model, tmp_path_factory
+    steps, recent, sink, limit, chunk, tiny_model, tmp_path_factory
 ):
     path = tmp_path_factory.getbasetemp() / "open.kvq"
-    options = {"recent": recent, "sink": sink, **limit}
+    options = {"recent": recent, "sink": sink, "prefill_chunk": chunk, **limit}
     late, prompt = tiny_model.session(RulePolicy(), **options), tiny_model.session(EveryStep(), **options)
     for step, amount in steps:
         length = len(late.tokens)
