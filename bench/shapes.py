@@ -110,12 +110,12 @@ def _exporter_digest() -> str:
 
 def make_bundle(made: Assets) -> None:
     """Make bundle, checkpoint and exact bundle if they are not there; minutes, and 16 bytes a parameter of memory."""
-    from kvq.exporter.exact import exact_copy
-
     made, exact = replace(made, exact=False), replace(made, exact=True)
     if not (made.bundle.is_dir() and made.checkpoint.is_dir()):
         _make(made)
     if not exact.bundle.is_dir():
+        from kvq.exporter.exact import exact_copy
+
         with made_folder(exact.bundle) as folder:
             exact_copy(made.bundle, folder)
 
