@@ -113,8 +113,10 @@ def make_bundle(made: Assets) -> None:
     if not (made.bundle.is_dir() and made.checkpoint.is_dir()):
         _make(made)
     if not exact.bundle.is_dir():
+        from kvq.exporter.exact import exact_copy
+
         with made_folder(exact.bundle) as folder:
-            _make_exact(made.bundle, folder)
+            exact_copy(made.bundle, folder)
 
 
 def _make(made: Assets) -> None:
@@ -153,28 +155,6 @@ def _make(made: Assets) -> None:
     with made_folder(made.checkpoint) as folder:
         original.model.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def _make_exact(bundle: Path, folder: Path) -> None:
-    """The bundle again, with accuracy_level 0 in all quantized products."""
-    import onnx
-
-    from kvq.runtime.bundle import MANIFEST, Manifest, digest
-
-    manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
-    for name, entry in manifest.files.items():
-        if name.endswith(".onnx"):
-            model = onnx.load(bundle / name, load_external_data=False)
-            for node in model.graph.node:
-                for attribute in node.attribute:
-                    if attribute.name == "accuracy_level":
-                        attribute.i = 0
-            (folder / name).write_bytes(model.SerializeToString())
-            entry |= {"nbytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-        else:  # copied: onnx refuses to read a file with several names
-            shutil.copy(bundle / name, folder / name)
-    manifest.weights["activations"] = "fp32"
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from kvq.runtime.errors import PromptError
 )
 @click.option(
     "--activations",
-    type=click.Choice(["int8", "fp32"]),
+    type=click.Choice(["int8", "int16-head", "fp32"]),
     default="int8",
     show_default=True,
-    help="In products with quantized weights: int8 is fast, fp32 exact.",
+    help="In products with quantized weights: int8 is fast, fp32 exact, int16-head takes two bytes at the head only.",
 )
 @click.option(
     "--block",

@@ -71,7 +71,7 @@ def export(
         checkpoint: a Hugging Face folder, a hub id, or a loaded checkpoint.
         out: the bundle's folder; must not exist unless `overwrite`.
         weights: "fp32", "int8" or "int4".
-        activations: "int8" or "fp32", for products with quantized weights.
+        activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `SegmentOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.

@@ -27,7 +27,7 @@ LAYER_BITS = {"fp32": 0, "int8": 8, "int4": 4}
 # The head decides between tokens directly: 4 bits there cost more than they save.
 HEAD_BITS = {"fp32": 0, "int8": 8, "int4": 8}
 # MatMulNBits' accuracy_level: 0 keeps activations in float32, 4 quantizes them to int8 on the fly.
-ACCURACY_LEVEL = {"fp32": 0, "int8": 4}
+ACCURACY_LEVEL = {"fp32": 0, "int8": 4, "int16-head": 4}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class SegmentOptions:
 
     Attributes:
         weights: "fp32", "int8" or "int4".
-        activations: "int8" (fast) or "fp32" (exact) in products with quantized weights.
+        activations: in products with quantized weights, "int8" (fast), "fp32" (exact), or "int16-head": int8, but
+            two bytes a value in front of the head.
         block: elements per scale of a quantized matrix.
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
@@ -121,8 +122,8 @@ class SegmentWriter:
         normed = self._norm(graph, residual, "model.norm.weight")
         name = EMBEDDING if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
         matrix = self._store(name, HEAD_BITS[self.options.weights], lambda: self.checkpoint.tensor(name))
-        logits = self._product(graph, normed, matrix)
-        graph.output(logits, "logits", "rows", self.shape.vocab)
+        product = self._two_byte_product if self.options.activations == "int16-head" else self._product
+        graph.output(product(graph, normed, matrix), "logits", "rows", self.shape.vocab)
         return graph.save(self.folder)
 
     def uncertainty(self) -> str:
@@ -280,6 +281,30 @@ class SegmentWriter:
             block_size=matrix.block,
             accuracy_level=ACCURACY_LEVEL[self.options.activations],
         )
+
+    def _two_byte_product(self, graph: Graph, x: str, matrix: StoredMatrix) -> str:
+        """`_product` with x as the sum of two rows of int8: what one byte holds of it, and the rest.
+
+        The weights are read once for both. A block's scale is what MatMulNBits takes itself, the largest
+        magnitude / 127, so it rounds the first row to just the codes it is made of here.
+        """
+        if not matrix.bits:
+            return self._product(graph, x, matrix)
+        blocks = -(-matrix.k // matrix.block)
+        if missing := blocks * matrix.block - matrix.k:
+            x = graph.op("Pad", x, graph.constant([0, 0, 0, missing]))
+        x = graph.op("Reshape", x, graph.constant([-1, blocks, matrix.block]))
+        largest = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
+        step = graph.op(
+            "Max", graph.op("Div", largest, graph.constant(127.0, np.float32)), graph.constant(1e-30, np.float32)
+        )
+        coarse = graph.op("Mul", graph.op("Round", graph.op("Div", x, step)), step)
+        rows = graph.op("Concat", coarse, graph.op("Sub", x, coarse), axis=0)
+        rows = graph.op("Reshape", rows, graph.constant([-1, blocks * matrix.block]))
+        if missing:
+            rows = graph.op("Slice", rows, graph.constant([0]), graph.constant([matrix.k]), graph.constant([1]))
+        product = graph.op("Reshape", self._product(graph, rows, matrix), graph.constant([2, -1, matrix.n]))
+        return graph.op("ReduceSum", product, graph.constant([0]), keepdims=0)
 
     def _store(self, name: str, bits: int, load: Callable[[], np.ndarray]) -> StoredMatrix:
         """Put a matrix [n, k] into the weights file, quantized to `bits` (0: as it is), unless it is there."""

@@ -26,9 +26,9 @@ ATTRIBUTE_REFUSED = {6: "subgraph", 11: "subgraphs", 22: "sparse tensor", 23: "s
 
 OPERATORS = {
     "": (
-        "Add", "Cast", "Concat", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "LogSoftmax", "MatMul",
-        "Mul", "ReduceMax", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "SimplifiedLayerNormalization",
-        "Sin", "Slice", "Split", "Sub", "Transpose",
+        "Abs", "Add", "Cast", "Concat", "Cos", "Div", "Exp", "Gather", "Gemm", "Identity", "Log", "LogSoftmax",
+        "MatMul", "Max", "Mul", "Pad", "ReduceMax", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Round",
+        "SimplifiedLayerNormalization", "Sin", "Slice", "Split", "Sub", "Transpose",
     ),
     "com.microsoft": ("MatMulNBits", "QuickGelu", "RotaryEmbedding"),
     "kvq": ("Attention", "SwiGLU"),

@@ -109,7 +109,8 @@ class Session:
         """Feed tokens to the model and store them.
 
         Tokens of one chunk see each other unrounded and all earlier ones as the store keeps them, so
-        at low precisions the logits depend a little on how a text is chunked.
+        at low precisions the logits, and one choice of a learned policy in a hundred, depend on how a
+        text is chunked.
 
         Args:
             ids: token ids, at least one.

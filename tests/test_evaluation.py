@@ -17,6 +17,7 @@ from kvq.controller.evaluation.pareto import chunks, compare, measure
 from kvq.controller.evaluation.report import tables
 from kvq.controller.policies import make_policy
 from kvq.exporter.calibration import calibration_text
+from kvq.exporter.export import export
 from kvq.runtime.cli.main import guarded
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.pages import Geometry
@@ -104,6 +105,28 @@ def test_the_command_writes_rows(tiny_bundle, tmp_path):
     assert all(keys <= row.keys() for row in json.loads(out.read_text()))
     result = CliRunner().invoke(evaluate, ["kld", *options, "-p", "int8"])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["pareto", "kld"])
+def test_exact_activations_are_those_of_a_bundle_exported_so(command, tiny_checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(calibration_text())
+    found = {}
+    for name, activations, options in (
+        ("int8", "int8", []), ("exact", "int8", ["--exact-activations"]), ("fp32", "fp32", [])
+    ):  # fmt: skip
+        bundle = tmp_path / activations
+        if not bundle.exists():
+            export(str(tiny_checkpoint), bundle, activations=activations)
+        out = tmp_path / f"{name}.json"
+        options += ["-m", str(bundle), "--text", str(text), "--context", "60", "--chunks", "2", "--recent", "4"]
+        options += ["--json", str(out), *(["-p", "int8"] if command == "kld" else ["--bits", "9", "--arms", "int8"])]
+        result = CliRunner().invoke(evaluate, [command, *options])
+        assert result.exit_code == 0, result.output
+        (found[name], *_) = json.loads(out.read_text())
+    assert [found[name]["activations"] for name in ("int8", "exact", "fp32")] == ["int8", "fp32", "fp32"]
+    assert found["exact"]["kld_mean"] == pytest.approx(found["fp32"]["kld_mean"], rel=1e-2)
+    assert found["exact"]["kld_mean"] < 0.5 * found["int8"]["kld_mean"]
 
 
 def test_too_short_a_text_is_refused(tiny_bundle, tmp_path):

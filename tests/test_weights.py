@@ -14,10 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaForCausalLM
 
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
+from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
 from kvq.exporter.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
 from kvq.exporter.reference import effective_model
 from kvq.runtime.bundle import WEIGHTS, Bundle
+from kvq.runtime.engine import Head
 from kvq.runtime.model import Model
 from kvq.runtime.threads import configure
 from tests.checkpoints import TINY, family_checkpoint, save_checkpoint
@@ -240,6 +242,47 @@ def test_int8_activations_add_a_small_error(checkpoint: Checkpoint, weights: str
     # block costs tens of percent.
     assert 0 < error.std() <= 0.05 * spread
     assert np.abs(error).max() <= 0.35 * spread
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("hidden", [128, 144])  # whole blocks of 64, and not
+def test_two_bytes_at_the_head_take_its_error_away(hidden: int, block: int, rows: int, tmp_path: Path) -> None:
+    """Heads alone, on the same residual: int16-head against int8, errors from the exact product."""
+    fields = TINY | {"hidden_size": hidden, "num_hidden_layers": 1, "head_dim": 32, "vocab_size": 1024}
+    checkpoint = load_checkpoint(str(save_checkpoint(tmp_path / "checkpoint", fields)))
+    residual = np.random.default_rng(0).standard_t(3, (rows, hidden)).astype(np.float32)
+    residual[:, :16] = 0  # a block of zeros has no scale
+    logits = {}
+    for activations in ("fp32", "int8", "int16-head"):
+        bundle = exported(checkpoint, tmp_path / activations, weights="int4", activations=activations, block=block)
+        assert bundle.manifest.weights["activations"] == activations
+        head = Head(Model(bundle).engine, rows)
+        logits[activations] = head.logits(residual).copy()
+    error = {name: np.abs(found - logits["fp32"]).max() for name, found in logits.items()}
+    assert error["int8"] > 1e-3 * np.abs(logits["fp32"]).max()
+    assert error["int16-head"] < error["int8"] / 50
+
+
+def test_layers_are_the_same_under_both_kinds_of_int8(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plain = exported(checkpoint, tmp_path / "int8", weights="int4")
+    head = exported(checkpoint, tmp_path / "int16-head", weights="int4", activations="int16-head")
+    files = {name for name in plain.manifest.files if plain.manifest.files[name] != head.manifest.files[name]}
+    assert files == {plain.manifest.head}
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16-head"])
+def test_an_exact_copy_is_the_bundle_with_fp32_activations(
+    checkpoint: Checkpoint, activations: str, tmp_path: Path
+) -> None:
+    quick = exported(checkpoint, tmp_path / "quick", weights="int4", activations=activations)
+    wanted = bundle_logits(exported(checkpoint, tmp_path / "fp32", weights="int4", activations="fp32"))
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    exact_copy(quick.path, folder)
+    copy = Bundle(folder)
+    assert copy.manifest.weights == quick.manifest.weights | {"activations": "fp32"}
+    assert np.abs(bundle_logits(copy) - wanted).max() <= 1e-4
 
 
 def nbytes(bundle: Bundle) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +50,25 @@ def bar():
             shown.__exit__(None, None, None)
 
 
+@contextmanager
+def _evaluated(model: str | None, threads: int | None, exact: bool) -> Iterator:
+    """The model that -m names; with `exact`, a copy of it whose products keep their activations in float32."""
+    loaded = load_model(model, threads)
+    if not exact:
+        yield loaded
+        return
+    from kvq.exporter.exact import exact_copy
+
+    with tempfile.TemporaryDirectory(prefix="kvq-exact-") as folder:
+        exact_copy(loaded.bundle.path, Path(folder))
+        yield load_model(folder, threads)
+
+
+def _of(model, rows: list[dict]) -> list[dict]:
+    """The rows with the precision of the activations they were measured at."""
+    return [row | {"activations": model.bundle.manifest.weights.get("activations")} for row in rows]
+
+
 def _numbers(text: str, option: str, kind: type = float) -> list:
     try:
         found = [kind(part) for part in text.split(",")]
@@ -68,6 +89,10 @@ CHUNKS = click.option(
 RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
+EXACT = click.option(
+    "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
+    " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
+)  # fmt: skip
 JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Write the result there; else to stdout.")
 
 
@@ -78,6 +103,7 @@ JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Wri
 @CONTEXT
 @CHUNKS
 @RECENT
+@EXACT
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was exported from: adds the "
               "oracle, which knows every token's damage (needs torch).")  # fmt: skip
 @click.option(
@@ -85,7 +111,7 @@ JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Wri
 )
 @JSON
 @click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
-def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, comparison, threads) -> None:
+def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
@@ -97,25 +123,25 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, co
         raise click.UsageError("--arms shuffled needs adaptive, whose precisions it shuffles; give both")
     if arms is not None and "oracle" in wanted and checkpoint is None:
         raise click.UsageError("--arms oracle needs --checkpoint, to measure every token's damage")
-    loaded = load_model(model, threads)
-    if checkpoint is not None:
-        import torch
-
-        torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
-    budgets = _numbers(bits, "--bits")
-    cuts = [chunks(loaded, list(texts), length, count) for length in _numbers(context, "--context", int)]
     rows: list[dict] = []
+    with _evaluated(model, threads, exact) as loaded:
 
-    def write(found: list) -> None:
-        write_json(out, found)
-        if comparison is not None:
-            write_json(comparison, compare(found))
+        def write(found: list) -> None:
+            write_json(out, _of(loaded, found))
+            if comparison is not None:
+                write_json(comparison, compare(found))
 
-    with bar() as progress:
-        for cut in cuts:
-            each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-            rows += measure(loaded, cut, budgets, recent, checkpoint, wanted, progress, each)
-    write(rows)
+        if checkpoint is not None:
+            import torch
+
+            torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
+        budgets = _numbers(bits, "--bits")
+        cuts = [chunks(loaded, list(texts), length, count) for length in _numbers(context, "--context", int)]
+        with bar() as progress:
+            for cut in cuts:
+                each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
+                rows += measure(loaded, cut, budgets, recent, checkpoint, wanted, progress, each)
+        write(rows)
 
 
 @evaluate.command()
@@ -125,18 +151,19 @@ def pareto(model, texts, bits, context, count, recent, checkpoint, arms, out, co
 @CONTEXT
 @CHUNKS
 @RECENT
+@EXACT
 @JSON
-def kld(model, texts, policies, context, count, recent, out, threads) -> None:
+def kld(model, texts, policies, context, count, recent, exact, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
 
-    loaded = load_model(model, threads)
     rows: list[dict] = []
-    with bar() as progress:
+    with _evaluated(model, threads, exact) as loaded, bar() as progress:
         for length in _numbers(context, "--context", int):
             found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, progress)
             rows += by_position(found, length)
+        rows = _of(loaded, rows)
     write_json(out, rows)
 
 
