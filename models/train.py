@@ -207,7 +207,8 @@ def main(corpus, out, valid, shape, steps, seed, device, weights, compiled) -> N
     checkpoint = out / shape
     model.to("cpu", torch.float16).save_pretrained(checkpoint)
     tokenizer.save(str(checkpoint / "tokenizer.json"))
-    click.echo("\n".join(export(str(checkpoint), out / "bundle", weights=weights, activations="int16-head", overwrite=True).lines()))
+    exported = export(str(checkpoint), out / "bundle", weights=weights, activations="int16-head", overwrite=True)
+    click.echo("\n".join(exported.lines()))
 
 
 if __name__ == "__main__":
