@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -92,6 +93,8 @@ class KvqScoredArm(KvqArm):
             add_controllers(self.setup.assets.bundle, self.setup.threads)
 
     def open(self, capacity: int) -> None:
+        self.session = None
+        gc.collect()  # the calls timed below refer to their session and it to them
         self.session = session = self.model.session(self.policy, backend=self.setup.backend, kv_bits=KV_BITS)
         self._policy = 0.0
         self._taken: list[float] = []

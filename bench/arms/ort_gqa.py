@@ -60,6 +60,7 @@ class OrtGqaArm(Arm):
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def open(self, capacity: int) -> None:
+        self._one = self.caches = None  # never two caches at a time
         shape = self.manifest.architecture
         kind, width = {
             32: (np.float32, shape.head_dim),
