@@ -93,7 +93,7 @@ class KvqScoredArm(KvqArm):
             add_controllers(self.setup.assets.bundle, self.setup.threads)
 
     def open(self, capacity: int) -> None:
-        self.session = None
+        vars(self).pop("session", None)
         gc.collect()  # the calls timed below refer to their session and it to them
         self.session = session = self.model.session(self.policy, backend=self.setup.backend, kv_bits=KV_BITS)
         self._policy = 0.0

@@ -60,7 +60,8 @@ class OrtGqaArm(Arm):
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def open(self, capacity: int) -> None:
-        self._one = self.caches = None  # never two caches at a time
+        for name in ("_one", "caches"):  # never two caches at a time
+            vars(self).pop(name, None)
         shape = self.manifest.architecture
         kind, width = {
             32: (np.float32, shape.head_dim),
