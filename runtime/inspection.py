@@ -208,9 +208,9 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
 
     Features are not kept by sessions. They are computed by running the tokens through a second
     session that stores each at the precision it has in this one, which takes as long as a prefill;
-    this session is not changed. Tokens that were decoded one by one then run in chunks and read
-    their neighbours unrounded, so that entropy, attention variance and confidence may differ a little
-    from what the policy saw.
+    this session is not changed. Where its prefill is chunked, tokens that were decoded one by one then
+    run in chunks and read their neighbours unrounded, so that entropy, attention variance and confidence
+    may differ a little from those at decoding.
 
     Args:
         session: with at least one cached token.
@@ -228,7 +228,7 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
         same = _Replay(stored_tokens(store).chosen)
         second = session.model.session(
             same, recent=store.window.capacity, sink=store.sink, prefill_chunk=session.prefill_chunk,
-            backend=session.backend.name,
+            prefill=session.stats().prefill, backend=session.backend.name,
         )  # fmt: skip
         found = _run(second, session.tokens)
     return _inspection(session, found)

@@ -106,6 +106,7 @@ class Model:
         recent: int = 16,
         sink: int = 0,
         prefill_chunk: int = 128,
+        prefill: str = "auto",
         backend: str | None = None,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
@@ -117,7 +118,7 @@ class Model:
         if policy is None:
             policy = "fp16" if kv_bits is None and kv_memory is None else "adaptive"
         return Session(
-            self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, backend=backend,
+            self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
             kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
 
@@ -126,6 +127,7 @@ class Model:
         path: str | os.PathLike[str],
         policy: str | Policy | None = None,
         *,
+        prefill: str | None = None,
         backend: str | None = None,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
@@ -135,6 +137,7 @@ class Model:
         Args:
             path: the file.
             policy: for the tokens to come; those stored stay as they are. None takes the file's.
+            prefill: as in `Session`, for the tokens to come; None takes the file's.
             backend: as in `Session`.
             kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the
                 file's budget.
@@ -145,7 +148,9 @@ class Model:
         """
         from kvq.runtime.session_file import read_session
 
-        return read_session(self, path, policy, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+        return read_session(
+            self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory
+        )
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

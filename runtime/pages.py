@@ -196,6 +196,7 @@ class Bucket:
 
     Attributes:
         count: tokens stored.
+        ahead: pages made ahead of the tokens that will need them, see `place`.
         nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
     """
 
@@ -203,6 +204,7 @@ class Bucket:
         self.bits = bits
         self.geometry = geometry
         self.pages: list[Page] = []
+        self.ahead: list[Page] = []
         self.count = 0
         self.nbytes = 0
 
@@ -215,12 +217,30 @@ class Bucket:
     def open_page(self) -> Page:
         """The last page, which has room for a token and is not shared; a new one if need be."""
         if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
-            size = min(max(FIRST_PAGE_TOKENS, self.count), LAST_PAGE_TOKENS)
-            self.pages.append(Page(self.bits, self.geometry, size))
-            self.nbytes += self.pages[-1].nbytes
+            self.pages.append(self.ahead.pop(0) if self.ahead else self._new_page())
         elif self.pages[-1].shared:
             self.pages[-1] = self.pages[-1].copy(self.pages[-1].count)
         return self.pages[-1]
+
+    def _new_page(self) -> Page:
+        """A page for the tokens that come when all others are full."""
+        room = sum(page.capacity for page in (*self.pages, *self.ahead))
+        page = Page(self.bits, self.geometry, min(max(FIRST_PAGE_TOKENS, room), LAST_PAGE_TOKENS))
+        self.nbytes += page.nbytes
+        return page
+
+    def place(self, n: int) -> tuple[Page, int]:
+        """Page and slot that the n-th of the tokens to come will have, from 0; its page is made if need be."""
+        page = self.open_page()
+        n += page.count
+        for following in self.ahead:
+            if n < page.capacity:
+                break
+            n, page = n - page.capacity, following
+        while n >= page.capacity:
+            n, page = n - page.capacity, self._new_page()
+            self.ahead.append(page)
+        return page, n
 
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add tokens, opening pages as needed; existing pages are never copied."""
@@ -235,6 +255,8 @@ class Bucket:
 
     def trim(self, length: int) -> None:
         """Drop every token at a position >= length."""
+        self.nbytes -= sum(page.nbytes for page in self.ahead)
+        self.ahead = []
         while self.pages:
             page = self.pages[-1]
             kept = int(np.searchsorted(page.positions[: page.count], length))
@@ -253,5 +275,6 @@ class Bucket:
         twin = Bucket(self.bits, self.geometry)
         for page in self.pages:
             page.shared = True
-        twin.pages, twin.count, twin.nbytes = list(self.pages), self.count, self.nbytes
+        twin.pages, twin.count = list(self.pages), self.count
+        twin.nbytes = self.nbytes - sum(page.nbytes for page in self.ahead)
         return twin

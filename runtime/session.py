@@ -20,6 +20,7 @@ from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, Prompt
 from kvq.runtime.generate import Response, stream
 from kvq.runtime.pages import Geometry
 from kvq.runtime.sampling import SamplingOptions
+from kvq.runtime.session_header import PREFILLS
 from kvq.runtime.statistics import Clock, Stats
 from kvq.runtime.store import KVStore, distinct_nbytes
 
@@ -42,6 +43,10 @@ class Session:
         recent: newest tokens kept at 16 bits.
         sink: first tokens kept at 16 bits.
         prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
+        prefill: how tokens appended together are processed. "stepwise": each sees what it would see if it came alone,
+            in passes of up to recent + 1 tokens, so that neither precisions nor text depend on how tokens are fed.
+            "chunked": tokens of a chunk see each other unrounded, which is faster. "auto": stepwise where the policy
+            looks at tokens, else chunked.
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
         kv_bits: most bits per stored value, all told, or
         kv_memory: most bytes of the store; either is kept as `kvq.controller.budget` defines it.
@@ -58,10 +63,13 @@ class Session:
         recent: int = 16,
         sink: int = 0,
         prefill_chunk: int = 128,
+        prefill: str = "auto",
         backend: str | None = None,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
     ) -> None:
+        if prefill not in PREFILLS:
+            raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -88,6 +96,10 @@ class Session:
                 self.policy, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory
             )
         self.prefill_chunk = prefill_chunk
+        self.prefill = prefill
+        looks = self.policy.reads is None or self.policy.reads - {"positions"}
+        self._stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
+        self._most = min(prefill_chunk, max(1, self.store.window.capacity)) if self._stepwise else prefill_chunk
         self._rarity = RarityCounter(shape.vocab)
         self._passes: dict[int, ForwardPass] = {}
         self._heads: dict[int, Head] = {}
@@ -108,9 +120,9 @@ class Session:
     ) -> np.ndarray:
         """Feed tokens to the model and store them.
 
-        Tokens of one chunk see each other unrounded and all earlier ones as the store keeps them, so
-        at low precisions the logits, and one choice of a learned policy in a hundred, depend on how a
-        text is chunked.
+        In a chunked prefill tokens of one chunk see each other unrounded and all earlier ones as the store keeps
+        them, so at low precisions the logits, and one choice of a learned policy in a hundred, depend on how a text
+        is chunked; a stepwise one gives what appending the tokens one by one gives.
 
         Args:
             ids: token ids, at least one.
@@ -132,8 +144,8 @@ class Session:
         first_wanted = len(feed) - wanted
         self._end = self.store.length + len(feed)
         clock = self._decode if len(feed) == 1 else self._prefill
-        for start in range(0, len(feed), self.prefill_chunk):
-            chunk = feed[start : start + self.prefill_chunk]
+        for start in range(0, len(feed), self._most):
+            chunk = feed[start : start + self._most]
             begun = time.perf_counter()
             read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
             skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
@@ -169,6 +181,8 @@ class Session:
         """One forward pass: attention, logits of rows [skip, ...), features, precision, store."""
         tokens, needs = len(ids), self.policy.needs
         layers = self._forward_pass(tokens)
+        if self._stepwise and tokens > 1:
+            self.decide()
         shape = self.model.architecture
         row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
         layers.forward(ids, self.store, row_squares)
@@ -258,14 +272,14 @@ class Session:
         """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""
         if tokens in self._passes:
             return self._passes[tokens]
-        forward_pass = self.backend.forward_pass(self.model.engine, tokens)
-        if tokens in (1, self.prefill_chunk):
+        forward_pass = self.backend.forward_pass(self.model.engine, tokens, self._stepwise)
+        if tokens in (1, self._most):
             self._passes[tokens] = forward_pass
         return forward_pass
 
     def _head(self, rows: int) -> Head:
         """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
-        size = 1 if rows == 1 else HEAD_ROWS
+        size = 1 if rows == 1 else min(self._most, HEAD_ROWS)
         if size not in self._heads:
             self._heads[size] = Head(self.model.engine, size)
         return self._heads[size]
@@ -326,7 +340,7 @@ class Session:
         self.decide()
         twin = Session(
             self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
-            prefill_chunk=self.prefill_chunk, backend=self._wanted_backend,
+            prefill_chunk=self.prefill_chunk, prefill=self.prefill, backend=self._wanted_backend,
         )  # fmt: skip
         twin.store = self.store.fork(twin.backend.codecs)
         twin.budget, twin.kv_bits, twin.kv_memory = self.budget, self.kv_bits, self.kv_memory
@@ -372,6 +386,7 @@ class Session:
             threads=self.model.engine.threads,
             recent=store.window.capacity,
             sink=store.sink,
+            prefill="stepwise" if self._stepwise else "chunked",
             tokens=store.length,
             precisions=store.account(),
             kv_nbytes=store.nbytes,

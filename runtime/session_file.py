@@ -68,6 +68,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
         recent=store.window.capacity,
         sink=int(store.sink),
         prefill_chunk=int(session.prefill_chunk),
+        prefill=session.prefill,
         kv_bits=None if session.kv_bits is None else float(session.kv_bits),
         kv_memory=None if session.kv_memory is None else float(session.kv_memory),
         tokens=store.length,
@@ -118,6 +119,7 @@ def read_session(
     path: str | os.PathLike[str],
     policy: str | Policy | None = None,
     *,
+    prefill: str | None = None,
     backend: str | None = None,
     kv_bits: float | None = None,
     kv_memory: float | None = None,
@@ -125,7 +127,7 @@ def read_session(
     """The session of a file. Arguments and errors as in `Model.load_session`."""
     with open_session_file(path) as (file, header):
         _check_model(header, model, path)
-        session = _empty_session(header, model, path, policy, backend, kv_bits, kv_memory)
+        session = _empty_session(header, model, path, policy, prefill, backend, kv_bits, kv_memory)
         try:
             source = _Source(file)
             tokens = source.read((header.tokens,), "<u4")
@@ -172,12 +174,16 @@ def _empty_session(
     model: Model,
     path: str | os.PathLike[str],
     policy: str | Policy | None,
+    prefill: str | None,
     backend: str | None,
     kv_bits: float | None,
     kv_memory: float | None,
 ) -> Session:
     """A session of the file's settings, or of the caller's where given."""
-    settings = {"recent": header.recent, "sink": header.sink, "prefill_chunk": header.prefill_chunk}
+    settings = {
+        "recent": header.recent, "sink": header.sink, "prefill_chunk": header.prefill_chunk,
+        "prefill": header.prefill if prefill is None else prefill,
+    }  # fmt: skip
     if policy is None and header.policy_options is None:
         raise SessionError(
             f"{path} was written under the policy object {header.policy!r:.60}, which its name cannot bring back;"

@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
 # A conversation's transcript lies in the header, so it may be long; JSON of this size still parses in a second.
 HEADER_MAX_BYTES = 1 << 24
+# How tokens appended together are processed, see `Session`.
+PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
 MOST_TOKENS = 1 << 31
 
@@ -48,6 +50,7 @@ class SessionHeader:
         policy: name of the precision policy.
         policy_options: what to make it with by its name; None: it was an object of the caller's own.
         recent, sink, prefill_chunk, kv_bits, kv_memory: as in `Session`; recent after it was limited to the context.
+        prefill: as in `Session`; files of before it was a choice do not have it.
         tokens: cached tokens.
         pending: ids sampled but not cached.
         window: how many of the tokens stand in the recent window.
@@ -76,6 +79,7 @@ class SessionHeader:
     logits: bool
     metadata: dict[str, Any]
     payload_sha256: str = ""
+    prefill: str = "auto"
 
     def precisions(self) -> dict[str, dict[str, int]]:
         """Tokens and bytes in the file by precision, as `KVStore.account` names them."""
@@ -212,6 +216,8 @@ def _check_types(header: SessionHeader) -> None:
         raise ValueError("logits or metadata is of another type")
     if type(header.policy_options) not in (dict, type(None)) or "bundle" in (header.policy_options or {}):
         raise ValueError("policy_options is not a dictionary of options")
+    if header.prefill not in PREFILLS:
+        raise ValueError(f"prefill is {header.prefill!r}")
     for name in ("kv_bits", "kv_memory"):
         value = getattr(header, name)
         if value is not None and (type(value) not in (int, float) or not 0 < float(value) < math.inf):

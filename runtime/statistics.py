@@ -28,6 +28,7 @@ class Stats:
         backend, policy, threads: what ran.
         backend_detail: the instruction set of native attention; of a fallback, why it is one; else empty.
         recent, sink: tokens protected at 16 bits.
+        prefill: "stepwise" or "chunked", see `kvq.Session`.
         tokens: in the cache.
         precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
         kv_nbytes, kv_peak_nbytes: bytes of the KV store now and at its largest.
@@ -45,6 +46,7 @@ class Stats:
     threads: int
     recent: int
     sink: int
+    prefill: str
     tokens: int
     precisions: dict[str, dict[str, Any]]
     kv_nbytes: int
@@ -71,7 +73,7 @@ class Stats:
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
         parts.append(f"policy {self.policy}: {', '.join(held)}" if held else f"policy {self.policy}")
         if self.prefill_tokens_per_s is not None:
-            parts.append(f"prefill {self.prefill_tokens_per_s:.0f} tokens/s")
+            parts.append(f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s")
         if self.ms_per_token is not None:
             parts.append(f"decode {self.ms_per_token:.1f} ms/token, {self.gb_per_s:.1f} GB/s")
         detail = f" ({self.backend_detail})" if self.backend_detail else ""

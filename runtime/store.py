@@ -46,11 +46,15 @@ class RecentWindow:
     def copy(self) -> RecentWindow:
         """A window of the same tokens."""
         twin = RecentWindow(self.geometry, self.capacity)
-        for new, old in ((twin.keys, self.keys), (twin.values, self.values)):
-            new.codes[...], new.scales[...] = old.codes, old.scales
-        twin.bits[...] = self.bits
-        twin.count, twin.open = self.count, self.open
+        twin.take(self)
         return twin
+
+    def take(self, other: RecentWindow) -> None:
+        """Become a copy of a window of the same size."""
+        for new, old in ((self.keys, other.keys), (self.values, other.values)):
+            new.codes[...], new.scales[...] = old.codes, old.scales
+        self.bits[...] = other.bits
+        self.count, self.open = other.count, other.open
 
     def slots(self, start: int, stop: int) -> np.ndarray:
         """Ring slots of the positions [start, stop)."""
@@ -141,7 +145,7 @@ class KVStore:
         )
 
         for pair, k, v, positions in encoded:
-            self.buckets.setdefault(pair, Bucket(pair, self.geometry)).append(k, v, positions)
+            self._bucket(pair).append(k, v, positions)
         if ring:
             slots = window.slots(self.length + skipped, end)
             window.keys.write(slots, ring[0])
@@ -155,19 +159,12 @@ class KVStore:
     def _steps(self, bits: np.ndarray) -> list[Step]:
         """Make room for new tokens, uint8 [tokens, 2], and count them: what is to be written where."""
         window, steps = self.window, []
-        leaving = len(bits) - (window.capacity - window.count)
-        if leaving > 1:  # buckets come about in the order in which `_encode` makes them
-            old = window.bits[window.slots(self.length - window.count, self.length)][:leaving]
-            for run in (old, bits[: max(0, leaving - len(old))]):
-                for pair in sorted({Bits(*pair) for pair in run.tolist()}):
-                    self.buckets.setdefault(pair, Bucket(pair, self.geometry))
         for token in bits:
             slot, page, page_slot = self.length % window.capacity, None, 0
             if window.count < window.capacity:
                 window.count += 1
             else:
-                pair = Bits(*window.bits[slot].tolist())
-                bucket = self.buckets.setdefault(pair, Bucket(pair, self.geometry))
+                bucket = self._bucket(Bits(*window.bits[slot].tolist()))
                 page = bucket.open_page()
                 page_slot = page.count
                 page.positions[page_slot] = self.length - window.capacity
@@ -177,6 +174,33 @@ class KVStore:
             window.bits[slot] = token
             self.length += 1
         return steps
+
+    def steps_ahead(self, tokens: int) -> list[Step]:
+        """What will happen with the next tokens, at most as many as the window is long, their room made.
+
+        Nothing is stored by it: that is for `append`, which does just this with them. The precisions of the
+        tokens that leave the window have to be decided.
+        """
+        window, steps = self.window, []
+        leaving: dict[Bits, int] = {}
+        for position in range(self.length, self.length + tokens):
+            slot, page, page_slot = position % window.capacity, None, 0
+            if position - self.length >= window.capacity - window.count:
+                pair = Bits(*window.bits[slot].tolist())
+                page, page_slot = self._bucket(pair).place(leaving.get(pair, 0))
+                leaving[pair] = leaving.get(pair, 0) + 1
+            steps.append((slot, page, page_slot))
+        return steps
+
+    def _bucket(self, pair: Bits) -> Bucket:
+        """The bucket of a pair, made if need be.
+
+        They are kept sorted: attention sums over them in their order, and a text must not depend on which precision
+        came first.
+        """
+        if pair not in self.buckets:
+            self.buckets = dict(sorted([*self.buckets.items(), (pair, Bucket(pair, self.geometry))]))
+        return self.buckets[pair]
 
     def decide(self, bits: np.ndarray) -> None:
         """Set the precision of the open tokens, uint8 [open, 2]."""
@@ -234,7 +258,7 @@ class KVStore:
         return twin
 
     def blocks(
-        self, layer: int, limit: int, scratch: np.ndarray | None = None
+        self, layer: int, limit: int, scratch: np.ndarray | None = None, recent: bool = True
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Decode one layer, block by block: keys, values float32 [kv_heads, n <= limit, head_dim].
 
@@ -245,6 +269,7 @@ class KVStore:
             layer: which one.
             limit: most tokens of a block.
             scratch: float32 [2, at least kv_heads * min(limit, length) * head_dim] to decode into; made if None.
+            recent: with the tokens of the recent window.
         """
         g = self.geometry
         if scratch is None:
@@ -260,7 +285,7 @@ class KVStore:
                     at = part.stop
                 yield keys, values
         window = self.window
-        start = self.length - window.count
+        start = self.length - (window.count if recent else 0)
         for at in range(start, self.length, limit):
             yield window.read(window.slots(at, min(at + limit, self.length)), layer)
 

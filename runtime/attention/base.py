@@ -29,9 +29,12 @@ class AttentionBackend(ABC):
         """Why this backend cannot run here; empty where it can."""
         return ""
 
-    def forward_pass(self, engine: Engine, tokens: int) -> ForwardPass:
-        """Buffers and bindings for passes of that many tokens; here segment by segment around `attend`."""
-        return SegmentedPass(engine, tokens, self.attend)
+    def forward_pass(self, engine: Engine, tokens: int, stepwise: bool = False) -> ForwardPass:
+        """Buffers and bindings for passes of that many tokens; here segment by segment around `attend`.
+
+        stepwise: around `attend_stepwise`.
+        """
+        return SegmentedPass(engine, tokens, self.attend_stepwise if stepwise else self.attend)
 
     @abstractmethod
     def attend(
@@ -58,4 +61,22 @@ class AttentionBackend(ABC):
             out: float32 [tokens, heads, head_dim], written.
             row_squares: float32 [tokens, heads], written when given: the sum of squares of
                 each attention row (the variance of a row needs no more than that).
+        """
+
+    @abstractmethod
+    def attend_stepwise(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        """`attend`, but each new token sees what it would see if it came alone.
+
+        Those before it have gone into the recent window then, and pushed older ones out of it, which are read at
+        the precision they will be stored at. So there can be at most one more of them than the window is long, and
+        the precision of the tokens in the window has to be decided. Arguments as in `attend`.
         """

@@ -12,6 +12,7 @@ from kvq.runtime.errors import BackendError
 from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.forward import NativePass
 from kvq.runtime.native.library import Pass, Rows, choose_kernel, kernels, load
+from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
 from kvq.runtime.store import KVStore
 
@@ -38,6 +39,7 @@ class NativeAttention(AttentionBackend):
         self._library = load()
         self.detail, self._kernel = choose_kernel()
         self._table = PageTable()
+        self._stepwise = StepwiseTable(self._kernel)
         self.codecs = native_codecs(self._kernel)
 
     def attend(
@@ -50,14 +52,38 @@ class NativeAttention(AttentionBackend):
         out: np.ndarray,
         row_squares: np.ndarray | None = None,
     ) -> None:
+        self._attend(query, key, value, store, layer, out, row_squares, stepwise=False)
+
+    def attend_stepwise(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        self._attend(query, key, value, store, layer, out, row_squares, stepwise=len(query) > 1)
+
+    def _attend(
+        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, store: KVStore, layer: int, out: np.ndarray,
+        row_squares: np.ndarray | None, stepwise: bool,
+    ) -> None:  # fmt: skip
         tokens, heads, head_dim = query.shape
         rows = [np.ascontiguousarray(x, np.float32) for x in (query, key, value)]
         result = np.empty((tokens, heads, head_dim), np.float32)
         squares = np.empty((tokens, heads), np.float32)
-        table = self._table.update(store)
-        forward = Pass(
-            store.geometry.layers, heads, key.shape[1], head_dim, tokens, len(table), self._kernel, 1, table.ctypes.data
-        )
+        layers, kv_heads = store.geometry.layers, key.shape[1]
+        forward = Pass(layers, heads, kv_heads, head_dim, tokens, 0, self._kernel, 1)
+        if stepwise:
+            copies = np.empty((2, layers, kv_heads, tokens, head_dim), np.float32)
+            table, move = self._stepwise.update(store, *copies)
+            forward.keys, forward.values = (x.ctypes.data for x in copies)
+            forward.stepwise = ctypes.addressof(move)
+        else:
+            table = self._table.update(store)
+        forward.page, forward.pages = table.ctypes.data, len(table)
         strides = [x.strides[0] // x.itemsize for x in rows]
         new = Rows(*(x.ctypes.data for x in (*rows, result)), *strides, squares.ctypes.data)
         check(self._library.kvq_attend(ctypes.byref(forward), layer, ctypes.byref(new), None, None))
@@ -65,8 +91,8 @@ class NativeAttention(AttentionBackend):
         if row_squares is not None:
             row_squares[...] = squares
 
-    def forward_pass(self, engine: Engine, tokens: int) -> ForwardPass:
-        return NativePass(engine, tokens, self._kernel)
+    def forward_pass(self, engine: Engine, tokens: int, stepwise: bool = False) -> ForwardPass:
+        return NativePass(engine, tokens, self._kernel, stepwise)
 
 
 def check(status: int) -> None:

@@ -38,6 +38,38 @@ class PartialSoftmax:
         self.maximum = maximum
 
 
+class _Rows:
+    """Attention rows of new tokens, to which what they see is added part by part.
+
+    Rows are (query head of the group, token): one matrix product per KV head.
+    """
+
+    def __init__(self, query: np.ndarray, kv_heads: int) -> None:
+        tokens, heads, head_dim = query.shape
+        self.shape = (kv_heads, heads // kv_heads, tokens)
+        scaled = (query * np.float32(head_dim**-0.5)).reshape(tokens, *self.shape[:2], head_dim)
+        self.query = scaled.transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        self.softmax = PartialSoftmax(*self.query.shape)
+
+    def add(self, keys: np.ndarray, values: np.ndarray, sees: np.ndarray | None = None) -> None:
+        """Keys, values [kv_heads, n, head_dim]; sees: bool [tokens, n], None: every token sees all."""
+        scores = self.query @ keys.transpose(0, 2, 1)
+        if sees is not None and not sees.all():
+            np.copyto(scores, -np.inf, where=~np.tile(sees, (self.shape[1], 1)))
+        self.softmax.add(scores, values)
+
+    def finish(self, out: np.ndarray, row_squares: np.ndarray | None) -> None:
+        """Write out [tokens, heads, head_dim] and row_squares [tokens, heads]."""
+        softmax, (kv_heads, group, tokens) = self.softmax, self.shape
+
+        def by_token(x: np.ndarray) -> np.ndarray:
+            return x.reshape(kv_heads, group, tokens, -1).transpose(2, 0, 1, 3).reshape(tokens, kv_heads * group, -1)
+
+        out[...] = by_token(softmax.weighted / softmax.total)
+        if row_squares is not None:
+            row_squares[...] = by_token(softmax.squares / softmax.total**2)[..., 0]
+
+
 class NumpyAttention(AttentionBackend):
     """Decodes each block of the store to float32 and merges partial softmax results."""
 
@@ -57,32 +89,58 @@ class NumpyAttention(AttentionBackend):
         out: np.ndarray,
         row_squares: np.ndarray | None = None,
     ) -> None:
-        tokens, heads, head_dim = query.shape
-        kv_heads = key.shape[1]
-        group = heads // kv_heads
-        # Rows are (query head of the group, token): one matrix product per KV head.
-        scaled = query * np.float32(head_dim**-0.5)
-        rows = scaled.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        softmax = PartialSoftmax(kv_heads, group * tokens, head_dim)
-
+        tokens = len(query)
         # The new tokens first: each sees at least itself, so the running maximum is finite.
-        scores = rows @ key.transpose(1, 2, 0)
-        if tokens > 1:
-            future = np.triu(np.ones((tokens, tokens), bool), 1)
-            np.copyto(scores, -np.inf, where=np.tile(future, (group, 1)))
-        softmax.add(scores, value.transpose(1, 0, 2))
-        needed = kv_heads * min(BLOCK, store.length) * head_dim
+        rows = _Rows(query, key.shape[1])
+        rows.add(key.transpose(1, 0, 2), value.transpose(1, 0, 2), np.tri(tokens, dtype=bool))
+        for keys, values in store.blocks(layer, BLOCK, self._room(store)):
+            rows.add(keys, values)
+        rows.finish(out, row_squares)
+
+    def attend_stepwise(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        tokens, window = len(query), store.window
+        new = [x.transpose(1, 0, 2) for x in (key, value)]
+        rows = _Rows(query, key.shape[1])
+        rows.add(*new, np.eye(tokens, dtype=bool))  # itself, unrounded
+        first = store.length - window.count
+        slots = window.slots(first, store.length)
+        held, bits = window.read(slots, layer), window.bits[slots]
+        kept = [np.concatenate([old, window.keys.codec.roundtrip(x)], axis=1) for old, x in zip(held, new, strict=True)]
+        place = store.length + np.arange(tokens)[:, None]
+        column = first + np.arange(kept[0].shape[1])
+        near = place - column <= window.capacity
+        rows.add(*kept, near & (column < place))
+        gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
+        if len(gone):
+            rows.add(*(self._as_stored(x[:, gone], b[gone]) for x, b in zip(held, bits.T, strict=True)), ~near[:, gone])
+        for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
+            rows.add(keys, values)
+        rows.finish(out, row_squares)
+
+    def _as_stored(self, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its bits."""
+        stored = np.empty_like(x)
+        for width in np.unique(bits):
+            chosen = np.flatnonzero(bits == width)
+            stored[:, chosen] = self.codecs.by_bits[int(width)].roundtrip(np.ascontiguousarray(x[:, chosen]))
+        return stored
+
+    def _room(self, store: KVStore) -> np.ndarray:
+        """Scratch to decode blocks into."""
+        needed = store.geometry.kv_heads * min(BLOCK, store.length) * store.geometry.head_dim
         if self._scratch.shape[1] < needed:  # grows by doubling, so that most steps allocate nothing here
-            self._scratch = np.empty((2, min(2 * needed, kv_heads * BLOCK * head_dim)), np.float32)
-        for keys, values in store.blocks(layer, BLOCK, self._scratch):
-            softmax.add(rows @ keys.transpose(0, 2, 1), values)
-
-        def by_token(x: np.ndarray) -> np.ndarray:
-            return x.reshape(kv_heads, group, tokens, -1).transpose(2, 0, 1, 3).reshape(tokens, heads, -1)
-
-        out[...] = by_token(softmax.weighted / softmax.total)
-        if row_squares is not None:
-            row_squares[...] = by_token(softmax.squares / softmax.total**2)[..., 0]
+            most = store.geometry.kv_heads * BLOCK * store.geometry.head_dim
+            self._scratch = np.empty((2, min(2 * needed, most)), np.float32)
+        return self._scratch
 
 
 BACKENDS = {"numpy": NumpyAttention}

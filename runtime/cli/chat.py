@@ -53,7 +53,7 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
 @click.pass_context
 def chat(
     ctx, system, session_file, session_readonly, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
-    backend, max_tokens, **generation,
+    prefill, backend, max_tokens, **generation,
 ) -> None:  # fmt: skip
     """Talk with a model; /help lists what you can type besides.
 
@@ -68,7 +68,7 @@ def chat(
       printf 'Hello\\nAnd then?\\n' | kvq chat -q
     """
     settings = {
-        "policy": policy, "recent": recent, "sink": sink, "backend": backend,
+        "policy": policy, "recent": recent, "sink": sink, "prefill": prefill, "backend": backend,
         "kv_bits": kv_bits, "kv_memory": kv_memory,
     }  # fmt: skip
     generation["max_tokens"] = None if max_tokens == -1 else max_tokens

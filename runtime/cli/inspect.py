@@ -37,7 +37,7 @@ POLICY = option("-p", "--policy", default="adaptive", metavar="NAME", show_defau
 @options([*BASICS, *MODEL, POLICY, *CACHE[1:]])
 @click.pass_context
 def inspect(
-    ctx, text, text_file, session_file, model, policy, kv_bits, kv_memory, recent, sink, backend, threads,
+    ctx, text, text_file, session_file, model, policy, kv_bits, kv_memory, recent, sink, prefill, backend, threads,
     color, as_json, html_file, png_file, quiet,
 ) -> None:  # fmt: skip
     """Show TEXT with each token shaded by the precision it is cached at.
@@ -67,7 +67,7 @@ def inspect(
         prompt = read_prompt(text, text_file)
         inspection = kvq.inspect_text(
             load_model(model, threads), prompt, policy, features=features, recent=recent, sink=sink,
-            backend=backend, kv_bits=kv_bits, kv_memory=kv_memory,
+            prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
     if html_file:
         write_atomically(html_file, page.html(inspection))
@@ -90,6 +90,6 @@ def _refuse_beside_session(ctx: click.Context) -> None:
     """A session has its text and its policy: options that would set them are refused, not ignored."""
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
-        if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink"):
+        if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink", "prefill"):
             hint = parameter.get_error_hint(ctx)
             raise click.UsageError(f"{hint} and --session exclude each other: a session has its own", ctx)

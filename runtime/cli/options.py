@@ -161,6 +161,9 @@ CACHE = [
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",
            help="Newest tokens kept at 16 bits."),
     option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
+    option("--prefill", default="auto", metavar="HOW", show_default=True, section="Cache",
+           help="Read prompts stepwise, as token by token, or chunked, which is faster; auto is stepwise where the "
+           "policy looks at tokens."),
     option("--backend", metavar="NAME", section="Cache", help="native or numpy; the fastest if not given."),
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ from kvq.runtime.errors import SessionError
 @options(MODEL)
 @options(CACHE)
 def prefill(
-    file, out, overwrite, quiet, model, policy, kv_bits, kv_memory, recent, sink, backend, threads
+    file, out, overwrite, quiet, model, policy, kv_bits, kv_memory, recent, sink, prefill, backend, threads
 ) -> None:  # fmt: skip
     """Read the text FILE (- is stdin) and keep what the model has made of it in a session file.
 
@@ -43,7 +43,9 @@ def prefill(
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
     text = read_prompt(None, file)
     loaded = load_model(model, threads)
-    session = loaded.session(policy, recent=recent, sink=sink, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+    session = loaded.session(
+        policy, recent=recent, sink=sink, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory
+    )
     ids = loaded.encode(text)
     begun = time.perf_counter()
     if quiet:

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 @options(SAMPLING)
 @click.pass_context
 def run(
-    ctx, prompt, prompt_file, model, session_file, session_readonly, policy, kv_bits, kv_memory, recent, sink, backend,
-    threads, as_json, quiet, **generation,
+    ctx, prompt, prompt_file, model, session_file, session_readonly, policy, kv_bits, kv_memory, recent, sink, prefill,
+    backend, threads, as_json, quiet, **generation,
 ) -> None:  # fmt: skip
     """Generate text after PROMPT.
 
@@ -69,7 +69,7 @@ def run(
     kept = SessionFile.of(session_file, session_readonly)
     text = read_prompt(prompt, prompt_file, optional=kept is not None and kept.exists)
     settings = {
-        "policy": policy, "recent": recent, "sink": sink, "backend": backend,
+        "policy": policy, "recent": recent, "sink": sink, "prefill": prefill, "backend": backend,
         "kv_bits": kv_bits, "kv_memory": kv_memory,
     }  # fmt: skip
     loaded = load_model(model, threads)

@@ -41,7 +41,7 @@ static void run_serially(void *context, void (*work)(void *, size_t), size_t cou
 
 static void decode_work(void *data, size_t i) {
     const kvq_task *task = data;
-    task->kernel->decode(task, i);
+    task->kernel->decode(task, (int)(i / task->chunks), (int)(i % task->chunks));
 }
 
 static void prefill_work(void *data, size_t i) {
@@ -49,8 +49,7 @@ static void prefill_work(void *data, size_t i) {
     if (task->kernel->prefill(task, i)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
 }
 
-/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and returns their number. */
-static int plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
+int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
     long slots = 0;
     for (int p = 0; p < pass->pages; p++) slots += slots_of(pass->page + p) > 0 ? slots_of(pass->page + p) : 0;
     int threads = pass->threads < 1 ? 1 : pass->threads;
@@ -75,8 +74,7 @@ static int plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
     return chunks;
 }
 
-/* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
-static unsigned key_widths(const kvq_pass *pass) {
+unsigned kvq_key_widths(const kvq_pass *pass) {
     unsigned widths = 0;
     for (int p = 0; p < pass->pages; p++) widths |= 1u << pass->page[p].key_bits;
     return widths;
@@ -87,7 +85,7 @@ static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
     int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
     if (!chunk) return -1;
     task->chunk = chunk;
-    task->chunks = plan_chunks(pass, chunk, &task->chunk_room);
+    task->chunks = kvq_plan_chunks(pass, chunk, &task->chunk_room);
     const size_t items = (size_t)task->chunks * pass->kv_heads;
     const size_t query_bytes = sizeof(float) * task->padded_dim * pass->heads;
     const size_t integer_bytes = sizeof(kvq_integer_query) * pass->heads;
@@ -98,7 +96,7 @@ static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
         int32_t *words = (int32_t *)(memory + query_bytes);
         kvq_integer_query *integer = (kvq_integer_query *)(memory + query_bytes + word_bytes);
         char *partials = memory + query_bytes + word_bytes + integer_bytes;
-        task->kernel->queries(task, key_widths(pass), query, integer, words);
+        task->kernel->queries(task, kvq_key_widths(pass), query, integer, words);
         task->query = query, task->words = words, task->integer = integer;
         task->partials = partials + (16 - (uintptr_t)partials % 16) % 16;
         long work = (long)items * task->chunk_room * task->group * pass->head_dim;
@@ -131,6 +129,7 @@ int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_pa
                 memcpy(pass->values + to, rows->value + t * rows->value_stride + (size_t)h * d, sizeof(float) * d);
             }
     if (pass->tokens == 1) return decode(&task, parallel, context);
+    if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);
     const int all_rows = task.group * pass->tokens;
     task.row_block = all_rows < ROW_BLOCK ? all_rows : ROW_BLOCK;
     task.row_blocks = (all_rows + task.row_block - 1) / task.row_block;

@@ -23,5 +23,6 @@
                                .prepare = prepare_token,           \
                                .swiglu = swiglu_row,               \
                                .move = move_tokens,                \
+                               .move_token = move_token,           \
                                .storable = storable,               \
                                .encode = encode_vectors}

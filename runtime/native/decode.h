@@ -271,9 +271,12 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
         int slots = slots_of(page), words = words_per_vector(page->value_bits, pass->head_dim);
         count = 1;
 #ifdef DOT_VALUES
-        if (dot_values_fit(page->value_bits, words)) { /* all neighbours of this precision at once */
-            for (; p + count < end && page[count].value_bits == page->value_bits; count++)
+        if (dot_values_fit(page->value_bits, words)) { /* all neighbours of this precision at once, whatever empty pages
+                                                        * of others lie between */
+            for (; p + count < end; count++) {
+                if (page[count].value_bits != page->value_bits && slots_of(page + count) > 0) break;
                 slots += slots_of(page + count) > 0 ? slots_of(page + count) : 0;
+            }
             const char *next = p + count < end ? codes_at(task, page + count, vector_row, 0) : after;
             FOR_HEADS(weigh_run(page->value_bits, HEADS, words, page, count, vector_row, scores + at, room, sums[0],
                                 stride, next))
@@ -298,12 +301,11 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
     }
 }
 
-static void decode_item(const kvq_task *task, size_t i) {
-    const int kv_head = (int)(i / task->chunks), chunk = (int)(i % task->chunks);
-    const char *after = after_item(task, i);
-    for (int g = 0; g < task->group; g += DECODE_HEADS) {
+static void decode_item(const kvq_task *task, int kv_head, int chunk) {
+    const char *after = after_item(task, (size_t)kv_head * task->chunks + chunk);
+    char *partial = partials_of(task, kv_head, chunk);
+    for (int g = 0; g < task->group; g += DECODE_HEADS, partial += DECODE_HEADS * partial_bytes(task)) {
         int heads = task->group - g < DECODE_HEADS ? task->group - g : DECODE_HEADS;
-        char *partial = task->partials + (i * task->group + g) * partial_bytes(task);
         decode_heads(task, kv_head, chunk, kv_head * task->group + g, heads, partial, after);
     }
 }

@@ -140,7 +140,7 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
         const size_t first_slot = vector_row * page[p].capacity + page[p].begin;
         const uint32_t *values = page[p].values + first_slot * words;
         const char *after = next;
-        if (p + 1 < count) {
+        if (p + 1 < count && slots_of(page + p + 1) > 0) {
             const size_t its_slot = vector_row * page[p + 1].capacity + page[p + 1].begin;
             after = (const char *)(page[p + 1].values + its_slot * words);
         }

@@ -9,6 +9,7 @@ import numpy as np
 from kvq.runtime.engine import Bound, Engine, ForwardPass
 from kvq.runtime.errors import BundleError
 from kvq.runtime.native.library import FILE, Pass, load
+from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
 from kvq.runtime.store import KVStore
 
@@ -20,16 +21,18 @@ class NativePass(ForwardPass):
         engine: the sessions.
         tokens: tokens per pass.
         kernel: index of the instruction set, see `library.kernels`.
+        stepwise: as in `AttentionBackend.forward_pass`.
     """
 
-    def __init__(self, engine: Engine, tokens: int, kernel: int) -> None:
+    def __init__(self, engine: Engine, tokens: int, kernel: int, stepwise: bool = False) -> None:
         super().__init__(engine, tokens)
         shape = engine.architecture
         self._library = load()
         self._table = PageTable()
+        self._stepwise = StepwiseTable(kernel) if stepwise and tokens > 1 else None
         self._pass = Pass(
             *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
-            *(self.keys.ctypes.data, self.values.ctypes.data, None),
+            *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
         )
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
         decoder = engine.decoder(FILE)
@@ -37,7 +40,11 @@ class NativePass(ForwardPass):
         self._graph = Bound(decoder, inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
-        table = self._table.update(store)
+        if self._stepwise is not None:
+            table, move = self._stepwise.update(store, self.keys, self.values)
+            self._pass.stepwise = ctypes.addressof(move)
+        else:
+            table = self._table.update(store)
         self._pass.page, self._pass.pages = table.ctypes.data, len(table)
         self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
         self._library.kvq_set_pass(ctypes.byref(self._pass))

@@ -26,13 +26,14 @@ typedef struct {
     const char *name;
     int (*available)(void);
     int integer_dot;                               /* wants task->integers */
-    void (*decode)(const kvq_task *task, size_t i); /* item: one KV head x one chunk of pages, one new token */
+    void (*decode)(const kvq_task *task, int kv_head, int chunk); /* one new token */
     void (*queries)(const kvq_task *task, unsigned widths, float *query, kvq_integer_query *integer, int32_t *words);
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
     void (*prepare)(const kvq_prepare *p, size_t token);
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*move)(const kvq_move *move);
+    void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*storable)(const float *x, size_t count);
     int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
@@ -50,6 +51,7 @@ struct kvq_task {
     const int32_t *chunk;              /* [chunks + 1]: first page of each chunk */
     int chunks, chunk_room;            /* chunk_room: most slots of a chunk */
     char *partials;                    /* [kv_heads, chunks, group] of kvq_partial and weighted values */
+    int first_kv_head;                 /* the one whose partials come first */
     /* prefill */
     int row_block, row_blocks;         /* rows are (query head of the group, new token) */
     int failed;
@@ -78,6 +80,12 @@ static inline size_t partial_bytes(const kvq_task *task) {
     return sizeof(kvq_partial) + sizeof(float) * (size_t)task->padded_dim;
 }
 
+/* The first partial result of a KV head's query heads over a chunk. */
+static inline char *partials_of(const kvq_task *task, int kv_head, int chunk) {
+    const size_t chunks_before = (size_t)(kv_head - task->first_kv_head) * task->chunks + chunk;
+    return task->partials + chunks_before * task->group * partial_bytes(task);
+}
+
 /* Integer words of one query head are kept for 8, 4 and 2 bits, part after part of each:
  * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
 static inline int integer_words(int bits, int head_dim) { return words_per_vector(bits, head_dim) * (8 / bits); }
@@ -90,6 +98,13 @@ static inline int integer_words_start(int bits, int head_dim) {
     if (bits < 4) start += QUERY_PARTS * integer_words(4, head_dim);
     return start;
 }
+
+/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
+int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
+/* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
+unsigned kvq_key_widths(const kvq_pass *pass);
+/* The rows of a pass with `stepwise`; as kvq_attend. */
+int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
 
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)

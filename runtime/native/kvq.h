@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 3 /* raise when a struct or a function below changes */
+#define KVQ_ABI 4 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -31,6 +31,23 @@ typedef struct {
     int32_t first, count, period;
 } kvq_page;
 
+/* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
+typedef struct {
+    int32_t window_slot;
+    int32_t page, page_slot; /* number of the page's row; -1 where the slot of the window is free */
+} kvq_move_step;
+
+/* The way of new tokens through the store, one after the other. Byte for byte what encoding and writing in numpy gives. */
+typedef struct {
+    int32_t layers, kv_heads, head_dim;
+    int32_t kernel;
+    int32_t tokens;
+    const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
+    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
+    const kvq_page *page;       /* rows of the pages that tokens go to */
+    const kvq_move_step *step;  /* [tokens] */
+} kvq_move;
+
 /* One forward pass of one session. */
 typedef struct {
     int32_t layers, heads, kv_heads, head_dim;
@@ -41,6 +58,9 @@ typedef struct {
     const kvq_page *page;
     float *keys, *values; /* [layers, kv_heads, tokens, head_dim]: the new ones are copied here; may be null */
     float *row_squares;   /* [tokens, heads]: sums of squares of the last layer's rows, or null */
+    const kvq_move *stepwise; /* null, or how each token but the last goes on its way before the next one attends: every
+                               * row then sees just what a pass of its own would see. Its rows are those of `page`, its
+                               * keys and values those above; pages are written behind their count */
 } kvq_pass;
 
 /* The new tokens of one layer. Strides are in floats, from one token to the next. */
@@ -83,23 +103,6 @@ KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *r
  * for byte as runtime/codecs does. head_dim is at most 1024. Returns 0, or -1 when a value is refused there. */
 KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
                           uint32_t *words, uint16_t *scales);
-
-/* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
-typedef struct {
-    int32_t window_slot;
-    int32_t page, page_slot; /* number of the page's row; -1 where the slot of the window is free */
-} kvq_move_step;
-
-/* The way of new tokens through the store, one after the other. Byte for byte what encoding and writing in numpy gives. */
-typedef struct {
-    int32_t layers, kv_heads, head_dim;
-    int32_t kernel;
-    int32_t tokens;
-    const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
-    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
-    const kvq_page *page;       /* rows of the pages that tokens go to */
-    const kvq_move_step *step;  /* [tokens] */
-} kvq_move;
 
 /* Returns 0, or -1 where no kernel can do it. The values have to be storable. */
 KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError
 
-ABI = 3
+ABI = 4
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 WINDOW_BITS = 15
 FILE = Path(__file__).with_name("libkvq.so")
@@ -29,7 +29,7 @@ class Pass(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
-        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise")),
     )
 
 

@@ -36,25 +36,28 @@ static void read_window(slot_codes from, float *x) {
     }
 }
 
-static void move_vector(const kvq_move *move, int of_keys, size_t row) {
+/* Token t's key or value of one layer and KV head, number `row` of all vectors, takes its slot of the window. */
+static void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
     const int d = move->head_dim;
-    const float *new = (of_keys ? move->keys : move->values) + row * move->tokens * d;
+    const float *new = (of_keys ? move->keys : move->values) + (row * move->tokens + t) * d;
+    const kvq_move_step *step = move->step + t;
+    const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
     float x[1024];
     uint32_t words[512];
     uint16_t scale = 0;
-    for (int t = 0; t < move->tokens; t++, new += d) {
-        const kvq_move_step *step = move->step + t;
-        const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
-        if (step->page >= 0) {
-            const kvq_page *page = move->page + step->page;
-            const int bits = of_keys ? page->key_bits : page->value_bits;
-            read_window(held, x);
-            encode_vectors(bits, x, 1, d, words, &scale);
-            put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, bits);
-        }
-        encode_vectors(WINDOW_BITS, new, 1, d, words, &scale);
-        put(held, words, scale, WINDOW_BITS);
+    if (step->page >= 0) {
+        const kvq_page *page = move->page + step->page;
+        const int bits = of_keys ? page->key_bits : page->value_bits;
+        read_window(held, x);
+        encode_vectors(bits, x, 1, d, words, &scale);
+        put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, bits);
     }
+    encode_vectors(WINDOW_BITS, new, 1, d, words, &scale);
+    put(held, words, scale, WINDOW_BITS);
+}
+
+static void move_token(const kvq_move *move, size_t row, int t) {
+    for (int of_keys = 0; of_keys < 2; of_keys++) move_vector(move, of_keys, row, t);
 }
 
 /* A key's words lie a cache line apart and were last used a whole forward pass ago. */
@@ -71,7 +74,7 @@ static void move_tokens(const kvq_move *move) {
                 expect(slot_at(move->window, of_keys, i + 1, first->window_slot, d));
                 if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
             }
-            move_vector(move, of_keys, i);
+            for (int t = 0; t < move->tokens; t++) move_vector(move, of_keys, i, t);
         }
 }
 

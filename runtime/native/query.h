@@ -92,7 +92,7 @@ static void merge_head(const kvq_task *task, int head) {
     for (int c = whole; c < d; c++) own += q[c] * key[c];
 
     const size_t step = partial_bytes(task);
-    const char *first = task->partials + ((size_t)kv_head * task->chunks * task->group + head % task->group) * step;
+    const char *first = partials_of(task, kv_head, 0) + head % task->group * step;
     float maximum = own;
     for (int c = 0; c < task->chunks; c++)
         maximum = fmaxf(maximum, ((const kvq_partial *)(first + c * task->group * step))->maximum);

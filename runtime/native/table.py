@@ -14,21 +14,28 @@ class PageTable:
 
     Pages come and go rarely, their counts change with every token: `update` rewrites the rows
     only when the list of pages is another one.
+
+    Attributes:
+        rows: as `update` returned them last.
+        pages: those of the first rows; the rest are the window's.
     """
 
     def __init__(self) -> None:
         self.rows = np.zeros(0, PAGE)
-        self._pages: list[Page] = []
+        self.pages: list[Page] = []
         self._window: RecentWindow | None = None
 
-    def update(self, store: KVStore) -> np.ndarray:
-        """The rows for the store as it is now; valid until the store changes or the next call."""
-        pages = [page for bucket in store.buckets.values() for page in bucket.pages]
-        window = store.window
-        known = window is self._window and len(pages) == len(self._pages)
-        if not known or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
+    def update(self, store: KVStore, window: RecentWindow | None = None) -> np.ndarray:
+        """The rows for the store as it is now, pages made ahead included; valid until the store changes or the next call.
+
+        window: stands in for the store's own.
+        """
+        pages = [page for bucket in store.buckets.values() for page in (*bucket.pages, *bucket.ahead)]
+        window = store.window if window is None else window
+        known = window is self._window and len(pages) == len(self.pages)
+        if not known or any(a is not b for a, b in zip(pages, self.pages, strict=True)):
             settle(pages)
-            self._pages, self._window = pages, window
+            self.pages, self._window = pages, window
             self.rows = np.array([page_row(page) for page in pages] + window_rows(window), PAGE)
         self.rows["count"][: len(pages)] = [page.count for page in pages]
         if window.capacity:

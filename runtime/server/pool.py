@@ -138,8 +138,8 @@ class SessionPool:
         capacity = self._capacities.get(settings)
         if capacity is None:
             session = self.model.session(
-                settings.policy, recent=settings.recent, sink=settings.sink, backend=self.backend,
-                kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
+                settings.policy, recent=settings.recent, sink=settings.sink, prefill=settings.prefill,
+                backend=self.backend, kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
             )  # fmt: skip
             if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
                 self._capacities.clear()
@@ -193,8 +193,9 @@ class SessionPool:
     def _new_session(self, settings: Settings, capacity: Capacity) -> Session:
         """An empty session. Its budget is the one made once: for some policies that takes a second."""
         session = self.model.session(
-            capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk, backend=self.backend
-        )
+            capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk,
+            prefill=settings.prefill, backend=self.backend,
+        )  # fmt: skip
         session.budget, session.kv_bits, session.kv_memory = capacity.budget, capacity.kv_bits, capacity.kv_memory
         return session
 

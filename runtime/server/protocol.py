@@ -43,7 +43,7 @@ ROLES = ("system", "developer", "user", "assistant")
 class Settings(NamedTuple):
     """What a session is made with. Sessions of equal settings and equal tokens hold the same bytes.
 
-    policy, kv_bits, kv_memory, recent, sink: as in `Model.session`; None as there.
+    policy, kv_bits, kv_memory, recent, sink, prefill: as in `Model.session`; None as there.
     """
 
     policy: str | None = None
@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     kv_memory: float | None = None
     recent: int = 16
     sink: int = 0
+    prefill: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
  * access beyond a page; the random numbers are the same in every run. */
 #include "check_attention.h"
 #include "check_codecs.h"
+#include "check_stepwise.h"
 
 /* What is refused, and what the names say. */
 static void check_interface(void) {
@@ -40,6 +41,7 @@ static void check_everything(int quick) {
     check_mixtures(quick ? 40 : 300, quick ? 400 : 1100);
     check_long(quick);
     check_prefill(quick);
+    check_stepwise(quick ? 4 : 20);
     check_large_scores();
     check_encoding(quick ? 1 : 4);
     check_moves(quick ? 2 : 10);

@@ -1,0 +1,44 @@
+"""What the native library needs to let the tokens of a pass see what single steps would see."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvq.runtime.native.library import PAGE, Move, MoveStep
+from kvq.runtime.native.table import PageTable
+from kvq.runtime.store import KVStore, RecentWindow
+
+
+class StepwiseTable:
+    """A page table on which tokens go their way while a pass is running.
+
+    The store stays as it is: the way through the window is gone in a copy of it, and the pages are written
+    behind their last token, where `KVStore.append` puts the same bytes afterwards.
+    """
+
+    def __init__(self, kernel: int) -> None:
+        self._kernel = kernel
+        self._table = PageTable()
+        self._window: RecentWindow | None = None
+
+    def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, Move]:
+        """The rows before the first new token, and the way of all but the last; valid until the next call.
+
+        keys, values: float32 [layers, kv_heads, tokens, head_dim], written by the pass before they are read.
+        """
+        layers, kv_heads, tokens, head_dim = keys.shape
+        if self._window is None or self._window.capacity != store.window.capacity:
+            self._window = store.window.copy()
+        else:
+            self._window.take(store.window)
+        steps = store.steps_ahead(tokens - 1)
+        rows = self._table.update(store, self._window)
+        number = {id(page): i for i, page in enumerate(self._table.pages)} | {id(None): -1}
+        self._steps = (MoveStep * len(steps))(*(MoveStep(slot, number[id(page)], at) for slot, page, at in steps))
+        first = rows.ctypes.data
+        return rows, Move(
+            *(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data),
+            *(first + len(self._table.pages) * PAGE.itemsize, first, ctypes.addressof(self._steps)),
+        )
