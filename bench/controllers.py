@@ -82,7 +82,7 @@ def _samples(bundle: Path, threads: int | None) -> Samples:
     model = kvq.load(bundle, threads=threads)
     ids = np.random.default_rng(2).integers(0, model.architecture.vocab, TOKENS)
     watch = _Watch()
-    model.session(watch, prefill_chunk=TOKENS).append(ids)
+    model.session(watch, prefill_chunk=TOKENS, prefill="chunked").append(ids)
     seen = watch.seen
     norms = [
         np.log(np.square(seen.get(side)).mean(-1) + NORM_FLOOR).reshape(-1, TOKENS).T for side in ("keys", "values")

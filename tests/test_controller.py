@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kvq
 from kvq.controller.cli import train_controller
-from kvq.controller.evaluation.blocks import BlockScorer
+from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.network import features_of
 from kvq.controller.parallel import ParallelModel
 from kvq.controller.policies import Policy, make_policy
@@ -182,16 +182,13 @@ def test_chunks_do_not_change_the_choices(name, trained):
     kv_bits=st.sampled_from([None, 8.0, 12.0]),
 )
 def test_evaluations_choose_as_token_by_token(name, seed, recent, kv_bits, trained):
-    """A session's chunk reads tokens that leave the window within it at 16 bits; the scorer's blocks do not."""
     model = kvq.load(trained)
     ids = np.random.default_rng(seed).integers(0, TINY["vocab_size"], 120)
     session = model.session(name, recent=recent, kv_bits=kv_bits, prefill_chunk=1)
     session.append(ids)
-    found: list = []
-    for _ in BlockScorer(model, len(ids), recent).score(ids, make_policy(name, model.bundle), kv_bits, found):
-        pass
+    found = Scorer(model, recent).score(ids, make_policy(name, model.bundle), kv_bits)
     # Sums in another order: a token in a hundred may stand on the border of two classes.
-    assert (found[0].bits == stored_tokens(session.store).chosen).all(1).mean() >= 0.98
+    assert (found.bits == stored_tokens(session.store).chosen).all(1).mean() >= 0.98
 
 
 @pytest.mark.parametrize("name", ["adaptive", "paper"])

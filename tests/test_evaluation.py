@@ -1,4 +1,4 @@
-"""Evaluation: blocks give what decoding step by step gives, arms keep to equal bytes, results are complete."""
+"""Evaluation: scores are those of decoding step by step, arms keep to equal bytes, results are complete."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from click.testing import CliRunner
 
 import kvq
 from kvq.controller.evaluation.arms import LADDER, Bytes, oracle, shuffled, static_mix
-from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.cli import evaluate
 from kvq.controller.evaluation.divergence import outcome, reference
 from kvq.controller.evaluation.pareto import chunks, compare, measure
 from kvq.controller.evaluation.report import tables
+from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.exporter.calibration import calibration_text
 from kvq.exporter.export import export
@@ -28,26 +28,24 @@ SPACE = Bytes(Geometry(6, 2, 64), 512, 16)
 
 @pytest.mark.parametrize("recent", [0, 3, 16])
 @pytest.mark.parametrize("policy", ["fp16", "int4", "mixed", "random", "rule"])
-def test_blocks_agree_with_decoding_step_by_step(policy, recent, tiny_model):
+def test_scores_agree_with_decoding_step_by_step(policy, recent, tiny_model):
     medians = []
     for seed in range(3):
         ids = np.random.default_rng(seed).integers(0, 512, 70)
-        found: list = []
-        scorer = BlockScorer(tiny_model, len(ids), recent)
-        blocks = [logits for _, logits in scorer.score(ids, make_policy(policy), result=found)]
+        found = Scorer(tiny_model, recent).score(ids, make_policy(policy))
         session = tiny_model.session(policy, recent=recent)
         expected = np.stack([session.append([i]) for i in ids])
-        medians.append(np.median(np.abs(np.concatenate(blocks) - expected).max(1)))
+        medians.append(np.median(np.abs(found.logits - expected).max(1)))
         if policy != "rule":  # which looks at features, that may stand on a threshold
-            assert found[0].used_nbytes == session.store.used_nbytes
-            assert found[0].nbytes == session.store.nbytes
+            assert found.used_nbytes == session.store.used_nbytes
+            assert found.nbytes == session.store.nbytes
     # A value on the border of two codes falls either way with the last bit of a sum.
     assert np.median(medians) <= 1e-3
 
 
 def test_the_16_bit_arm_has_no_divergence_and_fewer_bits_have_more(tiny_model):
     ids = np.random.default_rng(0).integers(0, 512, 80)
-    scorer = BlockScorer(tiny_model, 80, 4)
+    scorer = Scorer(tiny_model, 4)
     expected = reference(scorer, ids)
     means = [outcome(scorer, ids, expected, make_policy(p)).kld.mean() for p in ("fp16", "int8", "int4", "int2")]
     assert abs(means[0]) < 1e-6
@@ -167,7 +165,7 @@ def test_refusals_are_one_line(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
 
 def test_one_text_at_the_edges_of_the_budgets(tiny_model):
     ids = np.random.default_rng(0).integers(0, 512, 60)
-    lowest = Bytes(BlockScorer(tiny_model, 60, 4).geometry, 60, 4)
+    lowest = Bytes(tiny_model.session().store.geometry, 60, 4)
     edge = lowest.bits(lowest.stored * lowest.each(LADDER[:1])[0] + lowest.window)
     rows = measure(tiny_model, [ids], [edge + 1e-6, 40.0], recent=4)
     for row in rows:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvq.controller.evaluation.blocks import BlockScorer, Scored
+from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import Policy, TokenFeatures, make_policy
+
+
+ROWS = 32  # logits turned into probabilities at a time
 
 
 class Given(Policy):
@@ -30,13 +33,16 @@ class Outcome:
         kld: KL(16 bits || arm) in nats at each position.
         same_top1: whether both put the same token first.
         loss: of the text's next token in nats; one shorter.
-        scored: precisions and bytes.
+        bits: uint8 [tokens, 2], what each token was given.
+        used_nbytes, nbytes: of the store that holds the text, without and with the free room of pages.
     """
 
     kld: np.ndarray
     same_top1: np.ndarray
     loss: np.ndarray
-    scored: Scored
+    bits: np.ndarray
+    used_nbytes: int
+    nbytes: int
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -45,22 +51,25 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def reference(scorer: BlockScorer, ids: np.ndarray) -> np.ndarray:
+def reference(scorer: Scorer, ids: np.ndarray) -> np.ndarray:
     """Log-probabilities of the 16-bit arm, float32 [tokens, vocab]."""
-    return np.concatenate([log_softmax(logits) for _, logits in scorer.score(ids, make_policy("fp16"))])
+    logits = scorer.score(ids, make_policy("fp16")).logits
+    for at in range(0, len(ids), ROWS):
+        logits[at : at + ROWS] = log_softmax(logits[at : at + ROWS])
+    return logits
 
 
 def outcome(
-    scorer: BlockScorer, ids: np.ndarray, expected: np.ndarray, policy: Policy, kv_bits: float | None = None
+    scorer: Scorer, ids: np.ndarray, expected: np.ndarray, policy: Policy, kv_bits: float | None = None
 ) -> Outcome:
     """Score a text int64 [tokens] through an arm, against the reference's log-probabilities."""
     kld, same, loss = np.empty(len(ids), np.float32), np.empty(len(ids), bool), np.empty(len(ids), np.float32)
-    found: list[Scored] = []
+    scored = scorer.score(ids, policy, kv_bits)
     following = np.append(ids[1:], 0)
-    for start, logits in scorer.score(ids, policy, kv_bits, found):
-        part = slice(start, start + len(logits))
-        logp, truth = log_softmax(logits), expected[part]
+    for at in range(0, len(ids), ROWS):
+        part = slice(at, at + ROWS)
+        logp, truth = log_softmax(scored.logits[part]), expected[part]
         kld[part] = (np.exp(truth) * (truth - logp)).sum(-1)
         same[part] = logp.argmax(-1) == truth.argmax(-1)
         loss[part] = -logp[np.arange(len(logp)), following[part]]
-    return Outcome(kld, same, loss[:-1], found[0])
+    return Outcome(kld, same, loss[:-1], scored.bits, scored.used_nbytes, scored.nbytes)

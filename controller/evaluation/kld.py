@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.divergence import Outcome, outcome, reference
 from kvq.controller.evaluation.pareto import Progress
+from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.runtime.model import Model
 
@@ -20,7 +20,7 @@ def measure(
 ) -> dict[str, list[Outcome]]:
     """Outcomes by policy of texts int64 [context], all of one length."""
     chosen = {name: make_policy(name, model.bundle) for name in policies}
-    scorer = BlockScorer(model, len(texts[0]), recent)
+    scorer = Scorer(model, recent)
     found: dict[str, list[Outcome]] = {name: [] for name in policies}
     for number, ids in enumerate(texts):
         expected = reference(scorer, ids)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled, static_mix
-from kvq.controller.evaluation.blocks import BlockScorer
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
+from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.controller.texts import read_text, windows
 from kvq.runtime.errors import ContextError
 from kvq.runtime.model import Model
+from kvq.runtime.pages import Geometry
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
 SCORED = ("rule", "random", "paper", "adaptive")
@@ -69,8 +70,8 @@ def measure(
         kld_p99, top1, perplexity, kld_by_text.
     """
     context = len(texts[0])
-    scorer = BlockScorer(model, context, recent)
-    space = Bytes(scorer.geometry, context, recent)
+    scorer, shape = Scorer(model, recent), model.architecture
+    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent)
     for budget in budgets:
         space.check(budget)
     meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint and "oracle" in arms else None
@@ -103,7 +104,7 @@ def measure(
             for name, policy in policies.items():
                 done = add(name, budget, policy, budget)
                 if name == "adaptive" and "shuffled" in arms:
-                    add("shuffled", budget, Given(shuffled(done.scored.bits, space.stored, shuffling)))
+                    add("shuffled", budget, Given(shuffled(done.bits, space.stored, shuffling)))
             if meter is not None and damage is not None:
                 add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
         if each:
@@ -116,9 +117,9 @@ def _row(arm: str, requested: float | None, context: int, space: Bytes, found: l
     return {
         "arm": arm,
         "bits_requested": requested,
-        "bits_measured": round(max(space.bits(o.scored.used_nbytes) for o in found), 4),
-        "bits_mean": round(float(np.mean([space.bits(o.scored.used_nbytes) for o in found])), 4),
-        "bits_with_slack": round(float(np.mean([space.bits(o.scored.nbytes) for o in found])), 4),
+        "bits_measured": round(max(space.bits(o.used_nbytes) for o in found), 4),
+        "bits_mean": round(float(np.mean([space.bits(o.used_nbytes) for o in found])), 4),
+        "bits_with_slack": round(float(np.mean([space.bits(o.nbytes) for o in found])), 4),
         "context": context,
         "texts": len(found),
         "kld_mean": float(kld.mean()),
