@@ -148,9 +148,7 @@ class Model:
         """
         from kvq.runtime.session_file import read_session
 
-        return read_session(
-            self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory
-        )
+        return read_session(self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -180,7 +180,7 @@ def _empty_session(
     kv_memory: float | None,
 ) -> Session:
     """A session of the file's settings, or of the caller's where given."""
-    settings = {
+    settings: dict[str, Any] = {
         "recent": header.recent, "sink": header.sink, "prefill_chunk": header.prefill_chunk,
         "prefill": header.prefill if prefill is None else prefill,
     }  # fmt: skip

@@ -73,7 +73,9 @@ class Stats:
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
         parts.append(f"policy {self.policy}: {', '.join(held)}" if held else f"policy {self.policy}")
         if self.prefill_tokens_per_s is not None:
-            parts.append(f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s")
+            parts.append(
+                f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s"
+            )
         if self.ms_per_token is not None:
             parts.append(f"decode {self.ms_per_token:.1f} ms/token, {self.gb_per_s:.1f} GB/s")
         detail = f" ({self.backend_detail})" if self.backend_detail else ""

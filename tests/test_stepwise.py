@@ -60,9 +60,7 @@ def test_rows_are_those_of_single_tokens(backend, situation):
     geometry, recent, sink, tokens, query = situation
     new, old = query.shape[1], len(tokens.bits) - query.shape[1]
     one, many = (make_backend(backend) for _ in range(2))
-    single, whole = (
-        fill(KVStore(geometry, recent, sink, part.codecs), tokens.part(0, old)) for part in (one, many)
-    )
+    single, whole = (fill(KVStore(geometry, recent, sink, part.codecs), tokens.part(0, old)) for part in (one, many))
     expected, found = np.empty_like(query), np.empty_like(query)
     squares = np.zeros((2, *query.shape[:3]), np.float32)
     for layer in range(geometry.layers):

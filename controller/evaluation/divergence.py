@@ -9,7 +9,6 @@ import numpy as np
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import Policy, TokenFeatures, make_policy
 
-
 ROWS = 32  # logits turned into probabilities at a time
 
 

@@ -1,4 +1,4 @@
-"""Scoring texts through the quantized cache, as a session decodes them: its stepwise prefill gives just that, faster."""
+"""Scoring texts through the quantized cache as a session decodes them, which a stepwise prefill does faster."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class NumpyAttention(AttentionBackend):
         tokens, window = len(query), store.window
         new = [x.transpose(1, 0, 2) for x in (key, value)]
         rows = _Rows(query, key.shape[1])
-        rows.add(*new, np.eye(tokens, dtype=bool))  # itself, unrounded
+        rows.add(new[0], new[1], np.eye(tokens, dtype=bool))  # itself, unrounded
         first = store.length - window.count
         slots = window.slots(first, store.length)
         held, bits = window.read(slots, layer), window.bits[slots]
@@ -118,10 +118,11 @@ class NumpyAttention(AttentionBackend):
         place = store.length + np.arange(tokens)[:, None]
         column = first + np.arange(kept[0].shape[1])
         near = place - column <= window.capacity
-        rows.add(*kept, near & (column < place))
+        rows.add(kept[0], kept[1], near & (column < place))
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
-            rows.add(*(self._as_stored(x[:, gone], b[gone]) for x, b in zip(held, bits.T, strict=True)), ~near[:, gone])
+            stored = [self._as_stored(x[:, gone], b[gone]) for x, b in zip(held, bits.T, strict=True)]
+            rows.add(stored[0], stored[1], ~near[:, gone])
         for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values)
         rows.finish(out, row_squares)

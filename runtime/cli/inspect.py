@@ -90,6 +90,15 @@ def _refuse_beside_session(ctx: click.Context) -> None:
     """A session has its text and its policy: options that would set them are refused, not ignored."""
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
-        if given and parameter.name in ("text", "text_file", "policy", "kv_bits", "kv_memory", "recent", "sink", "prefill"):
+        if given and parameter.name in (
+            "text",
+            "text_file",
+            "policy",
+            "kv_bits",
+            "kv_memory",
+            "recent",
+            "sink",
+            "prefill",
+        ):
             hint = parameter.get_error_hint(ctx)
             raise click.UsageError(f"{hint} and --session exclude each other: a session has its own", ctx)
