@@ -26,7 +26,7 @@ class PageTable:
         self._window: RecentWindow | None = None
 
     def update(self, store: KVStore, window: RecentWindow | None = None) -> np.ndarray:
-        """The rows for the store as it is now, valid until it changes or the next call; pages made ahead are among them.
+        """The rows for the store as it is now, pages made ahead among them; valid until it changes or the next call.
 
         window: stands in for the store's own.
         """
