@@ -35,7 +35,8 @@ How it is measured:
   burst, and the first step of each, are not counted. The figure is the median; 25 % of the steps were faster than the
   first number of the spread, 25 % slower than the second.
 * Prefill: the cache filled from empty, arms in turn; the median of five times at 512 tokens, two at 2,048, one beyond,
-  after a first one that is not counted where there are others.
+  after a first one that is not counted where there are others. kvq-adaptive reads prompts stepwise, as policies that
+  look at tokens do by default: what it stores is what decoding token by token stores.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.

@@ -252,21 +252,17 @@ class Session:
 
         Rows before `skip` go through the head only if the policy looks at their entropy or confidence.
         """
-        if not self.policy.needs & {"entropy", "confidence"}:
-            for at in range(0, len(out), HEAD_ROWS):
-                rows = residual[skip + at : skip + at + HEAD_ROWS]
-                out[at : at + len(rows)] = self._head(len(rows)).logits(rows)
-            return None, None
-        entropy, confidence = np.empty((2, len(residual)), np.float32)
-        for at in range(0, len(residual), HEAD_ROWS):
+        looks = bool(self.policy.needs & {"entropy", "confidence"})
+        both = np.empty((2, len(residual)), np.float32) if looks else None
+        for at in range(0 if looks else skip, len(residual), HEAD_ROWS):
             rows = residual[at : at + HEAD_ROWS]
-            stop = at + len(rows)
-            head = self._head(len(rows))
+            stop, head = at + len(rows), self._head(len(rows))
             logits = head.logits(rows)
-            entropy[at:stop], confidence[at:stop] = head.uncertainty(len(rows))
+            if both is not None:
+                both[:, at:stop] = head.uncertainty(len(rows))
             if stop > skip:
                 out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
-        return entropy, confidence
+        return (None, None) if both is None else (both[0], both[1])
 
     def _forward_pass(self, tokens: int) -> ForwardPass:
         """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""

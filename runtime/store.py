@@ -323,7 +323,8 @@ class KVStore:
 def distinct_nbytes(stores: Collection[KVStore]) -> int:
     """Bytes held by all arrays of some stores, shared pages counted once."""
     held = {id(store.window): store.window.nbytes for store in stores}
-    held |= {id(page): page.nbytes for store in stores for bucket in store.buckets.values() for page in bucket.pages}
+    buckets = [bucket for store in stores for bucket in store.buckets.values()]
+    held |= {id(page): page.nbytes for bucket in buckets for page in (*bucket.pages, *bucket.ahead)}
     return sum(held.values())
 
 
