@@ -34,7 +34,7 @@ import numpy as np
 from kvq.controller.policies.base import Policy, ScoredPolicy
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, Geometry
+from kvq.runtime.pages import PAGE_TOKENS, Geometry, last_capacity
 from kvq.runtime.store import KVStore, RecentWindow
 
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
@@ -53,17 +53,10 @@ def token_bytes(geometry: Geometry, pair: tuple[int, int]) -> int:
 
 
 def page_room(most: int) -> np.ndarray:
-    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1].
-
-    Follows the growth of `kvq.runtime.pages.Bucket`; a test compares the two.
-    """
-    room = np.zeros(most + 1, np.int64)
-    capacity = 0
-    while capacity < most:
-        grown = capacity + min(max(FIRST_PAGE_TOKENS, capacity), LAST_PAGE_TOKENS)
-        room[capacity + 1 :] = grown
-        capacity = grown
-    return room
+    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1]."""
+    full, rest = np.divmod(np.arange(most + 1), PAGE_TOKENS)
+    last = np.array([0] + [last_capacity(n) for n in range(1, PAGE_TOKENS)], np.int64)
+    return full * PAGE_TOKENS + last[rest]
 
 
 class Budget:

@@ -2,7 +2,8 @@
 
 A page holds all layers and KV heads of its tokens. Tokens are only ever added behind the
 last one or dropped from the end, and a stored token's bytes never change. All pages of a bucket but
-the last are full, so their number and sizes follow from the bucket's count of tokens alone.
+the last are full and of one size; the last one doubles until it has that size, too. So number and
+sizes of pages follow from the bucket's count of tokens alone.
 
 Forked buckets share their pages. A shared page never changes again: whoever wants to add to it or
 to drop tokens from it goes on with a copy of its own.
@@ -22,11 +23,16 @@ from kvq.runtime import hugepages
 from kvq.runtime.codecs import CODECS, Codec
 from kvq.runtime.codecs.base import WORD_BYTES
 
-# A bucket's pages double from the first size to the last: a handful of tokens does not pay
-# for a large page, and a long bucket is a few hundred arrays at most.
 TILE_TOKENS = 16
-FIRST_PAGE_TOKENS = TILE_TOKENS
-LAST_PAGE_TOKENS = 128
+PAGE_TOKENS = 128  # of a full page: a long bucket is a few hundred arrays at most
+
+
+def last_capacity(tokens: int) -> int:
+    """Tokens that a last page has room for when it has to hold so many, 1 to PAGE_TOKENS.
+
+    A handful of tokens does not pay for a large page, and less than half of a page beyond the first tile is free.
+    """
+    return max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
 
 
 class Bits(NamedTuple):
@@ -72,6 +78,7 @@ class Slots:
         geometry: layers, kv_heads, head_dim.
         capacity: tokens, a multiple of TILE_TOKENS.
         tiled: lie in tiles, word by word (keys), instead of token by token (values).
+        lasting: will be there for long, so they may lie among what huge pages are made of.
 
     Attributes:
         codes: uint8 [layers, kv_heads, tiles, words, 16, 4] when tiled, else [layers, kv_heads, capacity, words, 4].
@@ -79,14 +86,15 @@ class Slots:
         addresses: of the first byte of codes and of scales, for native code.
     """
 
-    def __init__(self, codec: Codec, geometry: Geometry, capacity: int, tiled: bool) -> None:
+    def __init__(self, codec: Codec, geometry: Geometry, capacity: int, tiled: bool, lasting: bool = True) -> None:
         words = codec.code_bytes(geometry.head_dim) // WORD_BYTES
         shape = (geometry.layers, geometry.kv_heads)
         layout = (capacity // TILE_TOKENS, words, TILE_TOKENS) if tiled else (capacity, words)
         self.codec = codec
         self.tiled = tiled
-        self.codes = hugepages.zeros((*shape, *layout, WORD_BYTES))
-        self.scales = hugepages.zeros((*shape, capacity, int(codec.has_scale)), np.float16)
+        zeros = hugepages.zeros if lasting else np.zeros
+        self.codes = zeros((*shape, *layout, WORD_BYTES), np.uint8)
+        self.scales = zeros((*shape, capacity, int(codec.has_scale)), np.float16)
         self.addresses = (self.codes.ctypes.data, self.scales.ctypes.data)
 
     @property
@@ -133,7 +141,7 @@ class Page:
     """Room for `capacity` tokens of one `Bits` pair; `count` of them are used.
 
     shared: other buckets may hold this page too, so it must not change any more.
-    settled: its memory has been put on huge pages, see `settle`.
+    settled: its memory has been put on huge pages, or is not worth it, see `settle`.
     """
 
     def __init__(self, bits: Bits, geometry: Geometry, capacity: int) -> None:
@@ -142,9 +150,9 @@ class Page:
         self.capacity = capacity
         self.count = 0
         self.shared = False
-        self.settled = False
-        self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True)
-        self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False)
+        self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
+        self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True, lasting=not self.settled)
+        self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False, lasting=not self.settled)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
         self.nbytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes  # of all arrays, free room included
 
@@ -156,22 +164,25 @@ class Page:
         self.positions[start:stop] = positions
         self.count = stop
 
-    def parts(self) -> list[np.ndarray]:
-        """Views of what is used of each array: positions; key codes of whole tiles, and of the begun one; key scales;
-        value codes and scales.
+    def parts(self, start: int = 0, stop: int | None = None) -> list[np.ndarray]:
+        """Views of what is used of each array, or of the tokens from `start`, the first one of a tile, up to `stop`:
+        positions; key codes of whole tiles, and of the begun one; key scales; value codes and scales.
         """
-        n, (tiles, rest) = self.count, divmod(self.count, TILE_TOKENS)
-        keys, values = self.keys, self.values
+        stop = self.count if stop is None else stop
+        first, (tiles, rest) = start // TILE_TOKENS, divmod(stop, TILE_TOKENS)
+        keys, values, used = self.keys, self.values, slice(start, stop)
         begun = keys.codes[:, :, tiles : tiles + bool(rest), :, :rest]
         return [
-            *(self.positions[:n], keys.codes[:, :, :tiles], begun, keys.scales[:, :, :n]),
-            *(values.codes[:, :, :n], values.scales[:, :, :n]),
+            *(self.positions[used], keys.codes[:, :, first:tiles], begun, keys.scales[:, :, used]),
+            *(values.codes[:, :, used], values.scales[:, :, used]),
         ]
 
-    def copy(self, count: int) -> Page:
-        """A page of the same capacity that holds the first `count` tokens and is nobody else's."""
-        twin, kept = Page(self.bits, self.geometry, self.capacity), slice(0, count)
-        twin.append(self.keys.encoded(kept), self.values.encoded(kept), self.positions[kept])
+    def copy(self, count: int, capacity: int) -> Page:
+        """A page of that capacity that holds the first `count` tokens and is nobody else's."""
+        twin = Page(self.bits, self.geometry, capacity)
+        twin.count = count
+        for new, old in zip(twin.parts(), self.parts(0, count), strict=True):
+            new[...] = old
         return twin
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
@@ -196,7 +207,7 @@ class Bucket:
 
     Attributes:
         count: tokens stored.
-        ahead: pages made ahead of the tokens that will need them, see `place`.
+        ahead: pages made ahead of the tokens that will need them, see `reserve`.
         nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
     """
 
@@ -214,36 +225,45 @@ class Bucket:
         g = self.geometry
         return g.layers * g.kv_heads * sum(CODECS[b].vector_bytes(g.head_dim) for b in self.bits) + 4
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many further tokens, in pages that are nobody else's: the last page grows, then come others."""
+        last = self.pages[-1] if self.pages else None
+        if last and last.shared and last.count < last.capacity:
+            self.pages[-1] = last = last.copy(last.count, last.capacity)
+        free = last.capacity - last.count if last else 0
+        missing = tokens - free - sum(page.capacity for page in self.ahead)
+        at_end = self.ahead or self.pages
+        if missing > 0 and at_end and at_end[-1].capacity < PAGE_TOKENS:
+            small = at_end[-1]
+            at_end[-1] = small.copy(small.count, last_capacity(min(small.capacity + missing, PAGE_TOKENS)))
+            self.nbytes += at_end[-1].nbytes - small.nbytes
+            missing -= at_end[-1].capacity - small.capacity
+        while missing > 0:
+            self.ahead.append(Page(self.bits, self.geometry, last_capacity(min(missing, PAGE_TOKENS))))
+            self.nbytes += self.ahead[-1].nbytes
+            missing -= self.ahead[-1].capacity
+
     def open_page(self) -> Page:
-        """The last page, which has room for a token and is not shared; a new one if need be."""
-        if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
-            self.pages.append(self.ahead.pop(0) if self.ahead else self._new_page())
-        elif self.pages[-1].shared:
-            self.pages[-1] = self.pages[-1].copy(self.pages[-1].count)
+        """The page with room for the next token, which is not shared; made or grown if need be."""
+        if not self.pages or self.pages[-1].shared or self.pages[-1].count == self.pages[-1].capacity:
+            self.reserve(1)
+            if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
+                self.pages.append(self.ahead.pop(0))
         return self.pages[-1]
 
-    def _new_page(self) -> Page:
-        """A page for the tokens that come when all others are full."""
-        room = sum(page.capacity for page in (*self.pages, *self.ahead))
-        page = Page(self.bits, self.geometry, min(max(FIRST_PAGE_TOKENS, room), LAST_PAGE_TOKENS))
-        self.nbytes += page.nbytes
-        return page
-
     def place(self, n: int) -> tuple[Page, int]:
-        """Page and slot that the n-th of the tokens to come will have, from 0; its page is made if need be."""
-        page = self.open_page()
-        n += page.count
-        for following in self.ahead:
+        """Page and slot that the n-th of the tokens to come will have, from 0; there has to be room for it."""
+        pages = [*self.pages[-1:], *self.ahead]
+        n += self.pages[-1].count if self.pages else 0
+        for page in pages:
             if n < page.capacity:
-                break
-            n, page = n - page.capacity, following
-        while n >= page.capacity:
-            n, page = n - page.capacity, self._new_page()
-            self.ahead.append(page)
-        return page, n
+                return page, n
+            n -= page.capacity
+        raise IndexError(f"{self.bits} has no room for so many tokens; reserve it")
 
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
-        """Add tokens, opening pages as needed; existing pages are never copied."""
+        """Add tokens, with pages for them as needed."""
+        self.reserve(len(positions))
         done = 0
         while done < len(positions):
             page = self.open_page()
@@ -264,8 +284,10 @@ class Bucket:
             if not kept:
                 self.nbytes -= self.pages.pop().nbytes
                 continue
-            if kept < page.count and page.shared:
-                self.pages[-1] = page.copy(kept)
+            capacity = last_capacity(kept)
+            if capacity < page.capacity or (kept < page.count and page.shared):
+                self.pages[-1] = page.copy(kept, capacity)
+                self.nbytes += self.pages[-1].nbytes - page.nbytes
             else:
                 page.count = kept
             return

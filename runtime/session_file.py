@@ -4,7 +4,7 @@ The payload is, without gaps, all little-endian::
 
     token ids                 uint32 [tokens]
     logits                    float32 [vocab], if the header says so
-    of each bucket, page by page (their sizes follow from its count of tokens, see `kvq.runtime.pages`):
+    of each bucket, in pieces of 16, 16, 32, 64 tokens and then 128 each, the last one of what is left:
         positions             int32 [count]
         key codes             uint8 [layers, kv_heads, count // 16, words, 16, 4], whole tiles
                               uint8 [layers, kv_heads, words, count % 16, 4], the one begun
@@ -20,7 +20,9 @@ The payload is, without gaps, all little-endian::
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -39,6 +41,7 @@ from kvq.runtime.store import KVStore
 if TYPE_CHECKING:
     from kvq.runtime.model import Model
 
+FIRST_PAGE_ENDS = (16, 32, 64)  # where the pieces of a bucket's first page end, besides its own
 # The largest scale that a token in the window can have: it leaves with values that half precision holds.
 MOST_WINDOW_SCALE = np.float16(2)
 
@@ -92,17 +95,25 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
 
 
 def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
-    """All arrays of the payload in their order, contiguous and little-endian; full pages are not copied."""
+    """All arrays of the payload in their order, contiguous and little-endian; full pages but the first are not copied."""
     store, window = session.store, session.store.window
     parts: list[np.ndarray] = [np.array(session.tokens, "<u4")]
     if logits is not None:
         parts.append(logits.astype("<f4"))
     for bucket in store.buckets.values():
-        for page in bucket.pages:
-            parts += page.parts()
+        for page, start, stop in _pieces(bucket):
+            parts += page.parts(start, stop)
     slots = window.slots(store.length - window.count, store.length)
     parts += [*window.keys.encoded(slots), *window.values.encoded(slots), window.bits[slots]]
     return [np.ascontiguousarray(part, part.dtype.newbyteorder("<")) for part in parts]
+
+
+def _pieces(bucket: Bucket) -> Iterator[tuple[Page, int, int]]:
+    """What lies in a file together: the tokens [start, stop) of a page; the first page in parts, as it grows."""
+    for i, page in enumerate(bucket.pages):
+        ends = [n for n in FIRST_PAGE_ENDS if n < page.count] if i == 0 else []
+        for start, stop in itertools.pairwise([0, *ends, page.count]):
+            yield page, start, stop
 
 
 def _bytes(part: np.ndarray) -> memoryview:
@@ -224,11 +235,13 @@ def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
     """Fill an empty store."""
     for k, v, count in header.buckets:
         bucket = store.buckets[Bits(k, v)] = Bucket(Bits(k, v), store.geometry)
+        bucket.reserve(count)
         while bucket.count < count:
             page = bucket.open_page()
             page.count = min(page.capacity, count - bucket.count)
             bucket.count += page.count
-            _read_page(source, page)
+        for page, start, stop in _pieces(bucket):
+            _read_piece(source, page, start, stop)
     window, g = store.window, store.geometry
     slots = window.slots(header.tokens - header.window, header.tokens)
     for part in (window.keys, window.values):
@@ -241,8 +254,8 @@ def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
     store.peak_nbytes = store.nbytes
 
 
-def _read_page(source: _Source, page: Page) -> None:
-    for part in page.parts():
+def _read_piece(source: _Source, page: Page, start: int, stop: int) -> None:
+    for part in page.parts(start, stop):
         little = part.dtype.newbyteorder("<")
         if part.flags.c_contiguous and part.dtype == little:
             source.fill(part)

@@ -159,6 +159,8 @@ class KVStore:
     def _steps(self, bits: np.ndarray) -> list[Step]:
         """Make room for new tokens, uint8 [tokens, 2], and count them: what is to be written where."""
         window, steps = self.window, []
+        if len(bits) > 1:  # a page that grows is another one: all steps have to name the last
+            self._reserve(np.concatenate([window.bits[self._in_window()], bits]), len(bits))
         for token in bits:
             slot, page, page_slot = self.length % window.capacity, None, 0
             if window.count < window.capacity:
@@ -182,6 +184,7 @@ class KVStore:
         tokens that leave the window have to be decided.
         """
         window, steps = self.window, []
+        self._reserve(window.bits[self._in_window()], tokens)
         leaving: dict[Bits, int] = {}
         for position in range(self.length, self.length + tokens):
             slot, page, page_slot = position % window.capacity, None, 0
@@ -191,6 +194,17 @@ class KVStore:
                 leaving[pair] = leaving.get(pair, 0) + 1
             steps.append((slot, page, page_slot))
         return steps
+
+    def _in_window(self) -> np.ndarray:
+        """Slots of the tokens in the recent window, oldest first."""
+        return self.window.slots(self.length - self.window.count, self.length)
+
+    def _reserve(self, bits: np.ndarray, tokens: int) -> None:
+        """Make room for those of the tokens with these bits, oldest first, that so many new ones drive out."""
+        leaving = bits[: max(0, self.window.count + tokens - self.window.capacity)].astype(int)
+        pairs, counts = np.unique(leaving, axis=0, return_counts=True)
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            self._bucket(Bits(*pair)).reserve(count)
 
     def _bucket(self, pair: Bits) -> Bucket:
         """The bucket of a pair, made if need be.

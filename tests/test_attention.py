@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvq.runtime.attention import BACKENDS, make_backend, numpy_backend
 from kvq.runtime.errors import BackendError
-from kvq.runtime.pages import LAST_PAGE_TOKENS, Geometry
+from kvq.runtime.pages import PAGE_TOKENS, Geometry
 from kvq.runtime.store import KVStore
 from tests.kvdata import HEAD_DIMS, ODD_COUNTS, Tokens, as_read, examples, filled_store, random_tokens, seeds
 
@@ -160,11 +160,11 @@ def test_scores_of_magnitude_1e4_do_not_overflow(backend, sign, new_score):
 
 @pytest.mark.parametrize("recent", [0, 16, 400])
 def test_blocks_of_a_long_store_merge_into_dense_attention(monkeypatch, recent):
-    monkeypatch.setattr(numpy_backend, "BLOCK", LAST_PAGE_TOKENS)
+    monkeypatch.setattr(numpy_backend, "BLOCK", PAGE_TOKENS)
     geometry = Geometry(1, 2, 16)
     tokens = random_tokens(9, geometry, 1500, (4, 8))
     store = filled_store(geometry, tokens, recent)
-    assert len(list(store.blocks(0, LAST_PAGE_TOKENS))) >= 1500 // LAST_PAGE_TOKENS
+    assert len(list(store.blocks(0, PAGE_TOKENS))) >= 1500 // PAGE_TOKENS
     assert_equals_dense("numpy", *new_tokens(3, 4, 6, 2, 16), store, as_read(tokens, recent))
 
 

@@ -137,7 +137,7 @@ def test_a_file_is_small_and_says_nothing_of_trimmed_tokens(tiny_model, path):
     fresh = tiny_model.session("int4", recent=0)
     fresh.store = session.store.fork(fresh.backend.codecs)
     page = fresh.store.buckets[4, 4].pages[-1]
-    fresh.store.buckets[4, 4].pages[-1] = page.copy(page.count)  # its free room is zero
+    fresh.store.buckets[4, 4].pages[-1] = page.copy(page.count, page.capacity)  # its free room is zero
     fresh.tokens, fresh.pending = session.tokens, [1]
     again = path.with_name("again.kvq")
     fresh.save(again)

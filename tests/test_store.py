@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvq.runtime.codecs import CODECS, NUMPY
 from kvq.runtime.errors import NonFiniteError
-from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS, TILE_TOKENS, Bits, Bucket, Encoded, Geometry
+from kvq.runtime.pages import PAGE_TOKENS, TILE_TOKENS, Bits, Bucket, Encoded, Geometry
 from kvq.runtime.store import KVStore
 from tests.kvdata import (
     ODD_COUNTS,
@@ -154,12 +154,15 @@ def test_stored_bytes_never_change_when_tokens_are_added(text, recent, sink, cut
 
 @given(text=texts(), recent=recents, cuts=cuts)
 @examples(80)
-def test_growth_opens_pages_and_keeps_the_existing_arrays(text, recent, cuts):
+def test_growth_opens_pages_and_keeps_the_arrays_of_those_of_full_size(text, recent, cuts):
     geometry, tokens = text
     store = KVStore(geometry, recent)
     edges = [0, *sorted(at(cuts, len(tokens.bits))), len(tokens.bits)]
     for start, stop in pairwise(edges):
-        before = {pair: [page_arrays(p) for p in bucket.pages] for pair, bucket in store.buckets.items()}
+        before = {
+            pair: [page_arrays(p) for p in bucket.pages if p.capacity == PAGE_TOKENS]
+            for pair, bucket in store.buckets.items()
+        }
         store.append(*tokens.part(start, stop))
         for pair, pages in before.items():
             now = [page_arrays(page) for page in store.buckets[pair].pages]
@@ -167,14 +170,20 @@ def test_growth_opens_pages_and_keeps_the_existing_arrays(text, recent, cuts):
                 assert all(a is b for a, b in zip(old_arrays, arrays, strict=True))
 
 
-def test_pages_grow_from_the_first_size_to_the_last_and_are_filled_in_order():
-    store = filled_store(SMALL, random_tokens(0, SMALL, 700, (4,)), recent=0)
-    pages = store.buckets[Bits(4, 4)].pages
-    capacities = [page.capacity for page in pages]
-    assert capacities[0] == FIRST_PAGE_TOKENS
-    assert capacities == sorted(capacities)
-    assert max(capacities) == LAST_PAGE_TOKENS
-    assert all(page.count == page.capacity for page in pages[:-1])
+@given(text=texts(), recent=recents, cuts=cuts, fraction=st.floats(0, 1), again=st.booleans())
+@examples(80)
+def test_pages_follow_from_the_count_of_a_bucket(text, recent, cuts, fraction, again):
+    geometry, tokens = text
+    store = filled_store(geometry, tokens, recent, cuts=at(cuts, len(tokens.bits)))
+    if again:
+        store.trim(round(fraction * store.length))
+        store.append(*tokens.part(store.length, len(tokens.bits)))
+    for bucket in store.buckets.values():
+        assert all(page.count == page.capacity == PAGE_TOKENS for page in bucket.pages[:-1])
+        for page in bucket.pages[-1:]:
+            assert page.capacity in (16, 32, 64, 128)
+            assert page.count <= page.capacity
+            assert page.capacity == TILE_TOKENS or page.count > page.capacity // 2
 
 
 def test_a_bucket_token_costs_codes_scales_and_a_tag():
@@ -245,7 +254,8 @@ def test_trim_keeps_the_earlier_tokens_and_their_bytes(text, recent, cuts, fract
     assert [store.window.slots(p, p + 1)[0] for p in in_window] == [ring[p] for p in in_window]
     for pair, pages in before.items():
         for page, (old, stored) in zip(store.buckets[pair].pages, pages, strict=False):
-            assert page is old
+            assert page is old or page.capacity < old.capacity
+            assert page_bytes(old, page.count) == page_bytes(page)
             assert all(x.startswith(y) for x, y in zip(stored[4:], page_bytes(page)[4:], strict=True))
 
 
@@ -365,7 +375,7 @@ def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, si
         assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in wanted)
 
 
-@given(limit=st.integers(1, LAST_PAGE_TOKENS - 1), recent=recents)
+@given(limit=st.integers(1, PAGE_TOKENS - 1), recent=recents)
 @examples(30)
 def test_blocks_are_never_larger_than_a_limit_below_the_page_size(limit, recent):
     store = filled_store(SMALL, random_tokens(0, SMALL, 300, (4,)), recent)

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvq.controller.budget import page_room, token_bytes
 from kvq.runtime.codecs import CODECS
-from kvq.runtime.pages import FIRST_PAGE_TOKENS, LAST_PAGE_TOKENS
+from kvq.runtime.pages import PAGE_TOKENS, TILE_TOKENS
 
 if TYPE_CHECKING:
     from kvq.runtime.session import Session
@@ -42,8 +42,8 @@ class Capacity:
         if len(self._token_bytes) == 1:
             most = self._window + widest * int(self._room[stored])
         else:
-            # However the tokens fall to the pairs, the free room of a pair's pages is less than its last page.
-            slack = min(LAST_PAGE_TOKENS, max(FIRST_PAGE_TOKENS, stored)) - 1
+            # However the tokens fall to the pairs, less than a pair's tokens and than half a page of it is free room.
+            slack = min(PAGE_TOKENS // 2, max(TILE_TOKENS, stored)) - 1
             most = self._window + widest * stored + slack * sum(self._token_bytes.values())
         if self.budget is not None and self.budget.limits_memory:
             most = min(most, int(self.budget.allowed(length)))
@@ -52,15 +52,17 @@ class Capacity:
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
         widest = max(self._token_bytes.values())
-        pages = LAST_PAGE_TOKENS * (widest if tokens == 1 else sum(self._token_bytes.values()))
+        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(self._token_bytes.values()))
         pages += widest * (tokens - 1)
         return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
 
 
 def open_nbytes(store: KVStore, shared: bool = False) -> int:
-    """Bytes of the pages with room for more tokens, or of those of them that are shared: an append copies these."""
+    """Bytes of the pages that more tokens go to or that grow for them, or of those of them that are shared: an append
+    copies these.
+    """
     last = [bucket.pages[-1] for bucket in store.buckets.values() if bucket.pages]
-    return sum(page.nbytes for page in last if page.count < page.capacity and (page.shared or not shared))
+    return sum(page.nbytes for page in last if page.count < PAGE_TOKENS and (page.shared or not shared))
 
 
 def fork_nbytes(store: KVStore) -> int:
