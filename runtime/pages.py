@@ -226,7 +226,7 @@ class Bucket:
         return g.layers * g.kv_heads * sum(CODECS[b].vector_bytes(g.head_dim) for b in self.bits) + 4
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many further tokens, in pages that are nobody else's: the last page grows, then come others."""
+        """Make room for so many further tokens, in pages nobody else has: the last one grows, then come others."""
         last = self.pages[-1] if self.pages else None
         if last and last.shared and last.count < last.capacity:
             self.pages[-1] = last = last.copy(last.count, last.capacity)

@@ -95,7 +95,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
 
 
 def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
-    """All arrays of the payload in their order, contiguous and little-endian; full pages but the first are not copied."""
+    """All arrays of the payload in their order, contiguous, little-endian; full pages but the first are not copied."""
     store, window = session.store, session.store.window
     parts: list[np.ndarray] = [np.array(session.tokens, "<u4")]
     if logits is not None:
