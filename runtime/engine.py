@@ -111,6 +111,7 @@ class ForwardPass(ABC):
         self.tokens = tokens
         self.ids = np.zeros(tokens, np.int64)
         self.positions = np.zeros(tokens, np.int64)
+        self._places = np.arange(tokens)
         self.keys = np.zeros((shape.layers, shape.kv_heads, tokens, shape.head_dim), np.float32)
         self.values = np.zeros((shape.layers, shape.kv_heads, tokens, shape.head_dim), np.float32)
         self.residual = np.zeros((tokens, shape.hidden), np.float32)
@@ -121,7 +122,7 @@ class ForwardPass(ABC):
         row_squares: float32 [tokens, heads], written when given: sums of squares of the last layer's attention rows.
         """
         self.ids[:] = ids
-        self.positions[:] = np.arange(store.length, store.length + self.tokens)
+        np.add(self._places, store.length, out=self.positions)
         self._run(store, row_squares)
 
     @abstractmethod

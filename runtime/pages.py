@@ -141,6 +141,7 @@ class Page:
     """Room for `capacity` tokens of one `Bits` pair; `count` of them are used.
 
     shared: other buckets may hold this page too, so it must not change any more.
+    row: where its arrays are, for native code, which fills it in.
     settled: its memory has been put on huge pages, or is not worth it, see `settle`.
     """
 
@@ -150,6 +151,7 @@ class Page:
         self.capacity = capacity
         self.count = 0
         self.shared = False
+        self.row: tuple[int, ...] | None = None
         self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True, lasting=not self.settled)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False, lasting=not self.settled)
@@ -207,6 +209,7 @@ class Bucket:
 
     Attributes:
         count: tokens stored.
+        token_bytes: bytes of one token: codes, scales and its position tag.
         ahead: pages made ahead of the tokens that will need them, see `reserve`.
         nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
     """
@@ -218,12 +221,8 @@ class Bucket:
         self.ahead: list[Page] = []
         self.count = 0
         self.nbytes = 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token: codes, scales and its position tag."""
-        g = self.geometry
-        return g.layers * g.kv_heads * sum(CODECS[b].vector_bytes(g.head_dim) for b in self.bits) + 4
+        vector_bytes = sum(CODECS[width].vector_bytes(geometry.head_dim) for width in bits)
+        self.token_bytes = geometry.layers * geometry.kv_heads * vector_bytes + 4
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many further tokens, in pages nobody else has: the last one grows, then come others."""

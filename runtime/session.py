@@ -138,7 +138,7 @@ class Session:
             NonFiniteError: the model produced NaN or infinity; earlier chunks stay appended.
         """
         new = self._checked(ids)
-        feed = np.concatenate([np.asarray(self.pending, np.int64), new])
+        feed = np.concatenate([np.asarray(self.pending, np.int64), new]) if self.pending else new
         wanted = len(new) if all_logits else 1
         logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
         first_wanted = len(feed) - wanted
@@ -168,7 +168,8 @@ class Session:
             raise PromptError("token ids must be a flat sequence of integers")
         if not new.size:
             raise PromptError("the prompt is empty: give at least one token")
-        if new.dtype.kind not in "iu" or new.min() < 0 or new.max() >= shape.vocab:
+        # Of an unsigned type, a negative id is a huge one.
+        if new.dtype.kind not in "iu" or new.astype(np.int64).view(np.uint64).max() >= shape.vocab:
             raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
         if len(new) > self.room:
             raise ContextError(

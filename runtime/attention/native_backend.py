@@ -82,8 +82,9 @@ class NativeAttention(AttentionBackend):
             forward.keys, forward.values = (x.ctypes.data for x in copies)
             forward.stepwise = ctypes.addressof(move)
         else:
-            table = self._table.update(store)
-        forward.page, forward.pages = table.ctypes.data, len(table)
+            table = self._table
+            table.update(store)
+        forward.page, forward.pages = table.address, len(table.rows)
         strides = [x.strides[0] // x.itemsize for x in rows]
         new = Rows(*(x.ctypes.data for x in (*rows, result)), *strides, squares.ctypes.data)
         check(self._library.kvq_attend(ctypes.byref(forward), layer, ctypes.byref(new), None, None))

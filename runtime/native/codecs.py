@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -46,36 +48,52 @@ def _in_memory(rows: list[tuple[int, ...]]) -> ctypes.Array[ctypes.c_char]:
 
 
 class NativeMover:
-    """A `kvq.runtime.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's."""
+    """A `kvq.runtime.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
+
+    What it is given is mostly what it was given before, a pass's arrays and the window, so their addresses are kept:
+    after a forward pass every call of Python's costs microseconds.
+    """
 
     def __init__(self, kernel: int) -> None:
         self._library, self._kernel = load(), kernel
+        self._move = Move(kernel=kernel)
         self._window: RecentWindow | None = None
-        self._pages: list[Page] = []
+        self._arrays: tuple[Callable[[], np.ndarray | None], ...] = (lambda: None,) * 2
+        self._fit = False
+        self._pages: dict[int, Page] = {}
         self._window_row = self._page_rows = _in_memory([])
 
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
+        move = self._move
+        if keys is not self._arrays[0]() or values is not self._arrays[1]():
+            self._arrays, self._fit = (weakref.ref(keys), weakref.ref(values)), _fit(keys) and _fit(values)
+            move.layers, move.kv_heads, move.tokens, move.head_dim = keys.shape
+            move.keys, move.values = keys.ctypes.data, values.ctypes.data
+        storable, size = self._library.kvq_storable, keys.size
         return (
             window.capacity > 0
-            and keys.shape[-1] <= MOST_CHANNELS
-            and keys.dtype == values.dtype == np.float32
-            and keys.flags.c_contiguous
-            and values.flags.c_contiguous
-            and all(self._library.kvq_storable(self._kernel, x.ctypes.data, x.size) for x in (keys, values))
+            and self._fit
+            and bool(storable(self._kernel, move.keys, size) and storable(self._kernel, move.values, size))
         )
 
     def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
+        move = self._move
         if window is not self._window:
             self._window, self._window_row = window, _in_memory(window_rows(window)[:1])
-        pages = list({id(page): page for _, page, _ in steps if page is not None}.values())
-        if len(pages) != len(self._pages) or any(a is not b for a, b in zip(pages, self._pages, strict=True)):
-            self._pages, self._page_rows = pages, _in_memory([page_row(page) for page in pages])
-        row = {id(page): i for i, page in enumerate(pages)} | {id(None): -1}
-        table = (MoveStep * len(steps))(*(MoveStep(slot, row[id(page)], page_slot) for slot, page, page_slot in steps))
-        layers, kv_heads, tokens, head_dim = keys.shape
-        rows = (ctypes.addressof(x) for x in (self._window_row, self._page_rows, table))
-        move = Move(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data, *rows)
+            move.window = ctypes.addressof(self._window_row)
+        pages = {id(page): page for _, page, _ in steps if page is not None}
+        if pages.keys() != self._pages.keys():
+            self._pages, self._page_rows = pages, _in_memory([page_row(page) for page in pages.values()])
+            move.page = ctypes.addressof(self._page_rows)
+        number = {page: i for i, page in enumerate(self._pages)}
+        table = (MoveStep * len(steps))(*(MoveStep(slot, number.get(id(page), -1), at) for slot, page, at in steps))
+        move.step = ctypes.addressof(table)
         self._library.kvq_move_tokens(ctypes.byref(move))
+
+
+def _fit(x: np.ndarray) -> bool:
+    """Whether keys or values of all layers are as C reads them."""
+    return x.shape[-1] <= MOST_CHANNELS and x.dtype == np.float32 and x.flags.c_contiguous
 
 
 def native_codecs(kernel: int) -> CodecSet:

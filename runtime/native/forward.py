@@ -40,14 +40,15 @@ class NativePass(ForwardPass):
         self._graph = Bound(decoder, inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
+        table = self._table
         if self._stepwise is not None:
             table, move = self._stepwise.update(store, self.keys, self.values)
             self._pass.stepwise = ctypes.addressof(move)
         else:
-            table = self._table.update(store)
-        self._pass.page, self._pass.pages = table.ctypes.data, len(table)
+            table.update(store)
+        self._pass.page, self._pass.pages = table.address, len(table.rows)
         self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
-        self._library.kvq_set_pass(ctypes.byref(self._pass))
+        self._library.kvq_set_pass(self._pass)
         try:
             self._graph.run()
         except Exception as error:  # onnxruntime's errors share no base class; the operator's come through it

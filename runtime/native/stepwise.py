@@ -23,8 +23,8 @@ class StepwiseTable:
         self._table = PageTable()
         self._window: RecentWindow | None = None
 
-    def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, Move]:
-        """The rows before the first new token, and the way of all but the last; valid until the next call.
+    def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[PageTable, Move]:
+        """The table before the first new token, and the way of all but the last; valid until the next call.
 
         keys, values: float32 [layers, kv_heads, tokens, head_dim], written by the pass before they are read.
         """
@@ -34,11 +34,11 @@ class StepwiseTable:
         else:
             self._window.take(store.window)
         steps = store.steps_ahead(tokens - 1)
-        rows = self._table.update(store, self._window)
+        self._table.update(store, self._window)
         number = {id(page): i for i, page in enumerate(self._table.pages)} | {id(None): -1}
         self._steps = (MoveStep * len(steps))(*(MoveStep(slot, number[id(page)], at) for slot, page, at in steps))
-        first = rows.ctypes.data
-        return rows, Move(
+        first = self._table.address
+        return self._table, Move(
             *(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data),
             *(first + len(self._table.pages) * PAGE.itemsize, first, ctypes.addressof(self._steps)),
         )

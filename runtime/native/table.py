@@ -17,13 +17,16 @@ class PageTable:
 
     Attributes:
         rows: as `update` returned them last.
+        address: of the first one.
         pages: those of the first rows; the rest are the window's.
     """
 
     def __init__(self) -> None:
         self.rows = np.zeros(0, PAGE)
+        self.address = 0
         self.pages: list[Page] = []
         self._window: RecentWindow | None = None
+        self._counts = self._ring = self.rows
 
     def update(self, store: KVStore, window: RecentWindow | None = None) -> np.ndarray:
         """The rows for the store as it is now, pages made ahead among them; valid until it changes or the next call.
@@ -36,20 +39,25 @@ class PageTable:
         if not known or any(a is not b for a, b in zip(pages, self.pages, strict=True)):
             settle(pages)
             self.pages, self._window = pages, window
-            self.rows = np.array([page_row(page) for page in pages] + window_rows(window), PAGE)
-        self.rows["count"][: len(pages)] = [page.count for page in pages]
+            self.rows = np.array([*(page_row(page) for page in pages), *window_rows(window)], PAGE)
+            self.address = self.rows.ctypes.data
+            self._counts, self._ring = self.rows["count"][: len(pages)], self.rows[len(pages) :]
+        self._counts[:] = [page.count for page in pages]
         if window.capacity:
-            ring = self.rows[len(pages) :]
-            ring["count"] = window.count
+            self._ring["count"] = window.count
             # A full ring holds a token in every slot: where it begins does not matter then.
-            ring["first"] = 0 if window.count == window.capacity else (store.length - window.count) % window.capacity
+            first = 0 if window.count == window.capacity else (store.length - window.count) % window.capacity
+            self._ring["first"] = first
         return self.rows
 
 
 def page_row(page: Page) -> tuple[int, ...]:
-    """The row of a page, without its count."""
-    k, v = page.bits
-    return (*page.keys.addresses, *page.values.addresses, k, v, page.capacity, 0, page.capacity, 0, 0, page.capacity)
+    """The row of a page, without its count; made once, since its arrays stay where they are."""
+    if page.row is None:
+        k, v = page.bits
+        size = page.capacity
+        page.row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
+    return page.row
 
 
 def window_rows(window: RecentWindow) -> list[tuple[int, ...]]:
