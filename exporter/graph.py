@@ -106,11 +106,16 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes))
         return name
 
+    def ops(self, kind: str, count: int, *inputs: str, domain: str = "", **attributes: Any) -> list[str]:
+        """Add a node with `count` outputs."""
+        name = f"{kind.lower()}_{len(self.nodes)}"
+        names = [f"{name}_{i}" for i in range(count)]
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
+        return names
+
     def split(self, value: str, sizes: list[int]) -> list[str]:
         """Cut the last axis into parts."""
-        names = [f"split_{len(self.nodes)}_{i}" for i in range(len(sizes))]
-        self.nodes.append(helper.make_node("Split", [value, self.constant(sizes)], names, axis=-1))
-        return names
+        return self.ops("Split", len(sizes), value, self.constant(sizes), axis=-1)
 
     def save(self, folder: Path) -> str:
         """Check and write `<name>.onnx`; returns the file name."""

@@ -23,6 +23,7 @@ from kvq.runtime.errors import CheckpointError
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 EMBEDDING = "model.embed_tokens.weight"
+INPUT_NORM = "model.layers.{}.input_layernorm.weight"
 LAYER_BITS = {"fp32": 0, "int8": 8, "int4": 4}
 # The head decides between tokens directly: 4 bits there cost more than they save.
 HEAD_BITS = {"fp32": 0, "int8": 8, "int4": 8}
@@ -90,7 +91,7 @@ class SegmentWriter:
             else:
                 residual = graph.input("residual", "tokens", shape.hidden)
                 attention = graph.input("attention", "tokens", shape.heads * shape.head_dim)
-                residual = self._after_attention(graph, i - 1, residual, attention)
+                residual = graph.op("Add", *self._after_attention(graph, i - 1, residual, attention))
                 if i < shape.layers:
                     cosine, sine = (graph.input(n, "tokens", shape.head_dim // 2) for n in ("cosine", "sine"))
             graph.output(residual, "residual_out", "tokens", shape.hidden)
@@ -102,17 +103,20 @@ class SegmentWriter:
         """All segments as one graph: ids, positions [tokens] -> residual_out [tokens, hidden].
 
         Between the products stand the native library's operators: what the segments spell out around
-        attention and in the feed-forward block, thirteen small nodes a layer, is two of them here.
+        attention and in the feed-forward block, seventeen small nodes a layer, is four of them here.
         """
         shape, graph = self.shape, Graph("decoder", self.file)
         residual, cosine, sine = self._embedding(graph)
         rotate = int(not np.array_equal(self.options.rotation, np.eye(shape.head_dim)))
+        normed = self._norm(graph, residual, INPUT_NORM.format(0))
         for i in range(shape.layers):
             mean = graph.weight(f"model.layers.{i}.mean_key", self.options.mean_keys[i])
-            qkv = self._queries_keys_values(graph, i, residual)
+            qkv = self._queries_keys_values(graph, i, normed)
             attention = graph.op("Attention", qkv, cosine, sine, mean, domain=KVQ, layer=i, rotate=rotate)
-            residual = self._after_attention(graph, i, residual, attention, native=True)
-        graph.output(residual, "residual_out", "tokens", shape.hidden)
+            residual, change = self._after_attention(graph, i, residual, attention, native=True)
+            if i + 1 < shape.layers:
+                residual, normed = self._add_norm(graph, residual, change, INPUT_NORM.format(i + 1), native=True)
+        graph.output(graph.op("Add", residual, change), "residual_out", "tokens", shape.hidden)
         return graph.save(self.folder)
 
     def head(self) -> str:
@@ -175,17 +179,15 @@ class SegmentWriter:
             return rows
         return graph.op("Slice", rows, graph.constant([0]), graph.constant([table.k]), graph.constant([1]))
 
-    def _queries_keys_values(self, graph: Graph, layer: int, residual: str) -> str:
-        """Norm and projections: [tokens, (heads + 2 kv_heads) * head_dim]."""
-        prefix = f"model.layers.{layer}"
-        normed = self._norm(graph, residual, f"{prefix}.input_layernorm.weight")
-        return self._projection(graph, normed, f"{prefix}.self_attn", QKV, self._rotate_values)
+    def _queries_keys_values(self, graph: Graph, layer: int, normed: str) -> str:
+        """Projections of the normalised residual stream: [tokens, (heads + 2 kv_heads) * head_dim]."""
+        return self._projection(graph, normed, f"model.layers.{layer}.self_attn", QKV, self._rotate_values)
 
     def _before_attention(self, graph: Graph, layer: int, residual: str, cosine: str, sine: str) -> None:
         """Norm, projections, rotary embedding, rotation, centring -> query_key, value."""
         shape, rotation = self.shape, self.options.rotation
         both = shape.heads + shape.kv_heads
-        qkv = self._queries_keys_values(graph, layer, residual)
+        qkv = self._queries_keys_values(graph, layer, self._norm(graph, residual, INPUT_NORM.format(layer)))
         query_key, value = graph.split(qkv, [both * shape.head_dim, shape.kv_heads * shape.head_dim])
         query_key = graph.op(
             "RotaryEmbedding",
@@ -211,29 +213,40 @@ class SegmentWriter:
         start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
         return np.concatenate([stacked[:start], rotate_outputs(stacked[start:], self.options.rotation)])
 
-    def _after_attention(self, graph: Graph, layer: int, residual: str, attention: str, native: bool = False) -> str:
-        """Output projection and feed-forward block, each added to the residual stream."""
+    def _after_attention(
+        self, graph: Graph, layer: int, residual: str, attention: str, native: bool = False
+    ) -> tuple[str, str]:
+        """Output projection, added to the residual stream, and what the feed-forward block will add to it."""
         shape, prefix = self.shape, f"model.layers.{layer}"
 
         def unrotate(x: np.ndarray) -> np.ndarray:
             return rotate_inputs(x, self.options.rotation) if x.ndim == 2 else x  # a bias is added after
 
         output = self._projection(graph, attention, f"{prefix}.self_attn", ["o_proj"], unrotate)
-        residual = graph.op("Add", residual, output)
-        normed = self._norm(graph, residual, f"{prefix}.post_attention_layernorm.weight")
+        residual, normed = self._add_norm(graph, residual, output, f"{prefix}.post_attention_layernorm.weight", native)
         both = self._projection(graph, normed, f"{prefix}.mlp", ["gate_proj", "up_proj"])
         if native:
             inner = graph.op("SwiGLU", both, domain=KVQ)
         else:
             gate, up = graph.split(both, [shape.ffn, shape.ffn])
             inner = graph.op("Mul", graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)  # alpha 1 is SiLU
-        return graph.op("Add", residual, self._projection(graph, inner, f"{prefix}.mlp", ["down_proj"]))
+        return residual, self._projection(graph, inner, f"{prefix}.mlp", ["down_proj"])
 
     def _norm(self, graph: Graph, x: str, name: str) -> str:
         """RMS norm."""
         gain = graph.weight(name, self.checkpoint.tensor(name))
         epsilon = self.checkpoint.config.rms_norm_eps
         return graph.op("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def _add_norm(self, graph: Graph, x: str, y: str, name: str, native: bool = False) -> tuple[str, str]:
+        """x + y and its RMS norm."""
+        if native:
+            gain = graph.weight(name, self.checkpoint.tensor(name))
+            epsilon = self.checkpoint.config.rms_norm_eps
+            total, normed = graph.ops("AddNorm", 2, x, y, gain, domain=KVQ, epsilon=epsilon)
+            return total, normed
+        total = graph.op("Add", x, y)
+        return total, self._norm(graph, total, name)
 
     def _projection(
         self,

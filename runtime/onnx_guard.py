@@ -31,7 +31,7 @@ OPERATORS = {
         "SimplifiedLayerNormalization", "Sin", "Slice", "Split", "Sub", "Transpose",
     ),
     "com.microsoft": ("MatMulNBits", "QuickGelu", "RotaryEmbedding"),
-    "kvq": ("Attention", "SwiGLU"),
+    "kvq": ("AddNorm", "Attention", "SwiGLU"),
 }  # fmt: skip
 ALLOWED_OPERATORS = {(domain, name) for domain, names in OPERATORS.items() for name in names}
 

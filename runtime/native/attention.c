@@ -153,6 +153,12 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
     if (chosen) chosen->swiglu(x, n, out);
 }
 
+void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
+                  float *normed) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    if (chosen) chosen->add_norm(x, y, gain, n, epsilon, sum, normed);
+}
+
 int kvq_move_tokens(const kvq_move *move) {
     const kvq_kernel *chosen = choose_kernel(move->kernel);
     if (!chosen || move->head_dim > 1024) return -1;

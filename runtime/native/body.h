@@ -7,6 +7,7 @@
 #endif
 #include "encode.h"
 #include "move.h"
+#include "norm.h"
 #include "prefill.h"
 #include "prepare.h"
 #include "query.h"
@@ -22,6 +23,7 @@
                                .prefill = prefill_item,            \
                                .prepare = prepare_token,           \
                                .swiglu = swiglu_row,               \
+                               .add_norm = add_norm_row,           \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
                                .storable = storable,               \

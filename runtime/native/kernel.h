@@ -32,6 +32,8 @@ typedef struct {
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
     void (*prepare)(const kvq_prepare *p, size_t token);
     void (*swiglu)(const float *x, size_t n, float *out);
+    void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
+                     float *normed);
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*storable)(const float *x, size_t count);

@@ -90,6 +90,10 @@ void kvq_prepare_token(const kvq_prepare *p, size_t token);
 /* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
 
+/* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
+void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
+                  float *normed);
+
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
 

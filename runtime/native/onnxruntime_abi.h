@@ -37,6 +37,7 @@ typedef struct {
 #define GetDimensionsCount(api) ORT(api, 61, OrtStatus *, const OrtShapeInfo *, size_t *)
 #define GetDimensions(api) ORT(api, 62, OrtStatus *, const OrtShapeInfo *, int64_t *, size_t)
 #define GetTensorTypeAndShape(api) ORT(api, 65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
+#define KernelInfoGetAttribute_float(api) ORT(api, 85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define KernelInfoGetAttribute_int64(api) ORT(api, 86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define KernelContext_GetInput(api) ORT(api, 90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
 #define KernelContext_GetOutput(api) \

@@ -19,7 +19,8 @@ void kvq_set_pass(const kvq_pass *pass) { current_pass = pass; }
 /* A node: its attributes. */
 typedef struct {
     const OrtApi *api;
-    int64_t layer, rotate;
+    int64_t layer, rotate; /* of Attention */
+    float epsilon;         /* of AddNorm */
 } node;
 
 /* One execution of a node. The first thing that goes wrong stays in status, and what follows does nothing. */
@@ -33,8 +34,8 @@ static void fail(run *r, const char *why) {
     if (!r->status) r->status = CreateStatus(r->api)(ORT_FAIL, why);
 }
 
-/* Data and shape of an input, a matrix of floats; null when there is none such. */
-static const float *matrix(run *r, size_t index, int64_t shape[2]) {
+/* Data and shape of an input, floats in so many dimensions; null when there is none such. */
+static const float *input(run *r, size_t index, size_t dimensions, int64_t *shape) {
     const OrtApi *api = r->api;
     const OrtValue *value = NULL;
     OrtShapeInfo *info = NULL;
@@ -43,27 +44,27 @@ static const float *matrix(run *r, size_t index, int64_t shape[2]) {
     if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
     if (!r->status) r->status = GetTensorTypeAndShape(api)(value, &info);
     if (!r->status) r->status = GetDimensionsCount(api)(info, &rank);
-    if (!r->status && rank != 2) fail(r, "kvq: an input is not a matrix");
-    if (!r->status) r->status = GetDimensions(api)(info, shape, 2);
+    if (!r->status && rank != dimensions) fail(r, "kvq: an input has more or fewer dimensions than it should");
+    if (!r->status) r->status = GetDimensions(api)(info, shape, dimensions);
     if (info) ReleaseShapeInfo(api)(info);
     if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
     return r->status ? NULL : data;
 }
 
-/* The same for an input that has to be of a certain shape. */
+/* The same for a matrix that has to be of a certain shape. */
 static const float *matrix_of(run *r, size_t index, int64_t rows, int64_t columns) {
     int64_t shape[2] = {0, 0};
-    const float *data = matrix(r, index, shape);
+    const float *data = input(r, index, 2, shape);
     if (!r->status && (shape[0] != rows || shape[1] != columns))
         fail(r, "kvq: an input does not have the shape that the session's pass asks for");
     return r->status ? NULL : data;
 }
 
-static float *output(run *r, int64_t rows, int64_t columns) {
+static float *output(run *r, size_t index, int64_t rows, int64_t columns) {
     const int64_t shape[2] = {rows, columns};
     OrtValue *value = NULL;
     void *data = NULL;
-    if (!r->status) r->status = KernelContext_GetOutput(r->api)(r->context, 0, shape, 2, &value);
+    if (!r->status) r->status = KernelContext_GetOutput(r->api)(r->context, index, shape, 2, &value);
     if (!r->status) r->status = GetTensorMutableData(r->api)(value, &data);
     return r->status ? NULL : data;
 }
@@ -100,7 +101,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .rotate = self->rotate && !(d & (d - 1)),
         .kernel = pass->kernel,
     };
-    float *out = output(&r, tokens, pass->heads * d);
+    float *out = output(&r, 0, tokens, pass->heads * d);
     if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * both * d))))
         fail(&r, "kvq::Attention: no memory");
     if (r.status) return r.status;
@@ -137,34 +138,67 @@ static void swiglu_work(void *data, size_t row) {
 static OrtStatus *swiglu(void *state, OrtKernelContext *context) {
     run r = {((const node *)state)->api, context, NULL};
     int64_t shape[2] = {0, 0};
-    swiglu_rows rows = {.x = matrix(&r, 0, shape)};
+    swiglu_rows rows = {.x = input(&r, 0, 2, shape)};
     if (!r.status && shape[1] % 2) fail(&r, "kvq::SwiGLU: an odd number of columns");
     rows.columns = (size_t)shape[1] / 2;
-    rows.out = output(&r, shape[0], shape[1] / 2);
+    rows.out = output(&r, 0, shape[0], shape[1] / 2);
     if (!r.status) run_on_pool(&r, swiglu_work, (size_t)shape[0], &rows);
+    return r.status;
+}
+
+typedef struct {
+    const float *x, *y, *gain;
+    float *sum, *normed;
+    size_t columns;
+    float epsilon;
+} norm_rows;
+
+static void norm_work(void *data, size_t row) {
+    const norm_rows *s = data;
+    const size_t at = row * s->columns;
+    kvq_add_norm(-1, s->x + at, s->y + at, s->gain, s->columns, s->epsilon, s->sum + at, s->normed + at);
+}
+
+/* kvq::AddNorm: x, y [tokens, n], gain [n] -> x + y and its RMS norm times gain, [tokens, n] each;  attribute epsilon */
+static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    run r = {self->api, context, NULL};
+    int64_t shape[2] = {0, 0}, gains = 0;
+    norm_rows rows = {.x = input(&r, 0, 2, shape), .epsilon = self->epsilon};
+    rows.y = matrix_of(&r, 1, shape[0], shape[1]);
+    rows.gain = input(&r, 2, 1, &gains);
+    if (!r.status && gains != shape[1]) fail(&r, "kvq::AddNorm: not as many gains as columns");
+    rows.columns = (size_t)shape[1];
+    rows.sum = output(&r, 0, shape[0], shape[1]);
+    rows.normed = output(&r, 1, shape[0], shape[1]);
+    if (!r.status) run_on_pool(&r, norm_work, (size_t)shape[0], &rows);
     return r.status;
 }
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state);
 
 static const char *attention_name(const OrtCustomOp *op) { (void)op; return "Attention"; }
+static const char *add_norm_name(const OrtCustomOp *op) { (void)op; return "AddNorm"; }
 static const char *swiglu_name(const OrtCustomOp *op) { (void)op; return "SwiGLU"; }
 static const char *any_provider(const OrtCustomOp *op) { (void)op; return NULL; }
 static int float_type(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_FLOAT; }
 static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; } /* required; default memory */
-static size_t four(const OrtCustomOp *op) { (void)op; return 4; }
 static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
+static size_t two(const OrtCustomOp *op) { (void)op; return 2; }
+static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
+static size_t four(const OrtCustomOp *op) { (void)op; return 4; }
 
-#define OPERATOR(get_name, inputs, run_it)                                                       \
+#define OPERATOR(get_name, inputs, outputs, run_it)                                              \
     {                                                                                            \
         .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider, \
         .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,    \
-        .GetOutputTypeCount = one, .KernelDestroy = free, .GetInputCharacteristic = zero,        \
+        .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = zero,    \
         .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,   \
         .KernelComputeV2 = run_it,                                                               \
     }
-static const OrtCustomOp ATTENTION = OPERATOR(attention_name, four, attention);
-static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, swiglu);
+static const OrtCustomOp ATTENTION = OPERATOR(attention_name, four, one, attention);
+static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, one, swiglu);
+static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, two, add_norm);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     node *self = calloc(1, sizeof *self);
@@ -175,6 +209,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
         status = KernelInfoGetAttribute_int64(api)(info, "layer", &self->layer);
         if (!status) status = KernelInfoGetAttribute_int64(api)(info, "rotate", &self->rotate);
     }
+    if (op == &ADD_NORM) status = KernelInfoGetAttribute_float(api)(info, "epsilon", &self->epsilon);
     if (status) free(self);
     else *state = self;
     return status;
@@ -188,6 +223,7 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     OrtStatus *status = CreateCustomOpDomain(api)("kvq", &domain);
     if (!status) status = CustomOpDomain_Add(api)(domain, &ATTENTION);
     if (!status) status = CustomOpDomain_Add(api)(domain, &SWIGLU);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &ADD_NORM);
     if (!status) status = AddCustomOpDomain(api)(options, domain);
     return status;
 }

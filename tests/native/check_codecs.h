@@ -159,6 +159,30 @@ static void check_swiglu(void) {
         }
 }
 
+/* Residual sum and RMS norm against double precision: every row length, tiny and huge values. */
+static void check_add_norm(void) {
+    for (int n = 1; n <= 70; n++)
+        for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+            if (!kvq_kernel_available(kernel)) continue;
+            float *x = exactly(sizeof(float) * n), *y = exactly(sizeof(float) * n), *gain = exactly(sizeof(float) * n);
+            float *sum = exactly(sizeof(float) * n), *normed = exactly(sizeof(float) * n);
+            const double size = PICK(((const double[]){0, 1e-6, 1, 1e4})), epsilon = PICK(((const double[]){1e-6, 1e-2}));
+            double squares = 0;
+            for (int i = 0; i < n; i++) {
+                x[i] = (float)uniform(-size, size), y[i] = (float)uniform(-size, size), gain[i] = (float)uniform(-2, 2);
+                squares += (double)(x[i] + y[i]) * (x[i] + y[i]);
+            }
+            kvq_add_norm(kernel, x, y, gain, n, (float)epsilon, sum, normed);
+            for (int i = 0; i < n; i++) {
+                const double expected = gain[i] * (double)(x[i] + y[i]) / sqrt(squares / n + (float)epsilon);
+                if (sum[i] != x[i] + y[i] || !(fabs(normed[i] - expected) <= 1e-6 * fabs(expected)))
+                    fail("%s: add_norm of %d values: %g, %g, expected %g, %g", kvq_kernel_name(kernel), n, sum[i],
+                         normed[i], x[i] + y[i], expected);
+            }
+            free(x), free(y), free(gain), free(sum), free(normed);
+        }
+}
+
 /* Rotary embedding, rotation, centring. */
 static void check_prepare(int kernel) {
     static const int dims[] = {8, 24, 64, 128, 256};

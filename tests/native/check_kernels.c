@@ -47,6 +47,7 @@ static void check_everything(int quick) {
     check_moves(quick ? 2 : 10);
     check_storable();
     check_swiglu();
+    check_add_norm();
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
         if (kvq_kernel_available(kernel)) check_prepare(kernel);
     if (!shared_calls) fail("no work was ever handed to other threads");
