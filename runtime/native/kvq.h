@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 4 /* raise when a struct or a function below changes */
+#define KVQ_ABI 5 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
