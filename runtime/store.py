@@ -7,6 +7,7 @@ newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
@@ -201,10 +202,9 @@ class KVStore:
 
     def _reserve(self, bits: np.ndarray, tokens: int) -> None:
         """Make room for those of the tokens with these bits, oldest first, that so many new ones drive out."""
-        leaving = bits[: max(0, self.window.count + tokens - self.window.capacity)].astype(int)
-        pairs, counts = np.unique(leaving, axis=0, return_counts=True)
-        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            self._bucket(Bits(*pair)).reserve(count)
+        leaving = bits[: max(0, self.window.count + tokens - self.window.capacity)]
+        for pair, count in Counter(Bits(*token) for token in leaving.tolist()).items():
+            self._bucket(pair).reserve(count)
 
     def _bucket(self, pair: Bits) -> Bucket:
         """The bucket of a pair, made if need be.

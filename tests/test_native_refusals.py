@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from kvq.runtime.attention import make_backend
 from kvq.runtime.errors import BackendError
 from kvq.runtime.native import library
-from kvq.runtime.threads import session_options
 from tests.test_native import IDS, KERNELS
+from tests.test_native_operators import session_of
 
 # The decoder graph names no memory: it works on the pass that its own thread has set, and on no other.
 
@@ -87,18 +86,10 @@ def test_a_graph_that_does_not_fit_the_pass_is_refused(native_pass, field, value
     assert_still_works(session, forward)
 
 
-def foreign_graph(layer, columns):
-    """A session of one attention node whose first input has that many columns."""
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+def foreign_graph(layer):
+    """A session of one attention node."""
     names = ["qkv", "cosine", "sine", "mean_key"]
-    node = helper.make_node("Attention", names, ["out"], domain="kvq", layer=layer, rotate=1)
-    inputs = [helper.make_tensor_value_info(name, kind, None) for name in names]
-    graph = helper.make_graph([node], "foreign", inputs, [helper.make_tensor_value_info("out", kind, None)])
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("kvq", 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
-    options = session_options()
-    options.register_custom_ops_library(str(library.FILE))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session_of([onnx.helper.make_node("Attention", names, ["out"], domain="kvq", layer=layer, rotate=1)], names)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +115,7 @@ def test_a_foreign_graph_with_wrong_shapes_reads_nothing(tiny_model, native_pass
     half = shape.head_dim // 2
     fitting = {"qkv": (2, wide), "cosine": (2, half), "sine": (2, half), "mean_key": (shape.kv_heads, shape.head_dim)}
     feed = {name: np.ones(size, np.float32) for name, size in (fitting | shapes).items()}
-    graph = foreign_graph(layer, wide)
+    graph = foreign_graph(layer)
     with pytest.raises(Exception, match="kvq"):
         graph.run(None, feed)  # no pass at all
     library.load().kvq_set_pass(ctypes.byref(forward._pass))

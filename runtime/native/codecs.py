@@ -64,11 +64,8 @@ class NativeMover:
         self._window_row = self._page_rows = _in_memory([])
 
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
+        self._point_at(keys, values)
         move = self._move
-        if keys is not self._arrays[0]() or values is not self._arrays[1]():
-            self._arrays, self._fit = (weakref.ref(keys), weakref.ref(values)), _fit(keys) and _fit(values)
-            move.layers, move.kv_heads, move.tokens, move.head_dim = keys.shape
-            move.keys, move.values = keys.ctypes.data, values.ctypes.data
         storable, size = self._library.kvq_storable, keys.size
         return (
             window.capacity > 0
@@ -77,6 +74,7 @@ class NativeMover:
         )
 
     def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
+        self._point_at(keys, values)
         move = self._move
         if window is not self._window:
             self._window, self._window_row = window, _in_memory(window_rows(window)[:1])
@@ -89,6 +87,15 @@ class NativeMover:
         table = (MoveStep * len(steps))(*(MoveStep(slot, number.get(id(page), -1), at) for slot, page, at in steps))
         move.step = ctypes.addressof(table)
         self._library.kvq_move_tokens(ctypes.byref(move))
+
+    def _point_at(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Have the call in C read these arrays, where they are not those of the last time."""
+        if keys is self._arrays[0]() and values is self._arrays[1]():
+            return
+        move = self._move
+        self._arrays, self._fit = (weakref.ref(keys), weakref.ref(values)), _fit(keys) and _fit(values)
+        move.layers, move.kv_heads, move.tokens, move.head_dim = keys.shape
+        move.keys, move.values = keys.ctypes.data, values.ctypes.data
 
 
 def _fit(x: np.ndarray) -> bool:
