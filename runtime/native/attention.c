@@ -30,8 +30,8 @@ static const kvq_kernel *choose_kernel(int32_t i) {
 
 /* Below this many multiply-adds a second thread costs more than it brings. */
 #define SERIAL_WORK (1 << 17)
-#define CHUNKS_PER_THREAD 3 /* so that a thread that falls behind is waited for no longer than a third of its share */
-#define LEAST_CHUNK 128     /* slots; smaller ones would spend their time on merging */
+#define ITEMS_PER_THREAD 6 /* so that a thread that falls behind is not waited for long */
+#define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
 #define ROW_BLOCK 96        /* query rows that share one expansion of the keys and values */
 
 static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
@@ -41,7 +41,7 @@ static void run_serially(void *context, void (*work)(void *, size_t), size_t cou
 
 static void decode_work(void *data, size_t i) {
     const kvq_task *task = data;
-    task->kernel->decode(task, (int)(i / task->chunks), (int)(i % task->chunks));
+    task->kernel->decode(task, item_head(task, i), item_chunk(task, i));
 }
 
 static void prefill_work(void *data, size_t i) {
@@ -49,25 +49,38 @@ static void prefill_work(void *data, size_t i) {
     if (task->kernel->prefill(task, i)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
 }
 
+/* What a page takes of a step's time: 16 bits about half as much again as any others. */
+static long cost_of(const kvq_page *page) { return (long)slots_of(page) * (page->key_bits == 16 ? 3 : 2); }
+
+/* Threads take the last chunk's items first, so it gets the largest share of the cost and the first one the smallest,
+ * half as large: threads then end at nearly the same time. In shares of a whole, what the first `n` of `chunks` have. */
+static double share_of_first(int n, int chunks) {
+    const double sizes = (double)n * (chunks + 1) + 0.5 * n * (n - 1); /* chunks + 1, chunks + 2, ... */
+    return sizes / (0.5 * chunks * (3.0 * chunks + 1));
+}
+
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
-    long slots = 0;
-    for (int p = 0; p < pass->pages; p++) slots += slots_of(pass->page + p) > 0 ? slots_of(pass->page + p) : 0;
-    int threads = pass->threads < 1 ? 1 : pass->threads;
-    int wanted = (threads * CHUNKS_PER_THREAD + pass->kv_heads - 1) / pass->kv_heads; /* chunks of a KV head */
-    long size = slots / wanted;
-    if (threads == 1 || size > CHUNK_SLOTS) size = CHUNK_SLOTS;
-    if (size < LEAST_CHUNK) size = LEAST_CHUNK;
+    long slots = 0, cost = 0, before = 0;
+    for (int p = 0; p < pass->pages; p++)
+        if (slots_of(pass->page + p) > 0) slots += slots_of(pass->page + p), cost += cost_of(pass->page + p);
+    const int threads = pass->threads < 1 ? 1 : pass->threads;
+    long wanted = (threads * ITEMS_PER_THREAD + pass->kv_heads - 1) / pass->kv_heads; /* chunks of a KV head */
+    if (wanted > slots / LEAST_CHUNK) wanted = slots / LEAST_CHUNK;
+    if (wanted < slots * 4 / 3 / CHUNK_SLOTS + 1) wanted = slots * 4 / 3 / CHUNK_SLOTS + 1; /* the largest has room */
+    if (threads == 1) wanted = 1;
     int chunks = 0, filled = 0;
     *room = 0;
     chunk[0] = 0;
     for (int p = 0; p < pass->pages; p++) {
-        int more = slots_of(pass->page + p);
+        const int more = slots_of(pass->page + p);
         if (more <= 0) continue;
-        if (filled && filled + more > size) {
+        const double half = before + 0.5 * cost_of(pass->page + p); /* a page belongs where its middle is */
+        if (filled && (half >= cost * share_of_first(chunks + 1, (int)wanted) || filled + more > CHUNK_SLOTS)) {
             chunk[++chunks] = p;
             filled = 0;
         }
         filled += more;
+        before += cost_of(pass->page + p);
         if (filled > *room) *room = filled;
     }
     if (filled) chunk[++chunks] = pass->pages;

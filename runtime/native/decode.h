@@ -208,11 +208,12 @@ static const char *codes_at(const kvq_task *task, const kvq_page *page, size_t v
 }
 
 /* What is read after an item: the first keys of the one that its thread will probably be given next. */
-static const char *after_item(const kvq_task *task, size_t i) {
-    const size_t items = (size_t)task->chunks * task->pass->kv_heads, later = i + task->pass->threads;
-    const size_t item = later < items ? later : i;
-    const kvq_page *page = task->pass->page + task->chunk[item % task->chunks];
-    return codes_at(task, page, (size_t)task->layer * task->pass->kv_heads + item / task->chunks, 1);
+static const char *after_item(const kvq_task *task, int kv_head, int chunk) {
+    const kvq_pass *pass = task->pass;
+    const size_t i = item_number(task, kv_head, chunk), later = i + pass->threads;
+    const size_t next = later < (size_t)task->chunks * pass->kv_heads ? later : i;
+    const kvq_page *page = pass->page + task->chunk[item_chunk(task, next)];
+    return codes_at(task, page, (size_t)task->layer * pass->kv_heads + item_head(task, next), 1);
 }
 
 /* As prefetch, for the scales of a page's keys or values. */
@@ -302,7 +303,7 @@ static void decode_heads(const kvq_task *task, int kv_head, int chunk, int head,
 }
 
 static void decode_item(const kvq_task *task, int kv_head, int chunk) {
-    const char *after = after_item(task, (size_t)kv_head * task->chunks + chunk);
+    const char *after = after_item(task, kv_head, chunk);
     char *partial = partials_of(task, kv_head, chunk);
     for (int g = 0; g < task->group; g += DECODE_HEADS, partial += DECODE_HEADS * partial_bytes(task)) {
         int heads = task->group - g < DECODE_HEADS ? task->group - g : DECODE_HEADS;
