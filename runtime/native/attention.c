@@ -32,7 +32,7 @@ static const kvq_kernel *choose_kernel(int32_t i) {
 #define SERIAL_WORK (1 << 17)
 #define ITEMS_PER_THREAD 6 /* so that a thread that falls behind is not waited for long */
 #define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
-#define ROW_BLOCK 96        /* query rows that share one expansion of the keys and values */
+#define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values */
 
 static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
     (void)context;
@@ -65,22 +65,25 @@ int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
         if (slots_of(pass->page + p) > 0) slots += slots_of(pass->page + p), cost += cost_of(pass->page + p);
     const int threads = pass->threads < 1 ? 1 : pass->threads;
     long wanted = (threads * ITEMS_PER_THREAD + pass->kv_heads - 1) / pass->kv_heads; /* chunks of a KV head */
+    const long least = slots * 4 / 3 / CHUNK_SLOTS + 1; /* the largest then has room for its share */
     if (wanted > slots / LEAST_CHUNK) wanted = slots / LEAST_CHUNK;
-    if (wanted < slots * 4 / 3 / CHUNK_SLOTS + 1) wanted = slots * 4 / 3 / CHUNK_SLOTS + 1; /* the largest has room */
+    if (wanted < least) wanted = least;
     if (threads == 1) wanted = 1;
     int chunks = 0, filled = 0;
+    double end = cost * share_of_first(1, (int)wanted); /* of the chunk that is being filled */
     *room = 0;
     chunk[0] = 0;
     for (int p = 0; p < pass->pages; p++) {
         const int more = slots_of(pass->page + p);
         if (more <= 0) continue;
-        const double half = before + 0.5 * cost_of(pass->page + p); /* a page belongs where its middle is */
-        if (filled && (half >= cost * share_of_first(chunks + 1, (int)wanted) || filled + more > CHUNK_SLOTS)) {
+        const long own = cost_of(pass->page + p); /* a page belongs where its middle is */
+        if (filled && (before + 0.5 * own >= end || filled + more > CHUNK_SLOTS)) {
             chunk[++chunks] = p;
             filled = 0;
+            end = cost * share_of_first(chunks + 1, (int)wanted);
         }
         filled += more;
-        before += cost_of(pass->page + p);
+        before += own;
         if (filled > *room) *room = filled;
     }
     if (filled) chunk[++chunks] = pass->pages;
