@@ -22,8 +22,8 @@ from kvq.runtime.pages import Geometry
 from kvq.runtime.store import KVStore
 from tests.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, random_tokens, seeds
 
-# Of the largest output; both sides are single precision.
-TOLERANCE = 3e-5
+# Of the largest output. Integer weights of values add a noise of 1.6e-5 of the root mean square (dot_values.h).
+TOLERANCE = 6e-5
 HEAD_DIMS = (8, 16, 24, 40, 64, 80, 96, 128, 256)
 COUNTS = (0, 1, 7, 15, 16, 17, 63, 64, 65, 130)
 

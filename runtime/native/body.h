@@ -1,10 +1,4 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
-#ifdef DOT_VALUES
-#include "dot_values.h"
-#endif
-#ifdef HALF_REGISTERS
-#include "half_avx512.h"
-#endif
 #include "encode.h"
 #include "move.h"
 #include "norm.h"

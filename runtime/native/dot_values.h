@@ -1,16 +1,22 @@
-/* Weighted values by integer dot products on AVX-512 VNNI. The weights of a run of pages become whole numbers of three
- * bytes, four tokens' bytes of one channel are brought together, and a dot product takes four tokens at once. */
+/* Weighted values by integer dot products on AVX-512 VNNI. The weights of a run of pages become whole numbers of two or
+ * three bytes, four tokens' bytes of one channel are brought together, and a dot product takes four tokens at once. */
 #ifndef KVQ_DOT_VALUES_H
 #define KVQ_DOT_VALUES_H
 
+#include <float.h>
 #include <immintrin.h>
+#include <math.h>
 
 #include "kernel.h"
 #include "vector.h"
 
-/* As exact as float weights: the largest is all but 2^24. A margin keeps roundings from reaching it. */
+/* The unit of the whole numbers, in root mean squares of the weights of a run: rounding then adds a noise of 1.6e-5 of
+ * the result, whatever the weights are like. A weight of more than two bytes is 3.6 times the root mean square, which at
+ * most one in 13 can be: the third bytes are taken only of the groups of four tokens that have any. A run has at most
+ * CHUNK_SLOTS tokens, so three are always enough. */
+#define WEIGHT_UNIT 5.5e-5f
 #define WEIGHT_PARTS 3
-#define WEIGHT_LARGEST 16777000.0f
+#define COMMON_PARTS 2
 #define MOST_PASSES 8 /* of 32 channels: head_dim at most 256 */
 
 /* Vectors of so many words can be taken apart below: whole registers of them, or of half and quarter length. */
@@ -73,92 +79,114 @@ INLINE dot_pass pass_of(int bits, int words, int p) {
     return (dot_pass){column + 2 * half, p % steps, 4, 1, 0};
 }
 
-/* Sums of pass p over a page: acc[head][part][register] += weights x codes. */
-INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *values, int slots, const float *weights,
-                     int room, __m512i *acc, const char *next) {
+/* The codes of pass p of four tokens. */
+INLINE void codes_of_four(int bits, int words, int p, const uint32_t *values, __m512i code[2]) {
     const dot_pass at = pass_of(bits, words, p);
-    __m512i sum[DECODE_HEADS][WEIGHT_PARTS][2];
-    for (int g = 0; g < heads; g++)
-        for (int part = 0; part < WEIGHT_PARTS; part++)
-            for (int i = 0; i < 2; i++) sum[g][part][i] = acc[(g * WEIGHT_PARTS + part) * 2 + i];
-    for (int t = 0; t < slots; t += 4, values += 4 * words) {
-        if (p == 0 && next)
-            for (int line = 0; line < words / 4; line++)
-                __builtin_prefetch(next + (size_t)(t * words) * 4 + line * 64, 0, 2);
-        __m512i code[2];
-        if (words == 4 || (words == 8 && bits < 8)) {
-            __m512i bytes = four_tokens(words, values, at.word / 4);
-            code[0] = signed_codes(bits, bytes, at.step), code[1] = signed_codes(bits, bytes, at.step + 1);
-        } else if (words == 8) {
-            code[0] = four_tokens(words, values, 0), code[1] = four_tokens(words, values, 1);
-        } else {
-            four_tokens_wide(words, values, at.word / 16 * 16, at.word % 4 / 2, code);
-            for (int i = 0; i < 2; i++) code[i] = signed_codes(bits, code[i], at.step);
-        }
-        for (int g = 0; g < heads; g++)
-            for (int part = 0; part < WEIGHT_PARTS; part++) {
-                int32_t four;
-                memcpy(&four, weights + g * room + t + part, sizeof four);
-                const __m512i weight = _mm512_set1_epi32(four);
-                for (int i = 0; i < 2; i++) /* around the intrinsic GCC 12 keeps the sums in memory */
-                    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[g][part][i]) : "v"(weight), "v"(code[i]));
-            }
+    if (words == 4 || (words == 8 && bits < 8)) {
+        __m512i bytes = four_tokens(words, values, at.word / 4);
+        code[0] = signed_codes(bits, bytes, at.step), code[1] = signed_codes(bits, bytes, at.step + 1);
+    } else if (words == 8) {
+        code[0] = four_tokens(words, values, 0), code[1] = four_tokens(words, values, 1);
+    } else {
+        four_tokens_wide(words, values, at.word / 16 * 16, at.word % 4 / 2, code);
+        for (int i = 0; i < 2; i++) code[i] = signed_codes(bits, code[i], at.step);
     }
-    for (int g = 0; g < heads; g++)
-        for (int part = 0; part < WEIGHT_PARTS; part++)
-            for (int i = 0; i < 2; i++) acc[(g * WEIGHT_PARTS + part) * 2 + i] = sum[g][part][i];
 }
 
-/* Softmax weights of a page times the values' scales become whole numbers of 1 / inverse; word `part` of four tokens'
- * weights then holds their bytes number `part`. */
-INLINE void whole_weights(int heads, const uint16_t *scales, int slots, float inverse, float *weights, int room) {
+/* sum[head][i] += weights x code[i] for one part of four tokens' weights. */
+INLINE void dot_four(int heads, const float *weights, const __m512i code[2], __m512i sum[][2]) {
+    for (int g = 0; g < heads; g++) {
+        int32_t four;
+        memcpy(&four, weights + g * TILE, sizeof four);
+        const __m512i weight = _mm512_set1_epi32(four);
+        for (int i = 0; i < 2; i++) /* around the intrinsic GCC 12 keeps the sums in memory */
+            __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[g][i]) : "v"(weight), "v"(code[i]));
+    }
+}
+
+/* Sums of pass p over a page: acc[part][head][register] += weights x codes, the rare parts for the groups of `rare`. */
+INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *values, int slots, const float *weights,
+                     const int32_t *rare, int rare_count, __m512i acc[][DECODE_HEADS][2], const char *next) {
+    __m512i sum[COMMON_PARTS][DECODE_HEADS][2], code[2];
+    for (int part = 0; part < COMMON_PARTS; part++)
+        for (int g = 0; g < heads; g++) sum[part][g][0] = acc[part][g][0], sum[part][g][1] = acc[part][g][1];
+    const float *weight = weights;
+    for (int tile = 0; tile < slots; tile += TILE, weight += heads * TILE)
+        for (int t = 0; t < TILE; t += 4) {
+            const uint32_t *four = values + (size_t)(tile + t) * words;
+            if (p == 0 && next)
+                for (int line = 0; line < words / 4; line++)
+                    __builtin_prefetch(next + (size_t)((tile + t) * words) * 4 + line * 64, 0, 2);
+            codes_of_four(bits, words, p, four, code);
+            for (int part = 0; part < COMMON_PARTS; part++) dot_four(heads, weight + t + part, code, sum[part]);
+        }
+    for (int part = 0; part < COMMON_PARTS; part++)
+        for (int g = 0; g < heads; g++) acc[part][g][0] = sum[part][g][0], acc[part][g][1] = sum[part][g][1];
+    if (!rare_count) return;
+    for (int g = 0; g < heads; g++) sum[0][g][0] = acc[COMMON_PARTS][g][0], sum[0][g][1] = acc[COMMON_PARTS][g][1];
+    for (int i = 0; i < rare_count; i++) {
+        codes_of_four(bits, words, p, values + (size_t)rare[i] * words, code);
+        dot_four(heads, weights + rare[i] / TILE * heads * TILE + rare[i] % TILE + COMMON_PARTS, code, sum[0]);
+    }
+    for (int g = 0; g < heads; g++) acc[COMMON_PARTS][g][0] = sum[0][g][0], acc[COMMON_PARTS][g][1] = sum[0][g][1];
+}
+
+/* Weights of a page become whole numbers of 1 / inverse[head]; word `part` of four tokens' weights then holds their bytes number
+ * `part`. Returns how many groups of four have bytes number COMMON_PARTS, and where: rare [slots / 4 + 12]. */
+INLINE int whole_weights(int heads, int slots, const float *inverse, float *weights, int32_t *rare) {
     const __m512i by_byte = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    for (int t = 0; t < slots; t += LANES) {
-        const vf factor = load_halves(scales + t) * inverse;
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    int rare_count = 0;
+    for (int t = 0; t < slots; t += TILE, weights += heads * TILE) {
+        __m512i all = _mm512_setzero_si512();
         for (int g = 0; g < heads; g++) {
-            __m512i whole = _mm512_cvtps_epi32((__m512)(load_f(weights + g * room + t) * factor));
-            _mm512_storeu_si512(weights + g * room + t, _mm512_shuffle_epi8(whole, by_byte));
+            const __m512i whole = _mm512_cvtps_epi32((__m512)(load_f(weights + g * TILE) * inverse[g]));
+            const __m512i bytes = _mm512_shuffle_epi8(whole, by_byte);
+            all = _mm512_or_si512(all, bytes);
+            _mm512_storeu_si512(weights + g * TILE, bytes);
         }
+        const __mmask16 found = _mm512_mask_test_epi32_mask(0x1111 << COMMON_PARTS, all, all);
+        const __m512i slot = _mm512_add_epi32(first, _mm512_set1_epi32(t));
+        _mm512_storeu_si512(rare + rare_count, _mm512_maskz_compress_epi32(found, slot));
+        rare_count += __builtin_popcount(found);
     }
+    return rare_count;
 }
 
-/* sums[head][channel] += weights[head][token] * scale[token] * level[token][channel] over `count` neighbouring pages of
- * one precision; weights are overwritten. `next` is what is read after them. */
+/* sums[head][channel] += weights[head][token] * level[token][channel] over `count` neighbouring pages of one precision,
+ * all_slots in all; weights are overwritten, squares [heads] are the sums of theirs. `next` is what is read after them. */
 INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int count, size_t vector_row,
-                      float *weights, int room, float *sums, int stride, const char *next) {
+                      int all_slots, float *weights, const float *squares, float *sums, int stride, const char *next) {
     const int passes = words * (8 / bits) / 8, steps = 8 / bits;
-    __m512i acc[MOST_PASSES * DECODE_HEADS * WEIGHT_PARTS * 2];
-    vf top = splat(0);
-    for (int p = 0; p < count; p++)
-        for (int t = 0; t < slots_of(page + p); t += LANES)
-            top = max_f(top, load_halves(page[p].value_scales + vector_row * page[p].capacity + page[p].begin + t));
-    const float largest = max_lanes(top), inverse = largest > 0 ? WEIGHT_LARGEST / largest : 0;
-    for (int i = 0; i < passes * heads * WEIGHT_PARTS * 2; i++) acc[i] = _mm512_setzero_si512();
-    for (int p = 0, at = 0; p < count; p++) {
+    __m512i acc[MOST_PASSES][WEIGHT_PARTS][DECODE_HEADS][2];
+    int32_t rare[CHUNK_SLOTS / 4 + 12];
+    float unit[DECODE_HEADS], inverse[DECODE_HEADS];
+    for (int g = 0; g < heads; g++) {
+        unit[g] = WEIGHT_UNIT * sqrtf(squares[g] / all_slots);
+        inverse[g] = unit[g] > FLT_MIN ? 1 / unit[g] : 0;
+    }
+    memset(acc, 0, passes * sizeof acc[0]);
+    for (int p = 0; p < count; p++) {
         const int slots = slots_of(page + p);
         if (slots <= 0) continue;
-        const size_t first_slot = vector_row * page[p].capacity + page[p].begin;
-        const uint32_t *values = page[p].values + first_slot * words;
+        const uint32_t *values = page[p].values + (vector_row * page[p].capacity + page[p].begin) * words;
         const char *after = next;
         if (p + 1 < count && slots_of(page + p + 1) > 0) {
             const size_t its_slot = vector_row * page[p + 1].capacity + page[p + 1].begin;
             after = (const char *)(page[p + 1].values + its_slot * words);
         }
-        whole_weights(heads, page[p].value_scales + first_slot, slots, inverse, weights + at, room);
+        const int rare_count = whole_weights(heads, slots, inverse, weights, rare);
         for (int pass = 0; pass < passes; pass++)
-            dot_page(bits, heads, words, pass, values, slots, weights + at, room,
-                     acc + pass * heads * WEIGHT_PARTS * 2, after);
-        at += slots;
+            dot_page(bits, heads, words, pass, values, slots, weights, rare, rare_count, acc[pass], after);
+        weights += slots * heads;
     }
-    const float unit = largest / WEIGHT_LARGEST / (bits == 2 ? 3 : 1);
     for (int pass = 0; pass < passes; pass++) {
         const dot_pass at = pass_of(bits, words, pass);
         for (int g = 0; g < heads; g++)
             for (int i = 0; i < 2; i++) {
-                const __m512i *part = acc + ((pass * heads + g) * WEIGHT_PARTS) * 2 + i;
                 float lanes[LANES];
-                const vf high = to_float((vi)part[4]) * 256 + to_float((vi)part[2]);
-                store_f(lanes, (high * 256 + to_float((vi)part[0])) * unit);
+                const vf high = to_float((vi)acc[pass][2][g][i]) * 256 + to_float((vi)acc[pass][1][g][i]);
+                store_f(lanes, (high * 256 + to_float((vi)acc[pass][0][g][i])) * (bits == 2 ? unit[g] * (1.0f / 3) : unit[g]));
                 float *to = sums + g * stride + (at.step + i * at.next_step) * words + at.word + i * at.next;
                 for (int b = 0; b < 4; b++)
                     for (int l = 0; l < 4; l++) to[b * steps * words + l * at.stride] += lanes[4 * l + b];
@@ -166,14 +194,30 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
     }
 }
 
-/* The common widths with their number of words as a constant. */
-INLINE void weigh_run(int bits, int heads, int words, const kvq_page *page, int count, size_t vector_row,
-                      float *weights, int room, float *sums, int stride, const char *next) {
-#define RUN(b, w) weigh_dot(b, heads, w, page, count, vector_row, weights, room, sums, stride, next)
-    if (bits == 8) words == 16 ? RUN(8, 16) : words == 8 ? RUN(8, 8) : RUN(8, words);
-    else if (bits == 4) words == 8 ? RUN(4, 8) : words == 16 ? RUN(4, 16) : words == 4 ? RUN(4, 4) : RUN(4, words);
-    else words == 4 ? RUN(2, 4) : words == 8 ? RUN(2, 8) : RUN(2, words);
-#undef RUN
+/* A function for each precision, width and number of heads; the common widths are constants in theirs. */
+typedef void (*run_function)(int words, const kvq_page *page, int count, size_t vector_row, int slots, float *weights,
+                             const float *squares, float *sums, int stride, const char *next);
+#define RUN(name, bits, width, heads)                                                                              \
+    NOINLINE void name##_##heads(int words, const kvq_page *page, int count, size_t vector_row, int slots,          \
+                                 float *weights, const float *squares, float *sums, int stride, const char *next) { \
+        weigh_dot(bits, heads, width, page, count, vector_row, slots, weights, squares, sums, stride, next);        \
+    }
+#define RUNS(name, bits, width) \
+    RUN(name, bits, width, 1) RUN(name, bits, width, 2) RUN(name, bits, width, 3) RUN(name, bits, width, 4) \
+    static const run_function name##_of[DECODE_HEADS] = ROW_OF(name);
+RUNS(run_8_64, 8, 16) RUNS(run_8_32, 8, 8) RUNS(run_8, 8, words)
+RUNS(run_4_64, 4, 8) RUNS(run_4_128, 4, 16) RUNS(run_4_32, 4, 4) RUNS(run_4, 4, words)
+RUNS(run_2_64, 2, 4) RUNS(run_2_128, 2, 8) RUNS(run_2, 2, words)
+
+INLINE void weigh_run(int heads, int words, const kvq_page *page, int count, size_t vector_row, int slots,
+                      float *weights, const float *squares, float *sums, int stride, const char *next) {
+    const run_function *run;
+    switch (page->value_bits) {
+    case 8: run = words == 16 ? run_8_64_of : words == 8 ? run_8_32_of : run_8_of; break;
+    case 4: run = words == 8 ? run_4_64_of : words == 16 ? run_4_128_of : words == 4 ? run_4_32_of : run_4_of; break;
+    default: run = words == 4 ? run_2_64_of : words == 8 ? run_2_128_of : run_2_of;
+    }
+    run[heads - 1](words, page, count, vector_row, slots, weights, squares, sums, stride, next);
 }
 
 #endif

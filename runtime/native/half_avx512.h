@@ -25,7 +25,7 @@ INLINE void pair_channels(int heads, const float *query, int stride, int words, 
 }
 
 /* As tile_scores, from paired channels: a register holds both channels of a word for eight tokens. */
-INLINE void half_tile_scores(int heads, const uint32_t *tile, int words, const float *pairs, vf acc[][1]) {
+INLINE void half_tile_scores(int heads, const uint32_t *tile, int words, const float *pairs, vf acc[][SCORE_VECTORS]) {
     const int stride = (words + LANES - 1) / LANES * LANES * 2;
     vf sum[DECODE_HEADS][2];
     for (int g = 0; g < heads; g++) sum[g][0] = sum[g][1] = splat(0);
@@ -48,19 +48,20 @@ INLINE void half_tile_scores(int heads, const uint32_t *tile, int words, const f
 
 /* As weigh, for `vectors` registers of eight words from column j on. */
 INLINE void half_columns(int heads, int vectors, const uint32_t *values, int words, int j, int slots,
-                         const float *weights, int room, float *sums, int stride, const char *next) {
+                         const float *weights, float *sums, int stride, const char *next) {
     vf acc[DECODE_HEADS][4];
     for (int g = 0; g < heads; g++)
         for (int v = 0; v < vectors; v++) acc[g][v] = splat(0);
-    for (int t = 0; t < slots; t++) {
-        if (j == 0)
-            for (int line = 0; line < words; line += 16)
-                __builtin_prefetch(next + ((size_t)t * words + line) * 4, 0, 2);
-        vf x[4];
-        for (int v = 0; v < vectors; v++) x[v] = load_16_halves(values + (size_t)t * words + j + v * 8);
-        for (int g = 0; g < heads; g++)
-            for (int v = 0; v < vectors; v++) acc[g][v] += x[v] * weights[g * room + t];
-    }
+    for (int tile = 0; tile < slots; tile += TILE, weights += heads * TILE)
+        for (int t = 0; t < TILE; t++) {
+            if (j == 0)
+                for (int line = 0; line < words; line += 16)
+                    __builtin_prefetch(next + ((size_t)(tile + t) * words + line) * 4, 0, 2);
+            vf x[4];
+            for (int v = 0; v < vectors; v++) x[v] = load_16_halves(values + (size_t)(tile + t) * words + j + v * 8);
+            for (int g = 0; g < heads; g++)
+                for (int v = 0; v < vectors; v++) acc[g][v] += x[v] * weights[g * TILE + t];
+        }
     for (int g = 0; g < heads; g++)
         for (int v = 0; v < vectors; v++) {
             float lanes[LANES], *to = sums + g * stride + j + v * 8;
@@ -69,11 +70,11 @@ INLINE void half_columns(int heads, int vectors, const uint32_t *values, int wor
         }
 }
 
-INLINE void half_weigh(int heads, const uint32_t *values, int words, int slots, const float *weights, int room,
-                       float *sums, int stride, const char *next) {
+INLINE void half_weigh(int heads, const uint32_t *values, int words, int slots, const float *weights, float *sums,
+                       int stride, const char *next) {
     int j = 0;
-    for (; j + 32 <= words; j += 32) half_columns(heads, 4, values, words, j, slots, weights, room, sums, stride, next);
-    for (; j < words; j += 8) half_columns(heads, 1, values, words, j, slots, weights, room, sums, stride, next);
+    for (; j + 32 <= words; j += 32) half_columns(heads, 4, values, words, j, slots, weights, sums, stride, next);
+    for (; j < words; j += 8) half_columns(heads, 1, values, words, j, slots, weights, sums, stride, next);
 }
 
 #endif

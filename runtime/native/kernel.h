@@ -62,6 +62,26 @@ struct kvq_task {
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 128    /* slots decoded at a time in prefill */
 
+/* Expand a switch once: `call` sees BITS as a constant and is compiled for each. */
+#define FOR_BITS(value, call)                                       \
+    switch (value) {                                                \
+    case 16: { enum { BITS = 16 }; call; } break;                   \
+    case WINDOW_BITS: { enum { BITS = WINDOW_BITS }; call; } break; \
+    case 8: { enum { BITS = 8 }; call; } break;                     \
+    case 4: { enum { BITS = 4 }; call; } break;                     \
+    default: { enum { BITS = 2 }; call; } break;                    \
+    }
+
+/* One function for each precision and number of heads, where both are constants: X(bits, heads) defines name_bits_heads,
+ * and TABLE_OF(name) has them by width_number and number of heads. */
+#define NOINLINE static __attribute__((noinline))
+#define FOR_WIDTHS(X, heads) X(16, heads) X(15, heads) X(8, heads) X(4, heads) X(2, heads)
+#define ROW_OF(name) {name##_1, name##_2, name##_3, name##_4}
+#define TABLE_OF(name) {ROW_OF(name##_16), ROW_OF(name##_15), ROW_OF(name##_8), ROW_OF(name##_4), ROW_OF(name##_2)}
+static inline int width_number(int bits) {
+    return bits == 16 ? 0 : bits == WINDOW_BITS ? 1 : bits == 8 ? 2 : bits == 4 ? 3 : 4;
+}
+
 static inline int words_per_vector(int bits, int head_dim) {
     int code = bits == WINDOW_BITS ? 16 : bits;
     return (head_dim * code + 31) / 32;

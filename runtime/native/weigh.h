@@ -1,0 +1,104 @@
+/* Values weighted by softmax, by float arithmetic. Weights lie as scores do, see scores.h. */
+#ifndef KVQ_WEIGH_H
+#define KVQ_WEIGH_H
+
+#include "kernel.h"
+#include "vector.h"
+
+/* Registers for sums: a pass over the tokens takes as many codes of a word as they hold for all heads. */
+#if LANES == 16 || defined(__aarch64__)
+#define SUM_REGISTERS 24
+#else
+#define SUM_REGISTERS 12
+#endif
+
+/* Words that fill whole vectors: sums of `at_once` of their codes from number `first` on, LANES words from j on. */
+INLINE void weigh_vectors(int bits, int heads, int at_once, int first, int j, const uint32_t *values, int words,
+                          int slots, const float *weights, float *sums, int stride, const char *next) {
+    vf acc[DECODE_HEADS][8];
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < at_once; i++) acc[g][i] = load_f(sums + g * stride + (first + i) * words + j);
+    for (int tile = 0; tile < slots; tile += TILE) {
+        if (j + first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
+        for (int t = 0; t < TILE; t++) {
+            const vu word = load_u(values + (size_t)(tile + t) * words + j) >> (first * (32 / codes_of(bits)));
+            UNROLL
+            for (int i = 0; i < at_once; i++) {
+                const vf x = level(bits, word, i);
+                for (int g = 0; g < heads; g++) acc[g][i] += x * weights[(tile * heads) + g * TILE + t];
+            }
+        }
+    }
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < at_once; i++) store_f(sums + g * stride + (first + i) * words + j, acc[g][i]);
+}
+
+/* Words of which a vector holds those of several tokens. */
+INLINE void weigh_parts(int bits, int heads, int at_once, int first, const uint32_t *values, int words, int slots,
+                        const float *weights, float *sums, int stride, const char *next) {
+    const int tokens = LANES / words; /* of one vector */
+    vf acc[DECODE_HEADS][8];
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < at_once; i++) acc[g][i] = splat(0);
+    for (int tile = 0; tile < slots; tile += TILE) {
+        if (first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
+        for (int t = 0; t < TILE; t += tokens) {
+            const vu word = load_u(values + (size_t)(tile + t) * words) >> (first * (32 / codes_of(bits)));
+            vf weight[DECODE_HEADS];
+            for (int g = 0; g < heads; g++) weight[g] = spread(weights + tile * heads + g * TILE + t, tokens);
+            UNROLL
+            for (int i = 0; i < at_once; i++) {
+                const vf x = level(bits, word, i);
+                for (int g = 0; g < heads; g++) acc[g][i] += x * weight[g];
+            }
+        }
+    }
+    for (int g = 0; g < heads; g++)
+        for (int i = 0; i < at_once; i++) {
+            float lanes[LANES];
+            store_f(lanes, acc[g][i]);
+            for (int lane = 0; lane < LANES; lane++)
+                sums[g * stride + (first + i) * words + lane % words] += lanes[lane];
+        }
+}
+
+/* sums[head][channel] += weights[head][token] * level[token][channel] over `slots` tokens of a page. */
+INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int slots, const float *weights, float *sums,
+                  int stride, const char *next) {
+    const int codes = codes_of(bits), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
+    const int at_once = codes < most ? codes : most;
+#ifdef HALF_REGISTERS
+    if (bits == 16 && words % 8 == 0) {
+        half_weigh(heads, values, words, slots, weights, sums, stride, next);
+        return;
+    }
+#endif
+    if (words % LANES == 0) {
+        for (int j = 0; j < words; j += LANES)
+            for (int first = 0; first < codes; first += at_once)
+                weigh_vectors(bits, heads, at_once, first, j, values, words, slots, weights, sums, stride, next);
+    } else if (LANES % words == 0) {
+        for (int first = 0; first < codes; first += at_once)
+            weigh_parts(bits, heads, at_once, first, values, words, slots, weights, sums, stride, next);
+    } else { /* a head_dim whose words do not line up with the vectors */
+        for (int t = 0; t < slots; t++)
+            for (int j = 0; j < words; j++)
+                for (int i = 0; i < codes; i++) {
+                    const float x = level(bits, values[(size_t)t * words + j] - (vu){0}, i)[0];
+                    for (int g = 0; g < heads; g++)
+                        sums[g * stride + i * words + j] += weights[(t / TILE * heads + g) * TILE + t % TILE] * x;
+                }
+    }
+}
+
+typedef void (*weigh_function)(const uint32_t *values, int words, int slots, const float *weights, float *sums,
+                               int stride, const char *next);
+#define WEIGH(bits, heads)                                                                                           \
+    NOINLINE void weigh_##bits##_##heads(const uint32_t *values, int words, int slots, const float *weights,        \
+                                         float *sums, int stride, const char *next) {                               \
+        weigh(bits, heads, values, words, slots, weights, sums, stride, next);                                      \
+    }
+FOR_WIDTHS(WEIGH, 1) FOR_WIDTHS(WEIGH, 2) FOR_WIDTHS(WEIGH, 3) FOR_WIDTHS(WEIGH, 4)
+static const weigh_function WEIGH_OF[][DECODE_HEADS] = TABLE_OF(weigh);
+
+#endif
