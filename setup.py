@@ -29,7 +29,7 @@ X86 = {
                         "-mprefer-vector-width=512"],
 }  # fmt: skip
 ARM = {"kernel_neon.c": [], "kernel_dotprod.c": ["-march=armv8.2-a+dotprod"]}
-COMMON = {"attention.c": [], "stepwise.c": [], "operators.c": [], "kernel_plain.c": []}
+COMMON = {"attention.c": [], "decode.c": [], "stepwise.c": [], "operators.c": [], "kernel_plain.c": []}
 
 
 def build_native(targets: list[Path]) -> None:

@@ -1,5 +1,4 @@
-/* Attention of one layer: cut it into work items, have them run, merge their partial results. */
-#include <float.h>
+/* Attention of one layer: what is exported, and how it is cut into work items. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,8 +27,6 @@ static const kvq_kernel *choose_kernel(int32_t i) {
     return KERNELS[i];
 }
 
-/* Below this many multiply-adds a second thread costs more than it brings. */
-#define SERIAL_WORK (1 << 17)
 #define ITEMS_PER_THREAD 6 /* so that a thread that falls behind is not waited for long */
 #define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
 #define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values */
@@ -37,11 +34,6 @@ static const kvq_kernel *choose_kernel(int32_t i) {
 static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
     (void)context;
     for (size_t i = 0; i < count; i++) work(data, i);
-}
-
-static void decode_work(void *data, size_t i) {
-    const kvq_task *task = data;
-    task->kernel->decode(task, item_head(task, i), item_chunk(task, i));
 }
 
 static void prefill_work(void *data, size_t i) {
@@ -96,35 +88,27 @@ unsigned kvq_key_widths(const kvq_pass *pass) {
     return widths;
 }
 
-static int decode(kvq_task *task, kvq_parallel parallel, void *context) {
+void kvq_keep_token(const kvq_task *task, int kv_head, int token) {
     const kvq_pass *pass = task->pass;
-    int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
-    if (!chunk) return -1;
-    task->chunk = chunk;
-    task->chunks = kvq_plan_chunks(pass, chunk, &task->chunk_room);
-    const size_t items = (size_t)task->chunks * pass->kv_heads;
-    const size_t query_bytes = sizeof(float) * task->padded_dim * pass->heads;
-    const size_t integer_bytes = sizeof(kvq_integer_query) * pass->heads;
-    const size_t word_bytes = sizeof(int32_t) * integer_words_all(pass->head_dim) * pass->heads;
-    char *memory = malloc(query_bytes + word_bytes + integer_bytes + 64 + items * task->group * partial_bytes(task));
-    if (memory) {
-        float *query = (float *)memory;
-        int32_t *words = (int32_t *)(memory + query_bytes);
-        kvq_integer_query *integer = (kvq_integer_query *)(memory + query_bytes + word_bytes);
-        char *partials = memory + query_bytes + word_bytes + integer_bytes;
-        task->kernel->queries(task, kvq_key_widths(pass), query, integer, words);
-        task->query = query, task->words = words, task->integer = integer;
-        task->partials = partials + (16 - (uintptr_t)partials % 16) % 16;
-        long work = (long)items * task->chunk_room * task->group * pass->head_dim;
-        (work < SERIAL_WORK ? run_serially : parallel)(context, decode_work, items, task);
-        for (int h = 0; h < pass->heads; h++) task->kernel->merge(task, h);
-    }
-    free(memory);
-    if (chunk != few) free(chunk);
-    return memory ? 0 : -1;
+    const kvq_rows *rows = task->rows;
+    const size_t d = pass->head_dim, row = (size_t)task->layer * pass->kv_heads + kv_head;
+    const size_t to = (row * pass->tokens + token) * d;
+    if (!pass->keys || !pass->values) return;
+    memcpy(pass->keys + to, rows->key + token * rows->key_stride + kv_head * d, sizeof(float) * d);
+    memcpy(pass->values + to, rows->value + token * rows->value_stride + kv_head * d, sizeof(float) * d);
 }
 
 int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel, void *context) {
+    return kvq_prepare_and_attend(pass, layer, rows, NULL, parallel, context);
+}
+
+static void prepare_work(void *data, size_t token) {
+    const kvq_prepare *p = data;
+    for (int h = 0; h < p->heads + p->kv_heads; h++) kvq_prepare_head(p, token, h);
+}
+
+int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                           kvq_parallel parallel, void *context) {
     kvq_task task = {
         .pass = pass,
         .rows = rows,
@@ -136,15 +120,10 @@ int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_pa
     };
     if (!task.kernel) return -2;
     if (!parallel) parallel = run_serially;
-    if (pass->keys && pass->values)
-        for (int h = 0; h < pass->kv_heads; h++)
-            for (int t = 0; t < pass->tokens; t++) {
-                const int d = pass->head_dim;
-                const size_t to = (((size_t)layer * pass->kv_heads + h) * pass->tokens + t) * d;
-                memcpy(pass->keys + to, rows->key + t * rows->key_stride + (size_t)h * d, sizeof(float) * d);
-                memcpy(pass->values + to, rows->value + t * rows->value_stride + (size_t)h * d, sizeof(float) * d);
-            }
-    if (pass->tokens == 1) return decode(&task, parallel, context);
+    if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
+    if (prepare) parallel(context, prepare_work, (size_t)pass->tokens, (void *)prepare);
+    for (int h = 0; h < pass->kv_heads; h++)
+        for (int t = 0; t < pass->tokens; t++) kvq_keep_token(&task, h, t);
     if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);
     const int all_rows = task.group * pass->tokens;
     task.row_block = all_rows < ROW_BLOCK ? all_rows : ROW_BLOCK;
@@ -159,9 +138,9 @@ int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int
     return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
 }
 
-void kvq_prepare_token(const kvq_prepare *p, size_t token) {
+void kvq_prepare_head(const kvq_prepare *p, size_t token, int head) {
     const kvq_kernel *chosen = choose_kernel(p->kernel);
-    if (chosen) chosen->prepare(p, token);
+    if (chosen) chosen->prepare(p, token, head);
 }
 
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {

@@ -12,10 +12,10 @@
                                .available = check,                 \
                                .integer_dot = dot_products,        \
                                .decode = decode_item,              \
-                               .queries = prepare_queries,         \
+                               .query = prepare_query,             \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
-                               .prepare = prepare_token,           \
+                               .prepare = prepare_head,            \
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
                                .move = move_tokens,                \

@@ -27,10 +27,11 @@ typedef struct {
     int (*available)(void);
     int integer_dot;                               /* wants task->integers */
     void (*decode)(const kvq_task *task, int kv_head, int chunk); /* one new token */
-    void (*queries)(const kvq_task *task, unsigned widths, float *query, kvq_integer_query *integer, int32_t *words);
+    void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
+                  int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
-    void (*prepare)(const kvq_prepare *p, size_t token);
+    void (*prepare)(const kvq_prepare *p, size_t token, int head);
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                      float *normed);
@@ -131,10 +132,21 @@ static inline int integer_words_start(int bits, int head_dim) {
     return start;
 }
 
+/* Cut one block of memory into parts that are aligned for anything; with base null only their size is counted. */
+static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
+    void *at = base ? base + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
+    return at;
+}
+
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
 /* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
 unsigned kvq_key_widths(const kvq_pass *pass);
+/* Copy a new token's key and value of one head to where the pass wants them. */
+void kvq_keep_token(const kvq_task *task, int kv_head, int token);
+/* The row of a pass with one token; as kvq_prepare_and_attend. */
+int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
 /* The rows of a pass with `stepwise`; as kvq_attend. */
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
 

@@ -73,7 +73,7 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
-/* What a projection yields and what attention takes, see kvq_prepare_token. */
+/* What a projection yields and what attention takes, see kvq_prepare_head. */
 typedef struct {
     const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
     const float *cosine, *sine; /* [tokens, head_dim / 2] */
@@ -84,8 +84,8 @@ typedef struct {
     int32_t kernel; /* as in kvq_pass */
 } kvq_prepare;
 
-/* Queries and keys of one token: rotary embedding, rotation, centring. */
-void kvq_prepare_token(const kvq_prepare *p, size_t token);
+/* One head of one token, queries before keys: rotary embedding, rotation, centring of the keys. */
+void kvq_prepare_head(const kvq_prepare *p, size_t token, int head);
 
 /* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
@@ -102,6 +102,10 @@ typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), 
  * Returns 0, or -1 when memory ran out, or -2 when the pass names a kernel that cannot run here. */
 KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
                           void *context);
+
+/* The same, with queries and keys that `prepare` makes first, where rows points; it may be null. */
+int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                           kvq_parallel parallel, void *context);
 
 /* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written at 16 bits), byte
  * for byte as runtime/codecs does. head_dim is at most 1024. Returns 0, or -1 when a value is refused there. */

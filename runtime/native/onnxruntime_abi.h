@@ -1,14 +1,14 @@
 /* The few entries of onnxruntime's C interface that a custom operator needs.
  *
  * The interface is a table of functions that only ever grows at its end, so a position never changes its meaning;
- * the positions below are those of the public header onnxruntime_c_api.h, API version 17 (onnxruntime 1.17). */
+ * the positions below are those of the public header onnxruntime_c_api.h, API version 23 (onnxruntime 1.23). */
 #ifndef KVQ_ONNXRUNTIME_ABI_H
 #define KVQ_ONNXRUNTIME_ABI_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ORT_API_VERSION = 17, ORT_FAIL = 1, ORT_FLOAT = 1 /* element type */ };
+enum { ORT_API_VERSION = 23, ORT_FAIL = 1, ORT_FLOAT = 1 /* element type */ };
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtSessionOptions OrtSessionOptions;
@@ -19,7 +19,7 @@ typedef struct OrtValue OrtValue;
 typedef struct OrtShapeInfo OrtShapeInfo; /* OrtTensorTypeAndShapeInfo */
 
 typedef struct {
-    void (*functions[275])(void);
+    void (*functions[319])(void);
 } OrtApi;
 
 typedef struct {
@@ -45,6 +45,7 @@ typedef struct {
 #define ReleaseShapeInfo(api) ORT(api, 99, void, OrtShapeInfo *)
 #define KernelContext_ParallelFor(api) \
     ORT(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *)
+#define GetTensorSizeInBytes(api) ORT(api, 318, OrtStatus *, const OrtValue *, size_t *)
 
 typedef struct OrtCustomOp OrtCustomOp;
 struct OrtCustomOp {
@@ -70,7 +71,7 @@ struct OrtCustomOp {
     OrtStatus *(*InferOutputShapeFn)(const OrtCustomOp *, void *);
     int (*GetStartVersion)(const OrtCustomOp *);
     int (*GetEndVersion)(const OrtCustomOp *);
-    /* Read from later versions on; here so that a reader beyond version 17 finds null. */
+    /* From version 18 on; null where there is nothing to say. */
     void *GetMayInplace, *ReleaseMayInplace, *GetAliasMap, *ReleaseAliasMap;
 };
 

@@ -34,30 +34,43 @@ static void fail(run *r, const char *why) {
     if (!r->status) r->status = CreateStatus(r->api)(ORT_FAIL, why);
 }
 
-/* Data and shape of an input, floats in so many dimensions; null when there is none such. */
-static const float *input(run *r, size_t index, size_t dimensions, int64_t *shape) {
+/* Data of an input and how many floats it has; null when there is none such. Asking for a shape takes three more calls
+ * and an allocation, which 90 nodes of a step would make for every input; what is read depends on the count alone. */
+static const float *input(run *r, size_t index, size_t *count) {
+    const OrtApi *api = r->api;
+    const OrtValue *value = NULL;
+    void *data = NULL;
+    *count = 0;
+    if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
+    if (!r->status) r->status = GetTensorSizeInBytes(api)(value, count);
+    if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
+    *count /= sizeof(float);
+    return r->status ? NULL : data;
+}
+
+/* The same for an input that has to have so many. */
+static const float *floats(run *r, size_t index, int64_t wanted) {
+    size_t count;
+    const float *data = input(r, index, &count);
+    if (!r->status && (wanted < 0 || count != (size_t)wanted))
+        fail(r, "kvq: an input does not have the shape that the session's pass or another input asks for");
+    return r->status ? NULL : data;
+}
+
+/* The number of columns of an input that is a matrix. */
+static int64_t columns_of(run *r, size_t index) {
     const OrtApi *api = r->api;
     const OrtValue *value = NULL;
     OrtShapeInfo *info = NULL;
     size_t rank = 0;
-    void *data = NULL;
+    int64_t shape[2] = {0, 0};
     if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
     if (!r->status) r->status = GetTensorTypeAndShape(api)(value, &info);
     if (!r->status) r->status = GetDimensionsCount(api)(info, &rank);
-    if (!r->status && rank != dimensions) fail(r, "kvq: an input has more or fewer dimensions than it should");
-    if (!r->status) r->status = GetDimensions(api)(info, shape, dimensions);
+    if (!r->status && rank != 2) fail(r, "kvq: an input is not a matrix");
+    if (!r->status) r->status = GetDimensions(api)(info, shape, rank);
     if (info) ReleaseShapeInfo(api)(info);
-    if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
-    return r->status ? NULL : data;
-}
-
-/* The same for a matrix that has to be of a certain shape. */
-static const float *matrix_of(run *r, size_t index, int64_t rows, int64_t columns) {
-    int64_t shape[2] = {0, 0};
-    const float *data = input(r, index, 2, shape);
-    if (!r->status && (shape[0] != rows || shape[1] != columns))
-        fail(r, "kvq: an input does not have the shape that the session's pass asks for");
-    return r->status ? NULL : data;
+    return shape[1];
 }
 
 static float *output(run *r, size_t index, int64_t rows, int64_t columns) {
@@ -76,8 +89,6 @@ static void run_on_pool(void *context, void (*work)(void *, size_t), size_t coun
     else if (!r->status) r->status = KernelContext_ParallelFor(r->api)(r->context, work, count, count, data);
 }
 
-static void prepare_work(void *data, size_t token) { kvq_prepare_token(data, token); }
-
 /* kvq::Attention: over the store of the thread's session.
  *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim]
  *   -> [tokens, heads * head_dim];  attributes layer, rotate */
@@ -91,10 +102,10 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
     }
     const int64_t d = pass->head_dim, tokens = pass->tokens, both = pass->heads + pass->kv_heads;
     kvq_prepare prepare = {
-        .qkv = matrix_of(&r, 0, tokens, (both + pass->kv_heads) * d),
-        .cosine = matrix_of(&r, 1, tokens, d / 2),
-        .sine = matrix_of(&r, 2, tokens, d / 2),
-        .mean_key = matrix_of(&r, 3, pass->kv_heads, d),
+        .qkv = floats(&r, 0, tokens * (both + pass->kv_heads) * d),
+        .cosine = floats(&r, 1, tokens * (d / 2)),
+        .sine = floats(&r, 2, tokens * (d / 2)),
+        .mean_key = floats(&r, 3, pass->kv_heads * d),
         .heads = pass->heads,
         .kv_heads = pass->kv_heads,
         .head_dim = pass->head_dim,
@@ -106,7 +117,6 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         fail(&r, "kvq::Attention: no memory");
     if (r.status) return r.status;
 
-    run_on_pool(&r, prepare_work, (size_t)tokens, &prepare);
     const kvq_rows rows = {
         .query = prepare.out,
         .key = prepare.out + pass->heads * d,
@@ -117,7 +127,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .value_stride = (both + pass->kv_heads) * d,
         .row_squares = self->layer == pass->layers - 1 ? pass->row_squares : NULL,
     };
-    if (!r.status && kvq_attend(pass, (int32_t)self->layer, &rows, run_on_pool, &r))
+    if (kvq_prepare_and_attend(pass, (int32_t)self->layer, &rows, &prepare, run_on_pool, &r))
         fail(&r, "kvq::Attention: no memory");
     free(prepare.out);
     return r.status;
@@ -137,12 +147,13 @@ static void swiglu_work(void *data, size_t row) {
 /* kvq::SwiGLU: [tokens, 2 n] -> [tokens, n], silu of the first half times the second. */
 static OrtStatus *swiglu(void *state, OrtKernelContext *context) {
     run r = {((const node *)state)->api, context, NULL};
-    int64_t shape[2] = {0, 0};
-    swiglu_rows rows = {.x = input(&r, 0, 2, shape)};
-    if (!r.status && shape[1] % 2) fail(&r, "kvq::SwiGLU: an odd number of columns");
-    rows.columns = (size_t)shape[1] / 2;
-    rows.out = output(&r, 0, shape[0], shape[1] / 2);
-    if (!r.status) run_on_pool(&r, swiglu_work, (size_t)shape[0], &rows);
+    const int64_t both = columns_of(&r, 0);
+    size_t count;
+    swiglu_rows rows = {.x = input(&r, 0, &count), .columns = (size_t)both / 2};
+    if (!r.status && both % 2) fail(&r, "kvq::SwiGLU: an odd number of columns");
+    const int64_t all_rows = both ? (int64_t)count / both : 0;
+    rows.out = output(&r, 0, all_rows, both / 2);
+    if (!r.status) run_on_pool(&r, swiglu_work, (size_t)all_rows, &rows);
     return r.status;
 }
 
@@ -163,15 +174,15 @@ static void norm_work(void *data, size_t row) {
 static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
     const node *self = state;
     run r = {self->api, context, NULL};
-    int64_t shape[2] = {0, 0}, gains = 0;
-    norm_rows rows = {.x = input(&r, 0, 2, shape), .epsilon = self->epsilon};
-    rows.y = matrix_of(&r, 1, shape[0], shape[1]);
-    rows.gain = input(&r, 2, 1, &gains);
-    if (!r.status && gains != shape[1]) fail(&r, "kvq::AddNorm: not as many gains as columns");
-    rows.columns = (size_t)shape[1];
-    rows.sum = output(&r, 0, shape[0], shape[1]);
-    rows.normed = output(&r, 1, shape[0], shape[1]);
-    if (!r.status) run_on_pool(&r, norm_work, (size_t)shape[0], &rows);
+    size_t count, columns;
+    norm_rows rows = {.gain = input(&r, 2, &columns), .x = input(&r, 0, &count), .epsilon = self->epsilon};
+    rows.y = floats(&r, 1, (int64_t)count);
+    if (!r.status && (columns ? count % columns : count)) fail(&r, "kvq::AddNorm: not as many gains as columns");
+    const int64_t all_rows = columns ? (int64_t)(count / columns) : 0;
+    rows.columns = columns;
+    rows.sum = output(&r, 0, all_rows, (int64_t)columns);
+    rows.normed = output(&r, 1, all_rows, (int64_t)columns);
+    if (!r.status) run_on_pool(&r, norm_work, (size_t)all_rows, &rows);
     return r.status;
 }
 

@@ -65,18 +65,14 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
     }
 }
 
-/* Queries scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants them, as integers too. */
-static void prepare_queries(const kvq_task *task, unsigned widths, float *query, kvq_integer_query *integer,
-                            int32_t *words) {
+/* A query scaled by 1 / sqrt(head_dim), padded with zeros; where the kernel wants it, as integers too. */
+static void prepare_query(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
+                          int32_t *words) {
     const int d = task->pass->head_dim, padded = task->padded_dim;
-    for (int h = 0; h < task->pass->heads; h++) {
-        float *q = query + (size_t)h * padded;
-        const float *from = task->rows->query + (size_t)h * d;
-        for (int c = 0; c < d; c++) q[c] = from[c] * task->softmax_scale;
-        memset(q + d, 0, sizeof(float) * (padded - d));
-        if (task->kernel->integer_dot)
-            integer_query(q, padded, d, widths, integer + h, words + (size_t)h * integer_words_all(d));
-    }
+    const float *from = task->rows->query + (size_t)head * d;
+    for (int c = 0; c < d; c++) query[c] = from[c] * task->softmax_scale;
+    memset(query + d, 0, sizeof(float) * (padded - d));
+    if (task->kernel->integer_dot) integer_query(query, padded, d, widths, integer, words);
 }
 
 /* Merge what the chunks of a query head found, and the new token itself, into its output. */

@@ -39,8 +39,10 @@ static void query_work(void *data, size_t t) {
     kvq_pass pass = *s->task->pass;
     kvq_rows rows = *s->task->rows;
     const kvq_task task = task_of(s, t, &pass, &rows);
-    task.kernel->queries(&task, s->widths, (float *)task.query, (kvq_integer_query *)task.integer,
-                         (int32_t *)task.words);
+    for (int h = 0; h < pass.heads; h++)
+        task.kernel->query(&task, s->widths, h, (float *)task.query + (size_t)h * task.padded_dim,
+                           (kvq_integer_query *)task.integer + h,
+                           (int32_t *)task.words + (size_t)h * integer_words_all(pass.head_dim));
 }
 
 /* Count a token that has moved: into the window, and out of it where a page has a place for another one. */
@@ -77,13 +79,6 @@ static void head_work(void *data, size_t kv_head) {
     }
 }
 
-/* Cut one block of memory into parts that are aligned for anything; with base null only their size is counted. */
-static void *part(char *base, size_t *used, size_t bytes) {
-    void *at = base ? base + *used : NULL;
-    *used += (bytes + 63) / 64 * 64;
-    return at;
-}
-
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context) {
     const kvq_pass *pass = task->pass;
     const size_t rows = (size_t)pass->tokens * pass->heads, pages = (size_t)pass->pages, kv_heads = pass->kv_heads;
@@ -92,12 +87,12 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
     char *memory = NULL;
     for (int filled = 0; filled < 2; filled++) {
         size_t used = 0;
-        s.query = part(memory, &used, sizeof *s.query * rows * task->padded_dim);
-        s.integer = part(memory, &used, sizeof *s.integer * rows);
-        s.words = part(memory, &used, sizeof *s.words * rows * integer_words_all(pass->head_dim));
-        s.page = part(memory, &used, sizeof *s.page * kv_heads * pages);
-        s.chunk = part(memory, &used, sizeof *s.chunk * kv_heads * (pages + 1));
-        s.partials = part(memory, &used, s.partials_bytes * kv_heads);
+        s.query = kvq_part(memory, &used, sizeof *s.query * rows * task->padded_dim);
+        s.integer = kvq_part(memory, &used, sizeof *s.integer * rows);
+        s.words = kvq_part(memory, &used, sizeof *s.words * rows * integer_words_all(pass->head_dim));
+        s.page = kvq_part(memory, &used, sizeof *s.page * kv_heads * pages);
+        s.chunk = kvq_part(memory, &used, sizeof *s.chunk * kv_heads * (pages + 1));
+        s.partials = kvq_part(memory, &used, s.partials_bytes * kv_heads);
         if (!filled && !(memory = malloc(used))) return -1;
     }
     parallel(context, query_work, (size_t)pass->tokens, &s);
