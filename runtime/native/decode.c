@@ -66,12 +66,13 @@ static void merge_head(const decode_step *s, int kv_head) {
 static void decode_work(void *data, size_t thread) {
     decode_step *s = data;
     const kvq_task *task = &s->task;
+    const int end = thread % 2;
     while (__atomic_fetch_add(&s->taken, 1, __ATOMIC_RELAXED) < s->items) {
-        const size_t n = __atomic_fetch_add(&s->from_end[thread % 2], 1, __ATOMIC_RELAXED);
-        const size_t i = thread % 2 ? s->items - 1 - n : n;
-        const int kv_head = item_head(task, i);
+        const size_t n = __atomic_fetch_add(&s->from_end[end], 1, __ATOMIC_RELAXED);
+        const size_t item = end ? s->items - 1 - n : n, after = end ? item - 1 : item + 1;
+        const int kv_head = item_head(task, item);
         await_head(s, kv_head);
-        task->kernel->decode(task, kv_head, item_chunk(task, i));
+        task->kernel->decode(task, item, after < s->items ? after : item);
         if (__atomic_sub_fetch(&s->head[kv_head].left, 1, __ATOMIC_ACQ_REL) == 0) merge_head(s, kv_head);
     }
 }

@@ -46,13 +46,10 @@ static const char *codes_at(const kvq_task *task, const kvq_page *page, size_t v
     return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
 }
 
-/* What is read after an item: the first keys of the one that its thread will probably be given next. */
-static const char *after_item(const kvq_task *task, int kv_head, int chunk) {
-    const kvq_pass *pass = task->pass;
-    const size_t i = item_number(task, kv_head, chunk), later = i + pass->threads;
-    const size_t next = later < (size_t)task->chunks * pass->kv_heads ? later : i;
-    const kvq_page *page = pass->page + task->chunk[item_chunk(task, next)];
-    return codes_at(task, page, (size_t)task->layer * pass->kv_heads + item_head(task, next), 1);
+/* The first keys of an item, which are read after those of the one before. */
+static const char *start_of(const kvq_task *task, size_t item) {
+    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + item_head(task, item);
+    return codes_at(task, task->pass->page + task->chunk[item_chunk(task, item)], vector_row, 1);
 }
 
 /* As prefetch, for the scales of a page's keys or values. */
@@ -129,8 +126,9 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
     }
 }
 
-static void decode_item(const kvq_task *task, int kv_head, int chunk) {
-    const char *after = after_item(task, kv_head, chunk);
+static void decode_item(const kvq_task *task, size_t item, size_t next) {
+    const int kv_head = item_head(task, item), chunk = item_chunk(task, item);
+    const char *after = start_of(task, next);
     char *partial = partials_of(task, kv_head, chunk);
     for (int g = 0; g < task->group; g += DECODE_HEADS, partial += DECODE_HEADS * partial_bytes(task)) {
         const int head = kv_head * task->group + g;

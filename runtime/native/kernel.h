@@ -26,7 +26,7 @@ typedef struct {
     const char *name;
     int (*available)(void);
     int integer_dot;                               /* wants task->integers */
-    void (*decode)(const kvq_task *task, int kv_head, int chunk); /* one new token */
+    void (*decode)(const kvq_task *task, size_t item, size_t next); /* of one new token; `next` will be read after it */
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);

@@ -71,7 +71,10 @@ static void head_work(void *data, size_t kv_head) {
         task.chunks = kvq_plan_chunks(&pass, chunk, &task.chunk_room);
         task.partials = s->partials + kv_head * s->partials_bytes;
         task.first_kv_head = (int)kv_head;
-        for (int c = 0; c < task.chunks; c++) task.kernel->decode(&task, (int)kv_head, c);
+        for (int c = 0; c < task.chunks; c++) {
+            const size_t item = item_number(&task, (int)kv_head, c);
+            task.kernel->decode(&task, item, c + 1 < task.chunks ? item_number(&task, (int)kv_head, c + 1) : item);
+        }
         for (int g = 0; g < group; g++) task.kernel->merge(&task, (int)kv_head * group + g);
         if (t + 1 == whole->tokens) break;
         task.kernel->move_token(move, (size_t)s->task->layer * whole->kv_heads + kv_head, t);
