@@ -151,7 +151,7 @@ class Page:
         self.capacity = capacity
         self.count = 0
         self.shared = False
-        self.row: tuple[int, ...] | None = None
+        self.row: bytes | None = None
         self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True, lasting=not self.settled)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False, lasting=not self.settled)

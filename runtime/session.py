@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -168,8 +169,7 @@ class Session:
             raise PromptError("token ids must be a flat sequence of integers")
         if not new.size:
             raise PromptError("the prompt is empty: give at least one token")
-        # Of an unsigned type, a negative id is a huge one.
-        if new.dtype.kind not in "iu" or new.astype(np.int64).view(np.uint64).max() >= shape.vocab:
+        if new.dtype.kind not in "iu" or not 0 <= new.min() <= new.max() < shape.vocab:
             raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
         if len(new) > self.room:
             raise ContextError(
@@ -188,7 +188,8 @@ class Session:
         row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
         layers.forward(ids, self.store, row_squares)
         entropy, confidence = self._logits(layers.residual, skip, logits_out)
-        if not np.isfinite(logits_out).all():
+        ends = (logits_out.min(), logits_out.max()) if logits_out.size else ()  # NaN where any is
+        if not all(map(math.isfinite, ends)):
             raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
         features = self._features(ids, layers, row_squares, entropy, confidence)
         self.store.append(layers.keys, layers.values, self._choice(features))

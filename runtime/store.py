@@ -38,11 +38,7 @@ class RecentWindow:
         self.capacity = capacity
         self.count = 0
         self.open = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots, used or not."""
-        return self.keys.nbytes + self.values.nbytes + self.bits.nbytes
+        self.nbytes = self.keys.nbytes + self.values.nbytes + self.bits.nbytes  # of all slots, used or not
 
     def copy(self) -> RecentWindow:
         """A window of the same tokens."""

@@ -161,7 +161,8 @@ int kvq_move_tokens(const kvq_move *move) {
     return 0;
 }
 
-int32_t kvq_storable(int32_t kernel, const float *x, size_t count) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
-    return chosen && chosen->storable(x, count);
+int32_t kvq_movable(const kvq_move *move) {
+    const kvq_kernel *chosen = choose_kernel(move->kernel);
+    const size_t count = (size_t)move->layers * move->kv_heads * move->tokens * move->head_dim;
+    return chosen && chosen->storable(move->keys, count) && chosen->storable(move->values, count);
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvq.runtime.codecs import NUMPY, Codec, CodecSet
-from kvq.runtime.native.library import PAGE, WINDOW_BITS, Move, MoveStep, load
+from kvq.runtime.native.library import WINDOW_BITS, Move, MoveStep, load
 from kvq.runtime.native.table import page_row, window_rows
 from kvq.runtime.pages import Page
 from kvq.runtime.store import RecentWindow, Step
@@ -42,11 +42,6 @@ class NativeCodec(Codec):
         self.reference.decode(codes, scales, out)
 
 
-def _in_memory(rows: list[tuple[int, ...]]) -> ctypes.Array[ctypes.c_char]:
-    """Rows of the page table where C can read them."""
-    return ctypes.create_string_buffer(np.array(rows, PAGE).tobytes())
-
-
 class NativeMover:
     """A `kvq.runtime.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
 
@@ -55,38 +50,36 @@ class NativeMover:
     """
 
     def __init__(self, kernel: int) -> None:
-        self._library, self._kernel = load(), kernel
+        self._library = load()
         self._move = Move(kernel=kernel)
         self._window: RecentWindow | None = None
         self._arrays: tuple[Callable[[], np.ndarray | None], ...] = (lambda: None,) * 2
         self._fit = False
-        self._pages: dict[int, Page] = {}
-        self._window_row = self._page_rows = _in_memory([])
+        self._pages: list[Page] = []
+        self._window_rows = self._page_rows = ctypes.create_string_buffer(0)
+        self._steps = (MoveStep * 0)()
 
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
         self._point_at(keys, values)
-        move = self._move
-        storable, size = self._library.kvq_storable, keys.size
-        return (
-            window.capacity > 0
-            and self._fit
-            and bool(storable(self._kernel, move.keys, size) and storable(self._kernel, move.values, size))
-        )
+        return window.capacity > 0 and self._fit and bool(self._library.kvq_movable(self._move))
 
     def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
         self._point_at(keys, values)
         move = self._move
+        pages = list({id(page): page for _, page, _ in steps if page is not None}.values())
         if window is not self._window:
-            self._window, self._window_row = window, _in_memory(window_rows(window)[:1])
-            move.window = ctypes.addressof(self._window_row)
-        pages = {id(page): page for _, page, _ in steps if page is not None}
-        if pages.keys() != self._pages.keys():
-            self._pages, self._page_rows = pages, _in_memory([page_row(page) for page in pages.values()])
+            self._window, self._window_rows = window, ctypes.create_string_buffer(window_rows(window))
+            move.window = ctypes.addressof(self._window_rows)
+        if pages != self._pages:
+            self._pages, self._page_rows = pages, ctypes.create_string_buffer(b"".join(map(page_row, pages)))
             move.page = ctypes.addressof(self._page_rows)
-        number = {page: i for i, page in enumerate(self._pages)}
-        table = (MoveStep * len(steps))(*(MoveStep(slot, number.get(id(page), -1), at) for slot, page, at in steps))
-        move.step = ctypes.addressof(table)
-        self._library.kvq_move_tokens(ctypes.byref(move))
+        if len(steps) != len(self._steps):
+            self._steps = (MoveStep * len(steps))()
+            move.step = ctypes.addressof(self._steps)
+        number = {id(page): i for i, page in enumerate(pages)}
+        for i, (slot, page, at) in enumerate(steps):
+            self._steps[i] = (slot, number.get(id(page), -1), at)
+        self._library.kvq_move_tokens(move)
 
     def _point_at(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Have the call in C read these arrays, where they are not those of the last time."""

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 5 /* raise when a struct or a function below changes */
+#define KVQ_ABI 6 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -115,8 +115,8 @@ KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t v
 /* Returns 0, or -1 where no kernel can do it. The values have to be storable. */
 KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);
 
-/* Whether all values are within the range of half precision, as every codec needs them to be: 1 or 0. */
-KVQ_EXPORT int32_t kvq_storable(int32_t kernel, const float *x, size_t count);
+/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0. */
+KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */

@@ -35,11 +35,11 @@ class PageTable:
         """
         pages = [page for bucket in store.buckets.values() for page in (*bucket.pages, *bucket.ahead)]
         window = store.window if window is None else window
-        known = window is self._window and len(pages) == len(self.pages)
-        if not known or any(a is not b for a, b in zip(pages, self.pages, strict=True)):
+        if window is not self._window or pages != self.pages:
             settle(pages)
             self.pages, self._window = pages, window
-            self.rows = np.array([*(page_row(page) for page in pages), *window_rows(window)], PAGE)
+            rows = b"".join([*(page_row(page) for page in pages), window_rows(window)])
+            self.rows = np.frombuffer(bytearray(rows), PAGE)
             self.address = self.rows.ctypes.data
             self._counts, self._ring = self.rows["count"][: len(pages)], self.rows[len(pages) :]
         self._counts[:] = [page.count for page in pages]
@@ -51,20 +51,22 @@ class PageTable:
         return self.rows
 
 
-def page_row(page: Page) -> tuple[int, ...]:
-    """The row of a page, without its count; made once, since its arrays stay where they are."""
+def page_row(page: Page) -> bytes:
+    """The row of a page, a `PAGE` without its count; made once, since its arrays stay where they are."""
     if page.row is None:
         k, v = page.bits
         size = page.capacity
-        page.row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
+        row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
+        page.row = np.array(row, PAGE).tobytes()
     return page.row
 
 
-def window_rows(window: RecentWindow) -> list[tuple[int, ...]]:
+def window_rows(window: RecentWindow) -> bytes:
     """The rows of a recent window, without what changes from step to step."""
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
-    return [
+    rows = [
         (*addresses, WINDOW_BITS, WINDOW_BITS, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity)
         for begin in range(0, room, CHUNK_SLOTS)
     ]
+    return np.array(rows, PAGE).tobytes()

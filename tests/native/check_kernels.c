@@ -45,7 +45,7 @@ static void check_everything(int quick) {
     check_large_scores();
     check_encoding(quick ? 1 : 4);
     check_moves(quick ? 2 : 10);
-    check_storable();
+    check_movable();
     check_swiglu();
     check_add_norm();
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
