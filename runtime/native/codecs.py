@@ -77,8 +77,8 @@ class NativeMover:
             self._steps = (MoveStep * len(steps))()
             move.step = ctypes.addressof(self._steps)
         number = {id(page): i for i, page in enumerate(pages)}
-        for i, (slot, page, at) in enumerate(steps):
-            self._steps[i] = (slot, number.get(id(page), -1), at)
+        for to, (slot, page, at) in zip(self._steps, steps, strict=True):
+            to.window_slot, to.page, to.page_slot = slot, number.get(id(page), -1), at
         self._library.kvq_move_tokens(move)
 
     def _point_at(self, keys: np.ndarray, values: np.ndarray) -> None:
