@@ -8,6 +8,8 @@
 /* Below this many multiply-adds a second thread costs more than it brings. */
 #define SERIAL_WORK (1 << 17)
 
+#define FIRST_BYTES 4096 /* of a thread's first item, on their way while its head is prepared */
+
 /* How far a KV head is: whether a thread has begun to prepare it, has done so, and how many items are left. */
 typedef struct {
     int begun, ready, left;
@@ -71,6 +73,7 @@ static void decode_work(void *data, size_t thread) {
         const size_t n = __atomic_fetch_add(&s->from_end[end], 1, __ATOMIC_RELAXED);
         const size_t item = end ? s->items - 1 - n : n, after = end ? item - 1 : item + 1;
         const int kv_head = item_head(task, item);
+        if (n == 0) prefetch(start_of(task, item), FIRST_BYTES);
         await_head(s, kv_head);
         task->kernel->decode(task, item, after < s->items ? after : item);
         if (__atomic_sub_fetch(&s->head[kv_head].left, 1, __ATOMIC_ACQ_REL) == 0) merge_head(s, kv_head);

@@ -38,20 +38,6 @@ INLINE void softmax_weights(int heads, const kvq_page *page, size_t vector_row, 
     for (int g = 0; g < heads; g++) sums[g] = own[g];
 }
 
-/* Where a page keeps a row of keys or values. */
-static const char *codes_at(const kvq_task *task, const kvq_page *page, size_t vector_row, int of_keys) {
-    const size_t first_slot = vector_row * page->capacity + page->begin;
-    const uint32_t *codes = of_keys ? page->keys : page->values;
-    const int bits = of_keys ? page->key_bits : page->value_bits;
-    return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
-}
-
-/* The first keys of an item, which are read after those of the one before. */
-static const char *start_of(const kvq_task *task, size_t item) {
-    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + item_head(task, item);
-    return codes_at(task, task->pass->page + task->chunk[item_chunk(task, item)], vector_row, 1);
-}
-
 /* As prefetch, for the scales of a page's keys or values. */
 static void prefetch_scales(const kvq_page *page, size_t vector_row, int of_keys) {
     if ((of_keys ? page->key_bits : page->value_bits) == 16) return;

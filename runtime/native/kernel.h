@@ -109,6 +109,26 @@ static inline size_t item_number(const kvq_task *task, int kv_head, int chunk) {
     return (size_t)(task->chunks - 1 - chunk) * task->pass->kv_heads + kv_head;
 }
 
+/* Ask for memory that will be read soon. A page's part of one layer and KV head is a few kilobytes, too short for the
+ * processor to foresee the next one. Into the second-level cache: what the first one holds is in use. */
+static inline void prefetch(const char *from, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* Where a page keeps a row of keys or values. */
+static inline const char *codes_at(const kvq_task *task, const kvq_page *page, size_t vector_row, int of_keys) {
+    const size_t first_slot = vector_row * page->capacity + page->begin;
+    const uint32_t *codes = of_keys ? page->keys : page->values;
+    const int bits = of_keys ? page->key_bits : page->value_bits;
+    return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
+}
+
+/* The first keys of an item, which are read after those of the one before. */
+static inline const char *start_of(const kvq_task *task, size_t item) {
+    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + item_head(task, item);
+    return codes_at(task, task->pass->page + task->chunk[item_chunk(task, item)], vector_row, 1);
+}
+
 static inline size_t partial_bytes(const kvq_task *task) {
     return sizeof(kvq_partial) + sizeof(float) * (size_t)task->padded_dim;
 }

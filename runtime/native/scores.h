@@ -78,12 +78,6 @@ INLINE void tile_scores_integer(int bits, int heads, int tiles, const uint32_t *
 }
 #endif
 
-/* Ask for memory that will be read soon. A page's part of one layer and KV head is a few kilobytes, too short for the
- * processor to foresee the next one. Into the second-level cache: what the first one holds is in use. */
-INLINE void prefetch(const char *from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
 /* Scores of a few tiles from slot t of a page on; `top` are the largest ones so far, lane by lane. */
 INLINE void few_scores(int bits, int heads, int tiles, const kvq_task *task, const kvq_page *page, size_t vector_row,
                        int head, int t, int slots, const float *query, float *scores, vf *top) {
