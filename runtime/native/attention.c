@@ -44,8 +44,9 @@ static void prefill_work(void *data, size_t i) {
 /* What a page takes of a step's time: 16 bits about half as much again as any others. */
 static long cost_of(const kvq_page *page) { return (long)slots_of(page) * (page->key_bits == 16 ? 3 : 2); }
 
-/* Threads take the last chunk's items first, so it gets the largest share of the cost and the first one the smallest,
- * half as large: threads then end at nearly the same time. In shares of a whole, what the first `n` of `chunks` have. */
+/* The last chunk gets the largest share of the cost and the first one the smallest, half as large: where threads meet
+ * that take items from both ends of the queue, no large one is left. In shares of a whole, what the first `n` of
+ * `chunks` have. */
 static double share_of_first(int n, int chunks) {
     const double sizes = (double)n * (chunks + 1) + 0.5 * n * (n - 1); /* chunks + 1, chunks + 2, ... */
     return sizes / (0.5 * chunks * (3.0 * chunks + 1));

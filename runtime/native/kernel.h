@@ -99,8 +99,8 @@ static inline int holds_token(const kvq_page *page, int slot) {
     return slot < page->period && (slot - page->first + page->period) % page->period < page->count;
 }
 
-/* The order in which items are taken: all KV heads of the last chunk, since theirs lie side by side in a page, then all
- * of the one before. */
+/* The order of items: all KV heads of the last chunk, since theirs lie side by side in a page, then all of the one
+ * before. */
 static inline int item_head(const kvq_task *task, size_t i) { return (int)(i % task->pass->kv_heads); }
 static inline int item_chunk(const kvq_task *task, size_t i) {
     return task->chunks - 1 - (int)(i / task->pass->kv_heads);
