@@ -105,7 +105,7 @@ int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_pa
 
 static void prepare_work(void *data, size_t token) {
     const kvq_prepare *p = data;
-    for (int h = 0; h < p->heads + p->kv_heads; h++) kvq_prepare_head(p, token, h);
+    kvq_prepare_heads(p, token, 0, p->heads + p->kv_heads);
 }
 
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
@@ -139,9 +139,9 @@ int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int
     return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
 }
 
-void kvq_prepare_head(const kvq_prepare *p, size_t token, int head) {
+void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
     const kvq_kernel *chosen = choose_kernel(p->kernel);
-    if (chosen) chosen->prepare(p, token, head);
+    if (chosen) chosen->prepare(p, token, first, end);
 }
 
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {

@@ -15,7 +15,7 @@
                                .query = prepare_query,             \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
-                               .prepare = prepare_head,            \
+                               .prepare = prepare_heads,           \
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
                                .move = move_tokens,                \

@@ -40,14 +40,15 @@ static void relax(void) {
 static void prepare_head(const decode_step *s, int kv_head) {
     const kvq_task *task = &s->task;
     const kvq_pass *pass = task->pass;
-    const int first = kv_head * task->group, all_words = integer_words_all(pass->head_dim);
-    if (s->prepare) task->kernel->prepare(s->prepare, 0, pass->heads + kv_head);
-    kvq_keep_token(task, kv_head, 0);
-    for (int h = first; h < first + task->group; h++) {
-        if (s->prepare) task->kernel->prepare(s->prepare, 0, h);
-        task->kernel->query(task, s->widths, h, s->query + (size_t)h * task->padded_dim, s->integer + h,
-                            s->words + (size_t)h * all_words);
+    const int first = kv_head * task->group, end = first + task->group, key = pass->heads + kv_head;
+    if (s->prepare) {
+        task->kernel->prepare(s->prepare, 0, first, end);
+        task->kernel->prepare(s->prepare, 0, key, key + 1);
     }
+    kvq_keep_token(task, kv_head, 0);
+    for (int h = first; h < end; h++)
+        task->kernel->query(task, s->widths, h, s->query + (size_t)h * task->padded_dim, s->integer + h,
+                            s->words + (size_t)h * integer_words_all(pass->head_dim));
 }
 
 /* Returns when a KV head is prepared; by this thread, if no other one has begun. */

@@ -31,7 +31,7 @@ typedef struct {
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
-    void (*prepare)(const kvq_prepare *p, size_t token, int head);
+    void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                      float *normed);
@@ -74,7 +74,8 @@ struct kvq_task {
     }
 
 /* One function for each precision and number of heads, where both are constants: X(bits, heads) defines name_bits_heads,
- * and TABLE_OF(name) has them by width_number and number of heads. */
+ * and TABLE_OF(name) has them by width_number and number of heads. 15 is WINDOW_BITS, a number since it becomes part of
+ * a name. */
 #define NOINLINE static __attribute__((noinline))
 #define FOR_WIDTHS(X, heads) X(16, heads) X(15, heads) X(8, heads) X(4, heads) X(2, heads)
 #define ROW_OF(name) {name##_1, name##_2, name##_3, name##_4}

@@ -73,7 +73,7 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
-/* What a projection yields and what attention takes, see kvq_prepare_head. */
+/* What a projection yields and what attention takes, see kvq_prepare_heads. */
 typedef struct {
     const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
     const float *cosine, *sine; /* [tokens, head_dim / 2] */
@@ -84,8 +84,8 @@ typedef struct {
     int32_t kernel; /* as in kvq_pass */
 } kvq_prepare;
 
-/* One head of one token, queries before keys: rotary embedding, rotation, centring of the keys. */
-void kvq_prepare_head(const kvq_prepare *p, size_t token, int head);
+/* Heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys. */
+void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end);
 
 /* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);

@@ -47,16 +47,18 @@ INLINE void hadamard(float *x, int n) {
     for (int c = 0; c < n; c++) x[c] *= scale;
 }
 
-static void prepare_head(const kvq_prepare *p, size_t token, int head) {
+static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
     const int d = p->head_dim;
-    const float *x = p->qkv + (token * (p->heads + 2 * p->kv_heads) + head) * d;
+    const float *x = p->qkv + (token * (p->heads + 2 * p->kv_heads) + first) * d;
     const float *cosine = p->cosine + token * (d / 2), *sine = p->sine + token * (d / 2);
-    float *out = p->out + (token * (p->heads + p->kv_heads) + head) * d;
-    rotary(x, cosine, sine, d / 2, out);
-    if (p->rotate) d == 64 ? hadamard(out, 64) : hadamard(out, d);
-    if (head < p->heads) return;
-    const float *mean = p->mean_key + (size_t)(head - p->heads) * d;
-    for (int c = 0; c < d; c++) out[c] -= mean[c];
+    float *out = p->out + (token * (p->heads + p->kv_heads) + first) * d;
+    for (int h = first; h < end; h++, x += d, out += d) {
+        rotary(x, cosine, sine, d / 2, out);
+        if (p->rotate) d == 64 ? hadamard(out, 64) : hadamard(out, d);
+        if (h < p->heads) continue;
+        const float *mean = p->mean_key + (size_t)(h - p->heads) * d;
+        for (int c = 0; c < d; c++) out[c] -= mean[c];
+    }
 }
 
 #endif

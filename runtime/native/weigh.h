@@ -25,7 +25,7 @@ INLINE void weigh_vectors(int bits, int heads, int at_once, int first, int j, co
             UNROLL
             for (int i = 0; i < at_once; i++) {
                 const vf x = level(bits, word, i);
-                for (int g = 0; g < heads; g++) acc[g][i] += x * weights[(tile * heads) + g * TILE + t];
+                for (int g = 0; g < heads; g++) acc[g][i] += x * weights[tile * heads + g * TILE + t];
             }
         }
     }

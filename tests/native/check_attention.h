@@ -119,10 +119,10 @@ static void check_kernel(const store *s, const new_tokens *n, const kvq_rows *ro
                                           copied(pass.values, in.value, in.value_stride, s, n->layer, n->tokens));
     if (status || !copies_right || !(squares_error <= allowed) ||
         !(error <= (rounded ? fmax(allowed, ROUNDED_TOLERANCE) : allowed)))
-        fail("%s: %s: status %d, error %.2g, of squares %.2g%s; head_dim %d, %d x %d heads, %d cached in %d pages (first k%dv%d),"
-             " %d new, layer %d of %d, %d threads, way %d",
-             kvq_kernel_name(kernel), n->what, status, error, squares_error, copies_right ? "" : ", wrong copies", d, s->kv_heads,
-             n->group, read_tokens(s, 0, 0, NULL, NULL), s->pages, s->pages ? s->page[0].key_bits : 0,
+        fail("%s: %s: status %d, error %.2g, of squares %.2g%s; head_dim %d, %d x %d heads, %d cached in %d pages"
+             " (first k%dv%d), %d new, layer %d of %d, %d threads, way %d",
+             kvq_kernel_name(kernel), n->what, status, error, squares_error, copies_right ? "" : ", wrong copies", d,
+             s->kv_heads, n->group, read_tokens(s, 0, 0, NULL, NULL), s->pages, s->pages ? s->page[0].key_bits : 0,
              s->pages ? s->page[0].value_bits : 0, n->tokens, n->layer, s->layers, n->threads, n->way);
     done[kernel].attention++;
     if (!n->large_score) done[kernel].error = fmax(done[kernel].error, error);

@@ -196,7 +196,7 @@ static void check_prepare(int kernel) {
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + kv_heads) * d);
         const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
         for (int n = tokens * (heads + kv_heads); n-- > 0;)
-            kvq_prepare_head(&prepare, n / (heads + kv_heads), n % (heads + kv_heads));
+            kvq_prepare_heads(&prepare, n / (heads + kv_heads), n % (heads + kv_heads), n % (heads + kv_heads) + 1);
         double worst = 0;
         for (int t = 0; t < tokens; t++)
             for (int h = 0; h < heads + kv_heads; h++) {
