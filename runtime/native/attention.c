@@ -29,7 +29,7 @@ static const kvq_kernel *choose_kernel(int32_t i) {
 
 #define ITEMS_PER_THREAD 6 /* so that a thread that falls behind is not waited for long */
 #define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
-#define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values */
+#define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values, about */
 
 static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
     (void)context;
@@ -103,9 +103,17 @@ int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_pa
     return kvq_prepare_and_attend(pass, layer, rows, NULL, parallel, context);
 }
 
+/* What happens with each of several new tokens first. */
+typedef struct {
+    const kvq_task *task;
+    const kvq_prepare *prepare; /* or null */
+} new_tokens;
+
 static void prepare_work(void *data, size_t token) {
-    const kvq_prepare *p = data;
-    kvq_prepare_heads(p, token, 0, p->heads + p->kv_heads);
+    const new_tokens *n = data;
+    const kvq_pass *pass = n->task->pass;
+    if (n->prepare) n->task->kernel->prepare(n->prepare, token, 0, pass->heads + pass->kv_heads);
+    for (int h = 0; h < pass->kv_heads; h++) kvq_keep_token(n->task, h, (int)token);
 }
 
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
@@ -122,13 +130,10 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
     if (!task.kernel) return -2;
     if (!parallel) parallel = run_serially;
     if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
-    if (prepare) parallel(context, prepare_work, (size_t)pass->tokens, (void *)prepare);
-    for (int h = 0; h < pass->kv_heads; h++)
-        for (int t = 0; t < pass->tokens; t++) kvq_keep_token(&task, h, t);
+    parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){&task, prepare});
     if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);
-    const int all_rows = task.group * pass->tokens;
-    task.row_block = all_rows < ROW_BLOCK ? all_rows : ROW_BLOCK;
-    task.row_blocks = (all_rows + task.row_block - 1) / task.row_block;
+    task.row_block = task.group < ROW_BLOCK ? ROW_BLOCK / task.group : 1;
+    task.row_blocks = (pass->tokens + task.row_block - 1) / task.row_block;
     parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
     return task.failed ? -1 : 0;
 }

@@ -56,12 +56,12 @@ struct kvq_task {
     char *partials;                    /* [kv_heads, chunks, group] of kvq_partial and weighted values */
     int first_kv_head;                 /* the one whose partials come first */
     /* prefill */
-    int row_block, row_blocks;         /* rows are (query head of the group, new token) */
+    int row_block, row_blocks; /* row_block: new tokens whose query heads are worked on together */
     int failed;
 };
 
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
-#define KEY_BLOCK 128    /* slots decoded at a time in prefill */
+#define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
 
 /* Expand a switch once: `call` sees BITS as a constant and is compiled for each. */
 #define FOR_BITS(value, call)                                       \

@@ -10,7 +10,13 @@
  * itself, as onnxruntime's operator does it in the segments: a fused sum would move a code here and there. */
 INLINE void rotary(const float *x, const float *cosine, const float *sine, int half, float *restrict out) {
     float crossed[1024];
-    for (int c = 0; c < half; c++) {
+    const int whole = half / LANES * LANES;
+    for (int c = 0; c < whole; c += LANES) {
+        const vf first = load_f(x + c), second = load_f(x + half + c), cos = load_f(cosine + c), sin = load_f(sine + c);
+        store_f(out + c, first * cos), store_f(crossed + c, second * sin);
+        store_f(out + half + c, second * cos), store_f(crossed + half + c, first * sin);
+    }
+    for (int c = whole; c < half; c++) {
         out[c] = x[c] * cosine[c], crossed[c] = x[half + c] * sine[c];
         out[half + c] = x[half + c] * cosine[c], crossed[half + c] = x[c] * sine[c];
     }
