@@ -43,13 +43,13 @@ static void merge_block(query_rows *q, int head_dim, int begin, const kvq_block 
     const int before = begin < 0 ? 0 : begin - q->first_token; /* tokens of these rows that come before the block */
     const int first = before > 0 ? before * q->group / PRODUCT_ROWS * PRODUCT_ROWS : 0;
     for (int r = first; r < q->count; r += PRODUCT_ROWS) {
-        int seen[PRODUCT_ROWS], columns;
+        int seen[PRODUCT_ROWS];
         for (int i = 0; i < PRODUCT_ROWS; i++) {
             const int own = begin < 0 ? block->tokens : (r + i) / q->group + 1 - before;
             seen[i] = own < 0 ? 0 : own < block->tokens ? own : block->tokens;
         }
-        const int most = seen[PRODUCT_ROWS - 1];
-        columns = (most + LANES - 1) / LANES * LANES;
+        const int most = seen[PRODUCT_ROWS - 1]; /* later tokens see more */
+        const int columns = (most + LANES - 1) / LANES * LANES;
         float *scores = q->scores + (size_t)r * KEY_BLOCK;
         vf keep[PRODUCT_ROWS];
         product(NULL, columns, head_dim, q->rows + (size_t)r * block->depth, block->depth, block->keys, KEY_BLOCK,
@@ -70,7 +70,7 @@ static void merge_pages(const kvq_task *task, size_t vector_row, query_rows *q, 
         for (int begin = 0, slots; begin < used; begin += slots) {
             const int room = (KEY_BLOCK - block->tokens) / TILE * TILE;
             slots = used - begin < room ? used - begin : room;
-            if (slots) expand_page(task, page, vector_row, begin, slots, block);
+            expand_page(task, page, vector_row, begin, slots, block);
             if (KEY_BLOCK - block->tokens >= TILE) continue;
             merge_block(q, pass->head_dim, -1, block);
             block->tokens = 0;
