@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -149,7 +150,8 @@ class Terminal:
         """Read what the terminal shows until the words come."""
         deadline = time.monotonic() + 100
         while words not in self.seen:
-            assert time.monotonic() < deadline, self.seen
+            shown, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert shown, self.seen
             try:
                 self.seen += os.read(self.master, 4096).decode()
             except OSError:  # the other side is closed

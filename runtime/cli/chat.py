@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shlex
 import signal
 import sys
@@ -269,11 +270,22 @@ def ask() -> str:
             line = input(prompt)
         else:
             click.echo(prompt, nl=False, err=True)
+            await_line()
             line = input()
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines)
         prompt = ". "
+
+
+def await_line() -> None:
+    """Returns when stdin can be read.
+
+    Looks up now and then: a Ctrl-C that comes just before a read that blocks would be noticed only with the next line.
+    """
+    if sys.platform != "win32":  # where select knows sockets only
+        while not select.select([sys.stdin], [], [], 0.2)[0]:
+            pass
 
 
 def prepare_readline() -> None:
