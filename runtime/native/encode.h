@@ -2,6 +2,7 @@
 #ifndef KVQ_ENCODE_H
 #define KVQ_ENCODE_H
 
+#include <float.h>
 #include <math.h>
 
 #include "decode.h"
@@ -18,6 +19,11 @@ static int half_above(float x) {
 }
 
 INLINE float float_of_half(int half) { return half_scalar((uint16_t)half); }
+
+INLINE vi larger(vi a, vi b) {
+    const vi first = a > b;
+    return (a & first) | (b & ~first);
+}
 
 /* Nearest half of each lane, ties to even; |x| <= 65504. */
 INLINE vu float_to_half(vf x) {
@@ -39,52 +45,93 @@ INLINE vi quantized(vf x, float scale, float top) {
     return __builtin_convertvector(q, vi);
 }
 
+/* Sums over magnitudes of at most 2^16, in whole numbers; those of 1,024 channels fit. */
+INLINE int32_t sum_whole(vi x) {
+    int32_t lanes[LANES], sum = 0;
+    memcpy(lanes, &x, sizeof lanes);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+INLINE int64_t sum_of_squares(const int32_t *magnitude, int padded) {
+    vi high = {0}, mixed = {0}, low = {0}; /* of halves, since a square takes 33 bits */
+    for (int c = 0; c < padded; c += LANES) {
+        const vi m = (vi)load_u((const uint32_t *)magnitude + c), h = m >> 8, l = m & 255;
+        high += h * h, mixed += h * l, low += l * l;
+    }
+    return ((int64_t)sum_whole(high) << 16) + ((int64_t)sum_whole(mixed) << 9) + sum_whole(low);
+}
+
 /* The four-level codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
 INLINE float codebook_fit(const float *x, int padded, int head_dim, float peak, uint32_t *code) {
     const double inner = 0.4528, border = (double)(float)((1 + 10.0 / 3) / 2), one = 65536, most_gain = 1.5;
     int32_t magnitude[1024], most_inner = 0;
-    int64_t total = 0, products = 0;
+    int64_t products = 0;
     for (int c = 0; c < padded; c += LANES) {
         vf unit = peak > 0 ? load_f(x + c) / peak : splat(0);
         vf whole = unit * 65536.0f + ROUND_MAGIC - ROUND_MAGIC;
         vi m = __builtin_convertvector((vf)((vu)whole & 0x7fffffff), vi);
         memcpy(magnitude + c, &m, sizeof m);
     }
-    for (int c = 0; c < head_dim; c++) total += (int64_t)magnitude[c] * magnitude[c];
+    const int64_t total = sum_of_squares(magnitude, padded);
     double scale = inner * sqrt((double)total / head_dim);
     for (int round = 0; round < 3; round++) {
         const double limit = scale * border;
-        int64_t levels = 0;
+        vi product = {0}, outer = {0}; /* outer: -1 for each channel that belongs to the outer levels */
         most_inner = limit >= one ? (int32_t)one : (int32_t)limit; /* magnitude > limit, in whole numbers */
-        products = 0;
-        for (int c = 0; c < head_dim; c++) {
-            int outer = magnitude[c] > most_inner;
-            products += (int64_t)magnitude[c] * (outer ? 10 : 3);
-            levels += outer ? 100 : 9;
+        for (int c = 0; c < padded; c += LANES) {
+            const vi m = (vi)load_u((const uint32_t *)magnitude + c), is_outer = m > most_inner;
+            product += m * 3 + (m * 7 & is_outer);
+            outer += is_outer;
         }
-        scale = 3 * (double)products / (double)levels;
+        products = sum_whole(product);
+        scale = 3 * (double)products / (double)(9 * head_dim - 91 * sum_whole(outer));
     }
-    for (int c = 0; c < padded; c++) {
-        uint32_t outer = magnitude[c] > most_inner;
-        code[c] = x[c] >= 0 ? 2 + outer : 1 - outer;
+    for (int c = 0; c < padded; c += LANES) {
+        const vi outer = ((vi)load_u((const uint32_t *)magnitude + c) > most_inner) & 1, positive = load_f(x + c) >= 0;
+        const vi level = 1 - outer + (positive & (2 * outer + 1));
+        memcpy(code + c, &level, sizeof level);
     }
     const double unbiased = products > 0 ? 3 * (double)total / (double)products : 0;
     const double stored = (scale + 4 * unbiased) / 5, most = most_gain * scale;
     return (float)((stored < most ? stored : most) * (double)(peak / 65536.0f));
 }
 
+/* The largest magnitude, or NaN where there is one: as integers, where NaN is larger than all. */
+INLINE float peak_of(const float *x, int padded) {
+    vi top = {0};
+    for (int c = 0; c < padded; c += LANES) top = larger(top, (vi)((vu)load_f(x + c) & 0x7fffffff));
+    UNROLL
+    for (int step = 1; step < LANES; step *= 2) top = larger(top, (vi)swap_lanes((vf)top, step));
+    return ((vf)top)[0];
+}
+
+/* Codes of all channels into words: word j has those of the channels j, words + j, 2 * words + j, ... */
+INLINE void pack(int bits, const uint32_t *code, int head_dim, uint32_t *words) {
+    const int count = words_per_vector(bits, head_dim), codes = codes_of(bits), width = 32 / codes;
+    if (count % LANES == 0) {
+        for (int j = 0; j < count; j += LANES) {
+            vu word = load_u(code + j);
+            for (int i = 1; i < codes; i++) word |= load_u(code + i * count + j) << (i * width);
+            memcpy(words + j, &word, sizeof word);
+        }
+    } else if (LANES % count == 0 && head_dim % LANES == 0) {
+        const vu shift = (vu)(lane_numbers() / count) * width; /* a vector has codes of several places */
+        vu word = {0};
+        for (int c = 0; c < head_dim; c += LANES) word |= load_u(code + c) << shift << (c / count * width);
+        for (int step = count; step < LANES; step *= 2) word |= (vu)swap_lanes((vf)word, step);
+        memcpy(words, &word, sizeof *words * count);
+    } else {
+        for (int j = 0; j < count; j++) words[j] = code[j];
+        for (int i = 1; i < codes; i++)
+            for (int j = 0; j < count; j++) words[j] |= code[i * count + j] << (i * width);
+    }
+}
+
 /* Encode one vector. Returns 0, or -1 for a value that numpy's codec refuses (it then says why). */
 INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uint32_t *words, uint16_t *scale_out) {
-    const int count = words_per_vector(bits, head_dim), codes = codes_of(bits);
     uint32_t code[1024 + 16];
-    vf top = splat(0), bad = splat(0);
-    for (int c = 0; c < padded; c += LANES) {
-        vf v = load_f(x + c);
-        top = max_f(top, (vf)((vu)v & 0x7fffffff));
-        bad += v - v; /* not zero for NaN and infinity */
-    }
-    const float peak = max_lanes(top);
-    if (sum_lanes(bad) != 0 || sum_lanes(bad) != sum_lanes(bad)) return -1;
+    const float peak = peak_of(x, padded);
+    if (!(peak <= FLT_MAX)) return -1;
     if ((bits == 16 || bits == WINDOW_BITS) && peak > 65504.0f) return -1;
     if (bits == 16) {
         for (int c = 0; c < padded; c += LANES) {
@@ -107,9 +154,7 @@ INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uin
         }
     }
     for (int c = head_dim; c < padded; c++) code[c] = 0; /* codes beyond the last channel */
-    for (int j = 0; j < count; j++) words[j] = 0;
-    for (int i = 0; i < codes; i++)
-        for (int j = 0; j < count; j++) words[j] |= code[i * count + j] << (i * (32 / codes));
+    pack(bits, code, head_dim, words);
     return 0;
 }
 
@@ -120,7 +165,9 @@ static int encode_vectors(int bits, const float *x, size_t vectors, int head_dim
     for (size_t i = 0; i < vectors; i++) {
         int status;
         memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
-        FOR_BITS(bits, status = encode_vector(BITS, vector, padded, head_dim, words + i * count, scales + i))
+        uint32_t *to = words + i * count;
+        FOR_BITS(bits, status = head_dim == 64 ? encode_vector(BITS, vector, 64, 64, to, scales + i)
+                                               : encode_vector(BITS, vector, padded, head_dim, to, scales + i))
         if (status) return status;
     }
     return 0;

@@ -28,7 +28,7 @@ class NativePass(ForwardPass):
         super().__init__(engine, tokens)
         shape = engine.architecture
         self._library = load()
-        self._table = PageTable()
+        self._table = PageTable(settles=tokens == 1)
         self._stepwise = StepwiseTable(kernel) if stepwise and tokens > 1 else None
         self._pass = Pass(
             *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),

@@ -29,10 +29,11 @@ static void put(slot_codes to, const uint32_t *words, uint16_t scale, int bits) 
 
 static void read_window(slot_codes from, float *x) {
     const float scale = half_scalar(*from.scale);
+    uint32_t words[512];
+    for (int j = 0; j < from.words; j++) words[j] = from.first[j * from.step];
     for (int j = 0; j < from.words; j++) {
-        const uint32_t word = from.first[j * from.step];
-        x[j] = (float)(int16_t)word * scale;
-        x[from.words + j] = (float)(int16_t)(word >> 16) * scale;
+        x[j] = (float)(int16_t)words[j] * scale;
+        x[from.words + j] = (float)(int16_t)(words[j] >> 16) * scale;
     }
 }
 

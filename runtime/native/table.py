@@ -15,13 +15,18 @@ class PageTable:
     Pages come and go rarely, their counts change with every token: `update` rewrites the rows
     only when the list of pages is another one.
 
+    Args:
+        settles: new pages are put on huge pages, see `pages.settle`. It takes milliseconds and pays where all pages are
+            read for every token, so prefill leaves it to the first step of decoding.
+
     Attributes:
         rows: as `update` returned them last.
         address: of the first one.
         pages: those of the first rows; the rest are the window's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settles: bool = False) -> None:
+        self._settles = settles
         self.rows = np.zeros(0, PAGE)
         self.address = 0
         self.pages: list[Page] = []
@@ -36,7 +41,8 @@ class PageTable:
         pages = [page for bucket in store.buckets.values() for page in (*bucket.pages, *bucket.ahead)]
         window = store.window if window is None else window
         if window is not self._window or pages != self.pages:
-            settle(pages)
+            if self._settles:
+                settle(pages)
             self.pages, self._window = pages, window
             rows = b"".join([*(page_row(page) for page in pages), window_rows(window)])
             self.rows = np.frombuffer(bytearray(rows), PAGE)
