@@ -7,6 +7,9 @@
 #define LANES 8
 #include "types.h"
 
+INLINE vf avx2_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#define max_f avx2_max
+
 INLINE vf avx2_half_to_float(vu x) {
     __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x); /* per 128 bits: four halves, twice */
     return (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));

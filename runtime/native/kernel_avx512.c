@@ -10,6 +10,9 @@
 #define DOT_VALUES
 #define HALF_REGISTERS
 
+INLINE vf avx512_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#define max_f avx512_max
+
 INLINE vf avx512_half_to_float(vu x) {
     return (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
 }

@@ -4,6 +4,7 @@
  *   half_to_float(x)      vu -> vf: the low halves of the lanes
  *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
  *   exp_f(x)              e^x for x <= 0
+ *   max_f(a, b)           a > b ? a : b
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
  * and for integer dot products (see decode.h) DOT_KERNEL, DOT_OFFSET, dot_codes and dot. */
 #ifndef KVQ_VECTOR_H
@@ -17,7 +18,10 @@ INLINE void store_f(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf select_f(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf max_f(vf a, vf b) { return select_f(a > b, a, b); }
+#ifndef max_f
+INLINE vf max_plain(vf a, vf b) { return select_f(a > b, a, b); }
+#define max_f max_plain
+#endif
 
 /* The number of each lane. */
 INLINE vi lane_numbers(void) {
