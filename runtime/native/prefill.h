@@ -22,8 +22,7 @@ INLINE vf softmax_row(query_rows *q, int r, int seen, int columns) {
     for (int t = seen; t < columns; t++) row[t] = -FLT_MAX;
     vf top = q->maximum[r], total = splat(0), squares = splat(0);
     for (int t = 0; t < columns; t += LANES) top = max_f(top, load_f(row + t));
-    UNROLL
-    for (int step = 1; step < LANES; step *= 2) top = max_f(top, swap_lanes(top, step));
+    top = max_everywhere(top);
     for (int t = 0; t < columns; t += LANES) {
         const vf e = exp_f(load_f(row + t) - top);
         total += e;

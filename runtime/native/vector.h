@@ -47,11 +47,13 @@ INLINE float sum_lanes(vf x) {
     for (int i = 0; i < LANES; i++) s += x[i];
     return s;
 }
-INLINE float max_lanes(vf x) {
-    float m = x[0];
-    for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
-    return m;
+/* The largest of all lanes, in every lane. */
+INLINE vf max_everywhere(vf x) {
+    UNROLL
+    for (int step = 1; step < LANES; step *= 2) x = max_f(x, swap_lanes(x, step));
+    return x;
 }
+INLINE float max_lanes(vf x) { return max_everywhere(x)[0]; }
 
 #ifndef half_to_float
 /* The exponent of a half moves into a float's place; the product with 2^112 corrects its bias. */
