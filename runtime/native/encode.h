@@ -45,13 +45,7 @@ INLINE vi quantized(vf x, float scale, float top) {
     return __builtin_convertvector(q, vi);
 }
 
-/* Sums over magnitudes of at most 2^16, in whole numbers; those of 1,024 channels fit. */
-INLINE int32_t sum_whole(vi x) {
-    int32_t lanes[LANES], sum = 0;
-    memcpy(lanes, &x, sizeof lanes);
-    for (int i = 0; i < LANES; i++) sum += lanes[i];
-    return sum;
-}
+/* Of magnitudes of at most 2^16; sums over 1,024 channels fit. */
 INLINE int64_t sum_of_squares(const int32_t *magnitude, int padded) {
     vi high = {0}, mixed = {0}, low = {0}; /* of halves, since a square takes 33 bits */
     for (int c = 0; c < padded; c += LANES) {

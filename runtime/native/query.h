@@ -51,9 +51,7 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
     }
     *integer = (kvq_integer_query){.scale = scale};
     for (int part = 0; part < QUERY_PARTS; part++) {
-        int32_t lanes[LANES];
-        memcpy(lanes, &sums[part], sizeof lanes);
-        for (int i = 0; i < LANES; i++) integer->sums[part] += lanes[i];
+        integer->sums[part] = sum_whole(sums[part]);
         memset(parts[part] + padded, 0, sizeof(int32_t) * 16);
     }
     for (int part = 0; part < QUERY_PARTS; part++) {

@@ -47,6 +47,12 @@ INLINE float sum_lanes(vf x) {
     for (int i = 0; i < LANES; i++) s += x[i];
     return s;
 }
+INLINE int32_t sum_whole(vi x) {
+    int32_t lanes[LANES], sum = 0;
+    memcpy(lanes, &x, sizeof lanes);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
 /* The largest of all lanes, in every lane. */
 INLINE vf max_everywhere(vf x) {
     UNROLL
