@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from kvq.bench.floor import read_bandwidth
 from kvq.bench.process import ArmError, ArmProcess
 from kvq.bench.shapes import Assets, assets
 
-MOST_PREFILLS, PREFILL_TOKENS = 5, 4096  # counted fillings of a cache, and tokens of all of them
+MOST_PREFILLS, PREFILL_TOKENS = 12, 8192  # counted fillings of a cache, and tokens of all of them
 PAUSE = 0.1  # seconds between turns: threads that spin after their work come to rest
 SHARE_OF_MEMORY = 0.8  # of what is available, for all arms of a group together
 
@@ -190,7 +190,7 @@ class Run:
         seconds: dict[str, list[float]] = {arm: [] for arm in processes}
         times = 1 + min(MOST_PREFILLS, PREFILL_TOKENS // context)
         for turn in range(times):
-            for arm in list(processes):
+            for arm in _rotated(processes, turn):
                 self.say(f"{arm}: filling the cache with {context} tokens" + (f", {turn + 1} of {times}") * (times > 1))
                 time.sleep(PAUSE)
                 try:
@@ -261,9 +261,7 @@ class Run:
             self.say(f"round {turn} of {self.plan.rounds}")
             at = context + turn * self.plan.steps
             ids = self._ids[at : at + self.plan.steps]
-            order = list(processes)
-            shift = turn % max(1, len(order))
-            for arm in order[shift:] + order[:shift]:  # so that no arm always comes after the same one's start
+            for arm in _rotated(processes, turn):
                 time.sleep(PAUSE)
                 others = {a: p.cpu_seconds() for a, p in processes.items() if a != arm}
                 begun = time.perf_counter()
@@ -307,6 +305,13 @@ class Run:
             **({"policy_ms": 1e3 * float(np.mean(policy))} if policy else {}),
             **report["details"],
         }
+
+
+def _rotated(arms: Iterable[str], turn: int) -> list[str]:
+    """The order of a turn: each arm has every place in it once, so that none always has the best."""
+    order = list(arms)
+    shift = turn % max(1, len(order))
+    return order[shift:] + order[:shift]
 
 
 def available_bytes() -> int:
