@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from kvq.bench.table import write_plot
 from kvq.runtime.files import write_atomically
 
-NEEDED = ("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes")
+NEEDED = (
+    *("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "prefill_seconds", "kv_bytes"),
+    "peak_rss_bytes",
+)
 PEERS = {"ort": "ort-gqa-", "llama": "llama-"}
 
 INTRODUCTION = """# Performance
@@ -34,9 +38,10 @@ How it is measured:
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first
   burst, and the first step of each, are not counted. The figure is the median; 25 % of the steps were faster than the
   first number of the spread, 25 % slower than the second.
-* Prefill: the cache filled from empty, arms in turn; the median of five times at 512 tokens, two at 2,048, one beyond,
-  after a first one that is not counted where there are others. kvq-adaptive reads prompts stepwise, as policies that
-  look at tokens do by default: what it stores is what decoding token by token stores.
+* Prefill: the cache filled from empty, arms in turn, another one first each time: twenty times at 512 tokens, five at
+  2,048, once beyond, after a first time that is not counted where there are others. Given are medians and quartiles;
+  ratios are of the times of one turn, as the machine's speed is another one minutes later. kvq-adaptive reads prompts
+  stepwise, as policies that look at tokens do by default: what it stores is what decoding token by token stores.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
@@ -70,18 +75,54 @@ def policy_time(row: dict[str, Any]) -> str:
     return f"{row['policy_ms']:.3f} ms, {100 * row['policy_ms'] / row['ms_per_token']:.1f} %"
 
 
+def same_group(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that took turns with this one."""
+    return [r for r in rows if r.get("group", 1) == row.get("group", 1)] if row.get("groups", 1) > 1 else rows
+
+
+def arm_name(row: dict[str, Any]) -> str:
+    """The arm, and its group where there are several."""
+    return row["arm"] + (f" (group {row['group']})" if row.get("groups", 1) > 1 else "")
+
+
+def prefill_ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """How many times as fast as the fastest of some arms a prompt is read, turn by turn: median and quartiles."""
+    if not others:
+        return "-"
+    best = max(others, key=lambda r: r["prefill_tokens_per_s"])
+    ratios = np.divide(best["prefill_seconds"], row["prefill_seconds"])
+    return quartiles(ratios, ".2f")
+
+
+def quartiles(values: np.ndarray, form: str) -> str:
+    """Median, and in brackets 25th and 75th percentile where there is more than one value."""
+    low, median, high = (format(x, form) for x in np.percentile(values, [25, 50, 75]))
+    return f"{median} ({low} - {high})" if len(values) > 1 else median
+
+
+def prefill_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table of how fast prompts are read, of one shape, context and number of threads, fastest first."""
+    lines = ["| arm | prefill tokens/s | arm / ort-gqa | arm / llama |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda r: -r["prefill_tokens_per_s"]):
+        same = same_group(row, rows)
+        speeds = row["context"] / np.array(row["prefill_seconds"])
+        ratios = [prefill_ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
+        lines.append("| " + " | ".join([arm_name(row), quartiles(speeds, ".0f"), *ratios]) + " |")
+    return lines
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of one shape, context and number of threads, fastest first."""
     lines = [
         "| arm | ms/token | spread | ort-gqa / arm | llama / arm | policy / step | floor ms | x floor | GB/s |"
-        " attention / read | prefill tokens/s | KV MB | peak MB | difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " attention / read | KV MB | peak MB | difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: r["ms_per_token"]):
-        same = [r for r in rows if r.get("group", 1) == row.get("group", 1)] if row.get("groups", 1) > 1 else rows
+        same = same_group(row, rows)
         ratios = [ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
         cells = [
-            row["arm"] + (f" (group {row['group']})" if row.get("groups", 1) > 1 else ""),
+            arm_name(row),
             f"{row['ms_per_token']:.2f}",
             f"{row['ms_p25']:.2f} - {row['ms_p75']:.2f}",
             *ratios,
@@ -90,7 +131,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['over_floor']:.2f}",
             f"{row['gb_per_s']:.1f}",
             beside_read(row),
-            f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['kv_bytes'] / 1e6:.1f}",
             f"{row['peak_rss_bytes'] / 1e6:.0f}",
             f"{row['check_difference']:.1e}",
@@ -134,7 +174,8 @@ def page(files: list[tuple[str, list[dict[str, Any]]]], folder: Path) -> str:
         lines += [f"![ms per token against cached tokens]({plot.name})", ""]
         for context in sorted({row["context"] for row in rows}):
             lines += [f"### {context} cached tokens", ""]
-            lines += [*table([row for row in rows if row["context"] == context]), ""]
+            at = [row for row in rows if row["context"] == context]
+            lines += [*table(at), "", *prefill_table(at), ""]
         if any(row.get("groups", 1) > 1 for row in rows):
             lines += [
                 "Not all arms fit into memory together: they ran in groups, and the first arm ran in every one.",

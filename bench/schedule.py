@@ -23,7 +23,7 @@ from kvq.bench.floor import read_bandwidth
 from kvq.bench.process import ArmError, ArmProcess
 from kvq.bench.shapes import Assets, assets
 
-MOST_PREFILLS, PREFILL_TOKENS = 12, 8192  # counted fillings of a cache, and tokens of all of them
+MOST_PREFILLS, PREFILL_TOKENS = 20, 10240  # counted fillings of a cache, and tokens of all of them
 PAUSE = 0.1  # seconds between turns: threads that spin after their work come to rest
 SHARE_OF_MEMORY = 0.8  # of what is available, for all arms of a group together
 
@@ -144,8 +144,8 @@ class Run:
                         processes[arm] = process
                     except ArmError as error:
                         self._skip(arm, str(error))
-                for arm, speed in self._prefill_speeds(processes, context).items():
-                    rows[arm]["prefill_tokens_per_s"] = speed
+                for arm, taken in self._prefill_seconds(processes, context).items():
+                    rows[arm] |= {"prefill_seconds": taken, "prefill_tokens_per_s": context / float(np.median(taken))}
                 seconds, policy, idle = self._take_turns(processes, context)
                 bandwidth = max(bandwidth, read_bandwidth(self.plan.threads))
                 for arm, process in processes.items():
@@ -182,15 +182,15 @@ class Run:
             **self._checks[arm],
         }
 
-    def _prefill_speeds(self, processes: dict[str, ArmProcess], context: int) -> dict[str, float]:
-        """Fill the caches, the arms in turn; tokens per second, the median of several times for all but long contexts.
+    def _prefill_seconds(self, processes: dict[str, ArmProcess], context: int) -> dict[str, list[float]]:
+        """Fill the caches, the arms in turn, several times for all but long contexts; seconds of each turn.
 
-        The first time is not counted where there are others. An arm that fails is removed from `processes`.
+        The first turn is not counted where there are others. An arm that fails is removed from `processes`.
         """
         seconds: dict[str, list[float]] = {arm: [] for arm in processes}
         times = 1 + min(MOST_PREFILLS, PREFILL_TOKENS // context)
         for turn in range(times):
-            for arm in _rotated(processes, turn):
+            for arm in rotated(processes, turn):
                 self.say(f"{arm}: filling the cache with {context} tokens" + (f", {turn + 1} of {times}") * (times > 1))
                 time.sleep(PAUSE)
                 try:
@@ -200,7 +200,7 @@ class Run:
                     self._skip(arm, str(error))
                     continue
                 seconds[arm].append(taken)
-        return {arm: context / float(np.median(seconds[arm][1:] or seconds[arm])) for arm in processes}
+        return {arm: seconds[arm][1:] or seconds[arm] for arm in processes}
 
     def _check(self, arm: str) -> None:
         """Compare an arm with its reference, see `kvq.bench.check`; keeps what its rows say of it.
@@ -261,7 +261,7 @@ class Run:
             self.say(f"round {turn} of {self.plan.rounds}")
             at = context + turn * self.plan.steps
             ids = self._ids[at : at + self.plan.steps]
-            for arm in _rotated(processes, turn):
+            for arm in rotated(processes, turn):
                 time.sleep(PAUSE)
                 others = {a: p.cpu_seconds() for a, p in processes.items() if a != arm}
                 begun = time.perf_counter()
@@ -307,7 +307,7 @@ class Run:
         }
 
 
-def _rotated(arms: Iterable[str], turn: int) -> list[str]:
+def rotated(arms: Iterable[str], turn: int) -> list[str]:
     """The order of a turn: each arm has every place in it once, so that none always has the best."""
     order = list(arms)
     shift = turn % max(1, len(order))

@@ -156,6 +156,25 @@ def test_report_compares_with_the_fastest_arm_of_each_peer():
     assert lines[2].startswith("| kvq-int4 | 2.00 | 1.00 - 1.00 | 2.50 | 3.50 |")
 
 
+def test_report_compares_prefill_turn_by_turn():
+    # The machine is half as fast in the second and third turn: each arm's median says little, its ratios all.
+    seconds = {"kvq-int4": [1, 2, 2], "ort-gqa-fp32": [2, 4, 6], "ort-gqa-int8": [9, 9, 9], "llama-f16": [1, 2, 4]}
+    rows = [
+        {"arm": arm, "context": 12, "prefill_seconds": taken, "prefill_tokens_per_s": 12 / sorted(taken)[1]}
+        for arm, taken in seconds.items()
+    ]
+    lines = report.prefill_table(rows)
+    assert lines[2] == "| kvq-int4 | 6 (6 - 9) | 2.00 (2.00 - 2.50) | 1.00 (1.00 - 1.50) |"
+    assert [line.split(" |")[0] for line in lines[3:]] == ["| llama-f16", "| ort-gqa-fp32", "| ort-gqa-int8"]
+
+
+def test_arms_take_every_place_in_turn():
+    arms = ["a", "b", "c"]
+    orders = [schedule.rotated(arms, turn) for turn in range(4)]
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert schedule.rotated([], 3) == []
+
+
 def test_report_refuses_other_files_in_one_line(tmp_path):
     file = tmp_path / "x.json"
     for content in ("{", "[]", '{"a": 1}', '[{"arm": "kvq-fp16"}]', '[{"run": {}}]'):
