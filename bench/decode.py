@@ -67,10 +67,11 @@ def parse_contexts(text: str) -> list[int]:
 @click.option("--backend", help="Attention backend of the kvq arms; the fastest one if not given.")
 @click.option("--steps", default=8, show_default=True, help="Decode steps per burst; the first is not counted.")
 @click.option("--rounds", default=8, show_default=True, help="Counted bursts of each arm.")
+@click.option("--prefills", default=20, show_default=True, help="Most counted fillings of each cache; fewer if long.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of the made models [~/.cache/kvq/bench]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write ms per token against context as an image.")
-def main(shape, context, arms, threads, backend, steps, rounds, cache, json_file, plot) -> None:
+def main(shape, context, arms, threads, backend, steps, rounds, prefills, cache, json_file, plot) -> None:
     """Measure decode speed, arms interleaved in one run."""
     try:
         plan = {
@@ -82,11 +83,14 @@ def main(shape, context, arms, threads, backend, steps, rounds, cache, json_file
             "backend": parse_names(backend, ["auto", *BACKENDS], "backend")[0] if backend else None,
             "steps": steps,
             "rounds": rounds,
+            "prefills": prefills,
         }
         if not 1 <= plan["threads"] <= MOST_THREADS:
             raise OptionError(f"threads must be from 1 to {MOST_THREADS}, got {threads}")
         if steps < 1 or rounds < 1 or steps * (rounds + 1) > ROOM:
             raise OptionError(f"steps * (rounds + 1) must be from 2 to {ROOM} tokens, got {steps} and {rounds}")
+        if prefills < 1:
+            raise OptionError(f"prefills must be at least 1, got {prefills}")
         for file in (json_file, plot):
             if file is not None and not file.absolute().parent.is_dir():
                 raise OptionError(f"{file} cannot be written: {file.absolute().parent} is not a folder")

@@ -38,10 +38,10 @@ How it is measured:
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first
   burst, and the first step of each, are not counted. The figure is the median; 25 % of the steps were faster than the
   first number of the spread, 25 % slower than the second.
-* Prefill: the cache filled from empty, arms in turn, another one first each time: twenty times at 512 tokens, five at
-  2,048, once beyond, after a first time that is not counted where there are others. Given are medians and quartiles;
-  ratios are of the times of one turn, as the machine's speed is another one minutes later. kvq-adaptive reads prompts
-  stepwise, as policies that look at tokens do by default: what it stores is what decoding token by token stores.
+* Prefill: the cache filled from empty, arms in turn, another one first each time; a first time is not counted where
+  there are others. Given are medians and quartiles of the times counted; ratios are of times of one turn, as the
+  machine's speed is another one minutes later. kvq-adaptive reads prompts stepwise, as policies that look at tokens do
+  by default: what it stores is what decoding token by token stores.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
@@ -102,12 +102,13 @@ def quartiles(values: np.ndarray, form: str) -> str:
 
 def prefill_table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table of how fast prompts are read, of one shape, context and number of threads, fastest first."""
-    lines = ["| arm | prefill tokens/s | arm / ort-gqa | arm / llama |", "|---|---|---|---|"]
+    lines = ["| arm | prefill tokens/s | arm / ort-gqa | arm / llama | times |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: -r["prefill_tokens_per_s"]):
         same = same_group(row, rows)
         speeds = row["context"] / np.array(row["prefill_seconds"])
         ratios = [prefill_ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
-        lines.append("| " + " | ".join([arm_name(row), quartiles(speeds, ".0f"), *ratios]) + " |")
+        cells = [arm_name(row), quartiles(speeds, ".0f"), *ratios, str(len(speeds))]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -23,7 +23,7 @@ from kvq.bench.floor import read_bandwidth
 from kvq.bench.process import ArmError, ArmProcess
 from kvq.bench.shapes import Assets, assets
 
-MOST_PREFILLS, PREFILL_TOKENS = 20, 10240  # counted fillings of a cache, and tokens of all of them
+PREFILL_TOKENS = 10240  # of all counted fillings of an arm's cache together, or of one if that is more
 PAUSE = 0.1  # seconds between turns: threads that spin after their work come to rest
 SHARE_OF_MEMORY = 0.8  # of what is available, for all arms of a group together
 
@@ -40,6 +40,7 @@ class Plan:
         backend: attention backend of kvq arms; None is their default.
         steps: decode steps per burst; the first of each is not counted, its data has left the caches.
         rounds: counted bursts per arm; one more comes before them and is not counted.
+        prefills: most counted fillings of each arm's cache; as many as `PREFILL_TOKENS` allow.
     """
 
     shape: str
@@ -50,6 +51,7 @@ class Plan:
     backend: str | None = None
     steps: int = 8
     rounds: int = 8
+    prefills: int = 20
 
     @property
     def assets(self) -> Assets:
@@ -188,7 +190,7 @@ class Run:
         The first turn is not counted where there are others. An arm that fails is removed from `processes`.
         """
         seconds: dict[str, list[float]] = {arm: [] for arm in processes}
-        times = 1 + min(MOST_PREFILLS, PREFILL_TOKENS // context)
+        times = 1 + min(self.plan.prefills, PREFILL_TOKENS // context)
         for turn in range(times):
             for arm in rotated(processes, turn):
                 self.say(f"{arm}: filling the cache with {context} tokens" + (f", {turn + 1} of {times}") * (times > 1))

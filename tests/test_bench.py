@@ -39,7 +39,7 @@ def measured(cache, tmp_path_factory):
     """A finished run over the tiny shape: exit code, stdout, stderr, and the JSON file."""
     file = tmp_path_factory.mktemp("rows") / "tiny.json"
     command = [sys.executable, "-m", "kvq.bench.decode", "--shape", "tiny", "--context", "24,48", "--threads", "1"]
-    command += ["--arms", ",".join(MEASURED), "--rounds", "2", "--steps", "3"]
+    command += ["--arms", ",".join(MEASURED), "--rounds", "2", "--steps", "3", "--prefills", "3"]
     command += ["--cache", str(cache), "--json", str(file), "--plot", str(file.with_suffix(".png"))]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr, file
@@ -72,6 +72,8 @@ def test_rows_have_the_promised_keys_and_consistent_units(measured):
         assert row.keys() >= KEYS
         assert row["shape"] == "tiny"
         assert row["threads"] == 1
+        assert len(row["prefill_seconds"]) == 3
+        assert row["prefill_tokens_per_s"] == pytest.approx(row["context"] / sorted(row["prefill_seconds"])[1])
         assert row["steps"] == 4  # two rounds of three, the first of each not counted
         assert row["ms_p25"] <= row["ms_per_token"] <= row["ms_p75"]
         read = row["weight_bytes"] + row["cache_read_bytes"]
@@ -164,7 +166,7 @@ def test_report_compares_prefill_turn_by_turn():
         for arm, taken in seconds.items()
     ]
     lines = report.prefill_table(rows)
-    assert lines[2] == "| kvq-int4 | 6 (6 - 9) | 2.00 (2.00 - 2.50) | 1.00 (1.00 - 1.50) |"
+    assert lines[2] == "| kvq-int4 | 6 (6 - 9) | 2.00 (2.00 - 2.50) | 1.00 (1.00 - 1.50) | 3 |"
     assert [line.split(" |")[0] for line in lines[3:]] == ["| llama-f16", "| ort-gqa-fp32", "| ort-gqa-int8"]
 
 
@@ -190,6 +192,7 @@ def test_report_refuses_other_files_in_one_line(tmp_path):
         (["--arms", "kvq-int3"], ["unknown arm 'kvq-int3'", "kvq-int4"]),
         (["--arms", ","], ["no arm given"]),
         (["--shape", "smollm-1b"], ["unknown shape 'smollm-1b'", *BENCH_SHAPES]),
+        (["--prefills", "0"], ["prefills", "at least 1"]),
         (["--context", "0"], ["context '0'", "8192"]),
         (["--context", "512,many"], ["context 'many'"]),
         (["--context", "9000"], ["context '9000'"]),
