@@ -18,10 +18,7 @@ import numpy as np
 from kvq.bench.table import write_plot
 from kvq.runtime.files import write_atomically
 
-NEEDED = (
-    *("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "prefill_seconds", "kv_bytes"),
-    "peak_rss_bytes",
-)
+NEEDED = ("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes")
 PEERS = {"ort": "ort-gqa-", "llama": "llama-"}
 
 INTRODUCTION = """# Performance
@@ -90,8 +87,12 @@ def prefill_ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if not others:
         return "-"
     best = max(others, key=lambda r: r["prefill_tokens_per_s"])
-    ratios = np.divide(best["prefill_seconds"], row["prefill_seconds"])
-    return quartiles(ratios, ".2f")
+    return quartiles(prefill_times(best) / prefill_times(row), ".2f")
+
+
+def prefill_times(row: dict[str, Any]) -> np.ndarray:
+    """Seconds of each turn; of the median alone in files of before turns were kept."""
+    return np.array(row.get("prefill_seconds", [row["context"] / row["prefill_tokens_per_s"]]))
 
 
 def quartiles(values: np.ndarray, form: str) -> str:
@@ -105,9 +106,10 @@ def prefill_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| arm | prefill tokens/s | arm / ort-gqa | arm / llama | times |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: -r["prefill_tokens_per_s"]):
         same = same_group(row, rows)
-        speeds = row["context"] / np.array(row["prefill_seconds"])
+        speeds = row["context"] / prefill_times(row)
         ratios = [prefill_ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
-        cells = [arm_name(row), quartiles(speeds, ".0f"), *ratios, str(len(speeds))]
+        times = str(len(speeds)) if "prefill_seconds" in row else "-"
+        cells = [arm_name(row), quartiles(speeds, ".0f"), *ratios, times]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
