@@ -38,7 +38,7 @@ How it is measured:
 * Prefill: the cache filled from empty, arms in turn, another one first each time; a first time is not counted where
   there are others. Given are medians and quartiles of the times counted; ratios are of times of one turn, as the
   machine's speed is another one minutes later. kvq-adaptive reads prompts stepwise, as policies that look at tokens do
-  by default: what it stores is what decoding token by token stores.
+  by default: what it stores is what decoding token by token stores. Without a number of times: medians of five or two.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
