@@ -34,11 +34,12 @@ How it is measured:
   goes from a token id to the logits of the next token; sampling is left out.
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first
   burst, and the first step of each, are not counted. The figure is the median; 25 % of the steps were faster than the
-  first number of the spread, 25 % slower than the second.
+  first number of the spread, 25 % slower than the second. Ratios are of the medians of two bursts of one turn, as the
+  machine's speed is another one minutes later: their median, in brackets their quartiles.
 * Prefill: the cache filled from empty, arms in turn, another one first each time; a first time is not counted where
-  there are others. Given are medians and quartiles of the times counted; ratios are of times of one turn, as the
-  machine's speed is another one minutes later. kvq-adaptive reads prompts stepwise, as policies that look at tokens do
-  by default: what it stores is what decoding token by token stores. Without a number of times: medians of five or two.
+  there are others. Given are medians and quartiles, of ratios too. kvq-adaptive reads prompts stepwise, as policies
+  that look at tokens do by default: what it stores is what decoding token by token stores. Without a number of times:
+  medians of five or two.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
@@ -53,9 +54,8 @@ How it is measured:
 
 
 def ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """How many times as long the fastest of some arms takes; a dash without one."""
-    best = min((other["ms_per_token"] for other in others), default=None)
-    return f"{best / row['ms_per_token']:.2f}" if best else "-"
+    """How many times as long as an arm the fastest of some others takes for a token, turn by turn."""
+    return turn_by_turn(step_times(min(others, key=lambda r: r["ms_per_token"])), step_times(row)) if others else "-"
 
 
 def beside_read(row: dict[str, Any]) -> str:
@@ -83,11 +83,20 @@ def arm_name(row: dict[str, Any]) -> str:
 
 
 def prefill_ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """How many times as fast as the fastest of some arms a prompt is read, turn by turn: median and quartiles."""
+    """How many times as fast as the fastest of some others an arm reads a prompt, turn by turn."""
     if not others:
         return "-"
-    best = max(others, key=lambda r: r["prefill_tokens_per_s"])
-    return quartiles(prefill_times(best) / prefill_times(row), ".2f")
+    return turn_by_turn(prefill_times(max(others, key=lambda r: r["prefill_tokens_per_s"])), prefill_times(row))
+
+
+def turn_by_turn(longer: np.ndarray, shorter: np.ndarray) -> str:
+    """Median and quartiles of ratios of times, each of one turn: the machine's speed is another one minutes later."""
+    return quartiles(longer / shorter, ".2f")
+
+
+def step_times(row: dict[str, Any]) -> np.ndarray:
+    """Milliseconds of a step in each turn; their median alone in files of before turns were kept."""
+    return np.array(row.get("burst_ms", [row["ms_per_token"]]))
 
 
 def prefill_times(row: dict[str, Any]) -> np.ndarray:

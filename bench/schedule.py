@@ -250,13 +250,13 @@ class Run:
 
     def _take_turns(
         self, processes: dict[str, ArmProcess], context: int
-    ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
-        """Bursts of decode steps in turn; seconds of the counted steps, what policies took of them, and processor use
-        of each arm while idle.
+    ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]], dict[str, float]]:
+        """Bursts of decode steps in turn; seconds of the counted steps of each burst, what policies took of them, and
+        processor use of each arm while idle.
 
         An arm that fails is removed from `processes`.
         """
-        seconds: dict[str, list[float]] = {arm: [] for arm in processes}
+        seconds: dict[str, list[list[float]]] = {arm: [] for arm in processes}
         policy: dict[str, list[float]] = {arm: [] for arm in processes}
         idle_cpu, idle_wall = dict.fromkeys(processes, 0.0), dict.fromkeys(processes, 0.0)
         for turn in range(self.plan.rounds + 1):
@@ -279,22 +279,23 @@ class Run:
                     idle_wall[other] += wall
                 if turn:
                     counted = slice(min(1, len(ids) - 1), None)
-                    seconds[arm] += taken["seconds"][counted]
+                    seconds[arm].append(taken["seconds"][counted])
                     policy[arm] += (taken["policy_seconds"] or [])[counted]
         return seconds, policy, {arm: idle_cpu[arm] / idle_wall[arm] if idle_wall[arm] else 0.0 for arm in processes}
 
     def _row(
-        self, seconds: list[float], policy: list[float], report: dict[str, Any], bandwidth: float
+        self, seconds: list[list[float]], policy: list[float], report: dict[str, Any], bandwidth: float
     ) -> dict[str, Any]:
-        """What follows from the times of an arm's steps, those of its policy in them, and its own report."""
-        p25, median, p75 = (1e3 * np.percentile(seconds, [25, 50, 75])).tolist()
+        """What follows from the times of an arm's steps, burst by burst, of its policy in them, and its own report."""
+        p25, median, p75 = (1e3 * np.percentile(np.concatenate(seconds), [25, 50, 75])).tolist()
         read = report["weight_bytes"] + report["cache_read_bytes"]
         floor = 1e3 * read / bandwidth
         return {
             "ms_per_token": median,
             "ms_p25": p25,
             "ms_p75": p75,
-            "steps": len(seconds),
+            "burst_ms": [1e3 * float(np.median(burst)) for burst in seconds],
+            "steps": sum(map(len, seconds)),
             "tokens_per_s": 1e3 / median,
             "kv_bytes": report["kv_bytes"],
             "cache_read_bytes": report["cache_read_bytes"],

@@ -68,13 +68,16 @@ class OpenTokens:
     """Features of the newest tokens, kept until their precision is chosen.
 
     Args:
-        reads: names of the fields of `TokenFeatures` to keep; `positions` are kept anyway.
+        reads: names of the fields of `TokenFeatures` that will be asked for.
         room: most tokens.
+
+    Attributes:
+        keeps: names of those that have to be kept; positions are known anyway.
     """
 
     def __init__(self, reads: Iterable[str], room: int) -> None:
         self.room = room
-        self._names = ["positions", *sorted({*reads} - {"positions"})]
+        self.keeps = sorted({*reads} - {"positions"})
         self._arrays: dict[str, np.ndarray] = {}
         self._rows: list[list[tuple[str, np.ndarray]]] = []  # the same, token by token
 
@@ -87,7 +90,7 @@ class OpenTokens:
 
     def _make(self, features: TokenFeatures) -> None:
         """Room for features like these; the token's axis is the third of keys and values, else the first."""
-        axes = {name: 2 if features.get(name).ndim == 4 else 0 for name in self._names}
+        axes = {name: 2 if features.get(name).ndim == 4 else 0 for name in self.keeps}
         for name, axis in axes.items():
             one = features.get(name)
             self._arrays[name] = np.zeros((*one.shape[:axis], self.room, *one.shape[axis + 1 :]), one.dtype)
@@ -95,6 +98,7 @@ class OpenTokens:
             at = slice(row, row + 1)
             self._rows.append([(n, a[:, :, at] if axes[n] else a[at]) for n, a in self._arrays.items()])
 
-    def features(self, rows: int) -> TokenFeatures:
-        """Features of the first `rows` tokens, as views."""
-        return TokenFeatures(**{n: a[:, :, :rows] if a.ndim == 4 else a[:rows] for n, a in self._arrays.items()})
+    def features(self, start: int, rows: int) -> TokenFeatures:
+        """Features of the first `rows` tokens, as views; the first of them stands at position `start`."""
+        kept = {n: a[:, :, :rows] if a.ndim == 4 else a[:rows] for n, a in self._arrays.items()}
+        return TokenFeatures(np.arange(start, start + rows), **kept)

@@ -15,6 +15,7 @@ of a tile in the lanes of a vector register, without sums across lanes.
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import numpy as np
@@ -151,7 +152,7 @@ class Page:
         self.capacity = capacity
         self.count = 0
         self.shared = False
-        self.row: bytes | None = None
+        self.row: ctypes.Array[ctypes.c_char] | None = None
         self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
         self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True, lasting=not self.settled)
         self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False, lasting=not self.settled)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -169,7 +170,7 @@ class Session:
             raise PromptError("token ids must be a flat sequence of integers")
         if not new.size:
             raise PromptError("the prompt is empty: give at least one token")
-        if new.dtype.kind not in "iu" or not 0 <= new.min() <= new.max() < shape.vocab:
+        if new.dtype.kind not in "iu" or not 0 <= min(values := new.tolist()) <= max(values) < shape.vocab:
             raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
         if len(new) > self.room:
             raise ContextError(
@@ -191,7 +192,7 @@ class Session:
         ends = (logits_out.min(), logits_out.max()) if logits_out.size else ()  # NaN where any is
         if not all(map(math.isfinite, ends)):
             raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
-        features = self._features(ids, layers, row_squares, entropy, confidence)
+        features = partial(self._features, ids, layers, row_squares, entropy, confidence)
         self.store.append(layers.keys, layers.values, self._choice(features))
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
         if "rarity" in needs:
@@ -215,22 +216,23 @@ class Session:
             positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
         )
 
-    def _choice(self, features: TokenFeatures) -> np.ndarray | None:
+    def _choice(self, features: Callable[[], TokenFeatures]) -> np.ndarray | None:
         """Precision of the next tokens; None leaves that of a decoded one open."""
         store, room = self.store, self._open.room
         if self.policy.reads is None or not room or self._end != store.length + 1:
             self.decide()
-            return self._chosen(features, store.length, self._end)
+            return self._chosen(features(), store.length, self._end)
         if store.window.open == room:
             self.decide()
-        self._open.keep(store.window.open, features)
+        if self._open.keeps:
+            self._open.keep(store.window.open, features())
         return None
 
     def decide(self) -> None:
         """Choose the precision of decoded tokens now where that was left open, as it may be in the recent window."""
         if still_open := self.store.window.open:
             start = self.store.length - still_open
-            self.store.decide(self._chosen(self._open.features(still_open), start, start + 1))
+            self.store.decide(self._chosen(self._open.features(start, still_open), start, start + 1))
 
     def _chosen(self, features: TokenFeatures, start: int, end: int) -> np.ndarray:
         """The policy's choice for the tokens at positions from `start` on, checked: policies may be anybody's.

@@ -104,7 +104,7 @@ class KvqScoredArm(KvqArm):
         self._policy = 0.0
         self._taken: list[float] = []
         self.policy_seconds = self._taken
-        for owner, name in ((session, "_features"), (session, "_choice"), (session._rarity, "count")):
+        for owner, name in ((session, "_choice"), (session._rarity, "count")):
             setattr(owner, name, self._timed(getattr(owner, name)))
         head = session._head
 

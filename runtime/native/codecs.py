@@ -10,7 +10,7 @@ import numpy as np
 
 from kvq.runtime.codecs import NUMPY, Codec, CodecSet
 from kvq.runtime.native.library import WINDOW_BITS, Move, MoveStep, load
-from kvq.runtime.native.table import page_row, window_rows
+from kvq.runtime.native.table import as_buffer, page_row, window_rows
 from kvq.runtime.pages import Page
 from kvq.runtime.store import RecentWindow, Step
 
@@ -56,7 +56,7 @@ class NativeMover:
         self._arrays: tuple[Callable[[], np.ndarray | None], ...] = (lambda: None,) * 2
         self._fit = False
         self._pages: list[Page] = []
-        self._window_rows = self._page_rows = ctypes.create_string_buffer(0)
+        self._window_rows = self._page_rows = as_buffer(b"")
         self._steps = (MoveStep * 0)()
 
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
@@ -68,10 +68,11 @@ class NativeMover:
         move = self._move
         pages = list({id(page): page for _, page, _ in steps if page is not None}.values())
         if window is not self._window:
-            self._window, self._window_rows = window, ctypes.create_string_buffer(window_rows(window))
+            self._window, self._window_rows = window, as_buffer(window_rows(window))
             move.window = ctypes.addressof(self._window_rows)
         if pages != self._pages:
-            self._pages, self._page_rows = pages, ctypes.create_string_buffer(b"".join(map(page_row, pages)))
+            rows = [page_row(page) for page in pages]
+            self._pages, self._page_rows = pages, rows[0] if len(rows) == 1 else as_buffer(b"".join(rows))
             move.page = ctypes.addressof(self._page_rows)
         if len(steps) != len(self._steps):
             self._steps = (MoveStep * len(steps))()

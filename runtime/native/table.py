@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
@@ -57,14 +59,19 @@ class PageTable:
         return self.rows
 
 
-def page_row(page: Page) -> bytes:
+def page_row(page: Page) -> ctypes.Array[ctypes.c_char]:
     """The row of a page, a `PAGE` without its count; made once, since its arrays stay where they are."""
     if page.row is None:
         k, v = page.bits
         size = page.capacity
         row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
-        page.row = np.array(row, PAGE).tobytes()
+        page.row = as_buffer(np.array(row, PAGE).tobytes())
     return page.row
+
+
+def as_buffer(row: bytes) -> ctypes.Array[ctypes.c_char]:
+    """The bytes of some rows, in memory with an address."""
+    return (ctypes.c_char * len(row)).from_buffer_copy(row)
 
 
 def window_rows(window: RecentWindow) -> bytes:
