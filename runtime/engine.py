@@ -122,7 +122,9 @@ class ForwardPass(ABC):
         row_squares: float32 [tokens, heads], written when given: sums of squares of the last layer's attention rows.
         """
         self.ids[:] = ids
-        np.add(self._places, store.length, out=self.positions)
+        self.positions.fill(store.length)
+        if self.tokens > 1:
+            self.positions += self._places
         self._run(store, row_squares)
 
     @abstractmethod
@@ -197,6 +199,10 @@ class Head:
         self._residual[: len(residual)] = residual
         self._head.run()
         return self._logits[: len(residual)]
+
+    def finite(self, rows: int) -> bool:
+        """Whether the first rows of the last `logits` are finite numbers."""
+        return bool(np.isfinite(self._logits[:rows]).all())
 
     def uncertainty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views."""

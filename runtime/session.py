@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,9 +188,6 @@ class Session:
         row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
         layers.forward(ids, self.store, row_squares)
         entropy, confidence = self._logits(layers.residual, skip, logits_out)
-        ends = (logits_out.min(), logits_out.max()) if logits_out.size else ()  # NaN where any is
-        if not all(map(math.isfinite, ends)):
-            raise NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")
         features = partial(self._features, ids, layers, row_squares, entropy, confidence)
         self.store.append(layers.keys, layers.values, self._choice(features))
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
@@ -266,6 +262,10 @@ class Session:
                 both[:, at:stop] = head.uncertainty(len(rows))
             if stop > skip:
                 out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
+            if not head.finite(len(rows)):
+                raise NonFiniteError(
+                    "the model produced NaN or infinite logits; check the checkpoint, or export with fp32"
+                )
         return (None, None) if both is None else (both[0], both[1])
 
     def _forward_pass(self, tokens: int) -> ForwardPass:
@@ -281,7 +281,7 @@ class Session:
         """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
         size = 1 if rows == 1 else min(self._most, HEAD_ROWS)
         if size not in self._heads:
-            self._heads[size] = Head(self.model.engine, size)
+            self._heads[size] = self.backend.head(self.model.engine, size)
         return self._heads[size]
 
     def generate(

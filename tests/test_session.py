@@ -13,7 +13,8 @@ import pytest
 import kvq
 from kvq.controller.policies import POLICIES, Policy, make_policy
 from kvq.runtime.attention import BACKENDS
-from kvq.runtime.errors import BackendError, ContextError, PolicyError, PromptError
+from kvq.runtime.engine import Bound
+from kvq.runtime.errors import BackendError, ContextError, NonFiniteError, PolicyError, PromptError
 from kvq.runtime.threads import configure
 from tests.kvdata import arrays_in
 
@@ -60,6 +61,31 @@ def positions(session):
         if bucket.count
     }
     return found | {"recent": session.store.window.count}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_logit_that_is_no_number_ends_the_step(tiny_model, monkeypatch, backend, wrong, tokens):
+    session = tiny_model.session("int4", backend=backend)
+    session.append(IDS[:20])
+    run, places = Bound.run, iter((0, VOCAB - 1, 300))
+
+    def spoilt(bound):
+        run(bound)
+        if "logits" in bound._arrays[1]:
+            bound._arrays[1]["logits"][tokens - 1, next(places)] = wrong
+
+    for _ in range(3):
+        monkeypatch.setattr(Bound, "run", spoilt)
+        with pytest.raises(NonFiniteError, match="infinite logits; check the checkpoint"):
+            session.append(IDS[20 : 20 + tokens], all_logits=True)
+        assert session.store.length == len(session.tokens) == 20
+        monkeypatch.setattr(Bound, "run", run)
+    expected = tiny_model.session("int4", backend=backend)
+    expected.append(IDS[:20])
+    wanted = expected.append(IDS[20 : 20 + tokens], all_logits=True)
+    np.testing.assert_array_equal(session.append(IDS[20 : 20 + tokens], all_logits=True), wanted)
 
 
 @pytest.mark.parametrize("sizes", [[1], [7], [16], [17], [64], [120], [1, 119], [100, 1], [3, 1, 40, 5]], ids=str)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from kvq.runtime.codecs import NUMPY, CodecSet
-from kvq.runtime.engine import Engine, ForwardPass, SegmentedPass
+from kvq.runtime.engine import Engine, ForwardPass, Head, SegmentedPass
 from kvq.runtime.store import KVStore
 
 
@@ -35,6 +35,10 @@ class AttentionBackend(ABC):
         stepwise: around `attend_stepwise`.
         """
         return SegmentedPass(engine, tokens, self.attend_stepwise if stepwise else self.attend)
+
+    def head(self, engine: Engine, rows: int) -> Head:
+        """Buffers and bindings of the head for that many rows."""
+        return Head(engine, rows)
 
     @abstractmethod
     def attend(

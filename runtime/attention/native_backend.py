@@ -7,10 +7,10 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.attention.base import AttentionBackend
-from kvq.runtime.engine import Engine, ForwardPass
+from kvq.runtime.engine import Engine, ForwardPass, Head
 from kvq.runtime.errors import BackendError
 from kvq.runtime.native.codecs import native_codecs
-from kvq.runtime.native.forward import NativePass
+from kvq.runtime.native.forward import NativeHead, NativePass
 from kvq.runtime.native.library import Pass, Rows, choose_kernel, kernels, load
 from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
@@ -94,6 +94,9 @@ class NativeAttention(AttentionBackend):
 
     def forward_pass(self, engine: Engine, tokens: int, stepwise: bool = False) -> ForwardPass:
         return NativePass(engine, tokens, self._kernel, stepwise)
+
+    def head(self, engine: Engine, rows: int) -> Head:
+        return NativeHead(engine, rows, self._kernel)
 
 
 def check(status: int) -> None:

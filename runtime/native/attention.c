@@ -1,4 +1,5 @@
 /* Attention of one layer: what is exported, and how it is cut into work items. */
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -170,5 +171,10 @@ int kvq_move_tokens(const kvq_move *move) {
 int32_t kvq_movable(const kvq_move *move) {
     const kvq_kernel *chosen = choose_kernel(move->kernel);
     const size_t count = (size_t)move->layers * move->kv_heads * move->tokens * move->head_dim;
-    return chosen && chosen->storable(move->keys, count) && chosen->storable(move->values, count);
+    return chosen && chosen->within(move->keys, count, LARGEST_HALF) && chosen->within(move->values, count, LARGEST_HALF);
+}
+
+int32_t kvq_finite(int32_t kernel, const float *x, size_t count) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    return chosen && chosen->within(x, count, FLT_MAX);
 }

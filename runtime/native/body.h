@@ -20,5 +20,5 @@
                                .add_norm = add_norm_row,           \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
-                               .storable = storable,               \
+                               .within = within,                   \
                                .encode = encode_vectors}

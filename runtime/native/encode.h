@@ -11,7 +11,7 @@
 
 /* The least half that is no less than x >= 0; -1 when there is none. */
 static int half_above(float x) {
-    if (!(x <= 65504.0f)) return -1;
+    if (!(x <= LARGEST_HALF)) return -1;
     uint32_t bits;
     memcpy(&bits, &x, 4);
     if (x < 0x1p-14f) return (int)ceilf(x * 0x1p24f); /* subnormal halves count steps of 2^-24 */
@@ -126,7 +126,7 @@ INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uin
     uint32_t code[1024 + 16];
     const float peak = peak_of(x, padded);
     if (!(peak <= FLT_MAX)) return -1;
-    if ((bits == 16 || bits == WINDOW_BITS) && peak > 65504.0f) return -1;
+    if ((bits == 16 || bits == WINDOW_BITS) && peak > LARGEST_HALF) return -1;
     if (bits == 16) {
         for (int c = 0; c < padded; c += LANES) {
             vu h = float_to_half(load_f(x + c));

@@ -1,4 +1,4 @@
-"""A forward pass as one graph, with attention as the native library's operator in it."""
+"""A forward pass as one graph, with attention as the native library's operator in it, and the head's check in C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-from kvq.runtime.engine import Bound, Engine, ForwardPass
+from kvq.runtime.engine import Bound, Engine, ForwardPass, Head
 from kvq.runtime.errors import BundleError
 from kvq.runtime.native.library import FILE, Pass, load
 from kvq.runtime.native.stepwise import StepwiseTable
@@ -56,3 +56,20 @@ class NativePass(ForwardPass):
             raise BundleError(f"{self._name} does not fit the session ({why}); export the bundle again") from None
         finally:
             self._library.kvq_set_pass(None)
+
+
+class NativeHead(Head):
+    """The head, whose logits are looked at in one pass; what numpy needs for it is out of the caches by then.
+
+    Args:
+        engine, rows: as of `Head`.
+        kernel: index of the instruction set, see `library.kernels`.
+    """
+
+    def __init__(self, engine: Engine, rows: int, kernel: int) -> None:
+        super().__init__(engine, rows)
+        self._kernel, self._library = kernel, load()
+        self._address, self._vocab = self._logits.ctypes.data, self._logits.shape[1]
+
+    def finite(self, rows: int) -> bool:
+        return bool(self._library.kvq_finite(self._kernel, self._address, rows * self._vocab))

@@ -37,7 +37,7 @@ typedef struct {
                      float *normed);
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
-    int (*storable)(const float *x, size_t count);
+    int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
     int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 
@@ -60,6 +60,7 @@ struct kvq_task {
     int failed;
 };
 
+#define LARGEST_HALF 65504.0f
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
 

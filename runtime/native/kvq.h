@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 6 /* raise when a struct or a function below changes */
+#define KVQ_ABI 7 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -117,6 +117,9 @@ KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);
 
 /* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0. */
 KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
+
+/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0. */
+KVQ_EXPORT int32_t kvq_finite(int32_t kernel, const float *x, size_t count);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */

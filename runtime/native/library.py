@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError
 
-ABI = 6
+ABI = 7
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 WINDOW_BITS = 15
 FILE = Path(__file__).with_name("libkvq.so")
@@ -89,6 +89,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Move),)
     library.kvq_movable.argtypes = (ctypes.POINTER(Move),)
+    library.kvq_finite.argtypes = (number, floats, size)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None
 

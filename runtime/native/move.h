@@ -79,14 +79,14 @@ static void move_tokens(const kvq_move *move) {
         }
 }
 
-static int storable(const float *x, size_t count) {
+static int within(const float *x, size_t count, float limit) {
     size_t i = 0;
     vu wrong = {0};
-    for (; i + LANES <= count; i += LANES) wrong |= ~(vu)((vf)((vu)load_f(x + i) & 0x7fffffff) <= 65504.0f);
+    for (; i + LANES <= count; i += LANES) wrong |= ~(vu)((vf)((vu)load_f(x + i) & 0x7fffffff) <= limit);
     uint32_t lanes[LANES], any = 0;
     memcpy(lanes, &wrong, sizeof lanes);
     for (int lane = 0; lane < LANES; lane++) any |= lanes[lane];
-    for (; i < count; i++) any |= !(fabsf(x[i]) <= 65504.0f);
+    for (; i < count; i++) any |= !(fabsf(x[i]) <= limit);
     return !any;
 }
 

@@ -33,7 +33,7 @@ class PageTable:
         self.address = 0
         self.pages: list[Page] = []
         self._window: RecentWindow | None = None
-        self._counts = self._ring = self.rows
+        self._counts = self._ring_counts = self._ring_firsts = self.rows
 
     def update(self, store: KVStore, window: RecentWindow | None = None) -> np.ndarray:
         """The rows for the store as it is now, pages made ahead among them; valid until it changes or the next call.
@@ -49,13 +49,15 @@ class PageTable:
             rows = b"".join([*(page_row(page) for page in pages), window_rows(window)])
             self.rows = np.frombuffer(bytearray(rows), PAGE)
             self.address = self.rows.ctypes.data
-            self._counts, self._ring = self.rows["count"][: len(pages)], self.rows[len(pages) :]
+            counts = self.rows["count"]
+            self._counts, self._ring_counts = counts[: len(pages)], counts[len(pages) :]
+            self._ring_firsts = self.rows["first"][len(pages) :]
         self._counts[:] = [page.count for page in pages]
         if window.capacity:
-            self._ring["count"] = window.count
+            self._ring_counts.fill(window.count)
             # A full ring holds a token in every slot: where it begins does not matter then.
             first = 0 if window.count == window.capacity else (store.length - window.count) % window.capacity
-            self._ring["first"] = first
+            self._ring_firsts.fill(first)
         return self.rows
 
 

@@ -121,7 +121,7 @@ static void check_moves(int rounds) {
     }
 }
 
-/* A value that no codec takes is found wherever it stands, and no other one. */
+/* A value that no codec takes is found wherever it stands, and no other one; and so is one that is not finite. */
 static void check_movable(void) {
     static const float wrong[] = {NAN, INFINITY, -INFINITY, 65505, -65520, 3e38f}, right[] = {65504, -65504, 0, 1e-40f};
     for (int n = 1; n <= 70; n++)
@@ -138,6 +138,8 @@ static void check_movable(void) {
                 x[at] = at_fault;
                 if (kvq_movable(&move))
                     fail("%s: movable: %g at %d of %d is taken", kvq_kernel_name(kernel), x[at], at, n);
+                if (kvq_finite(kernel, x, n) != isfinite(x[at]))
+                    fail("%s: finite: wrong of %g at %d of %d", kvq_kernel_name(kernel), x[at], at, n);
             }
             free(y);
             free(x);
