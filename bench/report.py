@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvq.bench.table import write_plot
 from kvq.runtime.files import write_atomically
 
 NEEDED = ("arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes")
-PEERS = {"ort": "ort-gqa-", "llama": "llama-"}
+PEERS = ("ort-gqa-", "llama-")
 
 INTRODUCTION = """# Performance
 
@@ -38,8 +39,7 @@ How it is measured:
   machine's speed is another one minutes later: their median, in brackets their quartiles.
 * Prefill: the cache filled from empty, arms in turn, another one first each time; a first time is not counted where
   there are others. Given are medians and quartiles, of ratios too. kvq-adaptive reads prompts stepwise, as policies
-  that look at tokens do by default: what it stores is what decoding token by token stores. Without a number of times:
-  medians of five or two.
+  that look at tokens do by default: what it stores is what decoding token by token stores.
 * Before an arm is timed its logits over 64 + 8 tokens are compared with kvq's numpy backend. Given is the root mean
   square difference over the standard deviation of the logits; unrelated logits differ by 1.4. Arms that can keep
   activations in float32 are compared so; the others differ by their own rounding of activations or cache.
@@ -53,9 +53,19 @@ How it is measured:
 """
 
 
-def ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """How many times as long as an arm the fastest of some others takes for a token, turn by turn."""
-    return turn_by_turn(step_times(min(others, key=lambda r: r["ms_per_token"])), step_times(row)) if others else "-"
+def beside(row: dict[str, Any], others: list[dict[str, Any]], times: Callable[[dict[str, Any]], np.ndarray]) -> str:
+    """How many times as long as an arm the fastest of some others takes, turn by turn, since the machine's speed is
+    another one minutes later: median and quartiles; a dash without one.
+    """
+    if not others:
+        return "-"
+    fastest = min(others, key=lambda other: float(np.median(times(other))))
+    return quartiles(times(fastest) / times(row), ".2f")
+
+
+def step_times(row: dict[str, Any]) -> np.ndarray:
+    """Milliseconds of a step in each turn; their median alone in files of before turns were kept."""
+    return np.array(row.get("burst_ms", [row["ms_per_token"]]))
 
 
 def beside_read(row: dict[str, Any]) -> str:
@@ -77,26 +87,14 @@ def same_group(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str
     return [r for r in rows if r.get("group", 1) == row.get("group", 1)] if row.get("groups", 1) > 1 else rows
 
 
+def peers_in(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each kind of peer."""
+    return [[row for row in rows if row["arm"].startswith(prefix)] for prefix in PEERS]
+
+
 def arm_name(row: dict[str, Any]) -> str:
     """The arm, and its group where there are several."""
     return row["arm"] + (f" (group {row['group']})" if row.get("groups", 1) > 1 else "")
-
-
-def prefill_ratio(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """How many times as fast as the fastest of some others an arm reads a prompt, turn by turn."""
-    if not others:
-        return "-"
-    return turn_by_turn(prefill_times(max(others, key=lambda r: r["prefill_tokens_per_s"])), prefill_times(row))
-
-
-def turn_by_turn(longer: np.ndarray, shorter: np.ndarray) -> str:
-    """Median and quartiles of ratios of times, each of one turn: the machine's speed is another one minutes later."""
-    return quartiles(longer / shorter, ".2f")
-
-
-def step_times(row: dict[str, Any]) -> np.ndarray:
-    """Milliseconds of a step in each turn; their median alone in files of before turns were kept."""
-    return np.array(row.get("burst_ms", [row["ms_per_token"]]))
 
 
 def prefill_times(row: dict[str, Any]) -> np.ndarray:
@@ -116,7 +114,7 @@ def prefill_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in sorted(rows, key=lambda r: -r["prefill_tokens_per_s"]):
         same = same_group(row, rows)
         speeds = row["context"] / prefill_times(row)
-        ratios = [prefill_ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
+        ratios = [beside(row, peers, prefill_times) for peers in peers_in(same)]
         times = str(len(speeds)) if "prefill_seconds" in row else "-"
         cells = [arm_name(row), quartiles(speeds, ".0f"), *ratios, times]
         lines.append("| " + " | ".join(cells) + " |")
@@ -132,7 +130,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in sorted(rows, key=lambda r: r["ms_per_token"]):
         same = same_group(row, rows)
-        ratios = [ratio(row, [r for r in same if r["arm"].startswith(prefix)]) for prefix in PEERS.values()]
+        ratios = [beside(row, peers, step_times) for peers in peers_in(same)]
         cells = [
             arm_name(row),
             f"{row['ms_per_token']:.2f}",

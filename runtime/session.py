@@ -251,6 +251,9 @@ class Session:
         """Fill out float32 [rows, vocab] with the logits of residual[skip:]; entropy and confidence of all rows.
 
         Rows before `skip` go through the head only if the policy looks at their entropy or confidence.
+
+        Raises:
+            NonFiniteError: not all that went through the head are finite.
         """
         looks = bool(self.policy.needs & {"entropy", "confidence"})
         both = np.empty((2, len(residual)), np.float32) if looks else None
