@@ -336,7 +336,7 @@ def test_a_missing_matplotlib_is_named_before_the_model_runs(tiny_bundle, tmp_pa
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     png = tmp_path / "plot.png"
     done = inspect(tiny_bundle, "-p", "int4", "--png", str(png), "Hello", env={"PYTHONPATH": path})
-    assert_one_line_error(done, "matplotlib", "kvq[plot]")
+    assert_one_line_error(done, "matplotlib", "kvq-run[plot]")
     assert not png.exists()
 
 

@@ -28,20 +28,15 @@ COMMANDS = {
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),
     "completion": ("kvq.runtime.cli.completion:completion", "Print shell completion code."),
 }
-# What an extra brings, to name it when one of its packages is missing.
-EXTRA_OF = {"matplotlib": "plot", "lm_eval": "eval", "starlette": "server", "uvicorn": "server"}
-EXTRA_PACKAGES = {
-    "torch",
-    "transformers",
-    "onnx",
-    "onnx_ir",
-    "optimum",
-    "safetensors",
-    "huggingface_hub",
-    "matplotlib",
-    "lm_eval",
-    "starlette",
-    "uvicorn",
+# The extra that brings a package, to name it when the package is missing.
+EXTRA_OF = {
+    **dict.fromkeys(["onnx", "onnx_ir", "gguf", "safetensors"], "export"),
+    **dict.fromkeys(["torch", "transformers"], "train"),
+    "optimum": "single",
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "lm_eval": "eval",
+    **dict.fromkeys(["starlette", "uvicorn"], "server"),
 }
 
 
@@ -111,10 +106,10 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(1, str(error) if isinstance(error, KvqError) else error.format_message())
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in EXTRA_PACKAGES:
+        if package not in EXTRA_OF:
             raise
-        extra = EXTRA_OF.get(package, "export")
-        _exit(1, f"this command needs {package}: pip install 'kvq[{extra}]', in a checkout '.[{extra}]'")
+        extra = EXTRA_OF[package]
+        _exit(1, f"this command needs {package}: pip install 'kvq-run[{extra}]', in a checkout '.[{extra}]'")
     except OSError as error:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):
