@@ -4,7 +4,7 @@
 
 All arms run the same random weights of a SmolLM's shape, take turns in short bursts of decode steps,
 and are checked against kvq's numpy backend before a speed is printed. Models are made on first use
-and kept in the cache folder; that and the peers need `pip install 'kvq[bench]'`. A peer that is not
+and kept in the cache folder; that and the peers need `pip install 'kvq-run[bench]'`. A peer that is not
 installed is named as skipped. The table goes to stdout, progress to stderr.
 
 Exit codes: 0 done, 1 an arm failed its check or nothing could be measured, 2 a wrong option.

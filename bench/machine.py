@@ -6,6 +6,7 @@ import datetime
 import platform
 from typing import Any
 
+import kvq
 from kvq.bench.arms.base import package_version
 from kvq.runtime.threads import available_cores
 
@@ -19,12 +20,12 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(int((_first("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 1e6, 1),
         "instructions": [name for name in INSTRUCTIONS if name in (_first("/proc/cpuinfo", "flags") or "").split()],
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": package_version(*PACKAGES),
+        "versions": {"kvq": kvq.__version__} | package_version(*PACKAGES),
     }
 
 
 PACKAGES = (
-    "kvq", "onnxruntime", "numpy", "torch", "transformers", "optimum-quanto", "llama-cpp-python",
+    "onnxruntime", "numpy", "torch", "transformers", "optimum-quanto", "llama-cpp-python",
     "onnxruntime-genai", "openvino", "nncf",
 )  # fmt: skip
 # Those that decide how fast small integers are multiplied.

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from kvq.runtime.statistics import Stats
     from kvq.runtime.threads import session_options
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout the sub-packages stand beside this folder rather than inside it; Python started
 # there finds this folder before the installed package.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import kvq
 from kvq.bench.arms.base import Arm, ArmSpec, Setup, package_version
 from kvq.bench.attention import attention_beside_read
 
@@ -69,7 +70,7 @@ class KvqArm(Arm):
         stats = self.session.stats()
         return {
             "backend": stats.backend,
-            "versions": package_version("kvq", "onnxruntime", "numpy"),
+            "versions": {"kvq": kvq.__version__} | package_version("onnxruntime", "numpy"),
             "settings": f"policy {stats.policy}, newest {stats.recent} tokens at 16 bits, {stats.prefill} prefill",
             "kv_bits": stats.kv_bits,
             **attention_beside_read(self.session, self.setup.threads),
