@@ -85,7 +85,9 @@ def test_what_extras_ask_for_is_pinned():
     assert asked <= pinned
 
 
-@pytest.mark.parametrize("module", ["kvq", "kvq.runtime.model", "kvq.runtime.cli.run", "kvq.exporter.cli"])
+@pytest.mark.parametrize(
+    "module", ["kvq", "kvq.runtime.model", "kvq.runtime.cli.run", "kvq.exporter.cli", "kvq.exporter.sources.gguf"]
+)
 def test_importing_brings_neither_torch_nor_what_needs_it(module):
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
