@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TEXTS = {".md", ".py", ".toml", ".txt", ".sh", ".yml", ".yaml", ".html", ".c", ".h"}
 # On the registry kvq is somebody else's project.
-MISNAMED = re.compile(r"""pip install[^|&\n]*['"`\s]kvq(?![-\w./])""")
+MISNAMED = re.compile(r"""pip install[^|&`)\n]*['"`\s]kvq(?![-\w./])""")
 DISTRIBUTIONS = {"optimum": "optimum-onnx", "onnx_ir": "onnx"}  # module -> the requirement that brings it
 HEAVY = {"torch", "transformers", "optimum", "optimum-onnx"}
 
@@ -50,6 +50,7 @@ def test_name_and_version():
         ("pip install 'kvq-run[server]'", False),
         ("pip install -q . && kvq chat", False),
         ("pip install ./kvq", False),
+        ("`pip install kvq-run` brings `kvq`", False),
     ],
 )
 def test_what_counts_as_a_wrong_name(text, wrong):
