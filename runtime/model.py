@@ -17,7 +17,7 @@ from kvq.runtime.chat import ChatTemplate
 from kvq.runtime.engine import Engine
 from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.pages import Geometry
-from kvq.runtime.references import DEFAULT_MODEL, embedded_models, locate
+from kvq.runtime.references import DEFAULT_MODEL, default_model, embedded_models, locate
 from kvq.runtime.session import Session
 from kvq.runtime.store import KVStore
 
@@ -174,20 +174,23 @@ def load(
     """Load a model.
 
     Args:
-        path_or_name: an embedded model, a bundle folder, or a hub id ("owner/name") of a bundle or of a
-            checkpoint, which is fetched, exported if need be, and kept in KVQ_HOME; None is the default model.
+        path_or_name: a name (`kvq list`), a bundle folder, a checkpoint folder or GGUF file, or a hub id
+            ("owner/name") of a bundle or of a checkpoint. What has to be fetched or exported is so once, and kept in
+            KVQ_HOME. None is the model that `kvq use` chose, else the embedded one.
         threads: onnxruntime threads; None uses every available core. One number per process.
         offline: fetch nothing; None does as HF_HUB_OFFLINE says.
         notice: told what takes time while a model is fetched.
 
     Raises:
         BundleError: no such bundle, or it is damaged, unsafe or of another version.
-        HubError: a hub id that is not on this machine and cannot be fetched (a `BundleError`).
-        CheckpointError: the checkpoint behind a hub id cannot be exported.
+        HubError: a model that is not on this machine and cannot be fetched (a `BundleError`).
+        CheckpointError: the checkpoint cannot be exported.
         BackendError: another number of threads is already in force.
 
     onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
     onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
     """
-    reference = DEFAULT_MODEL if path_or_name is None else os.fspath(path_or_name)
+    reference, hint = default_model() if path_or_name is None else (os.fspath(path_or_name), "")
+    if hint and notice:
+        notice(hint)
     return Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)

@@ -1,26 +1,51 @@
-"""What --model and `kvq.load` take: an embedded name, a bundle folder, or a hub id, fetched once and kept."""
+"""What --model and `kvq.load` take: a name, a folder, a GGUF file, or a hub id; found here, or fetched once."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
-import importlib.util
 import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvq.runtime.bundle import MANIFEST, Bundle, Manifest
-from kvq.runtime.errors import BundleError, CheckpointError, HubError
+from kvq.runtime import checkpoints
+from kvq.runtime.bundle import MANIFEST, Manifest
+from kvq.runtime.choices import choices, chosen_default
+from kvq.runtime.errors import BundleError
+from kvq.runtime.home import home, models
+from kvq.runtime.hub import offline_wanted
+from kvq.runtime.pull import Job, pull
+from kvq.runtime.registry import HUB_ID, registry
 
 DEFAULT_MODEL = "kvq-books"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Of a checkpoint: what the exporter reads, and nothing that could hold a pickle.
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+SUGGESTED = "smollm2-135m-instruct"
+__all__ = ["DEFAULT_MODEL", "cached_models", "described", "embedded_models", "home", "locate", "pulled_models"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A reference that was understood.
+
+    Attributes:
+        name: the model's, in the form that is kept.
+        origin: "named", "embedded", "registry", "folder", "checkpoint" or "hub".
+        path: folder of the bundle; None where it has to be fetched or exported first.
+    """
+
+    name: str
+    origin: str
+    path: Path | None
+
+    @property
+    def way(self) -> str:
+        """How to get one that has no path yet."""
+        return (
+            f"kvq name {self.name} NAME exports it"
+            if self.origin == "checkpoint"
+            else f"kvq pull {self.name} fetches it"
+        )
 
 
 def embedded_models() -> dict[str, Path]:
@@ -29,133 +54,127 @@ def embedded_models() -> dict[str, Path]:
     return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()} if root.is_dir() else {}
 
 
-def home() -> Path:
-    """Folder of what is kept between runs: KVQ_HOME, else kvq in XDG_CACHE_HOME, else ~/.cache/kvq."""
-    if chosen := os.environ.get("KVQ_HOME"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq"
-
-
 def cached_models() -> dict[str, Path]:
-    """Models fetched from the hub and kept: hub id -> folder."""
-    root = home() / "models"
-    found = sorted(root.glob("*/*")) if root.is_dir() else []
-    return {
-        f"{path.parent.name}/{path.name}": path for path in found if HUB_ID.fullmatch(f"{path.parent.name}/{path.name}")
-    }
+    """Models fetched from the hub by their id and kept: hub id -> folder."""
+    root = models()
+    found = sorted(path for path in root.glob("*/*") if path.is_dir()) if root.is_dir() else []
+    named = {f"{path.parent.name}/{path.name}": path for path in found if not (path.parent / MANIFEST).exists()}
+    return {name: path for name, path in named.items() if HUB_ID.fullmatch(name)}
+
+
+def pulled_models() -> dict[str, Path]:
+    """Models of the registry that are here: name -> folder."""
+    return {name: models() / name for name in registry() if (models() / name / MANIFEST).exists()}
+
+
+def find(reference: str) -> Found:
+    """What a reference means. Nothing is fetched or made.
+
+    Raises:
+        BundleError: nothing of that name, with what comes close.
+    """
+    chosen = choices()
+    if reference in chosen.names:
+        path = Path(chosen.names[reference])
+        if not path.is_dir():
+            raise BundleError(f"{reference} stands for {path}, which is gone; kvq rm {reference} forgets the name")
+        return Found(reference, "named", path)
+    embedded, known = embedded_models(), registry()
+    if reference in embedded:  # never a folder of that name in the current directory: say ./name for one
+        return Found(reference, "embedded", embedded[reference])
+    if reference.lower() in known:
+        name = reference.lower()
+        return Found(name, "registry", models() / name if checkpoints.usable(models() / name) else None)
+    path = Path(reference)
+    if reference and checkpoints.is_checkpoint(path):
+        return Found(str(path.absolute()), "checkpoint", checkpoints.here(path))
+    if os.path.isdir(reference):
+        return Found(str(path.absolute()), "folder", path)
+    if HUB_ID.fullmatch(reference) and not reference.lower().endswith(".gguf"):
+        folder = models() / reference
+        return Found(reference, "hub", folder if checkpoints.usable(folder) else None)
+    raise BundleError(_unknown(reference, chosen.damage))
 
 
 def locate(reference: str, *, offline: bool | None = None, notice: Callable[[str], None] | None = None) -> Path:
     """Folder of the bundle that a reference names, fetched and made if need be.
 
     Args:
-        reference: embedded name, bundle folder, or hub id ("owner/name") of a bundle or a checkpoint.
+        reference: in this order: a name the user gave, an embedded model, a model of the registry, a bundle folder,
+            a checkpoint folder or GGUF file, or a hub id ("owner/name") of a bundle or a checkpoint.
         offline: use only what is on this machine; None reads HF_HUB_OFFLINE.
         notice: told what takes time.
 
     Raises:
         BundleError: no such model.
-        HubError: the hub is needed and cannot be had.
-        CheckpointError: the checkpoint behind a hub id cannot be exported.
+        HubError: a source is needed and cannot be had.
+        CheckpointError: the checkpoint cannot be exported.
     """
-    embedded = embedded_models()
-    if reference in embedded:  # never a folder of that name in the current directory: say ./name for one
-        return embedded[reference]
-    if os.path.isdir(reference):
-        return Path(reference)
-    if HUB_ID.fullmatch(reference):
-        cached = cached_models().get(reference)
-        return cached or _fetch(reference, _offline() if offline is None else offline, notice or (lambda text: None))
-    names = f"{', '.join(embedded)} is embedded" if embedded else "this installation has no embedded model"
-    raise BundleError(
-        f"no model {reference!r}: not a bundle folder or hub id (owner/name), and {names};"
-        " make a bundle with kvq export CHECKPOINT FOLDER"
+    found = find(reference)
+    if found.origin == "registry" and os.path.isdir(reference) and notice:
+        notice(f"{reference} is the model of that name; say ./{reference} for the folder")
+    if found.path is not None:
+        return found.path
+    if found.origin == "checkpoint":
+        return checkpoints.exported(Path(found.name), notice)
+    return pull(Job(found.name, registry().get(found.name), _offline(offline), notice))
+
+
+def _offline(offline: bool | None) -> bool:
+    return offline_wanted() if offline is None else offline
+
+
+def default_model() -> tuple[str, str]:
+    """The reference that stands for no -m, and what to tell the user of it ("" for nothing).
+
+    Raises:
+        BundleError: the chosen one is no longer here.
+    """
+    chosen = chosen_default()
+    if chosen is None:
+        return DEFAULT_MODEL, _hint()
+    try:
+        gone = find(chosen).path is None
+    except BundleError:
+        gone = True
+    if gone:
+        fetch = f"kvq pull {chosen} fetches it again, " if chosen in registry() or HUB_ID.fullmatch(chosen) else ""
+        raise BundleError(
+            f"the default model {chosen} is no longer here; {fetch}kvq use NAME chooses another"
+            f" (kvq use {DEFAULT_MODEL}: the embedded one)"
+        )
+    return chosen, ""
+
+
+def _hint() -> str:
+    """How to get a better model than the embedded one."""
+    here = [*pulled_models(), *cached_models()]
+    entry = registry().get(SUGGESTED) or next(iter(registry().values()), None)
+    if here:
+        way = f"kvq use {here[0]} takes a real one"
+    elif entry is not None:
+        way = f"kvq pull {entry.name} fetches a real one"
+        way += f" ({entry.nbytes / 1e6:.0f} MB)" if entry.nbytes else ""
+    else:
+        way = "kvq list says what else there is"
+    return f"using {DEFAULT_MODEL}, an offline model trained on novels; {way}"
+
+
+def known_names() -> list[str]:
+    """Every name that -m takes: the user's own, embedded ones, the registry's, and hub ids that are here."""
+    return [*dict.fromkeys([*choices().names, *embedded_models(), *registry(), *cached_models()])]
+
+
+def _unknown(reference: str, damage: str) -> str:
+    names = known_names()
+    lower = {name.lower(): name for name in names}
+    close = [lower[name] for name in difflib.get_close_matches(reference.lower(), lower, n=3, cutoff=0.6)]
+    told = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)};"
+    told += f" ({damage})" if damage else ""
+    return (
+        f"no model {reference!r}, and no bundle folder, checkpoint, .gguf file or hub id (owner/name) either;"
+        f" {told} kvq list shows all, kvq export makes a bundle of a checkpoint"
     )
-
-
-def _offline() -> bool:
-    """HF_HUB_OFFLINE, read as huggingface_hub does."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _fetch(reference: str, offline: bool, notice: Callable[[str], None]) -> Path:
-    """Fetch a bundle, or a checkpoint and export it, into the cache; its folder there."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise HubError(
-            f"{reference} is no bundle folder and not in the cache {home()}; fetching it needs huggingface_hub:"
-            " pip install 'kvq[hub]', in a checkout '.[hub]'"
-        )
-    target = home() / "models" / reference
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target: a bundle takes its name in one step, complete and checked.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            found = Path(folder) / "bundle"
-            manifest = _snapshot(reference, offline, [MANIFEST]) / MANIFEST
-            if manifest.is_file():
-                _fetch_bundle(reference, offline, manifest, found)
-            else:
-                _export(reference, offline, found, notice)
-            if not target.exists():  # another process may have been faster
-                found.rename(target)
-    except OSError as error:
-        raise HubError(
-            f"{reference} cannot be kept in {home()} ({error.strerror or error}); set KVQ_HOME to another folder"
-        ) from None
-    return target
-
-
-def _snapshot(reference: str, offline: bool, patterns: list[str]) -> Path:
-    """Folder of the repository's files that match, from huggingface_hub's own cache or the hub."""
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(reference, allow_patterns=patterns, local_files_only=offline))
-    except Exception as error:  # its errors share no base class, and requests' come through
-        if offline:
-            raise HubError(
-                f"{reference} is not on this machine, and the hub is not to be used (--offline or HF_HUB_OFFLINE);"
-                " fetch it once without, or give a bundle folder"
-            ) from None
-        lines = str(error).strip().splitlines()
-        raise HubError(
-            f"{reference} is no bundle folder and cannot be fetched from the hub"
-            f" ({type(error).__name__}: {lines[0][:150] if lines else ''}); check the name and the connection"
-        ) from None
-
-
-def _fetch_bundle(reference: str, offline: bool, manifest: Path, folder: Path) -> None:
-    """Copy the files a manifest lists: huggingface_hub keeps links, which a bundle may not hold."""
-    try:
-        listed = list(Manifest.from_json(manifest.read_text(encoding="utf-8")).files)
-    except UnicodeDecodeError:
-        raise BundleError(f"{MANIFEST} of {reference} is not UTF-8; it has to be exported again") from None
-    snapshot = _snapshot(reference, offline, [MANIFEST, *listed])
-    folder.mkdir()
-    for name in (MANIFEST, *listed):
-        if not (snapshot / name).is_file():
-            raise BundleError(f"{reference} lacks {name}, which its {MANIFEST} lists; it has to be uploaded again")
-        shutil.copyfile(snapshot / name, folder / name)
-    Bundle(folder)
-
-
-def _export(reference: str, offline: bool, folder: Path, notice: Callable[[str], None]) -> None:
-    """Export a checkpoint in a process of its own: torch stays out of this one, and its memory goes with it."""
-    missing = [name for name in ("torch", "transformers", "onnx") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise HubError(
-            f"{reference} is a checkpoint, and turning it into a bundle needs {missing[0]}:"
-            " pip install 'kvq[export]', in a checkout '.[export]'"
-        )
-    snapshot = _snapshot(reference, offline, CHECKPOINT_FILES)
-    notice(f"exporting {reference} with 4-bit weights, once; kvq export has other choices")
-    command = [sys.executable, "-m", "kvq", "export", str(snapshot), str(folder), "--name", reference]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVQ_")}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise CheckpointError(lines[-1].removeprefix("kvq: ") if lines else f"exporting {reference} failed")
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -19,7 +19,12 @@ COMMANDS = {
     "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
     "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
     "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
-    "list": ("kvq.runtime.cli.models:list_models", "List models that -m takes by name."),
+    "list": ("kvq.runtime.cli.models:list_models", "List the models here, and those to be fetched."),
+    "pull": ("kvq.runtime.cli.pull:pull", "Fetch a model by name, once."),
+    "use": ("kvq.runtime.cli.models:use", "Choose the default model."),
+    "show": ("kvq.runtime.cli.show:show", "Show all about a model."),
+    "name": ("kvq.runtime.cli.models:name_model", "Give a model a name of your own."),
+    "rm": ("kvq.runtime.cli.models:remove", "Remove a model from this machine."),
     "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
     "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
@@ -108,8 +113,9 @@ def guarded(command: Callable[[], object]) -> None:
         package = (error.name or "").split(".")[0]
         if package not in EXTRA_OF:
             raise
-        extra = EXTRA_OF[package]
-        _exit(1, f"this command needs {package}: pip install 'kvq-run[{extra}]', in a checkout '.[{extra}]'")
+        from kvq.runtime.extras import install
+
+        _exit(1, f"this command needs {package}: {install(EXTRA_OF[package])}")
     except OSError as error:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):

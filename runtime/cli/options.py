@@ -102,10 +102,9 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from kvq.runtime.references import cached_models, embedded_models
+    from kvq.runtime.references import known_names
 
-    names = [*embedded_models(), *cached_models()]
-    named = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    named = [CompletionItem(name) for name in known_names() if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="dir")]
 
 
@@ -120,7 +119,7 @@ OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offlin
 # Which model, and what it runs on.
 MODEL = [
     option("-m", "--model", metavar="MODEL", section="Model", shell_complete=_complete_model,
-           help="Embedded model, bundle folder or hub id; kvq list."),
+           help="Name (kvq list), bundle or checkpoint folder, .gguf file or hub id."),
     OFFLINE,
     option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),
 ]  # fmt: skip
@@ -173,10 +172,20 @@ def given(ctx: click.Context) -> set[str]:
     return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
 
 
-def load_model(model: str | None, threads: int | None) -> Model:
-    """The model that -m names; what takes time is told on stderr."""
+def load_model(model: str | None, threads: int | None, quiet: bool | None = None) -> Model:
+    """The model that -m names, else the default; what takes time is told on stderr.
+
+    With `quiet`, nothing is said of how to get a model; None is as the command's --quiet or --json says.
+    """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
 
+    if quiet is None:
+        context = click.get_current_context(silent=True)
+        quiet = context is not None and bool(context.params.get("quiet") or context.params.get("as_json"))
+    if model is None and quiet:
+        from kvq.runtime.references import default_model
+
+        model, _ = default_model()
     return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
 
 

