@@ -87,7 +87,15 @@ def test_what_extras_ask_for_is_pinned():
 
 
 @pytest.mark.parametrize(
-    "module", ["kvq", "kvq.runtime.model", "kvq.runtime.cli.run", "kvq.exporter.cli", "kvq.exporter.sources.gguf"]
+    "module",
+    [
+        "kvq",
+        "kvq.runtime.model",
+        "kvq.runtime.cli.run",
+        "kvq.exporter.cli",
+        "kvq.exporter.export",
+        "kvq.exporter.sources",
+    ],
 )
 def test_importing_brings_neither_torch_nor_what_needs_it(module):
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
