@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
@@ -37,14 +37,20 @@ class Response:
     finish_reason: str | None = None
 
 
-def generate_tokens(session: Session, ids: Sequence[int], sampler: Sampler) -> Iterator[tuple[int, float]]:
+# Tokens of a prompt that have been read, and all of them.
+Progress = Callable[[int, int], None]
+
+
+def generate_tokens(
+    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+) -> Iterator[tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
 
     The last yielded token is in `session.pending`: it is fed when the next one is asked for, or
     by the next append.
     """
     if len(ids):
-        logits = session.append(ids)
+        logits = session.append(ids, progress=progress)
     elif session.pending:
         logits = session.append([session.pending.pop()])
     elif session.last_logits is not None:
@@ -69,6 +75,7 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
     ignore_eos: bool = False,
+    progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[Response]:
     """Generate text after a prompt.
@@ -80,6 +87,7 @@ def stream(
         stop: strings that end the text and are not part of it.
         stop_tokens: ids that end it, besides the model's end-of-text ids.
         ignore_eos: do not end at the model's end-of-text ids.
+        progress: as in `Session.append`, while the prompt is read.
         **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
 
     Raises:
@@ -98,7 +106,7 @@ def stream(
     sampler = make_sampler(**options)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos)
     ids = _prompt_ids(session, prompt)
-    return _stream(session, ids, sampler, max_tokens, stop, stop_ids)
+    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, progress)
 
 
 def _stream(
@@ -108,13 +116,14 @@ def _stream(
     max_tokens: int | None,
     stop: Sequence[str],
     stop_ids: frozenset[int],
+    progress: Progress | None,
 ) -> Iterator[Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     if decoder and not len(ids):
         decoder.follow([*session.tokens, *session.pending])
     matcher = StopMatcher(stop)
-    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler)):
+    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
         reason = None
         text = ""
         if token in stop_ids:

@@ -295,6 +295,7 @@ class Session:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
         ignore_eos: bool = False,
+        progress: Callable[[int, int], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Response]:
         """Continue the text; yields a `Response` per token. Arguments as in `kvq.runtime.generate.stream`.
@@ -302,8 +303,9 @@ class Session:
         Options are checked at once; tokens are computed as they are asked for.
         """
         return stream(
-            self, prompt, max_tokens=max_tokens, stop=stop, stop_tokens=stop_tokens, ignore_eos=ignore_eos, **sampling
-        )
+            self, prompt, max_tokens=max_tokens, stop=stop, stop_tokens=stop_tokens, ignore_eos=ignore_eos,
+            progress=progress, **sampling,
+        )  # fmt: skip
 
     def trim(self, length: int) -> None:
         """Forget every token at a position >= length; the next append continues there.

@@ -112,7 +112,7 @@ def test_argument_file_and_stdin_are_the_same_prompt(tiny_bundle, tmp_path, gree
         (["-f", str(file)], ""),
         (["--file", "-"], "Hello\n"),
         ([], "Hello"),
-        (["Hello"], "not read"),
+        (["Hello"], ""),
     ):
         done = run(tiny_bundle, *arguments, input=stdin)
         assert (done.returncode, done.stdout) == (0, greedy.stdout), arguments

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvq.runtime.cli.answers import Bar, why_empty
 from kvq.runtime.cli.options import (
     CACHE,
     MODEL,
     SAMPLING,
     SETTINGS,
+    SYSTEM,
     Command,
     given,
     load_model,
@@ -25,6 +27,7 @@ from kvq.runtime.cli.options import (
     option,
     options,
 )  # fmt: skip
+from kvq.runtime.cli.run import argument_text
 from kvq.runtime.cli.sessions import SESSION, SessionFile
 from kvq.runtime.errors import KvqError, PromptError
 
@@ -45,29 +48,34 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
-@options(SESSION)
+@click.argument("question", required=False)
+@options([SYSTEM, *SESSION])
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No notices, only answers and errors.")
 @options(MODEL)
 @options(CACHE)
 @options([max_tokens(512), *SAMPLING[1:]])
 @click.pass_context
 def chat(
-    ctx, system, session_file, session_readonly, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
-    prefill, backend, max_tokens, **generation,
+    ctx, question, system, session_file, session_readonly, quiet, model, threads, policy, kv_bits, kv_memory, recent,
+    sink, prefill, backend, max_tokens, **generation,
 ) -> None:  # fmt: skip
     """Talk with a model; /help lists what you can type besides.
 
-    Every question is added to the cache, so earlier turns are never processed
-    again. Without a terminal, each line of stdin is one question.
+    QUESTION is asked first, where it is given. Every question is added to the
+    cache, so earlier turns are never processed again. Without a terminal, each
+    line of stdin is one question.
 
     \b
     Examples:
       kvq chat -m HuggingFaceTB/SmolLM2-360M-Instruct --kv-bits 4
+      kvq chat -m ./my-bundle "What can I cook from rice and eggs?"
       kvq chat -m ./my-bundle --system "Answer in one sentence."
       kvq chat --session talk.kvq
-      printf 'Hello\\nAnd then?\\n' | kvq chat -q
+      printf 'Who wrote Emma?\\nWhen was she born?\\n' | kvq chat -m ./my-bundle -q
     """
+    first = None if question is None else argument_text(question, "the question").strip()
+    if first == "":
+        raise PromptError("the question is empty: give some text, or none to be asked for it")
     settings = {
         "policy": policy, "recent": recent, "sink": sink, "prefill": prefill, "backend": backend,
         "kv_bits": kv_bits, "kv_memory": kv_memory,
@@ -79,9 +87,9 @@ def chat(
     if kept is not None and kept.exists:
         repl.begin(kept.open(loaded, settings, given(ctx)))
     if kept is not None:
-        repl.notice(kept.opened(repl.conversation.session))
+        repl.notice(kept.opened(repl.conversation.session, repl.conversation))
     try:
-        repl.interactive() if sys.stdin.isatty() else repl.script()
+        repl.interactive(first) if sys.stdin.isatty() else repl.script(first)
     finally:
         if kept is not None and not isinstance(sys.exception(), KeyboardInterrupt):
             kept.close(repl.conversation.session)
@@ -129,8 +137,10 @@ class Repl:
         if not self.quiet:
             click.echo(text, err=True)
 
-    def script(self) -> None:
-        """A question a line from stdin; the first error ends it."""
+    def script(self, first: str | None = None) -> None:
+        """A first question, and one a line from stdin; the first error ends it."""
+        if first:
+            self.answer(first)
         for number, line in enumerate(sys.stdin.buffer, 1):
             try:
                 text = line.decode()
@@ -139,8 +149,8 @@ class Repl:
             if not self.handle(text.strip()):
                 return
 
-    def interactive(self) -> None:
-        """Questions from the terminal until Ctrl-D; an error is told and the chat goes on."""
+    def interactive(self, first: str | None = None) -> None:
+        """A first question, and those from the terminal until Ctrl-D; an error is told and the chat goes on."""
         prepare_readline()
         signal.signal(signal.SIGINT, self._interrupt)
         session = self.conversation.session
@@ -150,7 +160,10 @@ class Repl:
         )
         while True:
             try:
-                if not self.handle(ask().strip()):
+                if first:
+                    question, first = first, None
+                    self.answer(question)
+                elif not self.handle(ask().strip()):
                     return
             except EOFError:
                 click.echo(err=True)
@@ -193,24 +206,30 @@ class Repl:
     def answer(self, question: str) -> None:
         """Stream an answer to stdout."""
         self.stopping, begun, reason = False, False, None
-        replies = self.conversation.reply(question, cancelled=lambda: self.stopping, **self.generation)
+        bar, last = Bar(shown=not self.quiet), None
+        replies = self.conversation.reply(question, cancelled=lambda: self.stopping, progress=bar, **self.generation)
         self.answering = True
         try:
-            for response in replies:
-                text = response.text if begun else response.text.lstrip()
+            for last in replies:
+                bar.clear()
+                text = last.text if begun else last.text.lstrip()
                 if text:
                     begun = True
                     click.echo(text, nl=False)
                     sys.stdout.flush()
-                reason = response.finish_reason
+                reason = last.finish_reason
                 if self.stopping:
                     break
         finally:
+            bar.clear()
             replies.close()  # type: ignore[attr-defined] # a generator: ends its turn
             self.answering = False
             click.echo()
+        empty = why_empty("." if begun else "", last, self.model, self.conversation.template, self.generation)
         if self.stopping:
             self.notice("(stopped)")
+        elif empty and reason == "stop":
+            self.notice(f"({empty})")
         elif reason == "length":
             self.notice(f"(cut after {self.generation['max_tokens']} tokens; -n sets how many)")
         elif reason == "context":

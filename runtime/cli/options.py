@@ -131,6 +131,8 @@ def max_tokens(default: int) -> Callable:
                   help="Most tokens; -1 fills the context.")  # fmt: skip
 
 
+SYSTEM = option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
+RAW = option("--raw", is_flag=True, section="Basics", help="Go on with the text as it is, without the chat template.")
 # Names and short forms as in llama.cpp and mlx-lm.
 SAMPLING = [
     max_tokens(128),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, Command, load_model, option, options
+from kvq.runtime.cli.answers import Bar
+from kvq.runtime.cli.options import CACHE, MODEL, RAW, SETTINGS, SYSTEM, Command, given, load_model, option, options
 from kvq.runtime.cli.run import read_prompt
+from kvq.runtime.cli.sessions import refuse_turns
 from kvq.runtime.errors import SessionError
 
 
@@ -26,19 +27,41 @@ from kvq.runtime.errors import SessionError
     help="The session file to make.",
 )
 @option("--overwrite", is_flag=True, section="Basics", help="Replace an existing session file.")
+@option(
+    "--as",
+    "role",
+    type=click.Choice(["user", "system"]),
+    default="user",
+    metavar="WHOSE",
+    show_default=True,
+    section="Basics",
+    help="Whose turn the text is in: the user's, before the question, or the system's.",
+)
+@options([SYSTEM, RAW])
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no statistics line.")
 @options(MODEL)
 @options(CACHE)
+@click.pass_context
 def prefill(
-    file, out, overwrite, quiet, model, policy, kv_bits, kv_memory, recent, sink, prefill, backend, threads
+    ctx, file, out, overwrite, role, system, raw, quiet, model, policy, kv_bits, kv_memory, recent, sink, prefill,
+    backend, threads,
 ) -> None:  # fmt: skip
     """Read the text FILE (- is stdin) and keep what the model has made of it in a session file.
 
+    With a model that has a chat template the text is the beginning of the user's
+    turn, and the next question its end; else, or with --raw, it is text to go on
+    with.
+
     \b
     Examples:
-      kvq prefill report.txt -o report.kvq -p int4
-      kvq-run --session report.kvq --session-readonly "In short, the report says"
+      kvq prefill lease.txt -o lease.kvq -p int8
+      kvq-run --session lease.kvq --session-readonly "When is the rent due?"
+      kvq chat --session lease.kvq
+      kvq prefill house-rules.txt -o rules.kvq --as system
+      kvq prefill chapter.txt -o chapter.kvq --raw
     """
+    from kvq.runtime.conversation import Conversation, has_template
+
     if os.path.lexists(out) and not overwrite:
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
     text = read_prompt(None, file)
@@ -46,15 +69,21 @@ def prefill(
     session = loaded.session(
         policy, recent=recent, sink=sink, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory
     )
-    ids = loaded.encode(text)
-    begun = time.perf_counter()
-    if quiet:
-        session.append(ids)
-    else:
-        with click.progressbar(length=len(ids), label="reading", file=sys.stderr) as bar:
-            session.append(ids, progress=lambda done, total: bar.update(done - bar.pos))
+    turns = has_template(loaded) and not raw
+    if not turns and system is not None:
+        refuse_turns("--system", loaded, raw)
+    if not turns and "role" in given(ctx):
+        refuse_turns("--as", loaded, raw)
+    begun, bar = time.perf_counter(), Bar(shown=not quiet)
+    try:
+        if turns:
+            Conversation(session, system).read(text, role, progress=bar)
+        else:
+            session.append(loaded.encode(text), progress=bar)
+    finally:
+        bar.clear()
     seconds = time.perf_counter() - begun
     session.save(out)
     if not quiet:
-        stats = session.stats().line()
-        click.echo(f"{out}: {out.stat().st_size / 1e3:.1f} kB, read in {seconds:.2f} s | {stats}", err=True)
+        held, stats = f"in the turn of the {role}" if turns else "plain text", session.stats().line()
+        click.echo(f"{out}: {out.stat().st_size / 1e3:.1f} kB, {held}, read in {seconds:.2f} s | {stats}", err=True)

@@ -7,14 +7,15 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from kvq.runtime.cli.options import option
-from kvq.runtime.errors import SessionError
+from kvq.runtime.errors import PromptError, SessionError
 
 if TYPE_CHECKING:
+    from kvq.runtime.conversation import Conversation
     from kvq.runtime.model import Model
     from kvq.runtime.session import Session
 
@@ -72,11 +73,19 @@ class SessionFile:
         self._loaded = len(session.tokens)
         return session
 
-    def opened(self, session: Session) -> str:
-        """For people: where the session comes from."""
+    def opened(self, session: Session, conversation: Conversation | None) -> str:
+        """For people: where the session comes from, and what is in it."""
+        from kvq.runtime.conversation import has_template
+
         if not self.exists:
             return f"new session {self.path}"
-        return f"{self.path}: going on after {self._loaded} tokens, policy {session.policy.name}"
+        said = f"{self.path}: going on after {self._loaded} tokens, policy {session.policy.name}"
+        if conversation is None:
+            return said + ("; plain text, no conversation" if has_template(session.model) else "")
+        turns = len(conversation.turns)
+        parts = [f"{turns} turn{'s' * (turns != 1)}"] if turns else []
+        parts += ["a document to ask about"] if conversation.document else []
+        return "; ".join([said, " and ".join(parts)] if parts else [said])
 
     def close(self, session: Session) -> None:
         """Save, unless the file is to stay as it is."""
@@ -92,6 +101,39 @@ class SessionFile:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"path": str(self.path), "loaded_tokens": self._loaded, "saved": not self.readonly}
+
+
+def conversation_of(session: Session, system: str | None, raw: bool) -> Conversation | None:
+    """The conversation that a prompt is a turn of; None where it is text to go on with.
+
+    That is so with --raw, with a model that has no chat template, and in a session that began so.
+
+    Raises:
+        SessionError: --raw, but the session holds a conversation.
+        PromptError: a system prompt that has no place.
+    """
+    from kvq.runtime.conversation import KEY, Conversation, has_template
+
+    begun = bool(session.tokens or session.pending)
+    if KEY in session.metadata:
+        if raw:
+            raise SessionError("the session holds a conversation, not plain text: leave --raw out, or start another")
+        return Conversation(session, system)
+    if not (begun or raw) and has_template(session.model):
+        return Conversation(session, system)
+    if system is not None:
+        refuse_turns("--system", session.model, raw, begun)
+    return None
+
+
+def refuse_turns(name: str, model: Model, raw: bool, begun: bool = False) -> NoReturn:
+    """Raise PromptError for an option that belongs to a chat template, where there is none."""
+    why = f"the model {model.bundle.manifest.name} has no chat template"
+    if begun:
+        why = "the session holds plain text"
+    if raw:
+        why = "--raw leaves out the chat template"
+    raise PromptError(f"{why}, and with it there are no turns for {name}: leave {name} out")
 
 
 class Interrupt:
