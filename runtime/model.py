@@ -30,10 +30,15 @@ class Model:
     Args:
         bundle: the checked bundle.
         threads: onnxruntime threads; None uses every available core. One number per process.
+
+    Attributes:
+        notice: told in one line what sessions want their user to know, each line once; None tells nobody.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
+        self.notice: Callable[[str], None] | None = None
+        self._told = {""}
         self.engine = Engine(bundle, threads)
         self._check()
         self.optional_tokenizer = _tokenizer(bundle)
@@ -43,6 +48,12 @@ class Model:
         shape = self.architecture
         store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
         make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
+
+    def tell(self, note: str) -> None:
+        """Give a line to `notice`, unless it had it before."""
+        if self.notice is not None and note not in self._told:
+            self._told.add(note)
+            self.notice(note)
 
     @property
     def path(self) -> Path:
@@ -104,7 +115,7 @@ class Model:
         policy: str | Policy | None = None,
         *,
         recent: int = 16,
-        sink: int = 0,
+        sink: int = 4,
         prefill_chunk: int = 128,
         prefill: str = "auto",
         backend: str | None = None,
@@ -113,10 +124,11 @@ class Model:
     ) -> Session:
         """A new, empty session; arguments as in `Session`.
 
-        Without a policy it is "fp16", or "adaptive" where a budget is given.
+        Without a policy it is "fp16", or "auto" where a budget is given: "adaptive", or "rule" where the bundle has no
+        such controller, which `Session.note` and `Stats.policy_reason` then say.
         """
         if policy is None:
-            policy = "fp16" if kv_bits is None and kv_memory is None else "adaptive"
+            policy = "fp16" if kv_bits is None and kv_memory is None else "auto"
         return Session(
             self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
             kv_bits=kv_bits, kv_memory=kv_memory,
@@ -136,7 +148,8 @@ class Model:
 
         Args:
             path: the file.
-            policy: for the tokens to come; those stored stay as they are. None takes the file's.
+            policy: for the tokens to come; those stored stay as they are. None takes the file's; with a budget given
+                here, "auto" instead of "fp16".
             prefill: as in `Session`, for the tokens to come; None takes the file's.
             backend: as in `Session`.
             kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the
@@ -179,7 +192,8 @@ def load(
             KVQ_HOME. None is the model that `kvq use` chose, else the embedded one.
         threads: onnxruntime threads; None uses every available core. One number per process.
         offline: fetch nothing; None does as HF_HUB_OFFLINE says.
-        notice: told what takes time while a model is fetched.
+        notice: told in one line each what takes time while a model is fetched, and what sessions want their user to
+            know.
 
     Raises:
         BundleError: no such bundle, or it is damaged, unsafe or of another version.
@@ -193,4 +207,6 @@ def load(
     reference, hint = default_model() if path_or_name is None else (os.fspath(path_or_name), "")
     if hint and notice:
         notice(hint)
-    return Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)
+    model = Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)
+    model.notice = notice
+    return model

@@ -42,7 +42,7 @@ class Session:
         model: the loaded model.
         policy: a name (see `kvq.POLICIES`) or a `Policy`.
         recent: newest tokens kept at 16 bits.
-        sink: first tokens kept at 16 bits.
+        sink: first tokens kept at 16 bits: attention rests on them, see docs/quality.md.
         prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
         prefill: how tokens appended together are processed. "stepwise": each sees what it would see if it came alone,
             in passes of up to recent + 1 tokens, so that neither precisions nor text depend on how tokens are fed.
@@ -62,7 +62,7 @@ class Session:
         policy: str | Policy = "fp16",
         *,
         recent: int = 16,
-        sink: int = 0,
+        sink: int = 4,
         prefill_chunk: int = 128,
         prefill: str = "auto",
         backend: str | None = None,
@@ -107,6 +107,12 @@ class Session:
         self._prefill, self._decode = Clock(), Clock()
         self._end = 0  # length the text will have when the current append is done
         self._open = OpenTokens(self.policy.reads or (), min(MOST_OPEN, self.store.window.capacity))
+        model.tell(self.note)
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the policy that was chosen for want of a name; empty if nothing."""
+        return self.policy.note
 
     @property
     def room(self) -> int:
@@ -388,6 +394,7 @@ class Session:
             backend=self.backend.name,
             backend_detail=self.backend.detail,
             policy=self.policy.name,
+            policy_reason=self.policy.reason,
             threads=self.model.engine.threads,
             recent=store.window.capacity,
             sink=store.sink,

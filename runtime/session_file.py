@@ -202,6 +202,8 @@ def _empty_session(
         )
     if policy is None and kv_bits is None and kv_memory is None:
         kv_bits, kv_memory = header.kv_bits, header.kv_memory
+    elif policy is None and header.policy == "fp16":  # what a session has where neither policy nor budget is named
+        policy = "auto"
     if policy is not None:
         return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
     try:

@@ -26,6 +26,7 @@ class Stats:
 
     Attributes:
         backend, policy, threads: what ran.
+        policy_reason: why it is that policy though nobody named it, where a user should know; else empty.
         backend_detail: the instruction set of native attention; of a fallback, why it is one; else empty.
         recent, sink: tokens protected at 16 bits.
         prefill: "stepwise" or "chunked", see `kvq.Session`.
@@ -43,6 +44,7 @@ class Stats:
     backend: str
     backend_detail: str
     policy: str
+    policy_reason: str
     threads: int
     recent: int
     sink: int
@@ -71,7 +73,8 @@ class Stats:
             taken, used = f"{self.kv_bits:.2f}", f"{self.kv_used_bits:.2f}"
             parts[0] += f" ({taken} bits/value" + (")" if used == taken else f", {used} without free room)")
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
-        parts.append(f"policy {self.policy}: {', '.join(held)}" if held else f"policy {self.policy}")
+        policy = f"policy {self.policy}" + (f" ({self.policy_reason})" if self.policy_reason else "")
+        parts.append(f"{policy}: {', '.join(held)}" if held else policy)
         if self.prefill_tokens_per_s is not None:
             parts.append(
                 f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s"

@@ -12,7 +12,7 @@ import kvq
 from kvq.controller.evaluation.arms import LADDER, Bytes, oracle, shuffled, static_mix
 from kvq.controller.evaluation.cli import evaluate
 from kvq.controller.evaluation.divergence import outcome, reference
-from kvq.controller.evaluation.pareto import chunks, compare, measure
+from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 from kvq.controller.evaluation.report import tables
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
@@ -23,7 +23,7 @@ from kvq.runtime.errors import CalibrationError
 from kvq.runtime.pages import Geometry
 from kvq.runtime.store import KVStore
 
-SPACE = Bytes(Geometry(6, 2, 64), 512, 16)
+SPACE = Bytes(Geometry(6, 2, 64), 512, 16, sink=4)
 
 
 @pytest.mark.parametrize("recent", [0, 3, 16])
@@ -53,16 +53,19 @@ def test_the_16_bit_arm_has_no_divergence_and_fewer_bits_have_more(tiny_model):
     assert outcome(scorer, ids, expected, make_policy("fp16")).same_top1.all()
 
 
-@pytest.mark.parametrize("kv_bits", [2.75, 3.25, 4.25, 6.5, 10])
-def test_arms_of_given_bits_keep_the_budget_and_use_it(kv_bits):
+@pytest.mark.parametrize(
+    ("kv_bits", "sink"), [(2.75, 0), (2.85, 4), (3.25, 4), (3.25, 0), (4.25, 4), (6.5, 1), (10, 16)], ids=str
+)
+def test_arms_of_given_bits_keep_the_budget_and_use_it(kv_bits, sink):
+    space = Bytes(SPACE.geometry, 512, 16, sink)
     rng = np.random.default_rng(0)
     damage = np.exp(rng.standard_normal((512, 1)) * 2) * np.array([1, 0.1, 0.03, 0.01, 1e-3, 0])
-    mixed = static_mix(SPACE, kv_bits, rng)
-    for bits in (mixed, oracle(SPACE, kv_bits, damage, LADDER), shuffled(mixed, SPACE.stored, rng)):
-        store = KVStore(SPACE.geometry, 16)
+    mixed = static_mix(space, kv_bits, rng)
+    for bits in (mixed, oracle(space, kv_bits, damage, LADDER), shuffled(space, mixed, rng)):
+        store = KVStore(space.geometry, space.recent, space.sink)
         kv = np.zeros((6, 2, 512, 64), np.float32)
         store.append(kv, kv, bits)
-        found = SPACE.bits(store.used_nbytes)
+        found = space.bits(store.used_nbytes)
         assert found <= kv_bits
         assert found >= 0.97 * kv_bits
 
@@ -75,12 +78,12 @@ def test_the_oracle_does_less_damage_than_its_precisions_shuffled():
     def total(bits):
         return sum(damage[t, LADDER.index(tuple(pair))] for t, pair in enumerate(bits.tolist()[: SPACE.stored]))
 
-    assert total(bits) < 0.5 * total(shuffled(bits, SPACE.stored, rng))
+    assert total(bits) < 0.5 * total(shuffled(SPACE, bits, rng))
 
 
-def test_all_arms_are_measured_and_compared(tiny_model, tiny_checkpoint):
+def test_all_arms_are_measured_and_compared(tiny_model):
     texts = [np.random.default_rng(seed).integers(0, 512, 100) for seed in range(3)]
-    rows = measure(tiny_model, texts, [9.0, 12.0], recent=4, checkpoint=tiny_checkpoint)
+    rows = measure(tiny_model, texts, [9.0, 12.0], recent=4, arms=ARMS)
     assert {row["arm"] for row in rows} >= {"fp16", "int8", "int4", "int2", "static", "rule", "random", "oracle"}
     for row in rows:
         assert len(row["kld_by_text"]) == row["texts"] == 3
@@ -145,7 +148,7 @@ def refused(arguments, capsys):
     return caught.value.code, message
 
 
-def test_refusals_are_one_line(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+def test_refusals_are_one_line(tiny_bundle, tmp_path, capsys):
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     text.write_text(calibration_text())
     other.write_bytes(b"\xff\xfe\x00")
@@ -156,7 +159,6 @@ def test_refusals_are_one_line(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
         (["--text", text, "--context", 4, "--bits", 9], 2, "below what is possible"),
         (["--text", other, "--context", 60, "--bits", 9], 1, "not UTF-8"),
         (["--text", tmp_path / "none", "--context", 60, "--bits", 9], 1, "cannot read"),
-        (["--text", text, "--context", 60, "--bits", 9, "--checkpoint", tmp_path], 1, "config.json"),
     ):
         found, message = refused([*common, *extra], capsys)
         assert expected in message
@@ -165,8 +167,8 @@ def test_refusals_are_one_line(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
 
 def test_one_text_at_the_edges_of_the_budgets(tiny_model):
     ids = np.random.default_rng(0).integers(0, 512, 60)
-    lowest = Bytes(tiny_model.session().store.geometry, 60, 4)
-    edge = lowest.bits(lowest.stored * lowest.each(LADDER[:1])[0] + lowest.window)
+    lowest = Bytes(tiny_model.session().store.geometry, 60, 4, sink=4)
+    edge = lowest.bits((lowest.stored - lowest.sunk) * lowest.each(LADDER[:1])[0] + lowest.protected)
     rows = measure(tiny_model, [ids], [edge + 1e-6, 40.0], recent=4)
     for row in rows:
         assert row["bits_requested"] is None or row["bits_measured"] <= row["bits_requested"] + 1e-3
@@ -183,7 +185,7 @@ def test_arms_measured_apart_are_those_measured_together(tiny_model):
     assert all(row in together for row in apart)
 
 
-@pytest.mark.parametrize("arms", ["shuffled", "oracle", "adaptive,best"])
+@pytest.mark.parametrize("arms", ["shuffled", "adaptive,best"])
 def test_arms_that_cannot_be_measured_are_wrong_usage(arms, tiny_bundle, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(calibration_text())

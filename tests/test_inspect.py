@@ -145,7 +145,7 @@ def test_a_session_is_inspected_as_its_text_is(policy, options):
 
 
 def test_a_session_that_generated_and_was_trimmed_can_be_inspected(tiny_model):
-    session = tiny_model.session("mixed", recent=4)
+    session = tiny_model.session("mixed", recent=4, sink=0)
     list(session.generate("Hello there", max_tokens=20, temperature=0, ignore_eos=True))
     session.trim(15)
     found = inspect_session(session)
@@ -169,7 +169,7 @@ def test_what_cannot_be_inspected_is_refused_by_name(tiny_model):
 
 
 def test_an_inspection_is_plain_values_for_json(tiny_model):
-    again = json.loads(json.dumps(inspect_text(tiny_model, TEXT, "mixed", recent=4).as_dict()))
+    again = json.loads(json.dumps(inspect_text(tiny_model, TEXT, "mixed", recent=4, sink=0).as_dict()))
     assert again["tokens"][0].keys() >= {"position", "id", "text", "key_bits", "value_bits", "nbytes", "entropy"}
     assert [row["chosen_key_bits"] for row in again["tokens"][:4]] == [16, 8, 4, 2]
     assert {row["precision"] for row in again["totals"]} == {"k16v16", "k8v8", "k4v4", "k2v2", "recent"}
@@ -210,7 +210,8 @@ def test_colours_on_demand_and_a_file_or_stdin(tiny_bundle, tmp_path):
 )
 def test_a_terminal_gets_colours_unless_told_otherwise(tiny_bundle, env, colored):
     ours, theirs = os.openpty()
-    arguments = [sys.executable, "-m", "kvq", "inspect", "-m", str(tiny_bundle), "-p", "mixed", "-q", "Hello there"]
+    arguments = [sys.executable, "-m", "kvq", "inspect", "-m", str(tiny_bundle), "-p", "mixed", "-q"]
+    arguments += ["--sink", "0", "Hello there"]
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", "COLUMNS": "40"} | env
     with subprocess.Popen(arguments, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
         os.close(theirs)
@@ -320,7 +321,7 @@ def test_a_session_file_that_is_none_is_one_line(tiny_bundle, tmp_path):
         (["-p", "int4"], b"caf\xe9", 1, ["stdin is not UTF-8"]),
         (["-p", "int4", "-f", "missing.txt"], "", 1, ["cannot read missing.txt"]),
         (["-p", "int5", "Hello"], "", 2, ["unknown policy 'int5'"]),
-        (["Hello"], "", 2, ["no 'adaptive' controller", "train-controller"]),
+        (["-p", "adaptive", "Hello"], "", 2, ["no 'adaptive' controller", "kvq train-controller", "--text FILE"]),
         (["-p", "int4", "--kv-bits", "4", "Hello"], "", 2, ["cannot follow a budget"]),
         (["-p", "rule", "--kv-memory", "much", "Hello"], "", 2, ["'much' is not a size"]),
     ],

@@ -89,7 +89,7 @@ def test_a_choice_does_not_depend_on_the_chunks(name, seed, count, start, cuts):
 @every_policy
 def test_a_policy_carries_its_name_and_asks_for_known_features(name):
     policy = make(name)
-    assert policy.name == name
+    assert policy.name == ("adaptive" if name == "auto" else name)  # the embedded model has a controller
     assert policy.needs <= set(FEATURE_NAMES)
 
 

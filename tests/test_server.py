@@ -130,7 +130,9 @@ def test_logprobs_of_completions(client, model):
 def test_what_ran_is_reported(client):
     done = client.completions.create(model="kvq-books", prompt=LONG * 2, extra_body={"policy": "int4"})
     assert done.kvq["policy"] == "int4"
-    assert done.kvq["precisions"]["k4v4"] + done.kvq["precisions"]["recent"] == done.kvq["tokens"]
+    held = done.kvq["precisions"]
+    assert (held["k16v16"], done.kvq["sink"]) == (4, 4)
+    assert held["k16v16"] + held["k4v4"] + held["recent"] == done.kvq["tokens"]
     done = client.completions.create(model="kvq-books", prompt=LONG * 2, extra_body={"kv_bits": 4.5})
     assert done.kvq["policy"] == "adaptive"
     assert 3 < done.kvq["kv_bits"] <= 4.5

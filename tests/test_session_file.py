@@ -209,7 +209,7 @@ def test_a_policy_object_has_to_be_given_again(tiny_model, path):
 
 
 def test_a_policy_given_at_load_decides_about_new_tokens_alone(tiny_model, path):
-    session = tiny_model.session("int8", recent=4)
+    session = tiny_model.session("int8", recent=4, sink=0)
     session.append(IDS[:40])
     session.save(path)
     loaded = tiny_model.load_session(path, "k4v2")

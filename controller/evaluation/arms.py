@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-from kvq.controller.budget import token_bytes
+from kvq.controller.budget import PROTECTED, token_bytes
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.pages import Geometry
@@ -18,35 +16,43 @@ PROBES = 16
 
 
 class Bytes:
-    """What a text of a fixed length may spend on the tokens outside the window.
+    """What a text of a fixed length may spend on the tokens that are not protected.
 
     Args:
         geometry: of the store.
         length: tokens of the text.
-        recent: newest tokens at 16 bits.
+        recent, sink: newest and first tokens at 16 bits.
+
+    Attributes:
+        stored: tokens that have left the window.
+        sunk: how many of them, the first ones, are sink tokens; precisions are a choice for the others alone.
+        protected: bytes of the window and the sink tokens.
     """
 
-    def __init__(self, geometry: Geometry, length: int, recent: int) -> None:
-        self.geometry, self.length, self.recent = geometry, length, recent
+    def __init__(self, geometry: Geometry, length: int, recent: int, sink: int) -> None:
+        self.geometry, self.length, self.recent, self.sink = geometry, length, recent, sink
         self.values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
         self.stored = max(0, length - recent)
-        self.window = min(length, recent) * RecentWindow(geometry, recent).token_bytes
+        self.sunk = min(self.stored, sink)
+        window = min(length, recent) * RecentWindow(geometry, recent).token_bytes
+        self.protected = window + self.sunk * token_bytes(geometry, PROTECTED)
 
     def each(self, pairs: list[tuple[int, int]]) -> np.ndarray:
         """Bytes of a token of each pair, int64 [pairs]."""
         return np.array([token_bytes(self.geometry, pair) for pair in pairs])
 
     def left(self, kv_bits: float) -> float:
-        """Bytes for the stored tokens together, the window's taken off."""
-        return kv_bits * self.values * self.length / 8 - self.window
+        """Bytes for the tokens whose precision is a choice, together."""
+        return kv_bits * self.values * self.length / 8 - self.protected
 
     def check(self, kv_bits: float) -> None:
         """Raise BudgetError for a budget that the lowest precision exceeds: arms would not be at equal bytes."""
-        lowest = self.bits(self.stored * self.each(LADDER[:1])[0] + self.window)
+        lowest = self.bits((self.stored - self.sunk) * self.each(LADDER[:1])[0] + self.protected)
         if kv_bits < lowest:
             raise BudgetError(
                 f"{kv_bits:g} bits per value are below what is possible: {lowest:.2f} for {self.length} tokens with"
-                f" {self.recent} recent ones at 16 bits; give more, a longer context or a smaller window"
+                f" {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, a longer context, or protect"
+                " fewer"
             )
 
     def bits(self, nbytes: float) -> float:
@@ -57,18 +63,19 @@ class Bytes:
 def static_mix(space: Bytes, kv_bits: float, rng: np.random.Generator) -> np.ndarray:
     """The two neighbours of a budget on the static ladder, mixed at random; uint8 [tokens, 2]."""
     nbytes = space.each(LADDER)
-    target = space.left(kv_bits) / max(1, space.stored)
+    free = space.stored - space.sunk
+    target = space.left(kv_bits) / max(1, free)
     low = int(np.clip(np.searchsorted(nbytes, target, side="right") - 1, 0, len(LADDER) - 2))
     share = np.clip((target - nbytes[low]) / (nbytes[low + 1] - nbytes[low]), 0, 1)
     chosen = np.full(space.length, low)
-    chosen[rng.permutation(space.stored)[: int(share * space.stored)]] += 1
+    chosen[space.sunk + rng.permutation(free)[: int(share * free)]] += 1
     return np.array(LADDER, np.uint8)[chosen]
 
 
-def shuffled(bits: np.ndarray, stored: int, rng: np.random.Generator) -> np.ndarray:
+def shuffled(space: Bytes, bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The same precisions given to other tokens: what is left of a routing without its knowledge."""
-    mixed = bits.copy()
-    mixed[:stored] = rng.permutation(bits[:stored], axis=0)
+    mixed, free = bits.copy(), slice(space.sunk, space.stored)
+    mixed[free] = rng.permutation(bits[free], axis=0)
     return mixed
 
 
@@ -79,7 +86,7 @@ def oracle(space: Bytes, kv_bits: float, damage: np.ndarray, classes: list[tuple
     low, high = 1e-12, 1e3
     for _ in range(100):
         price = (low * high) ** 0.5
-        spent = nbytes[(damage[: space.stored] + price * nbytes).argmin(1)].sum()
+        spent = nbytes[(damage[space.sunk : space.stored] + price * nbytes).argmin(1)].sum()
         low, high = (price, high) if spent > left else (low, price)
     return np.array(classes, np.uint8)[(damage + high * nbytes).argmin(1)]
 
@@ -89,12 +96,12 @@ class DamageMeter:
 
     classes = LADDER
 
-    def __init__(self, bundle: Bundle, checkpoint: Path, recent: int) -> None:
+    def __init__(self, bundle: Bundle, recent: int) -> None:
         import torch
 
         from kvq.controller.parallel import ParallelModel
 
-        self._model = ParallelModel.load(bundle, checkpoint, recent)
+        self._model = ParallelModel.load(bundle, recent)
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:

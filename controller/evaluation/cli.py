@@ -89,6 +89,9 @@ CHUNKS = click.option(
 RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
 )
+SINK = click.option(
+    "--sink", type=click.IntRange(0), default=4, show_default=True, help="First tokens at 16 bits, in every arm."
+)
 EXACT = click.option(
     "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
     " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
@@ -99,19 +102,19 @@ JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Wri
 @evaluate.command()
 @MODEL
 @TEXT
-@click.option("--bits", default="2.75,3.25,4.25", show_default=True, help="Budgets, total bits per value.")
+@click.option("--bits", default="3,3.25,4.25", show_default=True, help="Budgets, total bits per value.")
 @CONTEXT
 @CHUNKS
 @RECENT
+@SINK
 @EXACT
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the bundle was exported from: adds the "
-              "oracle, which knows every token's damage (needs torch).")  # fmt: skip
+@click.option("--oracle", is_flag=True, help="Add the arm that knows every token's damage (needs torch).")
 @click.option(
     "--arms", help="Only these, with commas; their rows go beside others of the same texts in kvq eval report."
 )
 @JSON
 @click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
-def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, out, comparison, threads) -> None:
+def pareto(model, texts, bits, context, count, recent, sink, exact, oracle, arms, out, comparison, threads) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
@@ -121,8 +124,8 @@ def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, 
         raise click.UsageError(f"--arms takes {', '.join(ARMS)} with commas between them, got {', '.join(unknown)!r}")
     if "shuffled" in wanted and "adaptive" not in wanted:
         raise click.UsageError("--arms shuffled needs adaptive, whose precisions it shuffles; give both")
-    if arms is not None and "oracle" in wanted and checkpoint is None:
-        raise click.UsageError("--arms oracle needs --checkpoint, to measure every token's damage")
+    if not oracle and arms is None:
+        wanted = tuple(arm for arm in wanted if arm != "oracle")
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded:
 
@@ -131,7 +134,7 @@ def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, 
             if comparison is not None:
                 write_json(comparison, compare(found))
 
-        if checkpoint is not None:
+        if "oracle" in wanted:
             import torch
 
             torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
@@ -140,7 +143,7 @@ def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, 
         with bar() as progress:
             for cut in cuts:
                 each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-                rows += measure(loaded, cut, budgets, recent, checkpoint, wanted, progress, each)
+                rows += measure(loaded, cut, budgets, recent, sink, wanted, progress, each)
         write(rows)
 
 
@@ -151,9 +154,10 @@ def pareto(model, texts, bits, context, count, recent, exact, checkpoint, arms, 
 @CONTEXT
 @CHUNKS
 @RECENT
+@SINK
 @EXACT
 @JSON
-def kld(model, texts, policies, context, count, recent, exact, out, threads) -> None:
+def kld(model, texts, policies, context, count, recent, sink, exact, out, threads) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
@@ -161,7 +165,7 @@ def kld(model, texts, policies, context, count, recent, exact, out, threads) -> 
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
         for length in _numbers(context, "--context", int):
-            found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, progress)
+            found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, sink, progress)
             rows += by_position(found, length)
         rows = _of(loaded, rows)
     write_json(out, rows)
@@ -179,15 +183,16 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; al
 @click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
 @click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
 @RECENT
+@SINK
 @DATA
 @LIMIT
 @JSON
-def tasks(model, policies, tasks, kv_bits, recent, data, limit, out, threads) -> None:
+def tasks(model, policies, tasks, kv_bits, recent, sink, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
     from kvq.controller.evaluation.tasks import run_tasks
 
     loaded = load_model(model, threads)
-    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent), tasks.split(","), data, limit))
+    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent, sink), tasks.split(","), data, limit))
 
 
 @evaluate.command("paper-table")
@@ -196,17 +201,17 @@ def tasks(model, policies, tasks, kv_bits, recent, data, limit, out, threads) ->
 @click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
 @click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
 @RECENT
+@SINK
 @DATA
 @LIMIT
 @JSON
-def paper_table(models, kv_bits, recent, data, limit, out, threads) -> None:
+def paper_table(models, kv_bits, recent, sink, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
     Where the hub can be reached:
       kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq train-controller smollm-135m --checkpoint HuggingFaceTB/SmolLM-135M \\
-        --text books.txt --objective both
+      kvq train-controller smollm-135m --text books.txt --objective both
       kvq eval paper-table --models smollm-135m
     """
     from kvq.controller.evaluation.tasks import run_tasks
@@ -215,20 +220,20 @@ def paper_table(models, kv_bits, recent, data, limit, out, threads) -> None:
     for name in models.split(","):
         loaded = load_model(name, threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
-        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent)
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent, sink)
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
             rows.append({"model": loaded.bundle.manifest.name, **row})
     write_json(out, rows)
 
 
-def _arms(model, policies, kv_bits: float | None, recent: int) -> list[tuple[str, dict]]:
-    """Policies with their window, and the budget where they can follow one."""
+def _arms(model, policies, kv_bits: float | None, recent: int, sink: int) -> list[tuple[str, dict]]:
+    """Policies with what is protected, and the budget where they can follow one."""
     from kvq.controller.policies import ScoredPolicy, make_policy
 
     arms = []
     for name in policies:
         follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
-        arms.append((name, {"recent": recent} | ({"kv_bits": kv_bits} if follows else {})))
+        arms.append((name, {"recent": recent, "sink": sink} | ({"kv_bits": kv_bits} if follows else {})))
     return arms
 
 

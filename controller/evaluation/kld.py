@@ -16,11 +16,16 @@ EDGES = (0, 64, 128, 256, 512, 1024, 1536, 2048, 4096, 8192)
 
 
 def measure(
-    model: Model, texts: list[np.ndarray], policies: list[str], recent: int = 16, progress: Progress | None = None
+    model: Model,
+    texts: list[np.ndarray],
+    policies: list[str],
+    recent: int = 16,
+    sink: int = 4,
+    progress: Progress | None = None,
 ) -> dict[str, list[Outcome]]:
     """Outcomes by policy of texts int64 [context], all of one length."""
     chosen = {name: make_policy(name, model.bundle) for name in policies}
-    scorer = Scorer(model, recent)
+    scorer = Scorer(model, recent, sink)
     found: dict[str, list[Outcome]] = {name: [] for name in policies}
     for number, ids in enumerate(texts):
         expected = reference(scorer, ids)

@@ -48,8 +48,8 @@ def measure(
     texts: list[np.ndarray],
     budgets: list[float],
     recent: int = 16,
-    checkpoint: Path | None = None,
-    arms: Sequence[str] = ARMS,
+    sink: int = 4,
+    arms: Sequence[str] = ARMS[:-1],
     progress: Progress | None = None,
     each: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,22 +59,22 @@ def measure(
         model: the loaded model.
         texts: int64 [context] each, of one length.
         budgets: total bits per value.
-        recent: newest tokens at 16 bits, in all arms.
-        checkpoint: where the bundle came from; with it the oracle is an arm.
-        arms: which of `ARMS` to measure; "shuffled" needs "adaptive". Those the bundle lacks are left out.
+        recent, sink: newest and first tokens at 16 bits, in all arms.
+        arms: which of `ARMS` to measure; "shuffled" needs "adaptive", "oracle" torch. Those that the bundle lacks are
+            left out.
         progress: called as work goes on.
         each: called with the rows so far after each text; a long run that is cut short leaves something.
 
     Returns:
-        Rows with arm, bits_requested, bits_measured, bits_with_slack, context, texts, kld_mean,
-        kld_p99, top1, perplexity, kld_by_text.
+        Rows with arm, bits_requested, bits_measured, bits_with_slack, context, recent, sink, texts,
+        kld_mean, kld_p99, top1, perplexity, kld_by_text.
     """
     context = len(texts[0])
-    scorer, shape = Scorer(model, recent), model.architecture
-    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent)
+    scorer, shape = Scorer(model, recent, sink), model.architecture
+    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent, sink)
     for budget in budgets:
         space.check(budget)
-    meter = DamageMeter(model.bundle, checkpoint, recent) if checkpoint and "oracle" in arms else None
+    meter = DamageMeter(model.bundle, recent) if "oracle" in arms else None
     there = {"rule", "random", *model.bundle.manifest.controllers}
     policies = {name: make_policy(name, model.bundle) for name in SCORED if name in arms and name in there}
     results: dict[tuple[str, float | None], list[Outcome]] = {}
@@ -104,7 +104,7 @@ def measure(
             for name, policy in policies.items():
                 done = add(name, budget, policy, budget)
                 if name == "adaptive" and "shuffled" in arms:
-                    add("shuffled", budget, Given(shuffled(done.bits, space.stored, shuffling)))
+                    add("shuffled", budget, Given(shuffled(space, done.bits, shuffling)))
             if meter is not None and damage is not None:
                 add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
         if each:
@@ -121,6 +121,8 @@ def _row(arm: str, requested: float | None, context: int, space: Bytes, found: l
         "bits_mean": round(float(np.mean([space.bits(o.used_nbytes) for o in found])), 4),
         "bits_with_slack": round(float(np.mean([space.bits(o.nbytes) for o in found])), 4),
         "context": context,
+        "recent": space.recent,
+        "sink": space.sink,
         "texts": len(found),
         "kld_mean": float(kld.mean()),
         "kld_p99": float(np.quantile(kld, 0.99)),

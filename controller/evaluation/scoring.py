@@ -33,11 +33,12 @@ class Scorer:
 
     Attributes:
         model: the loaded model.
-        recent: newest tokens read at 16 bits.
+        recent, sink: newest and first tokens read at 16 bits.
     """
 
     model: Model
     recent: int = 16
+    sink: int = 4
 
     def score(self, ids: np.ndarray, policy: Policy, kv_bits: float | None = None) -> Scored:
         """Score a text int64 [tokens].
@@ -46,7 +47,7 @@ class Scorer:
             policy: chooses every token's precision.
             kv_bits: budget of a scored policy, to be kept at the end of the text.
         """
-        session = self.model.session(policy, recent=self.recent, prefill="stepwise", kv_bits=kv_bits)
+        session = self.model.session(policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits)
         logits = session.append(ids, all_logits=True)
         session.decide()
         store = session.store

@@ -51,7 +51,8 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
             f"policy {policy!r} does not take the options {sorted(options.keys() - {'bundle'})}; leave them out"
         ) from None
     made = factory(**options)
-    made.recipe = recipe
+    if made.recipe is None:
+        made.recipe = recipe
     return made
 
 

@@ -57,6 +57,8 @@ class Policy(ABC):
             once: then a session keeps these fields of decoded tokens, and asks when the first of them leaves the
             recent window. None is asked at every step.
         recipe: name and options that `make_policy` makes the same policy of, where it has made this one.
+        reason, note: why it is this one though nobody named it, in short and as a sentence with a remedy, where a user
+            should know; else empty.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Policy(ABC):
     classes: np.ndarray | None = None
     reads: frozenset[str] | None = None
     recipe: tuple[str, dict[str, Any]] | None = None
+    reason: str = ""
+    note: str = ""
 
     @abstractmethod
     def choose(self, features: TokenFeatures) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ class LearnedPolicy(ScoredPolicy):
     def __init__(self, name: str, bundle: Bundle) -> None:
         self.name = name
         manifest = bundle.manifest
-        remedy = "train one with kvq train-controller"
+        remedy = f"train one with kvq train-controller {shlex.quote(str(bundle.path))} --text FILE"
         if name not in manifest.controllers:
             raise PolicyError(f"the bundle {bundle.path.name} has no {name!r} controller; {remedy}")
         entry = manifest.controllers[name]

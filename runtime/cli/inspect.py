@@ -28,7 +28,7 @@ BASICS = [
            show_default=True, help="24-bit colours: always, never, or auto, on a terminal without NO_COLOR."),
     option("-q", "--quiet", is_flag=True, section="Basics", help="No totals."),
 ]  # fmt: skip
-POLICY = option("-p", "--policy", default="adaptive", metavar="NAME", show_default=True, section="Cache",
+POLICY = option("-p", "--policy", default="auto", metavar="NAME", show_default=True, section="Cache",
                 shell_complete=complete_policy, help="Precisions; the names are those of kvq run.")  # fmt: skip
 
 

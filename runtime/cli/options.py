@@ -155,13 +155,13 @@ SAMPLING = [
 ]  # fmt: skip
 CACHE = [
     option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
-           help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper or adaptive; "
-           "fp16 if not given, adaptive with a budget."),
+           help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper, adaptive or auto "
+           "(adaptive, or rule for a model without a controller); fp16 if not given, auto with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
     option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 800kB, 8MB."),
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",
            help="Newest tokens kept at 16 bits."),
-    option("--sink", default=0, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
+    option("--sink", default=4, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
     option("--prefill", default="auto", metavar="HOW", show_default=True, section="Cache",
            help="Read prompts stepwise, as token by token, or chunked, which is faster; auto is stepwise where the "
            "policy looks at tokens."),
@@ -175,7 +175,8 @@ def given(ctx: click.Context) -> set[str]:
 
 
 def load_model(model: str | None, threads: int | None, quiet: bool | None = None) -> Model:
-    """The model that -m names, else the default; what takes time is told on stderr.
+    """The model that -m names, else the default; what takes time is told on stderr, and,
+    unless --quiet, what its sessions want known.
 
     With `quiet`, nothing is said of how to get a model; None is as the command's --quiet or --json says.
     """
@@ -188,7 +189,11 @@ def load_model(model: str | None, threads: int | None, quiet: bool | None = None
         from kvq.runtime.references import default_model
 
         model, _ = default_model()
-    return kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
+    loaded = kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
+    context = click.get_current_context(silent=True)
+    if context is not None and context.params.get("quiet"):
+        loaded.notice = None
+    return loaded
 
 
 def nbytes(text: str) -> float:

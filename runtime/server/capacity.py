@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.controller.budget import page_room, token_bytes
+from kvq.controller.budget import PROTECTED, page_room, token_bytes
 from kvq.runtime.codecs import CODECS
 from kvq.runtime.pages import PAGE_TOKENS, TILE_TOKENS
 
 if TYPE_CHECKING:
     from kvq.runtime.session import Session
     from kvq.runtime.store import KVStore
-
-SINK = (16, 16)
 
 
 class Capacity:
@@ -28,8 +26,9 @@ class Capacity:
         self.policy, self.budget = session.policy, session.budget
         self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
         geometry = session.store.geometry
-        pairs = {(int(k), int(v)) for k, v in _choices(session)} | ({SINK} if session.store.sink else set())
+        pairs = {(int(k), int(v)) for k, v in _choices(session)}
         self._token_bytes = {pair: token_bytes(geometry, pair) for pair in pairs}
+        self._sink_bytes = token_bytes(geometry, PROTECTED)
         self._window = session.store.window.nbytes
         self._recent = session.store.window.capacity
         self._sink = min(session.store.sink, session.model.architecture.context)
@@ -39,20 +38,28 @@ class Capacity:
         """Most bytes of a store that holds up to `length` tokens, on its own."""
         stored = min(max(0, length - self._recent), len(self._room) - 1)
         widest = max(self._token_bytes.values())
+        most = self._window
+        if PROTECTED not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
+            sunk = min(stored, self._sink)
+            most += self._sink_bytes * int(self._room[sunk])
+            stored -= sunk
         if len(self._token_bytes) == 1:
-            most = self._window + widest * int(self._room[stored])
+            most += widest * int(self._room[stored])
         else:
             # However the tokens fall to the pairs, less than a pair's tokens and than half a page of it is free room.
             slack = min(PAGE_TOKENS // 2, max(TILE_TOKENS, stored)) - 1
-            most = self._window + widest * stored + slack * sum(self._token_bytes.values())
+            most += widest * stored + slack * sum(self._token_bytes.values())
         if self.budget is not None and self.budget.limits_memory:
             most = min(most, int(self.budget.allowed(length)))
         return most
 
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
-        widest = max(self._token_bytes.values())
-        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(self._token_bytes.values()))
+        pairs = dict(self._token_bytes)
+        if store.length - store.window.count < self._sink:  # sink tokens are still to leave the window
+            pairs[PROTECTED] = self._sink_bytes
+        widest = max(pairs.values())
+        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(pairs.values()))
         pages += widest * (tokens - 1)
         return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
 

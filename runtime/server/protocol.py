@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     kv_bits: float | None = None
     kv_memory: float | None = None
     recent: int = 16
-    sink: int = 0
+    sink: int = 4
     prefill: str = "auto"
 
 

@@ -120,6 +120,7 @@ def extension(stats: Stats, finish: str | None) -> dict[str, Any]:
     held = {name: row["tokens"] for name, row in stats.precisions.items() if row["tokens"]}
     return {
         "policy": stats.policy,
+        "policy_reason": stats.policy_reason or None,
         "kv_bits": stats.kv_used_bits,
         "kv_nbytes": stats.kv_nbytes,
         "tokens": stats.tokens,

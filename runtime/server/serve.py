@@ -95,7 +95,7 @@ def serve(options: Options) -> None:
     failures: list[BaseException] = []
 
     def load() -> Model:
-        return kvq.load(options.model, threads=options.threads)
+        return kvq.load(options.model, threads=options.threads, notice=_say)
 
     def make_pool(model: Model) -> SessionPool:
         pool = SessionPool(
