@@ -126,7 +126,6 @@ def _make(made: Assets) -> None:
 
     from kvq.bench.weights import BundleWeights
     from kvq.exporter.calibration import calibration_text
-    from kvq.exporter.checkpoint import load_checkpoint
     from kvq.exporter.export import export
     from kvq.models.corpus import train_tokenizer
 
@@ -140,20 +139,18 @@ def _make(made: Assets) -> None:
     made.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".original.", dir=made.folder) as temporary:
         model.save_pretrained(temporary)
-        del model  # one copy of the weights at a time
         # A tokenizer is what keys are calibrated with: real bundles have centred keys, so these have too.
         tokenizer = train_tokenizer(iter([calibration_text()]), min(512, made.fields["vocab_size"]))
         tokenizer.save(str(Path(temporary) / "tokenizer.json"))
-        original = load_checkpoint(temporary)
-        export(original, made.bundle, overwrite=True)
+        export(temporary, made.bundle, weights="int4", overwrite=True)
     weights = BundleWeights(made)
     with torch.no_grad():
         for name, vector in weights.vectors().items():
-            original.model.get_parameter(name).copy_(torch.as_tensor(vector.copy()))
+            model.get_parameter(name).copy_(torch.as_tensor(vector.copy()))
         for name, matrix in weights.parts():
-            original.model.get_parameter(name).copy_(torch.as_tensor(matrix.dequantize()))
+            model.get_parameter(name).copy_(torch.as_tensor(matrix.dequantize()))
     with made_folder(made.checkpoint) as folder:
-        original.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -11,14 +11,12 @@ from pathlib import Path
 import click
 
 from kvq.controller.texts import read_text
-from kvq.runtime.cli.options import OFFLINE, OUTPUT
+from kvq.runtime.cli.options import OUTPUT
 from kvq.runtime.files import write_atomically
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, help="Hugging Face folder or hub id the bundle was exported from.")
-@OFFLINE
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 calibration text, a few megabytes.")
 @click.option(
     "--set",
@@ -31,12 +29,12 @@ from kvq.runtime.files import write_atomically
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 @click.option("--report", **OUTPUT, help="Write settings and loss curves as JSON.")
-def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, seed, threads, report) -> None:
+def train_controller(bundle, text, feature_set, objective, tokens, seed, threads, report) -> None:
     """Train the precision controller of BUNDLE on a text and store it there.
 
     \b
     Example:
-      kvq train-controller my-bundle --checkpoint ./my-checkpoint --text books.txt
+      kvq train-controller my-bundle --text books.txt
     """
     content = read_text(text, "--text")
     import torch
@@ -60,7 +58,7 @@ def train_controller(bundle, checkpoint, text, feature_set, objective, tokens, s
             bar.label = what
             bar.update(100 * done // total - bar.pos)
 
-        reports = train_controllers(bundle, Path(checkpoint), content, recipes, progress=progress)
+        reports = train_controllers(bundle, content, recipes, progress=progress)
     if report is not None:
         write_atomically(report, json.dumps([asdict(r) for r in reports], indent=1))
     for recipe, done in zip(recipes, reports, strict=True):

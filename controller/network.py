@@ -24,7 +24,6 @@ SETS = {"paper": PAPER_INPUTS, "extended": EXTENDED_INPUTS}
 # Attention variance spans five orders of magnitude; its logarithm is what is normalised.
 VARIANCE_FLOOR = 1e-6
 NORM_FLOOR = 1e-12  # of mean squares, before their logarithm
-TABLE_WIDTH = 8  # learned numbers per token id
 
 
 class Controller(nn.Module):
@@ -34,15 +33,15 @@ class Controller(nn.Module):
         features: normalised inputs beside the token table.
         hidden: width of both hidden layers.
         classes: outputs.
-        vocab: rows of the token table; 0 has none.
+        table: rows of a table of learned numbers per token id, and how many of them; None has none.
     """
 
-    def __init__(self, features: int, hidden: int, classes: int, vocab: int = 0) -> None:
+    def __init__(self, features: int, hidden: int, classes: int, table: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.table = nn.Embedding(vocab, TABLE_WIDTH) if vocab else None
+        self.table = nn.Embedding(*table) if table else None
         if self.table is not None:
             nn.init.normal_(self.table.weight, std=0.01)
-        width = features + (TABLE_WIDTH if vocab else 0)
+        width = features + (table[1] if table else 0)
         self.layers = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, classes)])
         self.mean: Tensor
         self.scale: Tensor
@@ -72,6 +71,11 @@ class Controller(nn.Module):
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         return self.last(x)
+
+
+def inputs_of(feature_set: str, net: Controller) -> tuple[str, ...]:
+    """What a network of a feature set reads: names of `TokenFeatures`."""
+    return SETS[feature_set] if net.table is not None or feature_set == "paper" else SETS[feature_set][1:]
 
 
 class _Inline:
@@ -116,9 +120,7 @@ def write_onnx(
             if feature == "attention_variance":
                 x = graph.op("Log", graph.op("Add", x, graph.constant(VARIANCE_FLOOR, np.float32)))
             columns.append(x)
-        ids = None
     else:
-        ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
         residual = graph.input("residual", "tokens", shape.hidden)
         place = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), column)
@@ -135,7 +137,8 @@ def write_onnx(
         state["mean"][1 : 1 + norms] += np.float32(np.log(shape.head_dim))
         columns.append(residual)
     x = graph.op("Concat", *columns, axis=1)
-    if ids is not None and net.table is not None:
+    if net.table is not None:
+        ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         x = graph.op("Concat", x, graph.op("Gather", graph.weight("table", state["table.weight"]), ids), axis=1)
     # (x - mean) * scale is part of the first layer: fewer nodes, and a decode step runs each of them.
     first, inputs = state["layers.0.weight"].astype(np.float64), len(state["mean"])

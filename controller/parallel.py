@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +20,11 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 from transformers import LlamaForCausalLM
 
-from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.reference import effective_model, stored_mean_keys
 from kvq.exporter.rotation import head_rotation
 from kvq.runtime.attention import make_backend
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.codecs import Codec, CodecSet
-from kvq.runtime.errors import CheckpointError
 
 # read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
 # rotated and centred as the store holds them.
@@ -68,19 +65,9 @@ class ParallelModel:
     recent: int = 16
 
     @classmethod
-    def load(cls, bundle: Bundle, checkpoint: str | Path, recent: int = 16, device: str = "cpu") -> ParallelModel:
-        """The torch twin of a bundle.
-
-        Raises:
-            CheckpointError: the checkpoint is unreadable, or of another shape than the bundle.
-        """
-        source = load_checkpoint(str(checkpoint))
-        if source.architecture != bundle.manifest.architecture:
-            raise CheckpointError(
-                f"{checkpoint} has another shape than the bundle {bundle.path};"
-                " give the checkpoint the bundle was exported from"
-            )
-        model = effective_model(bundle, source)
+    def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
+        """The torch twin of a bundle."""
+        model = effective_model(bundle)
         model.requires_grad_(False)
         model.to(torch.device(device))  # type: ignore[arg-type]
         head_dim = bundle.manifest.architecture.head_dim

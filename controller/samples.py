@@ -16,6 +16,8 @@ from kvq.runtime.errors import CalibrationError
 
 # Texts of two lengths: a token of a long text is read by more queries.
 LENGTHS = (512, 1536)
+# First tokens of a text that a session protects by default.
+SINK = 4
 Progress = Callable[[int, int, str], None]
 
 
@@ -30,7 +32,8 @@ class Samples:
         norms: float32 [tokens, 2 * layers * kv_heads], log of the mean square of keys, then of values.
         residual: float16 [tokens, hidden].
         signed: float32 [probes, tokens, 2, widths] of `probe_damage`.
-        read: bool, whether the token leaves the window inside its text, so that its damage was seen.
+        read: bool, whether the token leaves the window inside its text, so that its damage was seen, and is none of
+            the first, which are never stored at few bits: attention sinks are outliers in every respect.
     """
 
     text: np.ndarray
@@ -132,5 +135,5 @@ def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch
         norms=torch.cat(norms, 1).float().numpy(),
         residual=found.residual[0].half().cpu().numpy(),
         signed=signed[:, 0],
-        read=np.arange(count) < count - model.recent - 1,
+        read=(np.arange(count) >= SINK) & (np.arange(count) < count - model.recent - 1),
     )

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kvq.controller.budget import token_bytes
-from kvq.controller.network import SETS, Controller, features_of, write_onnx
+from kvq.controller.network import Controller, features_of, inputs_of, write_onnx
 from kvq.controller.parallel import ParallelModel
 from kvq.controller.policies.base import curve_of
 from kvq.controller.samples import Progress, Samples, collect
@@ -71,6 +71,8 @@ class Recipe:
         probes: damage draws a token.
         default_bits: bits a value that `adaptive` spends on a stored token when no budget is given.
         hidden: width of both hidden layers.
+        table: learned numbers per token id beside the extended features; 0 has none. On a real model they gain
+            nothing, and are most of a controller's bytes.
         epochs, patience: most passes over the samples; stop after so many without a better validation loss.
         batch, rate, decay: tokens a step, AdamW's learning rate and weight decay.
         seed: of everything drawn.
@@ -82,6 +84,7 @@ class Recipe:
     probes: int = 1
     default_bits: float = 3.27
     hidden: int = 64
+    table: int = 0
     epochs: int = 6
     patience: int = 2
     batch: int = 1024
@@ -104,7 +107,6 @@ class Report:
 
 def train_controllers(
     bundle: Path,
-    checkpoint: Path,
     text: str,
     recipes: list[Recipe],
     device: str | None = None,
@@ -114,14 +116,13 @@ def train_controllers(
 
     Args:
         bundle: folder; replaced atomically.
-        checkpoint: what it was exported from.
         text: calibration text, UTF-8; a few megabytes are good.
         recipes: one per controller; `tokens`, `probes` and `seed` of the first decide the samples.
         device: of torch; None takes a GPU if there is one.
         progress: called as work goes on.
 
     Raises:
-        BundleError, CheckpointError: unreadable, or they do not belong together.
+        BundleError: unreadable.
         CalibrationError: the text is too short, or the bundle has no tokenizer to read it with.
     """
     opened = Bundle(bundle)
@@ -130,7 +131,7 @@ def train_controllers(
     tokenizer = Tokenizer.from_file(str(opened.path / TOKENIZER))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    model = ParallelModel.load(opened, checkpoint, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = ParallelModel.load(opened, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first = recipes[0]
     begun = time.perf_counter()
     samples = collect(
@@ -159,7 +160,8 @@ def fit(
     features = features_of(samples, recipe.feature_set)
     damage = samples.damage(classes)
     hidden = recipe.paper.hidden if paper else recipe.hidden
-    net = Controller(features.shape[1], hidden, len(classes), 0 if recipe.feature_set == "paper" else vocab)
+    table = (vocab, recipe.table) if recipe.table and recipe.feature_set != "paper" else None
+    net = Controller(features.shape[1], hidden, len(classes), table)
     train, valid = _split(samples, recipe.seed)
     net.normalise(features[train])
     loss_of = _paper_loss(damage, train, recipe) if paper else _damage_loss(net, damage, train)
@@ -277,7 +279,7 @@ def store(
         entry = {
             "file": written,
             "set": recipe.feature_set,
-            "inputs": list(SETS[recipe.feature_set]),
+            "inputs": list(inputs_of(recipe.feature_set, net)),
             "objective": recipe.objective,
             "classes": [list(pair) for pair in classes],
             "bytes": nbytes.tolist(),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
-from kvq.exporter.checkpoint import Checkpoint
+from kvq.runtime.attention import make_backend
+from kvq.runtime.bundle import Bundle
+from kvq.runtime.engine import Engine
+from kvq.runtime.pages import Geometry
+from kvq.runtime.store import KVStore
 
 MAX_TOKENS = 4096
-WINDOW = 1024
+WINDOW, CHUNK = 1024, 256
 
 
 def calibration_text() -> str:
@@ -26,30 +30,39 @@ def calibration_ids(tokenizer_json: str, text: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text).ids[:MAX_TOKENS], np.int64)
 
 
-def mean_keys(checkpoint: Checkpoint, ids: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Mean key of every KV head after rotary embedding and rotation, float32 [layers, kv_heads, head_dim].
+def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    """Mean key of every KV head as the cache would hold it, float32 [layers, kv_heads, head_dim].
 
     Adding one vector to all keys of a head adds the same number to all scores of a row, which
     softmax ignores; but the mean is most of a key's energy in trained models, and without it the
     rest fits a finer grid. The first token is left out: as attention sink its key is an outlier.
 
+    The runtime's own passes compute the keys, through a cache of 16 bits.
+
     Args:
-        checkpoint: the model.
+        bundle: the model, its keys not centred yet.
         ids: int64 [tokens] of a calibration text; cut into windows of at most `WINDOW` tokens.
-        rotation: float32 [head_dim, head_dim].
+        progress: called with the tokens done and all there are.
     """
-    shape = checkpoint.architecture
+    shape = bundle.manifest.architecture
+    engine, backend = Engine(bundle), make_backend()
     window = min(WINDOW, shape.context)
-    total = torch.zeros(shape.layers, shape.kv_heads, shape.head_dim)
-    count = 0
+    total = np.zeros((shape.layers, shape.kv_heads, shape.head_dim))
+    count, passes = 0, {}
     for start in range(0, len(ids), window):
-        part = torch.from_numpy(ids[start : start + window])[None]
-        if part.shape[1] < 2:
+        part = ids[start : start + window]
+        if len(part) < 2:
             continue
-        with torch.inference_mode():
-            # Only the cache is wanted, so the head is not run.
-            cache = checkpoint.model.model(part, use_cache=True).past_key_values
-        for i, layer in enumerate(cache.layers):
-            total[i] += layer.keys[0, :, 1:].sum(dim=1)
-        count += part.shape[1] - 1
-    return (total / max(1, count)).numpy() @ rotation
+        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0, codecs=backend.codecs)
+        for at in range(0, len(part), CHUNK):
+            chunk = part[at : at + CHUNK]
+            if len(chunk) not in passes:
+                passes = {len(chunk): backend.forward_pass(engine, len(chunk))}
+            layers = passes[len(chunk)]
+            layers.forward(chunk, store)
+            total += layers.keys[:, :, int(at == 0) :].sum(axis=2, dtype=np.float64)
+            store.append(layers.keys, layers.values, np.full((len(chunk), 2), 16, np.uint8))
+            if progress is not None:
+                progress(start + at + len(chunk), len(ids))
+        count += len(part) - 1
+    return (total / max(1, count)).astype(np.float32)

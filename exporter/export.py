@@ -7,17 +7,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvq.exporter.calibration import calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graph import WeightFile
+from kvq.exporter.matrices import LAYER_BITS
 from kvq.exporter.rotation import head_rotation
-from kvq.exporter.segments import ACCURACY_LEVEL, HEAD_BITS, LAYER_BITS, SegmentOptions, SegmentWriter
-from kvq.runtime.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest, digest
+from kvq.exporter.segments import ACCURACY_LEVEL, SegmentOptions, SegmentWriter
+from kvq.models.controllers import attach
+from kvq.runtime.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Bundle, Manifest, digest
 from kvq.runtime.errors import BundleError, CheckpointError
 from kvq.runtime.files import sync_folder, write_atomically
 
@@ -37,13 +40,14 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people."""
-        shape, files = self.manifest.architecture, self.manifest.files
+        shape, files, weights = self.manifest.architecture, self.manifest.files, self.manifest.weights
         graphs = sum(entry["nbytes"] for name, entry in files.items() if name.endswith(".onnx"))
         kv_token = 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim
         return [
             f"{self.path}: {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s",
             f"  weights {files[WEIGHTS]['nbytes'] / 1e6:.1f} MB"
-            f" (layers {self.manifest.weights['layers']}, embedding and head {self.manifest.weights['head']}),"
+            f" (layers {weights['layers']}, embedding and head {weights['head']},"
+            f" {weights['exact']} of {weights['matrices']} matrices exactly as the source has them),"
             f" {len(self.manifest.segments) + 3} graphs {graphs / 1e6:.1f} MB",
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
@@ -52,10 +56,10 @@ class Summary:
 
 
 def export(
-    checkpoint: str | Checkpoint,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     *,
-    weights: str = "int4",
+    weights: str = "auto",
     activations: str = "int8",
     block: int = 64,
     rotate: bool = True,
@@ -68,9 +72,10 @@ def export(
     """Export a checkpoint as a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder, a hub id, or a loaded checkpoint.
+        checkpoint: a Hugging Face folder, a .gguf file, a hub id, or a loaded checkpoint.
         out: the bundle's folder; must not exist unless `overwrite`.
-        weights: "fp32", "int8" or "int4".
+        weights: "auto": what the checkpoint holds in blocks that are multiplied as they are stays as it is, the rest
+            takes 8 bits. "int8" and "int4": of that many bits. "fp32": all decoded.
         activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `SegmentOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
@@ -102,57 +107,92 @@ def export(
         if rotate and rotation_name == "none":
             notes.append(f"no rotation: head_dim {shape.head_dim} is not a power of two")
         tokenizer = checkpoint.tokenizer_json()
-        if tokenizer is None:
-            notes.append("no tokenizer in the checkpoint: the bundle takes token ids only")
-            if calibration is not None:
-                raise CheckpointError(
-                    f"{checkpoint.name} has no tokenizer to read the calibration text with; leave it out"
-                )
-            if center:
-                notes.append("keys not centred: there is no tokenizer to calibrate with")
+        ids = _calibration(checkpoint.name, tokenizer, center, calibration, notes)
+        fold = not _keeps_values(checkpoint, weights)
         means = np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
-        centered = center and tokenizer is not None
-        if tokenizer is not None and centered:
-            progress(0, shape.layers + 4, "calibrating keys")
-            ids = calibration_ids(tokenizer, calibration_text() if calibration is None else calibration)
-            if len(ids) < 2:
-                raise CheckpointError("the calibration text has fewer than two tokens; give a few paragraphs")
-            means = mean_keys(checkpoint, ids, rotation)
+        options = SegmentOptions(weights, activations, block, rotation, means, fold)
+        total = 10 * (shape.layers + 4)
 
         file = WeightFile(folder)
-        writer = SegmentWriter(checkpoint, SegmentOptions(weights, activations, block, rotation, means), folder, file)
+        writer = SegmentWriter(checkpoint, options, folder, file)
         segments = []
         for segment in writer.segments():
             segments.append(segment)
-            progress(len(segments), shape.layers + 4, "writing segments")
+            progress(5 * len(segments), total, "writing segments")
         decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
-        file.close()
-        progress(shape.layers + 3, shape.layers + 4, "digests")
+        file.flush()
         write_text(folder, TOKENIZER, tokenizer)
-        write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
+        write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
         manifest = Manifest(
             name=name or checkpoint.name,
             architecture=shape,
-            weights={
-                "layers": weights,
-                "head": "int8" if HEAD_BITS[weights] else "fp32",
-                "block": block,
-                "activations": activations,
-            },
-            kv={"rotation": rotation_name, "centered": centered},
-            decode_weight_nbytes=writer.decode_weight_nbytes,
-            eos_token_ids=checkpoint.eos_token_ids(),
+            weights=writer.matrices.describe() | {"activations": activations},
+            kv={"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"},
+            decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
+            eos_token_ids=checkpoint.source.eos_token_ids(),
             segments=segments,
             decoder=decoder,
             head=head,
             uncertainty=uncertainty,
-            special_tokens=checkpoint.special_tokens(),
-            files={f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())},
+            special_tokens=checkpoint.source.special_tokens(),
+            source=checkpoint.source.describe(),
+            files=_files(folder),
         )
         write_text(folder, MANIFEST, manifest.to_json())
-        progress(shape.layers + 4, shape.layers + 4, "done")
+        if ids is not None:
+            # The same graphs once more, with the means that the first ones have measured.
+            half = 5 * (shape.layers + 1)
+            measured = mean_keys(
+                Bundle(folder), ids,
+                lambda done, count: progress(half + (total - half - 20) * done // count, total, "calibrating keys"),
+            )  # fmt: skip
+            writer.center(measured)
+            list(writer.segments()), writer.decoder()
+            manifest = replace(manifest, kv=manifest.kv | {"centered": True})
+        file.close()
+        progress(total - 10, total, "digests")
+        (folder / MANIFEST).unlink()
+        manifest = attach(replace(manifest, files=_files(folder)), folder)
+        write_text(folder, MANIFEST, manifest.to_json())
+        if manifest.controllers:
+            notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")
+        progress(total, total, "done")
     nbytes = sum(f.stat().st_size for f in out.iterdir())
     return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
+
+
+def _calibration(
+    name: str, tokenizer: str | None, center: bool, text: str | None, notes: list[str]
+) -> np.ndarray | None:
+    """Token ids to measure mean keys on, int64 [tokens]; None where keys are not centred, which `notes` explains.
+
+    Raises:
+        CheckpointError: a text that cannot be used.
+    """
+    if tokenizer is None:
+        notes.append("no tokenizer in the checkpoint: the bundle takes token ids only")
+        if text is not None:
+            raise CheckpointError(f"{name} has no tokenizer to read the calibration text with; leave it out")
+        if center:
+            notes.append("keys not centred: there is no tokenizer to calibrate with")
+    if tokenizer is None or not center:
+        return None
+    ids = calibration_ids(tokenizer, calibration_text() if text is None else text)
+    if len(ids) < 2:
+        raise CheckpointError("the calibration text has fewer than two tokens; give a few paragraphs")
+    return ids
+
+
+def _keeps_values(checkpoint: Checkpoint, weights: str) -> bool:
+    """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
+    layers, bits = range(checkpoint.architecture.layers), LAYER_BITS[weights]
+    names = [f"model.layers.{i}.self_attn.{part}.weight" for i in layers for part in ("v_proj", "o_proj")]
+    return bits > 0 and all((found := checkpoint.source.blocks(n)) is not None and found.bits <= bits for n in names)
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`Manifest.files` of a folder."""
+    return {f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())}
 
 
 @contextmanager

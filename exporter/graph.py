@@ -55,6 +55,10 @@ class WeightFile:
         """The reference of a tensor added before."""
         return self._tensors[name]
 
+    def flush(self) -> None:
+        """Make what was added readable for others."""
+        self._file.flush()
+
     def close(self) -> None:
         """Flush to disk."""
         self._file.flush()

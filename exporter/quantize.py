@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvq.exporter.sources.base import Blocks
+
 # Scales tried for a 4-bit block, relative to mapping its extreme value to the extreme code:
 # clipping a little costs less than a coarse grid. The one with the least squared error wins.
 FOUR_BIT_FACTORS = (1.0, 0.93, 0.86, 1.07, 1.14)
@@ -37,6 +39,18 @@ class QuantizedMatrix(NamedTuple):
             codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
         weights = (codes.astype(np.float32) - (1 << (self.bits - 1))) * self.scales[..., None]
         return weights.reshape(len(codes), -1)[:, : self.k]
+
+
+def packed(blocks: Blocks) -> QuantizedMatrix:
+    """Blocks of a source in the operator's layout, unchanged."""
+    n, k = blocks.codes.shape
+    codes = blocks.codes.reshape(n, -1, blocks.block)
+    return QuantizedMatrix(_packed(codes, blocks.bits), blocks.scales, blocks.bits, blocks.block, k)
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes uint8 [n, blocks, block] as they are stored."""
+    return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def block_for(k: int, largest: int = 64) -> int:
@@ -78,7 +92,7 @@ def _quantize_blocks(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
         better = error < best
         best[better], scale[better] = error[better], candidate[better]
     codes = (_round(x, scale, zero) + zero).astype(np.uint8)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), scale
+    return _packed(codes, bits), scale
 
 
 def _round(x: np.ndarray, scale: np.ndarray, zero: int) -> np.ndarray:

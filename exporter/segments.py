@@ -9,24 +9,21 @@ one graph, with operators of the native library.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
 
+from kvq.exporter.architectures.llama import EMBEDDING, FINAL_NORM, HEAD
 from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graph import CONTRIB, KVQ, Graph, WeightFile
-from kvq.exporter.quantize import block_for, quantize_matrix
+from kvq.exporter.matrices import Matrices, StoredMatrix
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
-from kvq.runtime.errors import CheckpointError
 
 QKV = ["q_proj", "k_proj", "v_proj"]
-EMBEDDING = "model.embed_tokens.weight"
 INPUT_NORM = "model.layers.{}.input_layernorm.weight"
-LAYER_BITS = {"fp32": 0, "int8": 8, "int4": 4}
-# The head decides between tokens directly: 4 bits there cost more than they save.
-HEAD_BITS = {"fp32": 0, "int8": 8, "int4": 8}
+
 # MatMulNBits' accuracy_level: 0 keeps activations in float32, 4 quantizes them to int8 on the fly.
 ACCURACY_LEVEL = {"fp32": 0, "int8": 4, "int16-head": 4}
 
@@ -36,12 +33,14 @@ class SegmentOptions:
     """How the segments are written.
 
     Attributes:
-        weights: "fp32", "int8" or "int4".
+        weights: "fp32", "auto", "int8" or "int4", see `LAYER_BITS`.
         activations: in products with quantized weights, "int8" (fast), "fp32" (exact), or "int16-head": int8, but
             two bytes a value in front of the head.
         block: elements per scale of a quantized matrix.
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
+        fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
+            else as they come, which leaves weights that a source holds in blocks as they are.
     """
 
     weights: str
@@ -49,22 +48,17 @@ class SegmentOptions:
     block: int
     rotation: np.ndarray
     mean_keys: np.ndarray
+    fold_values: bool = True
 
+    @property
+    def rotates(self) -> bool:
+        """Whether the rotation is one."""
+        return not np.array_equal(self.rotation, np.eye(len(self.rotation)))
 
-@dataclass
-class StoredMatrix:
-    """A weight matrix [n, k] in the weights file; bits and block are 0 for float32.
-
-    `read` says that a product of a decode step reads it: an embedding is only looked up.
-    """
-
-    name: str
-    n: int
-    k: int
-    bits: int
-    block: int
-    nbytes: int
-    read: bool = False
+    @property
+    def rotates_values(self) -> bool:
+        """Whether values are rotated as they come."""
+        return self.rotates and not self.fold_values
 
 
 class SegmentWriter:
@@ -76,8 +70,11 @@ class SegmentWriter:
         self.folder = folder
         self.file = file
         self.shape = checkpoint.architecture
-        self.decode_weight_nbytes = 0
-        self._matrices: dict[str, StoredMatrix] = {}
+        self.matrices = Matrices(checkpoint, file, options.weights, options.block)
+
+    def center(self, mean_keys: np.ndarray) -> None:
+        """Graphs written from now on subtract these means; see `SegmentOptions`."""
+        self.options = replace(self.options, mean_keys=mean_keys)
 
     def segments(self) -> Iterator[str]:
         """Write the layers + 1 segments one by one, yielding file names."""
@@ -91,6 +88,8 @@ class SegmentWriter:
             else:
                 residual = graph.input("residual", "tokens", shape.hidden)
                 attention = graph.input("attention", "tokens", shape.heads * shape.head_dim)
+                if self.options.rotates_values:
+                    attention = self._rotated(graph, attention, shape.heads)
                 residual = graph.op("Add", *self._after_attention(graph, i - 1, residual, attention))
                 if i < shape.layers:
                     cosine, sine = (graph.input(n, "tokens", shape.head_dim // 2) for n in ("cosine", "sine"))
@@ -107,10 +106,13 @@ class SegmentWriter:
         """
         shape, graph = self.shape, Graph("decoder", self.file)
         residual, cosine, sine = self._embedding(graph)
-        rotate = int(not np.array_equal(self.options.rotation, np.eye(shape.head_dim)))
+        # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
+        rotate = int(self.options.rotates) + 2 * int(self.options.rotates_values)
         normed = self._norm(graph, residual, INPUT_NORM.format(0))
         for i in range(shape.layers):
-            mean = graph.weight(f"model.layers.{i}.mean_key", self.options.mean_keys[i])
+            # Under a name of its own if there is one: graphs are written once before means are known.
+            centered = "mean_key" if self.options.mean_keys[i].any() else "no_mean_key"
+            mean = graph.weight(f"model.layers.{i}.{centered}", self.options.mean_keys[i])
             qkv = self._queries_keys_values(graph, i, normed)
             attention = graph.op("Attention", qkv, cosine, sine, mean, domain=KVQ, layer=i, rotate=rotate)
             residual, change = self._after_attention(graph, i, residual, attention, native=True)
@@ -123,9 +125,8 @@ class SegmentWriter:
         """Final norm and language-model head: residual [rows, hidden] -> logits [rows, vocab]."""
         graph = Graph("head", self.file)
         residual = graph.input("residual", "rows", self.shape.hidden)
-        normed = self._norm(graph, residual, "model.norm.weight")
-        name = EMBEDDING if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
-        matrix = self._store(name, HEAD_BITS[self.options.weights], lambda: self.checkpoint.tensor(name))
+        normed = self._norm(graph, residual, FINAL_NORM)
+        matrix = self.matrices.table(EMBEDDING if self.checkpoint.model.tied else HEAD)
         product = self._two_byte_product if self.options.activations == "int16-head" else self._product
         graph.output(product(graph, normed, matrix), "logits", "rows", self.shape.vocab)
         return graph.save(self.folder)
@@ -151,19 +152,19 @@ class SegmentWriter:
         """Token ids and positions -> residual stream, cosine and sine of the rotary angles."""
         ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
-        table = self._store(EMBEDDING, HEAD_BITS[self.options.weights], lambda: self.checkpoint.tensor(EMBEDDING))
+        table = self.matrices.table(EMBEDDING)
         if table.bits:
             residual = self._gather_quantized(graph, ids, table)
         else:
             residual = graph.op("Gather", graph.stored(EMBEDDING), ids)
 
         column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
-        angles = graph.op("Mul", column, graph.constant(self.checkpoint.inv_freq[None], np.float32))
+        angles = graph.op("Mul", column, graph.constant(self.checkpoint.model.inv_freq[None], np.float32))
         parts = []
         for kind in ("Cos", "Sin"):
             part = graph.op(kind, angles)
-            if self.checkpoint.rope_scale != 1.0:
-                part = graph.op("Mul", part, graph.constant(self.checkpoint.rope_scale, np.float32))
+            if self.checkpoint.model.rope_scale != 1.0:
+                part = graph.op("Mul", part, graph.constant(self.checkpoint.model.rope_scale, np.float32))
             parts.append(part)
         return residual, parts[0], parts[1]
 
@@ -181,7 +182,8 @@ class SegmentWriter:
 
     def _queries_keys_values(self, graph: Graph, layer: int, normed: str) -> str:
         """Projections of the normalised residual stream: [tokens, (heads + 2 kv_heads) * head_dim]."""
-        return self._projection(graph, normed, f"model.layers.{layer}.self_attn", QKV, self._rotate_values)
+        change = self._rotate_values if self.options.rotates and self.options.fold_values else None
+        return self._projection(graph, normed, f"model.layers.{layer}.self_attn", QKV, change)
 
     def _before_attention(self, graph: Graph, layer: int, residual: str, cosine: str, sine: str) -> None:
         """Norm, projections, rotary embedding, rotation, centring -> query_key, value."""
@@ -198,15 +200,23 @@ class SegmentWriter:
             domain=CONTRIB,
         )
         query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
-        if not np.array_equal(rotation, np.eye(len(rotation))):
+        if self.options.rotates:
             query_key = graph.op("MatMul", query_key, graph.weight("rotation", rotation))
         if self.options.mean_keys[layer].any():
             mean = np.zeros((both, shape.head_dim), np.float32)
             mean[shape.heads :] = self.options.mean_keys[layer]
             query_key = graph.op("Sub", query_key, graph.weight(f"model.layers.{layer}.mean_keys", mean))
         graph.output(query_key, "query_key", "tokens", both, shape.head_dim)
+        if self.options.rotates_values:
+            value = self._rotated(graph, value, shape.kv_heads)
         value = graph.op("Reshape", value, graph.constant([-1, shape.kv_heads, shape.head_dim]))
         graph.output(value, "value", "tokens", shape.kv_heads, shape.head_dim)
+
+    def _rotated(self, graph: Graph, x: str, heads: int) -> str:
+        """Every head of x [tokens, heads * head_dim] rotated; the rotation is its own inverse."""
+        split = graph.op("Reshape", x, graph.constant([-1, heads, self.shape.head_dim]))
+        rotated = graph.op("MatMul", split, graph.weight("rotation", self.options.rotation))
+        return graph.op("Reshape", rotated, graph.constant([-1, heads * self.shape.head_dim]))
 
     def _rotate_values(self, stacked: np.ndarray) -> np.ndarray:
         """Rotate the value rows at the end of a stacked q, k, v weight or bias."""
@@ -222,7 +232,8 @@ class SegmentWriter:
         def unrotate(x: np.ndarray) -> np.ndarray:
             return rotate_inputs(x, self.options.rotation) if x.ndim == 2 else x  # a bias is added after
 
-        output = self._projection(graph, attention, f"{prefix}.self_attn", ["o_proj"], unrotate)
+        change = unrotate if self.options.rotates and self.options.fold_values else None
+        output = self._projection(graph, attention, f"{prefix}.self_attn", ["o_proj"], change)
         residual, normed = self._add_norm(graph, residual, output, f"{prefix}.post_attention_layernorm.weight", native)
         both = self._projection(graph, normed, f"{prefix}.mlp", ["gate_proj", "up_proj"])
         if native:
@@ -235,14 +246,14 @@ class SegmentWriter:
     def _norm(self, graph: Graph, x: str, name: str) -> str:
         """RMS norm."""
         gain = graph.weight(name, self.checkpoint.tensor(name))
-        epsilon = self.checkpoint.config.rms_norm_eps
+        epsilon = self.checkpoint.model.norm_epsilon
         return graph.op("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
 
     def _add_norm(self, graph: Graph, x: str, y: str, name: str, native: bool = False) -> tuple[str, str]:
         """x + y and its RMS norm."""
         if native:
             gain = graph.weight(name, self.checkpoint.tensor(name))
-            epsilon = self.checkpoint.config.rms_norm_eps
+            epsilon = self.checkpoint.model.norm_epsilon
             total, normed = graph.ops("AddNorm", 2, x, y, gain, domain=KVQ, epsilon=epsilon)
             return total, normed
         total = graph.op("Add", x, y)
@@ -254,32 +265,23 @@ class SegmentWriter:
         x: str,
         prefix: str,
         parts: list[str],
-        change: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> str:
         """One product for the linear layers `parts` that share an input; `change` is applied to weight and bias."""
         name = f"{prefix}.{'+'.join(parts)}"
         bias = f"{name}.bias"
-
-        def stacked(kind: str) -> np.ndarray | None:
-            found = self.checkpoint.stacked([f"{prefix}.{p}.{kind}" for p in parts])
-            return None if found is None else change(found)
-
-        def weight() -> np.ndarray:
-            found = stacked("weight")
-            if found is None:
-                raise CheckpointError(f"{self.checkpoint.name} has no weights {name}; check the checkpoint")
-            return found
-
-        if name not in self._matrices and (values := stacked("bias")) is not None:
-            self.file.add(bias, values)
-        product = self._product(graph, x, self._store(name, LAYER_BITS[self.options.weights], weight))
+        if (
+            bias not in self.file
+            and (values := self.checkpoint.stacked([f"{prefix}.{p}.bias" for p in parts])) is not None
+        ):
+            self.file.add(bias, values if change is None else change(values))
+        matrix = self.matrices.projection(name, [f"{prefix}.{p}.weight" for p in parts], change)
+        product = self._product(graph, x, matrix)
         return graph.op("Add", product, graph.stored(bias)) if bias in self.file else product
 
     def _product(self, graph: Graph, x: str, matrix: StoredMatrix) -> str:
         """x [tokens, k] times the transpose of a matrix [n, k]."""
-        if not matrix.read:
-            matrix.read = True
-            self.decode_weight_nbytes += matrix.nbytes
+        matrix.read = True
         if not matrix.bits:
             return graph.op("Gemm", x, graph.stored(matrix.name), transB=1)
         return graph.op(
@@ -318,19 +320,3 @@ class SegmentWriter:
             rows = graph.op("Slice", rows, graph.constant([0]), graph.constant([matrix.k]), graph.constant([1]))
         product = graph.op("Reshape", self._product(graph, rows, matrix), graph.constant([2, -1, matrix.n]))
         return graph.op("ReduceSum", product, graph.constant([0]), keepdims=0)
-
-    def _store(self, name: str, bits: int, load: Callable[[], np.ndarray]) -> StoredMatrix:
-        """Put a matrix [n, k] into the weights file, quantized to `bits` (0: as it is), unless it is there."""
-        if name not in self._matrices:
-            matrix = load()
-            n, k = matrix.shape
-            if bits:
-                quantized = quantize_matrix(matrix, bits, block_for(k, self.options.block))
-                self.file.add(f"{name}.codes", quantized.codes)
-                self.file.add(f"{name}.scales", quantized.scales)
-                nbytes = quantized.codes.nbytes + quantized.scales.nbytes
-                self._matrices[name] = StoredMatrix(name, n, k, bits, quantized.block, nbytes)
-            else:
-                self.file.add(name, matrix)
-                self._matrices[name] = StoredMatrix(name, n, k, 0, 0, matrix.nbytes)
-        return self._matrices[name]

@@ -16,6 +16,7 @@ import click
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
 
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.rotation import head_rotation
@@ -72,11 +73,12 @@ def describe(keys: np.ndarray, values: np.ndarray, attention: np.ndarray, rotati
 def main(checkpoint, text, tokens, as_json) -> None:
     """Print statistics of CHECKPOINT's cache and attention on the first tokens of TEXT."""
     loaded = load_checkpoint(checkpoint)
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     rotation = head_rotation(loaded.architecture.head_dim)[1]
     ids = Tokenizer.from_str(loaded.tokenizer_json()).encode("\n\n".join(documents(text))).ids[:tokens]
-    loaded.model.set_attn_implementation("eager")  # the other kernels do not return attention rows
+    model.set_attn_implementation("eager")  # the other kernels do not return attention rows
     with torch.inference_mode():
-        out = loaded.model(torch.tensor([ids]), use_cache=True, output_attentions=True)
+        out = model(torch.tensor([ids]), use_cache=True, output_attentions=True)
     rows = [
         describe(layer.keys[0].numpy(), layer.values[0].numpy(), attention[0].float().numpy(), rotation)
         for layer, attention in zip(out.past_key_values.layers, out.attentions, strict=True)

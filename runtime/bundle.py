@@ -51,8 +51,10 @@ class Manifest:
     Attributes:
         name: of the checkpoint the bundle was made from.
         architecture: shapes.
-        weights: how they are stored, e.g. {"layers": "int4", "head": "int8", "block": 64, "activations": "int8"}.
-        kv: what the segments do to keys and values, {"rotation": "hadamard" | "none", "centered": bool}.
+        weights: how they are stored, e.g. {"layers": "int4", "head": "int8", "block": 64, "activations": "int8"};
+            "exact" of "matrices" hold just what their source holds.
+        kv: what the segments do to keys and values, {"rotation": "hadamard" | "none", "centered": bool, "values":
+            "folded" | "online"}: whether values are rotated inside the weights or as they come; older bundles: folded.
         decode_weight_nbytes: bytes of weights that one decode step reads.
         eos_token_ids: ids that end a text.
         segments: graph files in order: layers + 1 of them.
@@ -61,6 +63,7 @@ class Manifest:
         controllers: name of a learned policy -> {"file", "set", "objective", "classes", "curve", "model", "report"},
             see `kvq.controller.train`.
         special_tokens: name in the checkpoint's tokenizer -> text, for the chat template, e.g. {"bos_token": "<s>"}.
+        source: what it was made from: {"name", "sha256", "licence", "format", ...}; empty in older bundles.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """
 
@@ -77,6 +80,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     controllers: dict[str, dict[str, Any]] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model_digest(self) -> str:
@@ -109,7 +113,7 @@ class Manifest:
                     f" {remedy}"
                 )
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
-            later = ("controllers", "special_tokens")  # older bundles have none
+            later = ("controllers", "special_tokens", "source")  # older bundles have none
             names = [f.name for f in fields(Manifest) if f.name not in ("architecture", *later)]
             manifest = Manifest(
                 architecture=architecture,
@@ -143,6 +147,8 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"file name {name!r}")
         if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
             raise ValueError(f"entry of {name}")
+    if not isinstance(manifest.source, dict):
+        raise ValueError(f"source {manifest.source!r:.60}")
     if not all(isinstance(text, str) for item in manifest.special_tokens.items() for text in item):
         raise ValueError(f"special_tokens {manifest.special_tokens}")
     controllers = [entry["file"] for entry in manifest.controllers.values()]

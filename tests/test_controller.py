@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from kvq.exporter.calibration import calibration_text
 from kvq.runtime.bundle import MANIFEST, Bundle, digest
 from kvq.runtime.errors import BundleError, CalibrationError, PolicyError
 from kvq.runtime.inspection import stored_tokens
-from tests.checkpoints import TINY, save_checkpoint
+from tests.checkpoints import TINY
 
 TEXT = calibration_text()
 QUICK = {"tokens": 1500, "epochs": 2}
@@ -48,18 +49,18 @@ class Watcher(Policy):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_bundle, tiny_checkpoint, tmp_path_factory):
+def trained(tiny_bundle, tmp_path_factory):
     """A copy of the tiny bundle with both controllers."""
     path = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("trained") / "tiny")
-    reports = train_controllers(path, tiny_checkpoint, TEXT, RECIPES)
+    reports = train_controllers(path, TEXT, RECIPES)
     assert [len(report.curve) for report in reports] == [2, 2]
     return path
 
 
 @pytest.fixture(scope="module")
-def samples(tiny_bundle, tiny_checkpoint):
+def samples(tiny_bundle):
     bundle = Bundle(tiny_bundle)
-    model = ParallelModel.load(bundle, tiny_checkpoint)
+    model = ParallelModel.load(bundle)
     return collect(model, kvq.load(tiny_bundle).encode, TEXT, 600, seed=0)
 
 
@@ -90,11 +91,11 @@ def test_streaming_features_agree_with_the_batched_ones(chunk, samples, tiny_mod
     np.testing.assert_allclose(residual, samples.residual[first], atol=2e-2)  # kept in half precision
 
 
-@pytest.mark.parametrize("name", ["adaptive", "paper"])
-def test_the_runtime_s_choices_equal_torch_s(name, samples, tiny_bundle, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(("name", "table"), [("adaptive", 0), ("adaptive", 8), ("paper", 0)])
+def test_the_runtime_s_choices_equal_torch_s(name, table, samples, tiny_bundle, tmp_path):
     """Scores of the exported graph on what a session really hands over, against the torch network."""
     path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
-    recipe = RECIPES[["adaptive", "paper"].index(name)]
+    recipe = replace(RECIPES[["adaptive", "paper"].index(name)], table=table)
     net, curve, output = fit(samples, recipe, TINY["vocab_size"])
     store(Bundle(path), samples, recipe, net, curve, output, 0.0)
     model = kvq.load(path)
@@ -199,9 +200,9 @@ def test_a_trained_bundle_generates_under_a_budget(name, trained):
     assert session.stats().policy == name
 
 
-def test_training_twice_gives_the_same_controller(trained, tiny_bundle, tiny_checkpoint, tmp_path):
+def test_training_twice_gives_the_same_controller(trained, tiny_bundle, tmp_path):
     path = shutil.copytree(tiny_bundle, tmp_path / "again")
-    train_controllers(path, tiny_checkpoint, TEXT, RECIPES[:1])
+    train_controllers(path, TEXT, RECIPES[:1])
     assert digest(path / "controller.onnx") == digest(trained / "controller.onnx")
 
 
@@ -310,34 +311,28 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_any_text_that_is_long_enough_trains_a_controller(text, tiny_bundle, tiny_checkpoint, tmp_path):
+def test_any_text_that_is_long_enough_trains_a_controller(text, tiny_bundle, tmp_path):
     path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
-    train_controllers(path, tiny_checkpoint, text, [Recipe(tokens=600, epochs=1)])
+    train_controllers(path, text, [Recipe(tokens=600, epochs=1)])
     model = kvq.load(path)
     session = model.session("adaptive", recent=2, kv_bits=8)
     session.append(model.encode(text[:400])[:100])
     assert session.stats().kv_used_bits <= 8
 
 
-def test_too_short_a_text_is_refused(tiny_bundle, tiny_checkpoint):
+def test_too_short_a_text_is_refused(tiny_bundle):
     with pytest.raises(CalibrationError, match="calibration text has") as caught:
-        train_controllers(tiny_bundle, tiny_checkpoint, "Too short.", RECIPES[:1])
+        train_controllers(tiny_bundle, "Too short.", RECIPES[:1])
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_trains_and_reports(tiny_bundle, tiny_checkpoint, tmp_path):
+def test_the_command_trains_and_reports(tiny_bundle, tmp_path):
     path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = ["--checkpoint", str(tiny_checkpoint), "--text", str(text), "--tokens", "800"]
+    options = ["--text", str(text), "--tokens", "800"]
     report = tmp_path / "report.json"
     result = CliRunner().invoke(train_controller, [str(path), *options, "--report", str(report)])
     assert result.exit_code == 0, result.output
     assert "adaptive" in Bundle(path).manifest.controllers
     assert json.loads(report.read_text())[0]["curve"][0]["epoch"] == 1
-
-
-def test_a_checkpoint_of_another_shape_is_refused(tiny_bundle, tmp_path):
-    other = save_checkpoint(tmp_path / "other", TINY | {"num_hidden_layers": 1})
-    with pytest.raises(kvq.CheckpointError):
-        train_controllers(tiny_bundle, other, TEXT, RECIPES[:1])

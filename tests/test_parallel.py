@@ -12,15 +12,14 @@ from kvq.controller.policies import Policy
 from kvq.exporter.reference import stored_mean_keys
 from kvq.runtime.bundle import Bundle
 from kvq.runtime.codecs import CODECS
-from kvq.runtime.errors import CheckpointError
-from tests.checkpoints import TINY, save_checkpoint
+from tests.checkpoints import TINY
 
 CLASSES = [(2, 2), (4, 2), (4, 4), (8, 4)]
 
 
 @pytest.fixture(scope="module")
-def twin(tiny_bundle, tiny_checkpoint):
-    return ParallelModel.load(Bundle(tiny_bundle), tiny_checkpoint)
+def twin(tiny_bundle):
+    return ParallelModel.load(Bundle(tiny_bundle))
 
 
 def some_ids(count, seed=0):
@@ -47,7 +46,7 @@ def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, twin, tin
     for seed in range(3):
         ids = some_ids(60, seed)
         bits = np.random.default_rng(seed).choice(np.array(widths, np.uint8), (len(ids), 2))
-        session = tiny_model.session(Given(bits), recent=recent)
+        session = tiny_model.session(Given(bits), recent=recent, sink=0)
         expected = np.stack([session.append([i]) for i in ids])
         with torch.inference_mode():
             found = twin.run(torch.tensor(ids)[None], hard_reader(bits[None])).logits[0].numpy()
@@ -117,10 +116,3 @@ def test_mean_keys_are_read_back_as_the_segments_subtract_them(tiny_bundle):
     shape = Bundle(tiny_bundle).manifest.architecture
     assert means.shape == (shape.layers, shape.kv_heads, shape.head_dim)
     assert np.abs(means).max() > 0
-
-
-def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tiny_bundle, tmp_path):
-    other = save_checkpoint(tmp_path / "other", TINY | {"num_hidden_layers": 1})
-    with pytest.raises(CheckpointError, match="another shape") as caught:
-        ParallelModel.load(Bundle(tiny_bundle), other)
-    assert "\n" not in str(caught.value)

@@ -1,0 +1,1 @@
+"""What a layer computes, one file an architecture."""

@@ -1,0 +1,113 @@
+"""Frequencies of the rotary embedding (Su et al., arXiv 2104.09864) and their scalings, as in transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
+
+# Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency.
+KINDS = ("default", "linear", "llama3", "yarn", "factors")
+
+
+def settings(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Base and scaling of a config.json in any dialect: rope_theta with rope_scaling, or rope_parameters."""
+    parameters = config.get("rope_parameters")
+    scaling = dict(config.get("rope_scaling") or {})
+    if isinstance(parameters, Mapping):  # transformers 5: the base stands inside
+        scaling = dict(parameters) | scaling
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    return theta, scaling
+
+
+def kind_of(scaling: Mapping[str, Any]) -> str:
+    """Which scaling it is; "default" is none."""
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: str) -> tuple[np.ndarray, float]:
+    """Rotary frequencies float32 [head_dim // 2], and the factor on cosine and sine.
+
+    Args:
+        config: of config.json.
+        head_dim: elements of a head, all of which are rotated.
+        context: max_position_embeddings.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        UnsupportedArchitectureError: a scaling that is not in `KINDS`.
+        CheckpointError: a scaling that lacks what it needs, or holds something that is no number.
+    """
+    theta, scaling = settings(config)
+    kind = kind_of(scaling)
+    if kind not in KINDS:
+        raise UnsupportedArchitectureError(
+            f"{name} scales its rotary embedding by {kind!r:.60}; known: {', '.join(sorted(KINDS[:4]))}"
+        )
+    try:
+        plain = float(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
+        found, factor = _SCALED[kind](plain, scaling, context)
+        found = np.asarray(found, np.float32)
+        if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or not math.isfinite(factor):
+            raise ValueError(f"frequencies {found!r:.40}")
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix config.json or"
+            " download it again"
+        ) from None
+    return found, factor
+
+
+def _linear(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
+    return plain / scaling["factor"], 1.0
+
+
+def _factors(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
+    return plain / np.asarray(scaling["factors"], np.float64), 1.0
+
+
+def _llama3(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
+    """Long waves are stretched, short ones kept, those between blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)  # over the original context
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - share) * plain / factor + share * plain, 1.0
+
+
+def _yarn(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al., arXiv 2309.00071)."""
+    factor, dim = scaling["factor"], 2 * len(plain)
+    original = scaling.get("original_max_position_embeddings") or context
+
+    def magnitude(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, everywhere = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = magnitude(factor, mscale) / magnitude(factor, everywhere) if mscale and everywhere else None
+        attention = magnitude(factor) if attention is None else attention
+    base = plain[1] ** (-dim / 2) if dim > 2 else 10000.0
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    share = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return plain / factor * share + plain * (1 - share), float(attention)
+
+
+_SCALED = {
+    "default": lambda plain, scaling, context: (plain, 1.0),
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "factors": _factors,
+}

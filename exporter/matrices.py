@@ -1,0 +1,112 @@
+"""The weight matrices of a bundle: carried over from their source, or quantized, each stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvq.exporter.architectures.llama import EMBEDDING, HEAD
+from kvq.exporter.checkpoint import Checkpoint
+from kvq.exporter.graph import WeightFile
+from kvq.exporter.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
+from kvq.runtime.errors import CheckpointError
+
+# Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is;
+# "auto" leaves that in its own bits and takes 8 for the rest.
+LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4}
+# The head decides between tokens directly: 4 bits there cost more than they save.
+HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8}
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class StoredMatrix:
+    """A weight matrix [n, k] in the weights file; bits and block are 0 for float32.
+
+    `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
+    source holds the same numbers.
+    """
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    block: int
+    nbytes: int
+    exact: bool
+    read: bool = False
+
+
+class Matrices:
+    """Puts matrices into the weights file, and remembers what it has put there.
+
+    Args:
+        checkpoint: where they come from.
+        file: where they go.
+        weights: a key of `LAYER_BITS`.
+        block: elements per scale of what is quantized here.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, file: WeightFile, weights: str, block: int) -> None:
+        self._checkpoint, self._file, self._weights, self._block = checkpoint, file, weights, block
+        self._stored: dict[str, StoredMatrix] = {}
+
+    @property
+    def decode_weight_nbytes(self) -> int:
+        """Bytes of weights that a decode step reads."""
+        return sum(matrix.nbytes for matrix in self._stored.values() if matrix.read)
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of them, once the graphs are written."""
+        names = {0: "fp32", 4: "int4", 8: "int8"}
+        layers = {matrix.bits for name, matrix in self._stored.items() if name not in (EMBEDDING, HEAD)}
+        head = self._stored[EMBEDDING if self._checkpoint.model.tied else HEAD]
+        return {
+            "layers": names[layers.pop()] if len(layers) == 1 else "mixed",
+            "head": names[head.bits],
+            "block": self._block,
+            "exact": sum(matrix.exact for matrix in self._stored.values()),
+            "matrices": len(self._stored),
+        }
+
+    def table(self, name: str) -> StoredMatrix:
+        """Embedding or head."""
+        return self._store(name, [name], HEAD_BITS[self._weights], None)
+
+    def projection(self, name: str, parts: list[str], change: Change | None = None) -> StoredMatrix:
+        """The matrices `parts` of a layer, stacked to [n, k] and changed, stored under `name`."""
+        return self._store(name, parts, LAYER_BITS[self._weights], change)
+
+    def _store(self, name: str, parts: list[str], bits: int, change: Change | None) -> StoredMatrix:
+        """Write a matrix unless it is there."""
+        if name in self._stored:
+            return self._stored[name]
+        quantized = self._carried_over(parts, bits) if bits and change is None else None
+        exact = quantized is not None or (not bits and change is None)
+        if quantized is None:
+            matrix = self._checkpoint.stacked(parts)
+            if matrix is None:
+                raise CheckpointError(f"{self._checkpoint.name} has no weights {parts[0]}; check the checkpoint")
+            matrix = matrix if change is None else change(matrix)
+            if not bits:
+                self._file.add(name, matrix)
+                self._stored[name] = StoredMatrix(name, *matrix.shape, 0, 0, matrix.nbytes, exact)
+                return self._stored[name]
+            quantized = quantize_matrix(matrix, bits, block_for(matrix.shape[1], self._block))
+        self._file.add(f"{name}.codes", quantized.codes)
+        self._file.add(f"{name}.scales", quantized.scales)
+        nbytes = quantized.codes.nbytes + quantized.scales.nbytes
+        n, k, held = len(quantized.codes), quantized.k, quantized.bits
+        self._stored[name] = StoredMatrix(name, n, k, held, quantized.block, nbytes, exact)
+        return self._stored[name]
+
+    def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix | None:
+        """Stacked matrices as their source holds them, where that takes no more than `bits`."""
+        blocks = self._checkpoint.stacked_blocks(parts)
+        if blocks is None or blocks.bits > bits:
+            return None
+        keeps = self._weights == "auto" and parts[0] not in (EMBEDDING, HEAD)  # looked up in 8 bits
+        return packed(blocks if keeps else blocks.as_form(bits, blocks.block))

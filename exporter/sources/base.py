@@ -1,0 +1,129 @@
+"""What the exporter reads from: names -> arrays, a configuration, a tokenizer; and blocks as a file holds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvq.runtime.errors import CheckpointError
+
+# Names that a chat template may use, as Hugging Face calls them.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix [n, k] in blocks along k that its file holds in a form MatMulNBits multiplies as it is.
+
+    weight = (code - 2^(bits - 1)) * scale, exactly.
+
+    Attributes:
+        codes: uint8 [n, k], each below 2^bits.
+        scales: float32 [n, k // block].
+        bits: 4 or 8.
+        block: elements a scale.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    bits: int
+    block: int
+
+    def rows(self, order: np.ndarray) -> Blocks:
+        """The same rows in another order, int [n]."""
+        return replace(self, codes=self.codes[order], scales=self.scales[order])
+
+    def as_form(self, bits: int, block: int) -> Blocks:
+        """The same weights in codes of more bits and blocks that divide the present ones."""
+        codes = self.codes
+        if bits != self.bits:
+            codes = codes + np.uint8((1 << (bits - 1)) - (1 << (self.bits - 1)))
+        return Blocks(codes, np.repeat(self.scales, self.block // block, axis=1), bits, block)
+
+
+class Source(ABC):
+    """A model's files. Parameters have Hugging Face's names, whatever the files call them.
+
+    Attributes:
+        name: what people call it: folder or file name, or hub id.
+        path: where it is.
+        config: fields of Hugging Face's config.json, whatever the files call them.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of every parameter there is."""
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """A parameter of `shapes`, decoded to float32.
+
+        Raises:
+            CheckpointError: its data cannot be read.
+        """
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A parameter as the file holds it, if that is a form that is multiplied as it is; else None."""
+        return None
+
+    @abstractmethod
+    def tokenizer_json(self) -> str | None:
+        """Text of a tokenizer.json; None if there is no tokenizer.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of a kind that is not known.
+        """
+
+    @abstractmethod
+    def chat_template(self) -> str | None:
+        """The Jinja chat template, if there is one."""
+
+    @abstractmethod
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the special tokens that a chat template may name, such as {"bos_token": "<s>"}."""
+
+    @abstractmethod
+    def eos_token_ids(self) -> list[int]:
+        """Ids that end a text; those outside the vocabulary are left out."""
+
+    @cached_property
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256, hexadecimal, of what the weights depend on."""
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that the files name."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest keeps of it: JSON values."""
+        return {"name": self.name, "sha256": self.digest, "licence": self.licence}
+
+
+def short(error: BaseException) -> str:
+    """First line of an error, as libraries write paragraphs."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def positive(value: Any, what: str) -> int:
+    """A positive integer from a file.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive integer")
+    return value

@@ -1,0 +1,266 @@
+"""A GGUF file of a Llama-architecture model, as llama.cpp's converter writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from gguf.quants import dequantize
+
+from kvq.exporter.sources.base import SPECIAL_TOKENS, Blocks, Source, positive, short
+from kvq.exporter.sources.gguf_header import Tensor, read_header
+from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
+
+# Of a layer: GGUF's name -> Hugging Face's.
+LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# Computed from the configuration or carried in it, so no parameter.
+NO_PARAMETERS = {"rope_freqs.weight"}
+IN_LAYER = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
+FLOATS = {Type.F32, Type.F16, Type.BF16}
+TYPES = FLOATS | {
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
+    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+}  # fmt: skip
+# Types without a minimum, which MatMulNBits can multiply: bits of its codes, elements a scale.
+EXACT = {Type.Q4_0: (4, 32), Type.Q5_0: (8, 32), Type.Q8_0: (8, 32), Type.Q6_K: (8, 16)}
+SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+# Configuration: key after the architecture's name -> (field of config.json, type, whether it must be there).
+CONFIG = {
+    "block_count": ("num_hidden_layers", int, True),
+    "embedding_length": ("hidden_size", int, True),
+    "feed_forward_length": ("intermediate_size", int, True),
+    "attention.head_count": ("num_attention_heads", int, True),
+    "attention.head_count_kv": ("num_key_value_heads", int, False),
+    "attention.key_length": ("head_dim", int, False),
+    "context_length": ("max_position_embeddings", int, True),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float, True),
+    "rope.freq_base": ("rope_theta", float, False),
+}
+
+
+class GgufFile(Source):
+    """One GGUF file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: unreadable, damaged, part of a split model, or lacking what its model needs.
+        UnsupportedArchitectureError: of an architecture, or with tensors of a type, that is not known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.stem
+        self.fields, tensors = read_header(path)
+        if SPLIT.search(path.stem) or self.fields.get("split.count", 1) not in (0, 1):
+            raise CheckpointError(
+                f"{path.name} is one part of a split model; give a single file: llama-gguf-split --merge makes one"
+            )
+        architecture = self.fields.get("general.architecture")
+        if architecture != "llama":
+            raise UnsupportedArchitectureError(
+                f"{path.name} is of architecture {architecture!r:.60}; kvq exports the Llama architecture only"
+            )
+        self._tensors: dict[str, Tensor] = {}
+        for theirs, tensor in tensors.items():
+            if theirs in NO_PARAMETERS:
+                continue
+            self._tensors[self._renamed(theirs)] = tensor
+            if tensor.type not in TYPES:
+                known = ", ".join(sorted(t.name for t in TYPES))
+                raise UnsupportedArchitectureError(
+                    f"{path.name} stores {theirs} as {tensor.type.name}; known: {known}"
+                )
+        self._factors = tensors.get("rope_freqs.weight")
+        self.config = self._config()
+
+    def _renamed(self, theirs: str) -> str:
+        """Hugging Face's name of a tensor."""
+        if layer := IN_LAYER.fullmatch(theirs):
+            number, kind, part = layer.groups()
+            if kind in LAYER:
+                return f"model.layers.{int(number)}.{LAYER[kind]}.{part}"
+        stem, _, part = theirs.rpartition(".")
+        if stem in WHOLE and part in ("weight", "bias"):
+            return f"{WHOLE[stem]}.{part}"
+        raise UnsupportedArchitectureError(
+            f"{self.path.name} has a tensor {theirs:.60}, which a Llama does not; kvq exports the Llama architecture"
+            " only"
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The fields of config.json."""
+        config: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
+        for key, (field, kind, needed) in CONFIG.items():
+            value = self.fields.get(f"llama.{key}")
+            if value is None and not needed:
+                continue
+            what = f"{self.path.name} has llama.{key}"
+            if kind is int:
+                value = positive(value, what)
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+                raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive number")
+            config[field] = value
+        for key in ("expert_count", "expert_used_count"):
+            if self.fields.get(f"llama.{key}"):
+                raise UnsupportedArchitectureError(f"{self.path.name} is a mixture of experts; kvq supports one only")
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise CheckpointError(
+                f"{self.path.name} has no matrix token_embd.weight; check that the download is complete"
+            )
+        config["vocab_size"] = embedding.shape[0]
+        config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
+        heads = config["num_attention_heads"]
+        head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
+        if self.fields.get("llama.attention.value_length", head_dim) != head_dim:
+            raise UnsupportedArchitectureError(
+                f"{self.path.name} has keys and values of other sizes; kvq supports equal ones"
+            )
+        if self.fields.get("llama.rope.dimension_count", head_dim) != head_dim:
+            raise UnsupportedArchitectureError(
+                f"{self.path.name} rotates only part of a head; kvq supports rotary embedding of the whole head only"
+            )
+        if scaling := self._rope_scaling(config["max_position_embeddings"]):
+            config["rope_scaling"] = scaling
+        return config
+
+    def _rope_scaling(self, context: int) -> dict[str, Any] | None:
+        """`rope_scaling` of config.json; factors of single frequencies as kvq's own kind."""
+        field = self.fields.get
+        kind = field("llama.rope.scaling.type", "none")
+        factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear"))
+        if self._factors is not None:
+            factors = self._decoded(self._factors, "rope_freqs.weight")
+            return {"rope_type": "factors", "factors": factors.astype(np.float64).tolist()}
+        if kind == "none" and factor in (None, 0, 1):
+            return None
+        if kind in ("none", "linear"):
+            return {"rope_type": "linear", "factor": factor}
+        scaling = {"rope_type": kind, "factor": factor}
+        scaling["original_max_position_embeddings"] = field("llama.rope.scaling.original_context_length", context)
+        if (attention := field("llama.rope.scaling.attn_factor")) is not None:
+            scaling["attention_factor"] = attention
+        return scaling
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        values = self._decoded(tensor, name)
+        order = self._row_order(name, len(values))
+        return values if order is None else values[order]
+
+    def _raw(self, tensor: Tensor) -> np.ndarray:
+        """The bytes of a tensor, uint8 [bytes]."""
+        with open(self.path, "rb") as file:
+            file.seek(tensor.offset)
+            return np.frombuffer(file.read(tensor.nbytes), np.uint8)
+
+    def _decoded(self, tensor: Tensor, name: str) -> np.ndarray:
+        try:
+            raw = self._raw(tensor)
+            if tensor.type in FLOATS - {Type.BF16}:
+                values = raw.view("<f4" if tensor.type is Type.F32 else "<f2").astype(np.float32)
+            else:
+                with np.errstate(all="ignore"):  # a scale that is no number is refused below, by whoever reads
+                    values = dequantize(raw.reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1), tensor.type)
+            return np.ascontiguousarray(values, np.float32).reshape(tensor.shape)
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{name} of {self.path.name} cannot be read ({short(error)}); download the file again"
+            ) from None
+
+    def blocks(self, name: str) -> Blocks | None:
+        tensor = self._tensors[name]
+        if tensor.type not in EXACT or len(tensor.shape) != 2:
+            return None
+        bits, block = EXACT[tensor.type]
+        n, k = tensor.shape
+        values = self._decoded(tensor, name).reshape(n, k // block, block)
+        scales = _scales(self._raw(tensor), tensor.type).reshape(n, k // block)
+        with np.errstate(all="ignore"):
+            codes = np.where(scales[..., None] == 0, 0, np.rint(values / scales[..., None]))
+            exact = codes * scales[..., None] == values
+        zero = 1 << (bits - 1)
+        if not exact.all() or codes.min() < -zero or codes.max() >= zero:
+            return None  # such as scales so small that products are rounded
+        found = Blocks((codes + zero).astype(np.uint8).reshape(n, k), scales, bits, block)
+        order = self._row_order(name, n)
+        return found if order is None else found.rows(order)
+
+    def _row_order(self, name: str, rows: int) -> np.ndarray | None:
+        """Where rows of queries and keys stand: GGUF interleaves the halves of a head for its rotary embedding."""
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads is None:
+            return None
+        count = self.config.get(heads) or self.config["num_attention_heads"]
+        if rows % (2 * count):
+            raise CheckpointError(
+                f"{name} of {self.path.name} has {rows} rows for {count} heads; check that the download is complete"
+            )
+        return np.arange(rows).reshape(count, rows // count // 2, 2).swapaxes(1, 2).ravel()
+
+    def tokenizer_json(self) -> str | None:
+        if "tokenizer.ggml.model" not in self.fields:
+            return None
+        from kvq.exporter.sources.tokenizers import from_gguf
+
+        return from_gguf(self.fields, self.path.name)
+
+    def chat_template(self) -> str | None:
+        template = self.fields.get("tokenizer.chat_template")
+        return template if isinstance(template, str) and template.strip() else None
+
+    def special_tokens(self) -> dict[str, str]:
+        tokens = self.fields.get("tokenizer.ggml.tokens")
+        found = {}
+        for name, key in zip(SPECIAL_TOKENS, ("bos", "eos", "unknown", "padding"), strict=True):
+            index = self.fields.get(f"tokenizer.ggml.{key}_token_id")
+            if isinstance(tokens, list) and isinstance(index, int) and 0 <= index < len(tokens):
+                found[name] = str(tokens[index])
+        return found
+
+    def eos_token_ids(self) -> list[int]:
+        ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config["vocab_size"]})
+
+    @cached_property
+    def digest(self) -> str:
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
+    def licence(self) -> str | None:
+        found = self.fields.get("general.license")
+        return found if isinstance(found, str) else None
+
+    def describe(self) -> dict[str, Any]:
+        counts: dict[str, int] = {}
+        for tensor in self._tensors.values():
+            counts[tensor.type.name] = counts.get(tensor.type.name, 0) + 1
+        return super().describe() | {"format": "gguf", "types": counts}
+
+
+def _scales(raw: np.ndarray, type_: Type) -> np.ndarray:
+    """Scale of every block of an exact type, float32 [blocks], as `dequantize` multiplies with it."""
+    if type_ is Type.Q6_K:  # 16 scales of 8 bits and a half that all of them are multiplied with
+        parts = raw.reshape(-1, 210)
+        whole = np.ascontiguousarray(parts[:, 208:]).view("<f2").astype(np.float32)
+        return (whole * np.ascontiguousarray(parts[:, 192:208]).view(np.int8).astype(np.float32)).ravel()
+    nbytes = {Type.Q4_0: 18, Type.Q5_0: 22, Type.Q8_0: 34}[type_]
+    return np.ascontiguousarray(raw.reshape(-1, nbytes)[:, :2]).view("<f2").astype(np.float32).ravel()

@@ -1,0 +1,172 @@
+"""The header of a GGUF file: metadata, and where tensors lie. Nothing of it is believed before it has been checked.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package's own reader
+takes a length beyond the end of a file for an array of so many empty elements and does not come
+back; here every count and offset is compared with what the file has left.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from kvq.runtime.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+STRING, ARRAY = 8, 9
+# Number types of metadata values by their number in the format.
+SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+MOST_DIMS, MOST_NAME, ALIGNMENT = 4, 1 << 16, 32
+# The header is read whole; tokenizers of 256,000 tokens take some 10 MB.
+HEADER_BYTES = 1 << 28
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies.
+
+    shape: outermost dimension first, as numpy has it.
+    type: how its values are stored.
+    offset, nbytes: in the file.
+    """
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    nbytes: int
+
+
+class Header(NamedTuple):
+    """fields: name -> number, text, bool, or list of these. tensors: name -> place."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a GGUF file.
+
+    Raises:
+        CheckpointError: no GGUF file, one of another version or byte order, cut short, or one whose counts, types
+            or offsets do not fit its size.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            data = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}); check the path") from None
+    if data[:4] != MAGIC:
+        raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; check the download")
+    return _Walk(data, size, path.name).header()
+
+
+class _Walk:
+    """Goes through the bytes of a header once."""
+
+    def __init__(self, data: bytes, size: int, name: str) -> None:
+        self.data, self.size, self.name, self.at = data, size, name, 4
+
+    def refuse(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.name} is damaged: {why}; download it again")
+
+    def take(self, count: int) -> bytes:
+        """The next bytes."""
+        if count > len(self.data) - self.at:
+            raise self.refuse(f"it ends inside its header, at byte {len(self.data)}")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> int:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self, most: int = HEADER_BYTES) -> str:
+        length = self.number("<Q")
+        if length > most:
+            raise self.refuse(f"a text of {length} bytes")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError:
+            raise self.refuse("a text that is not UTF-8") from None
+
+    def header(self) -> Header:
+        version = self.number("<I")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+            what = "written for big-endian machines" if swapped else f"of GGUF version {version}"
+            raise CheckpointError(f"{self.name} is {what}; give a little-endian file of version 2 or 3")
+        tensor_count, field_count = self.number("<Q"), self.number("<Q")
+        fields: dict[str, Any] = {}
+        for _ in range(self.counted(field_count, 13, "fields")):
+            name = self.text(MOST_NAME)
+            if name in fields:
+                raise self.refuse(f"two fields {name:.60}")
+            fields[name] = self.value(self.number("<I"))
+        places = {}
+        for _ in range(self.counted(tensor_count, 24, "tensors")):
+            name = self.text(MOST_NAME)
+            if name in places:
+                raise self.refuse(f"two tensors {name:.60}")
+            places[name] = self.place(name)
+        alignment = fields.get("general.alignment", ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise self.refuse(f"an alignment of {alignment!r:.30}")
+        start = -(-self.at // alignment) * alignment
+        return Header(fields, self.checked(places, start, alignment))
+
+    def counted(self, count: int, least: int, what: str) -> int:
+        """A count of entries that take at least so many bytes each."""
+        if count * least > len(self.data) - self.at:
+            raise self.refuse(f"{count} {what} do not fit into what is left of it")
+        return count
+
+    def value(self, kind: int, nested: bool = False) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind in SCALARS:
+            return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
+        if kind != ARRAY or nested:
+            raise self.refuse(f"a value of type {kind}")
+        of, count = self.number("<I"), self.number("<Q")
+        if of in SCALARS:
+            kind_of = np.dtype(SCALARS[of])
+            self.counted(count, kind_of.itemsize, "array elements")
+            return np.frombuffer(self.take(count * kind_of.itemsize), kind_of).tolist()
+        return [self.value(of, nested=True) for _ in range(self.counted(count, 8, "array elements"))]
+
+    def place(self, name: str) -> Tensor:
+        dims = self.number("<I")
+        if not 1 <= dims <= MOST_DIMS:
+            raise self.refuse(f"{name:.60} has {dims} dimensions")
+        shape = tuple(reversed([self.number("<Q") for _ in range(dims)]))
+        kind, offset = self.number("<I"), self.number("<Q")
+        try:
+            type_ = GGMLQuantizationType(kind)
+            block, nbytes = GGML_QUANT_SIZES[type_]
+        except (ValueError, KeyError):
+            raise CheckpointError(
+                f"{self.name} stores {name:.60} as type {kind}, which the installed gguf package does not know;"
+                " use a file of another quantization, or update gguf"
+            ) from None
+        if not all(shape) or shape[-1] % block:
+            raise self.refuse(f"{name:.60} has the shape {shape}, in blocks of {block}")
+        return Tensor(shape, type_, offset, math.prod(shape) // block * nbytes)
+
+    def checked(self, places: dict[str, Tensor], start: int, alignment: int) -> dict[str, Tensor]:
+        """Tensors with offsets in the file: whole, aligned, and apart from each other."""
+        found = {name: tensor._replace(offset=start + tensor.offset) for name, tensor in places.items()}
+        end, before = start, "the header"
+        for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
+            if tensor.offset % alignment or tensor.offset < end:
+                raise self.refuse(f"{name:.60} lies at {tensor.offset}, inside {before:.60} or not aligned")
+            end, before = tensor.offset + tensor.nbytes, name
+            if end > self.size:
+                raise self.refuse(f"{name:.60} ends at byte {end}, the file at {self.size}: it is cut short")
+        return found

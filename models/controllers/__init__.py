@@ -1,0 +1,41 @@
+"""Trained controllers that come with the package, by the file of weights they were trained for."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvq.runtime.bundle import Manifest, digest
+
+INDEX = "controllers.json"
+# What they were trained on: keys and values as every bundle with default options holds them.
+TRAINED_KV = {"rotation": "hadamard", "centered": True}
+
+
+def shipped(sha256: str) -> tuple[Path, dict[str, dict[str, Any]]] | None:
+    """Folder and entries (as in `Manifest.controllers`) of the controllers for a source; None if there are none."""
+    root = Path(str(importlib.resources.files("kvq.models"))) / "controllers"
+    for index in sorted(root.glob(f"*/{INDEX}")):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        if sha256 in content["sources"]:
+            return index.parent, content["controllers"]
+    return None
+
+
+def attach(manifest: Manifest, folder: Path) -> Manifest:
+    """Copy the controllers that belong to a bundle's source into its folder; the manifest that lists them."""
+    found = shipped(manifest.source.get("sha256", ""))
+    if found is None or TRAINED_KV.items() - manifest.kv.items():
+        return manifest
+    origin, entries = found
+    files, controllers = dict(manifest.files), {}
+    for name, entry in entries.items():
+        file = folder / entry["file"]
+        shutil.copyfile(origin / entry["file"], file)
+        files[file.name] = {"nbytes": file.stat().st_size, "sha256": digest(file)}
+        controllers[name] = {**entry, "model": manifest.model_digest}
+    return replace(manifest, files=files, controllers=controllers)
