@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -127,21 +128,22 @@ def test_a_wrong_option_is_told_before_the_first_question(tiny_bundle):
 
 
 class Terminal:
-    """kvq chat with a terminal for stdin and stderr, and a pipe for stdout."""
+    """kvq chat, or another command, with a terminal for stdin and stderr, and a pipe for stdout."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, name="chat"):
         self.master, slave = pty.openpty()
         attributes = termios.tcgetattr(slave)
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
-        command = [sys.executable, "-m", "kvq", "chat", "-t", "1", "-s", "1", "--ignore-eos", *arguments]
+        sampling = [] if name == "prefill" else ["-t", "1", "-s", "1", "--ignore-eos"]
+        command = [sys.executable, "-m", "kvq", name, *sampling, *arguments]
         # A child of a job in the background inherits that interrupts are ignored.
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=subprocess.PIPE, stderr=slave, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(slave)
-        self.seen = ""
+        self.seen = self.shown = ""  # not yet waited for, and all of it
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -152,11 +154,18 @@ class Terminal:
         while words not in self.seen:
             shown, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
             assert shown, self.seen
-            try:
-                self.seen += os.read(self.master, 4096).decode()
-            except OSError:  # the other side is closed
-                raise AssertionError(self.seen) from None
+            if not self._look():
+                raise AssertionError(self.seen)
         self.seen = self.seen.partition(words)[2]
+
+    def _look(self) -> bool:
+        """Read what is there; False once the other side is closed."""
+        try:
+            new = os.read(self.master, 4096).decode()
+        except OSError:
+            return False
+        self.seen, self.shown = self.seen + new, self.shown + new
+        return bool(new)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -166,6 +175,8 @@ class Terminal:
         out = self.process.stdout.read().decode()
         self.process.stdout.close()
         assert self.process.wait(60) == 0
+        while self._look():
+            pass
         os.close(self.master)
         return out
 
@@ -207,6 +218,75 @@ def test_a_line_that_ends_in_a_backslash_goes_on(tiny_bundle):
     terminal.until("> ")
     terminal.type("/quit\n")
     assert terminal.end().endswith("\n")
+
+
+def test_a_question_of_the_command_line_is_asked_first(tiny_bundle):
+    terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01", "Hello")
+    terminal.until("/help lists commands")
+    terminal.until("(cut after 3 tokens")
+    terminal.until("> ")
+    terminal.type("/undo\n")
+    terminal.until("0 turns, 0 tokens left")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.end()
+    terminal = Terminal("-m", str(tiny_bundle), "word " * 300)  # an error is told, and the chat goes on
+    terminal.until("context of 256 tokens is full")
+    terminal.until("> ")
+    terminal.type("\x04")
+    terminal.end()
+
+
+# Of the embedded model, whose context is long enough for one.
+LONG = "It was late and the captain looked at the sea. " * 60
+
+
+def cleared(shown: str) -> bool:
+    """Whether a bar was drawn, and wiped out before anything else came."""
+    *_, last = re.split(r"\rreading \[[#-]{24}\] [\d,]+ of [\d,]+ tokens *", shown)
+    return last != shown and re.match(r"\r +\r(?!reading)", last) is not None
+
+
+def test_a_long_question_shows_how_far_it_has_been_read():
+    terminal = Terminal("-n", "3", LONG)
+    terminal.until("(cut after 3 tokens")
+    assert cleared(terminal.shown)
+    before = len(terminal.shown)
+    terminal.until("> ")
+    terminal.type("Hello\n")
+    terminal.until("(cut after 3 tokens")
+    assert "reading" not in terminal.shown[before:]  # a short one does not
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert "reading" not in terminal.end()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "drawn"),
+    [
+        (["run", "-n", "3", LONG], True),
+        (["run", "-n", "3", "Hello"], False),
+        (["run", "-n", "3", "-q", LONG], False),
+        (["run", "-n", "3", "--json", LONG], False),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_long_prompt_shows_how_far_it_has_been_read(arguments, drawn):
+    name, *arguments = arguments
+    terminal = Terminal(*arguments, name=name)
+    assert "reading" not in terminal.end()
+    assert cleared(terminal.shown) if drawn else "reading" not in terminal.shown
+
+
+def test_prefill_shows_how_far_it_has_read_and_a_pipe_gets_no_bar(tmp_path):
+    (tmp_path / "long.txt").write_text(LONG)
+    arguments = [str(tmp_path / "long.txt"), "-o", str(tmp_path / "long.kvq"), "--overwrite"]
+    terminal = Terminal(*arguments, name="prefill")
+    terminal.end()
+    assert cleared(terminal.shown)
+    assert "plain text, read in" in terminal.shown
+    for done in (kvq("prefill", *arguments), kvq("run", "-n", "3", LONG), kvq("chat", "-n", "3", LONG)):
+        assert (done.returncode, "reading" in done.stderr, "\r" in done.stderr) == (0, False, False)
 
 
 def test_a_closed_pipe_ends_a_chat_quietly(tiny_bundle):

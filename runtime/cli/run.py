@@ -107,8 +107,9 @@ def run(
     bar = Bar(shown=say is not None)
     interrupt = Interrupt(enabled=kept is not None)
     with interrupt:
+        asked = conversation is not None and bool(text or conversation.document)
         responses = ask(session, conversation, text, generation, bar)
-        result, last = show(responses, echo=not as_json, bar=bar, interrupt=interrupt, answer=conversation is not None)
+        result, last = show(responses, echo=not as_json, bar=bar, interrupt=interrupt, strip=asked)
         if kept is not None:
             kept.close(session)
             result["session"] = kept.as_dict()
@@ -143,9 +144,9 @@ def ask(
 
 
 def show(
-    responses: Iterator[Response], echo: bool, bar: Bar, interrupt: Interrupt, answer: bool
+    responses: Iterator[Response], echo: bool, bar: Bar, interrupt: Interrupt, strip: bool
 ) -> tuple[dict[str, Any], Response | None]:
-    """Write what is generated to stdout as it comes, if `echo`; of an answer without the blanks it begins with.
+    """Write what is generated to stdout as it comes, if `echo`; with `strip` without the blanks it begins with.
 
     Returns:
         text, tokens, finish_reason and seconds, and the last response.
@@ -157,7 +158,7 @@ def show(
         for last in responses:
             bar.clear()
             interrupt.arm()  # before any text is shown
-            text = last.text.lstrip() if answer and not "".join(pieces) else last.text
+            text = last.text.lstrip() if strip and not "".join(pieces) else last.text
             pieces.append(text)
             reason = last.finish_reason
             if echo:
