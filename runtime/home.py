@@ -94,9 +94,11 @@ def place(found: Path, target: Path, folder: Path) -> None:
 
 def discard(target: Path) -> None:
     """Remove a folder of the home: out of sight in one step, then file by file. A link is removed, never followed."""
-    root = home().resolve()
-    if root not in target.parent.resolve().parents:
-        raise HubError(f"{target} is not inside {root}, and nothing outside of it is removed")
+    # The two folders may be links, to a larger disk; what is in them may not lead out of them.
+    roots = {models().resolve(), exports().resolve()}
+    parent = target.parent.resolve()
+    if not roots & {parent, parent.parent}:
+        raise HubError(f"{target} is not inside {home()}, and nothing outside of it is removed")
     with kept(f"the removal of {target.name}"), claimed(target):
         if target.is_symlink():
             target.unlink()
@@ -112,8 +114,9 @@ def sweep(own: Path) -> None:
     """Remove temporary folders and locks that no living process holds; this one has claimed `own`."""
     if fcntl is None:
         return
-    for root in (models(), exports(), *models().glob("*")):
-        for path in list(root.iterdir()) if root.is_dir() and not root.is_symlink() else []:
+    owners = [path for path in models().glob("*") if not path.is_symlink()]
+    for root in (models(), exports(), *owners):
+        for path in list(root.iterdir()) if root.is_dir() else []:
             match = PARTIAL.fullmatch(path.name) or LOCK.fullmatch(path.name)
             if match is None or path.is_symlink() or path == own.parent / f".{own.name}.lock":
                 continue

@@ -139,6 +139,7 @@ def _take(job: Job, given: Path, found: Path) -> None:
             raise BundleError(f"no wheel of {job.name} is known; {elsewhere(job.name, job.entry)}")
         _from_wheel(job, source, given, found)
     elif (given / MANIFEST).is_file():
+        job.say(f"nothing to compare {given} with: it is taken for {job.name}")
         hub.copy_bundle(given, found, str(given))
     elif is_checkpoint(given):
         if given.is_file() and source is not None and digest(given) != source.member_sha256:
@@ -147,7 +148,7 @@ def _take(job: Job, given: Path, found: Path) -> None:
                 " name of its own"
             )
         if source is None or given.is_dir():
-            job.say(f"no digest of {job.name} is known: {given} is taken for it")
+            job.say(f"nothing to compare {given} with: it is taken for {job.name}")
         export(given, found, job.name, job.notice, job.progress)
     else:
         raise BundleError(f"{given} is no wheel, GGUF file, checkpoint or bundle; {elsewhere(job.name, job.entry)}")

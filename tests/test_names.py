@@ -179,6 +179,16 @@ def test_rm_never_touches_what_is_outside(own_home, tiny_bundle, tmp_path, capsy
     assert tree(outside) == before
 
 
+def test_models_may_lie_on_another_disk(shelf, own_home, tmp_path, capsys):
+    (tmp_path / "disk" / ".x.partial-abcdefgh").mkdir(parents=True)
+    own_home.mkdir()
+    (own_home / "models").symlink_to(tmp_path / "disk")
+    assert here(capsys, "pull", "tiny-instruct")[0] == 0
+    assert os.listdir(tmp_path / "disk") == ["tiny-instruct"]
+    assert here(capsys, "rm", "-y", "tiny-instruct")[0] == 0
+    assert os.listdir(tmp_path / "disk") == []
+
+
 def test_rm_of_an_export_takes_its_path_or_its_name(shelf, own_home, tmp_path, capsys):
     model = tmp_path / "a.gguf"
     model.write_bytes(GGUF)

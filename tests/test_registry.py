@@ -271,7 +271,7 @@ def test_from_takes_the_gguf_file_and_no_other_one(shelf, tmp_path, capsys):
     assert (code, err) == (0, "kvq: exporting tiny-instruct, once\n")
     code, _, err = here(capsys, "pull", "other-base", "--from", model)
     assert code == 0
-    assert f"no digest of other-base is known: {model} is taken for it" in err
+    assert f"nothing to compare {model} with: it is taken for other-base" in err
 
 
 def test_from_takes_a_checkpoint_folder_or_a_bundle(shelf, tmp_path, tiny_checkpoint, tiny_bundle, capsys, monkeypatch):
