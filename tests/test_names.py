@@ -271,10 +271,11 @@ def test_what_is_close_to_an_unknown_name_is_suggested(capsys):
     one_line(here(capsys, *SHORT, "-m", "folder/gone.gguf"), "no model 'folder/gone.gguf'")
 
 
-def test_a_name_completes(own_home):
-    env = {"COMP_WORDS": "kvq run -m smollm2-360", "COMP_CWORD": "3", "_KVQ_COMPLETE": "bash_complete"}
+@pytest.mark.parametrize("words", ["run -m", "pull", "show", "use", "rm"])
+def test_a_name_completes(words):
+    env = {"COMP_WORDS": f"kvq {words} smollm2-360", "COMP_CWORD": str(len(words.split()) + 1)}
     code = "import sys; sys.argv = ['kvq']; from kvq.runtime.cli import main; main.main()"
-    done = command([sys.executable, "-c", code], env=env)
+    done = command([sys.executable, "-c", code], env={**env, "_KVQ_COMPLETE": "bash_complete"})
     assert done.stdout.split() == ["plain,smollm2-360m", "plain,smollm2-360m-instruct"]
 
 

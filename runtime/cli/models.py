@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, option
+from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, complete_model, option
 
 TITLES = ("model", "from", "size", "weights", "context", "controllers")
 
@@ -98,7 +98,7 @@ def _download(row: dict[str, Any]) -> str:
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_model)
 def use(model: str | None) -> None:
     """Make MODEL the default of all commands; without MODEL, say which one it is.
 
@@ -126,7 +126,7 @@ def use(model: str | None) -> None:
 
 
 @click.command("name", cls=Command, context_settings=SETTINGS)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.argument("name")
 @OFFLINE
 def name_model(model: str, name: str) -> None:
@@ -153,7 +153,7 @@ def name_model(model: str, name: str) -> None:
 
 
 @click.command("rm", cls=Command, context_settings=SETTINGS)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @option("-y", "--yes", is_flag=True, section="Basics", help="Do not ask.")
 def remove(model: str, yes: bool) -> None:
     """Remove MODEL from this machine: what kvq has fetched or exported, or a name. Nothing else is touched.

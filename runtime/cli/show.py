@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.cli.options import SETTINGS, Command, option
+from kvq.runtime.cli.options import SETTINGS, Command, complete_model, option
 
 if TYPE_CHECKING:
     from kvq.runtime.bundle import Architecture
@@ -20,7 +20,7 @@ PAIRS = {"fp16": (16, 16), "int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4), "int2
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object.")
 def show(model: str, as_json: bool) -> None:
     """Show what MODEL is, anything that -m takes: shape, weights, bytes of cache a token. Digests are checked.
