@@ -284,7 +284,7 @@ def test_generating_never_imports_the_export_extra(tiny_bundle):
 
 def long_run(**options) -> subprocess.Popen:
     """A generation of many seconds (the embedded model up to its context); unbuffered reading of what it prints."""
-    arguments = [sys.executable, "-m", "kvq", "run", "-n", "-1", "--ignore-eos", "-s", "1", "Hello"]
+    arguments = [sys.executable, "-m", "kvq", "run", "-m", "kvq-books", "-n", "-1", "--ignore-eos", "-s", "1", "Hello"]
     # A child of a job in the background inherits that interrupts are ignored.
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **options)
