@@ -1,7 +1,7 @@
 """Tokenizers of other formats as text of a Hugging Face tokenizer.json: GGUF metadata, tokenizer.model, vocab + merges.
 
 Only `tokenizers` is needed, to check that the result can be read. What a format does not hold cannot be converted: GGUF
-files say neither whether a special token swallows the spaces beside it (lstrip, rstrip) nor what NFC they normalize by.
+files do not say whether a special token swallows the spaces beside it (lstrip, rstrip).
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> str:
             f"tokenizer model {model[:40]!r} of {name} is not known; known: gpt2 (byte-level BPE), llama"
             " (sentencepiece BPE); give the model's Hugging Face folder with its tokenizer.json"
         )
-    texts = [text or f"[EMPTY_{index}]" for index, text in enumerate(metadata.list("tokens", (str,)))]
+    texts = [text or f"[EMPTY_{index}]" for index, text in enumerate(metadata.values("tokens", (str,)))]
     check_texts(texts, name)
     ids = {key: metadata.id(key, len(texts)) for key in ("bos", "eos", "unknown")}
     if model == "llama":
         return _llama(metadata, texts, ids)
     cut = pre_tokenizer(metadata.text("pre"), name)
     types = metadata.types(len(texts), special=[ids["bos"], ids["eos"]])
-    merges = [_pair(merge, f"merge {index}", name) for index, merge in enumerate(metadata.list("merges", (str,)))]
+    merges = [_pair(merge, f"merge {index}", name) for index, merge in enumerate(metadata.values("merges", (str,)))]
     vocab = {text: index for index, text in enumerate(texts)}
     ends = metadata.ends(texts, ids["bos"], ids["eos"], add_bos=cut.add_bos)
     return _byte_level(vocab, merges, _added(texts, types), cut, ends, name)
@@ -165,7 +165,7 @@ class _Metadata:
             raise damaged(self.name, f"tokenizer.ggml.{key}_token_id is {shown}, of {count} tokens")
         return value
 
-    def list(self, key: str, types: tuple[type, ...], *, length: int | None = None) -> list[Any]:
+    def values(self, key: str, types: tuple[type, ...], *, length: int | None = None) -> list[Any]:
         """A list that must be there, of values of these types, and of this length."""
         values = self.get(key, (list, tuple), "a list")
         if values is None:
@@ -181,7 +181,7 @@ class _Metadata:
         """Types of all tokens; without any in the file, these are control tokens and the others normal."""
         if self.fields.get("tokenizer.ggml.token_type") is None:
             return [CONTROL if index in special else NORMAL for index in range(count)]
-        types = self.list("token_type", (int,), length=count)
+        types = self.values("token_type", (int,), length=count)
         check_types(types, self.name)
         return types
 
@@ -199,7 +199,7 @@ class _Metadata:
 def _llama(metadata: _Metadata, texts: Sequence[str], ids: Mapping[str, int | None]) -> str:
     """A "llama" tokenizer of a GGUF file; ids: of bos, eos, unknown, where the file has them."""
     name, count = metadata.name, len(texts)
-    scores = metadata.list("scores", (float, int), length=count)
+    scores = metadata.values("scores", (float, int), length=count)
     unk, bos, eos = (
         default if ids[key] is None and default < count else ids[key]
         for key, default in (("unknown", LLAMA_UNK), ("bos", LLAMA_BOS), ("eos", LLAMA_EOS))
