@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,14 +81,16 @@ def test_the_exporter_carries_template_and_special_tokens_over(models, pairs, na
     assert carried.encode(messages) == reference.apply_chat_template(messages, add_generation_prompt=True)
 
 
-def test_the_default_of_several_named_templates_is_carried_over(tmp_path):
-    from kvq.exporter.checkpoint import Checkpoint
+def test_the_default_of_several_named_templates_is_carried_over(tiny_checkpoint, tmp_path):
+    from kvq.exporter.sources.huggingface import HuggingFaceFolder
 
-    (tmp_path / "tokenizer_config.json").write_text(
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "tokenizer_config.json").write_text(
         '{"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],'
         ' "bos_token": {"content": "<s>"}, "eos_token": null}'
     )
-    checkpoint = Checkpoint("x", tmp_path, None, None, None, 1.0)
+    checkpoint = HuggingFaceFolder(folder, "x")
     assert checkpoint.chat_template() == "D"
     assert checkpoint.special_tokens() == {"bos_token": "<s>"}
 

@@ -250,6 +250,19 @@ def test_a_document_is_itself_the_question_where_none_is_given(bundle, model, tm
     assert (done.returncode, done.stdout) == (0, answers(model, "Name three ships.")[0] + "\n")
 
 
+def test_a_chat_takes_up_a_document_and_goes_back_to_it(bundle, model, lease, path):
+    assert kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "-q").returncode == 0
+    chat = ["chat", "-m", str(bundle), "-n", "12", "-t", "0", "--ignore-eos"]
+    done = kvq(*chat, input=f"/load {path}\nWhen?\n/undo\nHow much?\n/undo\n/undo\n")
+    texts = [answers(model, text, document=LEASE.rstrip("\n"))[0] for text in ("When?", "How much?")]
+    assert done.stdout == "".join(text + "\n" for text in texts)
+    assert done.returncode == 1  # at the third /undo: the document is not taken back
+    told = done.stderr.splitlines()
+    assert told[0].startswith("0 turns and a document, ")
+    assert told[2].startswith("0 turns and a document, ")
+    assert "nothing to undo" in told[-1]
+
+
 def test_plain_text_stays_plain_text(bundle, model, lease, path):
     done = kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "--raw")
     assert "plain text, read in " in done.stderr

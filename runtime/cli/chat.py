@@ -42,7 +42,7 @@ HELP = """\
 /policy NAME  another precision of cached tokens; the conversation is processed again
 /stats        tokens, bytes and times so far
 /undo         take back the last question and its answer
-/reset        begin anew; the system prompt stays
+/reset        begin anew; --system stays, a document does not
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
 
@@ -67,8 +67,8 @@ def chat(
 
     \b
     Examples:
-      kvq chat -m HuggingFaceTB/SmolLM2-360M-Instruct --kv-bits 4
-      kvq chat -m ./my-bundle "What can I cook from rice and eggs?"
+      kvq chat -m smollm2-360m-instruct --kv-bits 4
+      kvq chat -m smollm2-360m-instruct "What can I cook from rice and eggs?"
       kvq chat -m ./my-bundle --system "Answer in one sentence."
       kvq chat --session talk.kvq
       printf 'Who wrote Emma?\\nWhen was she born?\\n' | kvq chat -m ./my-bundle -q
@@ -273,7 +273,7 @@ class Repl:
 
     def _turns(self) -> str:
         turns = len(self.conversation.turns)
-        return f"{turns} turn{'s' * (turns != 1)}"
+        return f"{turns} turn{'s' * (turns != 1)}" + " and a document" * (self.conversation.document is not None)
 
     def reset(self) -> None:
         """Begin anew."""

@@ -151,7 +151,7 @@ SAMPLING = [
            help="End before TEXT appears; can be repeated."),
     option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", section="Sampling",
            help="End at a token id; can be repeated."),
-    option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past the end-of-text token."),
+    option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past tokens that end a text or an answer."),
 ]  # fmt: skip
 CACHE = [
     option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,

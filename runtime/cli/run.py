@@ -54,7 +54,7 @@ SECONDS_OF_SILENCE = 3
 )
 @options([SYSTEM, RAW, *SESSION])
 @option("--json", "as_json", is_flag=True, section="Basics", help="Print one JSON object with text and statistics.")
-@option("-q", "--quiet", is_flag=True, section="Basics", help="No statistics line.")
+@option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no statistics line.")
 @options(MODEL)
 @options(CACHE)
 @options(SAMPLING)
@@ -77,7 +77,7 @@ def run(
 
     \b
     Examples:
-      kvq-run -m ./my-bundle "What is the capital of France?"
+      kvq-run -m smollm2-135m-instruct "What is the capital of France?"
       cat report.txt | kvq-run -m ./my-bundle "Summarise this in three sentences."
       git diff | kvq-run -m ./my-bundle --system "You review code." "What may break?"
       kvq-run --session lease.kvq --session-readonly "When is the rent due?"
