@@ -150,6 +150,11 @@ void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
     if (chosen) chosen->prepare(p, token, first, end);
 }
 
+void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim) {
+    const kvq_kernel *chosen = choose_kernel(kernel);
+    if (chosen) chosen->rotate(x, heads, head_dim);
+}
+
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
     const kvq_kernel *chosen = choose_kernel(kernel);
     if (chosen) chosen->swiglu(x, n, out);

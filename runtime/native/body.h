@@ -16,6 +16,7 @@
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
                                .prepare = prepare_heads,           \
+                               .rotate = rotate_heads,             \
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
                                .move = move_tokens,                \

@@ -32,6 +32,7 @@ typedef struct {
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
     void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
+    void (*rotate)(float *x, size_t heads, int head_dim);
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                      float *normed);

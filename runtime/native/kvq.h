@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 7 /* raise when a struct or a function below changes */
+#define KVQ_ABI 8 /* raise when a struct or a function below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -78,14 +78,25 @@ typedef struct {
     const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
     const float *cosine, *sine; /* [tokens, head_dim / 2] */
     const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
-    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys */
+    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
     int32_t heads, kv_heads, head_dim;
-    int32_t rotate; /* whether heads are rotated by the Hadamard matrix; head_dim is a power of two then */
+    int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
     int32_t kernel; /* as in kvq_pass */
 } kvq_prepare;
 
-/* Heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys. */
+enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
+
+/* Heads of a token in kvq_prepare's out. */
+static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {
+    return p->heads + p->kv_heads * (p->rotate & KVQ_ROTATE_VALUES ? 2 : 1);
+}
+
+/* Heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys. With a key
+ * goes its value, where values are rotated. */
 void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end);
+
+/* Every head of x [heads, head_dim] rotated in place, by kernel (-1: the best); head_dim is a power of two. */
+void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim);
 
 /* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);

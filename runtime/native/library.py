@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError
 
-ABI = 7
+ABI = 8
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 WINDOW_BITS = 15
 FILE = Path(__file__).with_name("libkvq.so")

@@ -89,9 +89,20 @@ static void run_on_pool(void *context, void (*work)(void *, size_t), size_t coun
     else if (!r->status) r->status = KernelContext_ParallelFor(r->api)(r->context, work, count, count, data);
 }
 
+typedef struct {
+    float *x; /* [tokens, heads, head_dim] */
+    size_t heads;
+    int32_t head_dim, kernel;
+} turned_rows;
+
+static void turn_back(void *data, size_t token) {
+    const turned_rows *t = data;
+    kvq_rotate_heads(t->kernel, t->x + token * t->heads * t->head_dim, t->heads, t->head_dim);
+}
+
 /* kvq::Attention: over the store of the thread's session.
  *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim]
- *   -> [tokens, heads * head_dim];  attributes layer, rotate */
+ *   -> [tokens, heads * head_dim];  attributes layer, rotate (of KVQ_ROTATE_...) */
 static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const node *self = state;
     const kvq_pass *pass = current_pass;
@@ -109,27 +120,31 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .heads = pass->heads,
         .kv_heads = pass->kv_heads,
         .head_dim = pass->head_dim,
-        .rotate = self->rotate && !(d & (d - 1)),
+        .rotate = d & (d - 1) ? 0 : (int32_t)(self->rotate & (KVQ_ROTATE_KEYS | KVQ_ROTATE_VALUES)),
         .kernel = pass->kernel,
     };
     float *out = output(&r, 0, tokens, pass->heads * d);
-    if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * both * d))))
+    const int64_t prepared = kvq_prepared_heads(&prepare);
+    const int turned = prepare.rotate & KVQ_ROTATE_VALUES;
+    if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * prepared * d))))
         fail(&r, "kvq::Attention: no memory");
     if (r.status) return r.status;
 
     const kvq_rows rows = {
         .query = prepare.out,
         .key = prepare.out + pass->heads * d,
-        .value = prepare.qkv + both * d,
+        .value = (turned ? prepare.out : prepare.qkv) + both * d,
         .out = out,
-        .query_stride = both * d,
-        .key_stride = both * d,
+        .query_stride = prepared * d,
+        .key_stride = prepared * d,
         .value_stride = (both + pass->kv_heads) * d,
         .row_squares = self->layer == pass->layers - 1 ? pass->row_squares : NULL,
     };
     if (kvq_prepare_and_attend(pass, (int32_t)self->layer, &rows, &prepare, run_on_pool, &r))
         fail(&r, "kvq::Attention: no memory");
     free(prepare.out);
+    if (turned && !r.status)
+        run_on_pool(&r, turn_back, (size_t)tokens, &(turned_rows){out, (size_t)pass->heads, pass->head_dim, pass->kernel});
     return r.status;
 }
 

@@ -3,6 +3,7 @@
 #define KVQ_PREPARE_H
 
 #include <math.h>
+#include <string.h>
 
 #include "vector.h"
 
@@ -53,17 +54,25 @@ INLINE void hadamard(float *x, int n) {
     for (int c = 0; c < n; c++) x[c] *= scale;
 }
 
+static void rotate_heads(float *x, size_t heads, int d) {
+    for (size_t h = 0; h < heads; h++, x += d) d == 64 ? hadamard(x, 64) : hadamard(x, d);
+}
+
 static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
     const int d = p->head_dim;
     const float *x = p->qkv + (token * (p->heads + 2 * p->kv_heads) + first) * d;
     const float *cosine = p->cosine + token * (d / 2), *sine = p->sine + token * (d / 2);
-    float *out = p->out + (token * (p->heads + p->kv_heads) + first) * d;
+    float *out = p->out + (token * kvq_prepared_heads(p) + first) * d;
     for (int h = first; h < end; h++, x += d, out += d) {
         rotary(x, cosine, sine, d / 2, out);
-        if (p->rotate) d == 64 ? hadamard(out, 64) : hadamard(out, d);
+        if (p->rotate & KVQ_ROTATE_KEYS) rotate_heads(out, 1, d);
         if (h < p->heads) continue;
         const float *mean = p->mean_key + (size_t)(h - p->heads) * d;
         for (int c = 0; c < d; c++) out[c] -= mean[c];
+        if (!(p->rotate & KVQ_ROTATE_VALUES)) continue;
+        float *value = out + p->kv_heads * d;
+        memcpy(value, x + p->kv_heads * d, sizeof(float) * d);
+        rotate_heads(value, 1, d);
     }
 }
 

@@ -192,29 +192,31 @@ static void check_add_norm(void) {
 static void check_prepare(int kernel) {
     static const int dims[] = {8, 24, 64, 128, 256};
     for (int i = 0; i < 4 * LENGTH(dims); i++) {
-        const int d = dims[i / 4], half = d / 2, heads = 3, kv_heads = 2, tokens = 2, rotate = i % 2 && !(d & (d - 1));
+        const int d = dims[i / 4], half = d / 2, heads = 3, kv_heads = 2, tokens = 2, rotate = d & (d - 1) ? 0 : i % 4;
         float *qkv = random_rows(tokens, (heads + 2 * kv_heads) * d, (heads + 2 * kv_heads) * d);
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
-        float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + kv_heads) * d);
+        float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + 2 * kv_heads) * d);
         const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
         for (int n = tokens * (heads + kv_heads); n-- > 0;)
             kvq_prepare_heads(&prepare, n / (heads + kv_heads), n % (heads + kv_heads), n % (heads + kv_heads) + 1);
+        const int prepared = heads + kv_heads * (rotate & 2 ? 2 : 1);
         double worst = 0;
         for (int t = 0; t < tokens; t++)
-            for (int h = 0; h < heads + kv_heads; h++) {
+            for (int h = 0; h < prepared; h++) {
+                const int value = h >= heads + kv_heads, turn = value ? rotate & 2 : rotate & 1;
                 const float *x = qkv + (t * (heads + 2 * kv_heads) + h) * d;
                 double turned[256];
                 for (int c = 0; c < half; c++) {
                     const double a = x[c], b = x[half + c];
-                    turned[c] = a * cosine[t * half + c] - b * sine[t * half + c];
-                    turned[half + c] = b * cosine[t * half + c] + a * sine[t * half + c];
+                    turned[c] = value ? a : a * cosine[t * half + c] - b * sine[t * half + c];
+                    turned[half + c] = value ? b : b * cosine[t * half + c] + a * sine[t * half + c];
                 }
                 for (int c = 0; c < d; c++) {
-                    double expected = rotate ? 0 : turned[c];
-                    for (int k = 0; rotate && k < d; k++) /* Sylvester's matrix */
+                    double expected = turn ? 0 : turned[c];
+                    for (int k = 0; turn && k < d; k++) /* Sylvester's matrix */
                         expected += (__builtin_parity(c & k) ? -turned[k] : turned[k]) / sqrt(d);
-                    if (h >= heads) expected -= mean[(h - heads) * d + c];
-                    worst = fmax(worst, fabs(out[(t * (heads + kv_heads) + h) * d + c] - expected));
+                    if (h >= heads && !value) expected -= mean[(h - heads) * d + c];
+                    worst = fmax(worst, fabs(out[(t * prepared + h) * d + c] - expected));
                 }
             }
         if (!(worst < 1e-5)) fail("%s: prepare: error %g; head_dim %d, rotate %d", kvq_kernel_name(kernel), worst, d, rotate);
