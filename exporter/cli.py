@@ -19,10 +19,11 @@ from kvq.runtime.errors import PromptError
 @click.option(
     "-w",
     "--weights",
-    type=click.Choice(["fp32", "int8", "int4"]),
-    default="int4",
+    type=click.Choice(["auto", "fp32", "int8", "int4"]),
+    default="auto",
     show_default=True,
-    help="Precision of the layers' weights; embedding and head take 8 bits when not fp32.",
+    help="Of the layers' weights: auto leaves blocks of the source that are multiplied as they are and takes 8 bits"
+    " for the rest. Embedding and head take 8 bits when not fp32.",
 )
 @click.option(
     "--activations",
@@ -61,12 +62,13 @@ def export(
 ) -> None:
     """Convert CHECKPOINT to a bundle in the folder OUT.
 
-    CHECKPOINT is a Hugging Face folder or a hub id of a Llama-architecture model.
+    CHECKPOINT is a .gguf file, a Hugging Face folder or a hub id of a Llama-architecture model.
 
     \b
     Examples:
+      kvq export SmolLM2-360M-Instruct.Q8_0.gguf smollm2-360m
+      kvq export ./my-checkpoint my-bundle --weights int4
       kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq export ./my-checkpoint my-bundle --weights int8
     """  # fmt: skip
     if layout == "single":
         _single(ctx, checkpoint, out)
