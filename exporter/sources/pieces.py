@@ -101,7 +101,8 @@ def read_model(data: bytes, name: str) -> Pieces:
     settings = {2: trainer, 3: normalizer, 5: denormalizer}
     for number, value in _fields(data, name):
         if number == 1:
-            piece = {1: b"", 2: b"\0\0\0\0", 3: NORMAL} | _known(_fields(_nested(value, name), name), _PIECE, name)
+            piece: dict[int, Any] = {1: b"", 2: b"\0\0\0\0", 3: NORMAL}
+            piece |= _known(_fields(_nested(value, name), name), _PIECE, name)
             texts.append(_text(piece[1], name))
             scores.append(struct.unpack("<f", piece[2])[0])
             types.append(piece[3])
