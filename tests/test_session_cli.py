@@ -120,7 +120,7 @@ def test_info_of_a_session_and_of_a_bundle(tiny_bundle, path):
     with_session(tiny_bundle, path, "-p", "mixed", "--recent", "3", "Hello")
     done = kvq("info", str(path))
     assert (done.returncode, done.stderr) == (0, "")
-    for part in ("session of ", "policy mixed; recent 3, sink 0", "model tiny", "recent 3"):
+    for part in ("session of ", "policy mixed; recent 3, sink 4", "model tiny", "recent 3"):
         assert part in done.stdout
     found = json.loads(kvq("info", "--json", str(path)).stdout)
     assert (found["kind"], found["policy"], found["nbytes"]) == ("session", "mixed", path.stat().st_size)
