@@ -63,7 +63,8 @@ def why_empty(
         template: that it was asked through, if through one.
         generation: options of `Session.generate`.
     """
-    if text.strip() or last is None or last.finish_reason is None:
+    shown = text if template is None else text.strip()  # blanks are a text, but no answer
+    if shown or last is None or last.finish_reason is None:
         return None
     what = "the text" if template is None else "its answer"
     tokens = last.index + 1

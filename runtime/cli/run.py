@@ -118,7 +118,7 @@ def run(
     if as_json:
         result |= {"prompt": text, "template": conversation is not None, "empty": empty}
         click.echo(json.dumps(result | {"stats": session.stats().as_dict()}, ensure_ascii=False))
-    elif empty:
+    elif empty and (say or result["finish_reason"] == "stop"):  # who asks for one token and quiet knows
         click.echo(f"kvq: {empty}", err=True)
     if say:
         say(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}")
