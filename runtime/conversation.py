@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import index
-from typing import TYPE_CHECKING, Any, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
 
 from kvq.runtime.bundle import CHAT_TEMPLATE
 from kvq.runtime.chat import REPLY
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.generate import Progress, Response
 from kvq.runtime.sampling import SamplingOptions
+from kvq.runtime.turns import KEY, Document, Turn, from_metadata, to_metadata
 
 if TYPE_CHECKING:
     from kvq.runtime.model import Model
     from kvq.runtime.session import Session
 
-# Where `Session.metadata`, and so a saved session, holds the conversation.
-KEY = "chat"
 # Between a document and what is asked about it: a paragraph of its own.
 BREAK = "\n\n"
 # What a question may begin with. The tokens of a document that all of them leave as they are can be cached before
 # the question is known; "" closes the turn at once.
 BEGINNINGS = ("", "What", "what", " what", "1", ".", '"', "\n", "\n\n\nWhat", "\t", "é", "日", "😀")
-
-
-@dataclass
-class Turn:
-    """A question and its reply, as places in the session.
-
-    Attributes:
-        start: tokens cached before the question; None if the template has rewritten earlier turns for it.
-        pending: `Session.pending` before the question.
-        prompt: tokens cached when the reply began.
-        document: characters of the question that were read ahead of it, see `Conversation.read`.
-        read: tokens cached when they had been read, and what is left of them after `undo`.
-    """
-
-    start: int | None
-    pending: list[int]
-    prompt: int
-    document: int = 0
-    read: int = 0
-
-
-@dataclass
-class Document:
-    """The beginning of a question that has been read while the rest is not known: a turn left open.
-
-    Attributes:
-        text: of it.
-        start: tokens cached before it.
-        pending: `Session.pending` before it.
-    """
-
-    text: str
-    start: int = 0
-    pending: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,7 +70,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.document: Document | None = None
         if KEY in session.metadata:
-            self.messages, self.turns, self.document = _parsed(
+            self.messages, self.turns, self.document = from_metadata(
                 session.metadata[KEY], len(session.tokens), session.model.architecture.vocab
             )
             if system is not None:
@@ -332,14 +296,7 @@ class Conversation:
         self._remember()
 
     def _remember(self) -> None:
-        rows: list[list[Any]] = []
-        for turn in self.turns:
-            ahead = [turn.document, turn.read] if turn.document else []
-            rows.append([turn.start, turn.pending, turn.prompt, *ahead])
-        kept: dict[str, Any] = {"messages": self.messages, "turns": rows}
-        if self.document is not None:
-            kept["document"] = dict(vars(self.document))
-        self.session.metadata[KEY] = kept
+        self.session.metadata[KEY] = to_metadata(self.messages, self.turns, self.document)
 
     def _cut(self, length: int, pending: list[int]) -> None:
         """Leave so many tokens in the cache, and these behind it."""
@@ -439,47 +396,3 @@ def _shared(first: Sequence[int], *others: Sequence[int]) -> int:
 def _behind(progress: Progress, before: int, total: int) -> Progress:
     """Progress of a part of the tokens, as that of all of them."""
     return lambda done, _: progress(min(before + done, total), total)
-
-
-def _parsed(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], list[Turn], Document | None]:
-    """Messages, turns and open document from a session's metadata, which may come from anybody's file."""
-    try:
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
-        turns = [
-            Turn(None if start is None else index(start), [index(token) for token in pending], *map(index, places))
-            for start, pending, *places in data["turns"]
-        ]
-        roles = [message["role"] for message in messages]
-        if roles != ["system"] * (len(roles) % 2) + ["user", "assistant"] * len(turns):
-            raise ValueError(f"roles {roles}")
-        document = None
-        if "document" in data:
-            kept = data["document"]
-            document = Document(str(kept["text"]), index(kept["start"]), [index(token) for token in kept["pending"]])
-            if not document.text.strip():
-                raise ValueError("an empty document")
-        _check_places(
-            turns, document, [len(message["content"]) for message in messages[len(messages) % 2 :: 2]], tokens
-        )
-        pending = [token for part in (*turns, document) if part is not None for token in part.pending]
-        if not all(0 <= token < vocab for token in pending):
-            raise ValueError("ids outside the vocabulary")
-    except (KeyError, TypeError, ValueError) as error:
-        raise PromptError(
-            f"the session's conversation is damaged ({type(error).__name__}: {error}); begin a new one"
-        ) from None
-    return messages, turns, document
-
-
-def _check_places(turns: list[Turn], document: Document | None, lengths: list[int], tokens: int) -> None:
-    """Raise ValueError for places that do not follow each other, or lie beyond the tokens of the session."""
-    places = [0]
-    for turn in turns:
-        if turn.start is not None:
-            places += [turn.start, *([turn.read] if turn.document else []), turn.prompt]
-    if document is not None:
-        places.append(document.start)
-    if places != sorted(places) or places[-1] > tokens or any(turn.prompt > tokens for turn in turns):
-        raise ValueError(f"turns at {places} of {tokens} tokens")
-    if not all(0 <= turn.document <= length for turn, length in zip(turns, lengths, strict=True)):
-        raise ValueError("documents longer than the questions they are in")

@@ -79,7 +79,7 @@ def run(
     Examples:
       kvq-run -m smollm2-135m-instruct "What is the capital of France?"
       cat report.txt | kvq-run -m ./my-bundle "Summarise this in three sentences."
-      git diff | kvq-run -m ./my-bundle --system "You review code." "What may break?"
+      git diff | kvq-run -m ./my-bundle --system "You review code." "Any bugs?"
       kvq-run --session lease.kvq --session-readonly "When is the rent due?"
       kvq-run -f notes.txt --kv-bits 3.5 --json "What is still to be done?"
       kvq-run "The ship left the harbour"

@@ -1,0 +1,102 @@
+"""Where the turns of a conversation stand in its session, and how a session's metadata keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+from kvq.runtime.errors import PromptError
+
+# Where `Session.metadata`, and so a saved session, holds the conversation.
+KEY = "chat"
+
+
+@dataclass
+class Turn:
+    """A question and its reply, as places in the session.
+
+    Attributes:
+        start: tokens cached before the question; None if the template has rewritten earlier turns for it.
+        pending: `Session.pending` before the question.
+        prompt: tokens cached when the reply began.
+        document: characters of the question that were read ahead of it, see `Conversation.read`.
+        read: tokens cached when they had been read, and what is left of them after `undo`.
+    """
+
+    start: int | None
+    pending: list[int]
+    prompt: int
+    document: int = 0
+    read: int = 0
+
+
+@dataclass
+class Document:
+    """The beginning of a question that has been read while the rest is not known: a turn left open.
+
+    Attributes:
+        text: of it.
+        start: tokens cached before it.
+        pending: `Session.pending` before it.
+    """
+
+    text: str
+    start: int = 0
+    pending: list[int] = field(default_factory=list)
+
+
+def to_metadata(messages: list[dict[str, str]], turns: list[Turn], document: Document | None) -> dict[str, Any]:
+    """JSON values that `from_metadata` reads."""
+    rows: list[list[Any]] = []
+    for turn in turns:
+        ahead = [turn.document, turn.read] if turn.document else []
+        rows.append([turn.start, turn.pending, turn.prompt, *ahead])
+    kept: dict[str, Any] = {"messages": messages, "turns": rows}
+    if document is not None:
+        kept["document"] = dict(vars(document))
+    return kept
+
+
+def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], list[Turn], Document | None]:
+    """Messages, turns and open document from a session's metadata, which may come from anybody's file."""
+    try:
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+        turns = [
+            Turn(None if start is None else index(start), [index(token) for token in pending], *map(index, places))
+            for start, pending, *places in data["turns"]
+        ]
+        roles = [message["role"] for message in messages]
+        if roles != ["system"] * (len(roles) % 2) + ["user", "assistant"] * len(turns):
+            raise ValueError(f"roles {roles}")
+        document = None
+        if "document" in data:
+            kept = data["document"]
+            document = Document(str(kept["text"]), index(kept["start"]), [index(token) for token in kept["pending"]])
+            if not document.text.strip():
+                raise ValueError("an empty document")
+        _check_places(
+            turns, document, [len(message["content"]) for message in messages[len(messages) % 2 :: 2]], tokens
+        )
+        pending = [token for part in (*turns, document) if part is not None for token in part.pending]
+        if not all(0 <= token < vocab for token in pending):
+            raise ValueError("ids outside the vocabulary")
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptError(
+            f"the session's conversation is damaged ({type(error).__name__}: {error}); begin a new one"
+        ) from None
+    return messages, turns, document
+
+
+def _check_places(turns: list[Turn], document: Document | None, lengths: list[int], tokens: int) -> None:
+    """Raise ValueError for places that do not follow each other, or lie beyond the tokens of the session."""
+    places = [0]
+    for turn in turns:
+        if turn.start is not None:
+            places += [turn.start, *([turn.read] if turn.document else []), turn.prompt]
+    if document is not None:
+        places.append(document.start)
+    if places != sorted(places) or places[-1] > tokens or any(turn.prompt > tokens for turn in turns):
+        raise ValueError(f"turns at {places} of {tokens} tokens")
+    if not all(0 <= turn.document <= length for turn, length in zip(turns, lengths, strict=True)):
+        raise ValueError("documents longer than the questions they are in")
