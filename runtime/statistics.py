@@ -62,6 +62,11 @@ class Stats:
     gb_per_s: float | None
     huge_weight_nbytes: int
 
+    @property
+    def policy_text(self) -> str:
+        """Name of the policy for people, with the reason for it where there is one."""
+        return f"policy {self.policy}" + (f" ({self.policy_reason})" if self.policy_reason else "")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
@@ -73,8 +78,7 @@ class Stats:
             taken, used = f"{self.kv_bits:.2f}", f"{self.kv_used_bits:.2f}"
             parts[0] += f" ({taken} bits/value" + (")" if used == taken else f", {used} without free room)")
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
-        policy = f"policy {self.policy}" + (f" ({self.policy_reason})" if self.policy_reason else "")
-        parts.append(f"{policy}: {', '.join(held)}" if held else policy)
+        parts.append(f"{self.policy_text}: {', '.join(held)}" if held else self.policy_text)
         if self.prefill_tokens_per_s is not None:
             parts.append(
                 f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s"

@@ -118,6 +118,7 @@ def test_commands_tell_it_once_on_stderr(tiny_bundle, tmp_path):
     assert (done.returncode, notes(done.stderr)) == (0, 1)
     done = command("inspect", "-m", str(tiny_bundle), "Hello there")
     assert (done.returncode, notes(done.stderr)) == (0, 1)
+    assert "policy rule (no trained controller)" in done.stderr
     done = command("chat", "-m", str(tiny_bundle), *budget, "-n", "3", input="Hi\n/reset\nHi\n")
     assert (done.returncode, notes(done.stderr)) == (0, 1)
     done = command("chat", "-m", str(tiny_bundle), *budget, "-n", "3", "-q", input="Hi\n")

@@ -72,9 +72,9 @@ def html(inspection: Inspection) -> str:
     """The page. Every piece of the text in it is made visible first and escaped then."""
     stats = inspection.stats
     pairs = sorted({token.chosen for token in inspection.tokens}, reverse=True)
-    name, policy = (escape(visible(part)) for part in (inspection.model, stats.policy))
+    name, policy = (escape(visible(part)) for part in (inspection.model, stats.policy_text))
     about = [
-        f"model {name}, policy {policy}",
+        f"model {name}, {policy}",
         f"{stats.tokens:,} tokens in {size(stats.kv_nbytes)}",
         f"{stats.kv_bits or 0:.2f} bits per value, all told",
     ]

@@ -138,7 +138,7 @@ def table(inspection: Inspection, color: bool) -> str:
         lines.append((swatch + "  ".join(cells)).rstrip())
     window = "underlined" if color else f"marked {WINDOW_MARK}"
     model = visible(inspection.model)
-    about = [f"{stats.tokens} tokens cached in {size(stats.kv_nbytes)} | policy {stats.policy} | model {model}"]
+    about = [f"{stats.tokens} tokens cached in {size(stats.kv_nbytes)} | {stats.policy_text} | model {model}"]
     if stats.recent:
         about.append(f"{window}: the newest {stats.recent}, at 16 bits until they leave the window")
     if any(len({token.chosen for token in cell}) > 1 for cell in inspection.cells()):
