@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kvq.exporter.architectures.rope import frequencies
 from kvq.exporter.sources.base import Source, positive
-from kvq.runtime.bundle import Architecture
+from kvq.runtime.bundle import MOST, MOST_FEATURES, Architecture
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -18,6 +18,13 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 EPSILON, CONTEXT = 1e-6, 2048
 # Anything else would be another computation.
 ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+
+# What config.json calls the parts of an `Architecture`.
+FIELDS = {
+    "layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "vocab": "vocab_size",
+    "context": "max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,17 @@ class Llama:
                 raise UnsupportedArchitectureError(f"{name} has {field}={value!r:.80}; kvq supports {supported!r} only")
         shape = _shape(config, name)
         epsilon = config.get("rms_norm_eps", EPSILON)
-        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
-            raise CheckpointError(f"config.json of {name} has rms_norm_eps={epsilon!r:.60}; fix it: it must be small")
-        inv_freq, rope_scale = frequencies(config, shape.head_dim, shape.context, name)
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+            raise CheckpointError(
+                f"config.json of {name} has rms_norm_eps={epsilon!r:.60}; fix it: it must be small, above 0"
+            )
         biases = {part: config.get("attention_bias") is True for part in ("q_proj", "k_proj", "v_proj", "o_proj")}
         biases |= {part: config.get("mlp_bias") is True for part in ("gate_proj", "up_proj", "down_proj")}
-        found = cls(shape, float(epsilon), config.get("tie_word_embeddings") is True, inv_freq, rope_scale, biases)
-        found._check(source)
-        return found
+        tied = config.get("tie_word_embeddings") is True
+        found = cls(shape, float(epsilon), tied, np.empty(0, np.float32), 1.0, biases)
+        found._check(source)  # from here on, sizes are those of arrays that are there
+        inv_freq, rope_scale = frequencies(config, shape.head_dim, shape.context, name)
+        return replace(found, inv_freq=inv_freq, rope_scale=rope_scale)
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter there must be."""
@@ -93,7 +103,13 @@ class Llama:
 
     def _check(self, source: Source) -> None:
         """Compare what there is with what there must be."""
-        there, wanted = source.shapes, self.parameters()
+        there = source.shapes
+        if self.shape.layers > len(there):
+            raise CheckpointError(
+                f"{source.name} has num_hidden_layers={self.shape.layers} and only {len(there)} weights; check that"
+                " configuration and weights belong together"
+            )
+        wanted = self.parameters()
         bad = sorted(name for name, shape in wanted.items() if there.get(name) != shape)
         if bad:
             has = f"has the shape {there[bad[0]]}, not {wanted[bad[0]]}" if bad[0] in there else "is missing"
@@ -102,11 +118,12 @@ class Llama:
                 f" {bad[0]}, which {has}; check that configuration and weights belong together"
             )
         # A bias that the configuration does not speak of would be left out, and the text be another one.
-        foreign = sorted(name for name in there if name.endswith("_proj.bias") and name not in wanted)
+        ours = (name for name in there if name.startswith(("model.", "lm_head.")))
+        foreign = sorted(name for name in ours if name.endswith(".bias") and name not in wanted)
         if foreign:
             raise UnsupportedArchitectureError(
-                f"{source.name} has {foreign[0]}, of which its configuration says nothing; kvq supports biases where"
-                " attention_bias or mlp_bias says so"
+                f"{source.name} has {foreign[0]}, of which its configuration says nothing; kvq supports biases of"
+                " projections where attention_bias or mlp_bias says so"
             )
 
 
@@ -122,7 +139,7 @@ def _shape(config: Mapping[str, Any], name: str) -> Architecture:
             f"{name} has head_dim {head_dim}, {heads} heads and {kv_heads} KV heads; head_dim must be a multiple of 8,"
             " heads of KV heads"
         )
-    return Architecture(
+    shape = Architecture(
         layers=integer("num_hidden_layers"),
         hidden=hidden,
         ffn=integer("intermediate_size"),
@@ -132,3 +149,8 @@ def _shape(config: Mapping[str, Any], name: str) -> Architecture:
         vocab=integer("vocab_size"),
         context=integer("max_position_embeddings", CONTEXT),
     )
+    for part, field in FIELDS.items():  # a manifest of more would be refused by whoever reads it
+        value, most = getattr(shape, part), MOST.get(part, MOST_FEATURES)
+        if value > most:
+            raise UnsupportedArchitectureError(f"{name} has {field}={value}; kvq supports at most {most}")
+    return shape

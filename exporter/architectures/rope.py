@@ -8,20 +8,42 @@ from typing import Any
 
 import numpy as np
 
+from kvq.exporter.sources.base import positive_number
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency.
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
+# What a scaling holds beside its kind that must be a positive number.
+NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow",
+)  # fmt: skip
 
 
-def settings(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Base and scaling of a config.json in any dialect: rope_theta with rope_scaling, or rope_parameters."""
-    parameters = config.get("rope_parameters")
-    scaling = dict(config.get("rope_scaling") or {})
-    if isinstance(parameters, Mapping):  # transformers 5: the base stands inside
-        scaling = dict(parameters) | scaling
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    return theta, scaling
+def settings(config: Mapping[str, Any], name: str) -> tuple[float, dict[str, Any]]:
+    """Base and scaling of a config.json in any dialect: rope_theta with rope_scaling, or rope_parameters.
+
+    Raises:
+        CheckpointError: one of them is not what it must be.
+        UnsupportedArchitectureError: only a part of every head is rotated.
+    """
+    what = f"the configuration of {name} has"
+    scaling: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):  # the first is of transformers 5: the base stands inside
+        part = config.get(field)
+        if part is not None and not isinstance(part, Mapping):
+            raise CheckpointError(f"{what} {field}={part!r:.60}; fix it: it must be an object")
+        scaling |= part or {}
+    inside, outside = scaling.pop("rope_theta", None), config.get("rope_theta")
+    theta = outside if inside is None else inside
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedArchitectureError(
+            f"{what} partial_rotary_factor={scaling['partial_rotary_factor']!r:.60}; kvq supports 1.0 only"
+        )
+    for field in NUMBERS:
+        if scaling.get(field) is not None:
+            positive_number(scaling[field], f"{what} rope_scaling with {field}")
+    return positive_number(10000.0 if theta is None else theta, f"{what} rope_theta"), scaling
 
 
 def kind_of(scaling: Mapping[str, Any]) -> str:
@@ -42,7 +64,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: st
         UnsupportedArchitectureError: a scaling that is not in `KINDS`.
         CheckpointError: a scaling that lacks what it needs, or holds something that is no number.
     """
-    theta, scaling = settings(config)
+    theta, scaling = settings(config, name)
     kind = kind_of(scaling)
     if kind not in KINDS:
         raise UnsupportedArchitectureError(
@@ -50,14 +72,15 @@ def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: st
         )
     try:
         plain = float(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
-        found, factor = _SCALED[kind](plain, scaling, context)
-        found = np.asarray(found, np.float32)
+        with np.errstate(all="ignore"):
+            found, factor = _SCALED[kind](plain, scaling, context)
+            found = np.asarray(found, np.float32)
         if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or not math.isfinite(factor):
             raise ValueError(f"frequencies {found!r:.40}")
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix config.json or"
-            " download it again"
+            f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix it or"
+            " download the model again"
         ) from None
     return found, factor
 

@@ -15,6 +15,8 @@ from kvq.runtime.errors import CheckpointError
 
 # Names that a chat template may use, as Hugging Face calls them.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Characters of a text that goes from a checkpoint into a manifest, whose size is bounded.
+LONGEST_TEXT = 512
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Source(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of it: JSON values."""
-        return {"name": self.name, "sha256": self.digest, "licence": self.licence}
+        licence = self.licence
+        return {"name": self.name, "sha256": self.digest, "licence": licence and licence[:LONGEST_TEXT]}
 
 
 def short(error: BaseException) -> str:
@@ -119,11 +122,22 @@ def short(error: BaseException) -> str:
 
 
 def positive(value: Any, what: str) -> int:
-    """A positive integer from a file.
+    """A positive integer of 31 bits from a file.
 
     Raises:
         CheckpointError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive integer below 2^31")
+    return value
+
+
+def positive_number(value: Any, what: str) -> float:
+    """A positive number from a file.
+
+    Raises:
+        CheckpointError: it is none, or larger than any that has a meaning.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive number below 1e12")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from kvq.exporter.sources.base import SPECIAL_TOKENS, Blocks, Source, positive, short
+from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Blocks, Source, positive, positive_number, short
 from kvq.exporter.sources.gguf_header import Tensor, read_header
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
@@ -26,7 +27,7 @@ LAYER = {
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Computed from the configuration or carried in it, so no parameter.
 NO_PARAMETERS = {"rope_freqs.weight"}
-IN_LAYER = re.compile(r"blk\.(\d{1,4})\.([a-z_]+)\.(weight|bias)")
+IN_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(weight|bias)")
 FLOATS = {Type.F32, Type.F16, Type.BF16}
 TYPES = FLOATS | {
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
@@ -81,7 +82,7 @@ class GgufFile(Source):
             if tensor.type not in TYPES:
                 known = ", ".join(sorted(t.name for t in TYPES))
                 raise UnsupportedArchitectureError(
-                    f"{path.name} stores {theirs} as {tensor.type.name}; known: {known}"
+                    f"{path.name} stores {theirs!r:.60} as {tensor.type.name}; known: {known}"
                 )
         self._factors = tensors.get("rope_freqs.weight")
         self.config = self._config()
@@ -96,7 +97,7 @@ class GgufFile(Source):
         if stem in WHOLE and part in ("weight", "bias"):
             return f"{WHOLE[stem]}.{part}"
         raise UnsupportedArchitectureError(
-            f"{self.path.name} has a tensor {theirs:.60}, which a Llama does not; kvq exports the Llama architecture"
+            f"{self.path.name} has a tensor {theirs!r:.60}, which a Llama does not; kvq exports the Llama architecture"
             " only"
         )
 
@@ -108,11 +109,15 @@ class GgufFile(Source):
             if value is None and not needed:
                 continue
             what = f"{self.path.name} has llama.{key}"
-            if kind is int:
-                value = positive(value, what)
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-                raise CheckpointError(f"{what}={value!r:.60}; fix it: it must be a positive number")
-            config[field] = value
+            config[field] = positive(value, what) if kind is int else positive_number(value, what)
+        layers = config["num_hidden_layers"]
+        surplus = [name for name in self._tensors if name.startswith("model.layers.") and _layer(name) >= layers]
+        if surplus:
+            raise CheckpointError(
+                f"{self.path.name} has {surplus[0]}, but {layers} layers by llama.block_count; download it again"
+            )
+        for field, part in (("attention_bias", ".self_attn."), ("mlp_bias", ".mlp.")):
+            config[field] = any(part in name and name.endswith(".bias") for name in self._tensors)
         for key in ("expert_count", "expert_used_count"):
             if self.fields.get(f"llama.{key}"):
                 raise UnsupportedArchitectureError(f"{self.path.name} is a mixture of experts; kvq supports one only")
@@ -133,27 +138,54 @@ class GgufFile(Source):
             raise UnsupportedArchitectureError(
                 f"{self.path.name} rotates only part of a head; kvq supports rotary embedding of the whole head only"
             )
-        if scaling := self._rope_scaling(config["max_position_embeddings"]):
+        if scaling := self._rope_scaling(config["max_position_embeddings"], head_dim):
             config["rope_scaling"] = scaling
         return config
 
-    def _rope_scaling(self, context: int) -> dict[str, Any] | None:
-        """`rope_scaling` of config.json; factors of single frequencies as kvq's own kind."""
+    def _rope_scaling(self, context: int, head_dim: int) -> dict[str, Any] | None:
+        """`rope_scaling` of config.json as llama.cpp reads the fields; factors of frequencies as kvq's own kind."""
         field = self.fields.get
-        kind = field("llama.rope.scaling.type", "none")
-        factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear"))
-        if self._factors is not None:
-            factors = self._decoded(self._factors, "rope_freqs.weight")
-            return {"rope_type": "factors", "factors": factors.astype(np.float64).tolist()}
-        if kind == "none" and factor in (None, 0, 1):
-            return None
-        if kind in ("none", "linear"):
-            return {"rope_type": "linear", "factor": factor}
-        scaling = {"rope_type": kind, "factor": factor}
-        scaling["original_max_position_embeddings"] = field("llama.rope.scaling.original_context_length", context)
-        if (attention := field("llama.rope.scaling.attn_factor")) is not None:
-            scaling["attention_factor"] = attention
-        return scaling
+        kind = field("llama.rope.scaling.type", "linear")
+        factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear")) or 1
+        if kind == "none" or (kind == "linear" and factor == 1):
+            scaling = None
+        elif kind == "yarn":
+            scaling = {
+                "rope_type": kind,
+                "factor": positive_number(factor, f"{self.path.name} has rope.scaling.factor"),
+            }
+            scaling["original_max_position_embeddings"] = field("llama.rope.scaling.original_context_length", context)
+            # llama.cpp multiplies with it, transformers takes it instead of its own.
+            attention = positive_number(
+                field("llama.rope.scaling.attn_factor", 1.0), f"{self.path.name} has rope.scaling.attn_factor"
+            )
+            scaling["attention_factor"] = attention * (1 + 0.1 * math.log(max(1, factor)))
+            for key in ("beta_fast", "beta_slow"):
+                scaling[key] = field(f"llama.rope.scaling.yarn_{key}")
+            if field("llama.rope.scaling.yarn_log_multiplier"):
+                raise UnsupportedArchitectureError(
+                    f"{self.path.name} has llama.rope.scaling.yarn_log_multiplier; kvq supports YaRN without it only"
+                )
+        else:
+            scaling = {"rope_type": kind, "factor": factor}
+        if self._factors is None:
+            return scaling
+        if scaling is not None:
+            raise UnsupportedArchitectureError(
+                f"{self.path.name} has rope_freqs.weight and llama.rope.scaling.type {kind!r:.60}; kvq supports"
+                " one of them only"
+            )
+        if self._factors.shape != (head_dim // 2,) or self._factors.type not in FLOATS:
+            raise CheckpointError(
+                f"rope_freqs.weight of {self.path.name} has the shape {self._factors.shape} and the type"
+                f" {self._factors.type.name}, not {(head_dim // 2,)} and a float; download the file again"
+            )
+        factors = self._decoded(self._factors, "rope_freqs.weight")
+        if not np.isfinite(factors).all() or (factors <= 0).any():
+            raise CheckpointError(
+                f"rope_freqs.weight of {self.path.name} holds what is no positive number; download the file again"
+            )
+        return {"rope_type": "factors", "factors": factors.astype(np.float64).tolist()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -233,10 +265,10 @@ class GgufFile(Source):
             index = self.fields.get(f"tokenizer.ggml.{key}_token_id")
             if isinstance(tokens, list) and isinstance(index, int) and 0 <= index < len(tokens):
                 found[name] = str(tokens[index])
-        return found
+        return {name: text for name, text in found.items() if len(text) <= LONGEST_TEXT}
 
     def eos_token_ids(self) -> list[int]:
-        ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
         return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config["vocab_size"]})
 
     @cached_property
@@ -254,6 +286,11 @@ class GgufFile(Source):
         for tensor in self._tensors.values():
             counts[tensor.type.name] = counts.get(tensor.type.name, 0) + 1
         return super().describe() | {"format": "gguf", "types": counts}
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a parameter belongs to."""
+    return int(name.split(".")[2])
 
 
 def _scales(raw: np.ndarray, type_: Type) -> np.ndarray:

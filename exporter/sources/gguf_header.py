@@ -8,9 +8,10 @@ back; here every count and offset is compared with what the file has left.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -25,8 +26,9 @@ SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 MOST_DIMS, MOST_NAME, ALIGNMENT = 4, 1 << 16, 32
-# The header is read whole; tokenizers of 256,000 tokens take some 10 MB.
-HEADER_BYTES = 1 << 28
+# Bounds on what an untrusted header makes of memory: a byte of an array becomes a Python object. Tokenizers of 256,000
+# tokens have three arrays of that and some 600,000 merges, and take some 10 MB.
+HEADER_BYTES, MOST_ELEMENTS, MOST_ENTRIES = 1 << 26, 1 << 22, 1 << 16
 
 
 class Tensor(NamedTuple):
@@ -57,40 +59,45 @@ def read_header(path: Path) -> Header:
         CheckpointError: no GGUF file, one of another version or byte order, cut short, or one whose counts, types
             or offsets do not fit its size.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write
+        raise CheckpointError(f"{path} is no file; give a .gguf file")
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            data = file.read(HEADER_BYTES)
+            if file.read(4) != MAGIC:
+                raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; check the download")
+            return _Walk(file, os.fstat(file.fileno()).st_size, path.name).header()
     except OSError as error:
         raise CheckpointError(f"cannot read {path} ({error.strerror}); check the path") from None
-    if data[:4] != MAGIC:
-        raise CheckpointError(f"{path.name} is no GGUF file: it does not begin with GGUF; check the download")
-    return _Walk(data, size, path.name).header()
 
 
 class _Walk:
     """Goes through the bytes of a header once."""
 
-    def __init__(self, data: bytes, size: int, name: str) -> None:
-        self.data, self.size, self.name, self.at = data, size, name, 4
+    def __init__(self, file: BinaryIO, size: int, name: str) -> None:
+        self.file, self.size, self.name, self.at, self.elements = file, size, name, 4, 0
 
     def refuse(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.name} is damaged: {why}; download it again")
 
     def take(self, count: int) -> bytes:
         """The next bytes."""
-        if count > len(self.data) - self.at:
-            raise self.refuse(f"it ends inside its header, at byte {len(self.data)}")
+        if count > self.size - self.at:
+            raise self.refuse(f"it ends inside its header, at byte {self.size}")
         self.at += count
-        return self.data[self.at - count : self.at]
+        if self.at > HEADER_BYTES:
+            raise self.refuse(f"a header of more than {HEADER_BYTES} bytes")
+        data = self.file.read(count)
+        if len(data) < count:
+            raise self.refuse("it became shorter while it was read")
+        return data
 
     def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def text(self, most: int = HEADER_BYTES) -> str:
+    def text(self, most: int | None = None) -> str:
         length = self.number("<Q")
-        if length > most:
-            raise self.refuse(f"a text of {length} bytes")
+        if most is not None and length > most:
+            raise self.refuse(f"a name of {length} bytes")
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
@@ -107,13 +114,13 @@ class _Walk:
         for _ in range(self.counted(field_count, 13, "fields")):
             name = self.text(MOST_NAME)
             if name in fields:
-                raise self.refuse(f"two fields {name:.60}")
+                raise self.refuse(f"two fields {name!r:.60}")
             fields[name] = self.value(self.number("<I"))
         places = {}
         for _ in range(self.counted(tensor_count, 24, "tensors")):
             name = self.text(MOST_NAME)
             if name in places:
-                raise self.refuse(f"two tensors {name:.60}")
+                raise self.refuse(f"two tensors {name!r:.60}")
             places[name] = self.place(name)
         alignment = fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
@@ -121,10 +128,17 @@ class _Walk:
         start = -(-self.at // alignment) * alignment
         return Header(fields, self.checked(places, start, alignment))
 
-    def counted(self, count: int, least: int, what: str) -> int:
+    def counted(self, count: int, least: int, what: str, most: int = MOST_ENTRIES) -> int:
         """A count of entries that take at least so many bytes each."""
-        if count * least > len(self.data) - self.at:
+        if count * least > self.size - self.at:
             raise self.refuse(f"{count} {what} do not fit into what is left of it")
+        if count > most:
+            raise self.refuse(f"{count} {what}, more than {most}")
+        return count
+
+    def array(self, count: int, least: int) -> int:
+        """The count of elements of an array."""
+        self.elements += self.counted(count, least, "array elements", MOST_ELEMENTS - self.elements)
         return count
 
     def value(self, kind: int, nested: bool = False) -> Any:
@@ -137,14 +151,14 @@ class _Walk:
         of, count = self.number("<I"), self.number("<Q")
         if of in SCALARS:
             kind_of = np.dtype(SCALARS[of])
-            self.counted(count, kind_of.itemsize, "array elements")
+            self.array(count, kind_of.itemsize)
             return np.frombuffer(self.take(count * kind_of.itemsize), kind_of).tolist()
-        return [self.value(of, nested=True) for _ in range(self.counted(count, 8, "array elements"))]
+        return [self.value(of, nested=True) for _ in range(self.array(count, 8))]
 
     def place(self, name: str) -> Tensor:
         dims = self.number("<I")
         if not 1 <= dims <= MOST_DIMS:
-            raise self.refuse(f"{name:.60} has {dims} dimensions")
+            raise self.refuse(f"{name!r:.60} has {dims} dimensions")
         shape = tuple(reversed([self.number("<Q") for _ in range(dims)]))
         kind, offset = self.number("<I"), self.number("<Q")
         try:
@@ -152,21 +166,21 @@ class _Walk:
             block, nbytes = GGML_QUANT_SIZES[type_]
         except (ValueError, KeyError):
             raise CheckpointError(
-                f"{self.name} stores {name:.60} as type {kind}, which the installed gguf package does not know;"
+                f"{self.name} stores {name!r:.60} as type {kind}, which the installed gguf package does not know;"
                 " use a file of another quantization, or update gguf"
             ) from None
         if not all(shape) or shape[-1] % block:
-            raise self.refuse(f"{name:.60} has the shape {shape}, in blocks of {block}")
+            raise self.refuse(f"{name!r:.60} has the shape {shape}, in blocks of {block}")
         return Tensor(shape, type_, offset, math.prod(shape) // block * nbytes)
 
     def checked(self, places: dict[str, Tensor], start: int, alignment: int) -> dict[str, Tensor]:
         """Tensors with offsets in the file: whole, aligned, and apart from each other."""
         found = {name: tensor._replace(offset=start + tensor.offset) for name, tensor in places.items()}
-        end, before = start, "the header"
+        end, before = start, "header"
         for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
             if tensor.offset % alignment or tensor.offset < end:
-                raise self.refuse(f"{name:.60} lies at {tensor.offset}, inside {before:.60} or not aligned")
+                raise self.refuse(f"{name!r:.60} lies at {tensor.offset}, inside {before!r:.60} or not aligned")
             end, before = tensor.offset + tensor.nbytes, name
             if end > self.size:
-                raise self.refuse(f"{name:.60} ends at byte {end}, the file at {self.size}: it is cut short")
+                raise self.refuse(f"{name!r:.60} ends at byte {end}, the file at {self.size}: it is cut short")
         return found

@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401 # numpy gets a bfloat16, which safetensors looks 
 import numpy as np
 from safetensors import safe_open
 
-from kvq.exporter.sources.base import SPECIAL_TOKENS, Source, short
+from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Source, short
 from kvq.runtime.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -141,7 +141,7 @@ class HuggingFaceFolder(Source):
             for name in SPECIAL_TOKENS
             if (entry := found.get(name)) is not None
         }
-        return {name: text for name, text in texts.items() if isinstance(text, str)}
+        return {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= LONGEST_TEXT}
 
     def eos_token_ids(self) -> list[int]:
         """Ids of generation_config.json, else of config.json."""
