@@ -18,6 +18,7 @@ from kvq.runtime.bundle import Bundle
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from tests.checkpoints import TINY, edit_config, save_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy, beside the one line
 SMALL = TINY | {"intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 8}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

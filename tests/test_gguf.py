@@ -16,17 +16,21 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.cli import export as export_command
 from kvq.exporter.export import Summary, export
+from kvq.exporter.quantize import packed
 from kvq.exporter.reference import effective_model
 from kvq.runtime.bundle import CHAT_TEMPLATE, WEIGHTS, Bundle
 from kvq.runtime.errors import UnsupportedArchitectureError
 from kvq.runtime.model import Model
 from tests.checkpoints import TINY, reference_logits, save_checkpoint, small_tokenizer
-from tests.gguf_files import GGUF_TINY, theirs, write_dequantized, write_gguf
+from tests.gguf_files import GGUF_TINY, Raw, theirs, write_dequantized, write_gguf
 
 IDS = np.random.default_rng(5).integers(0, 512, 48)
 PREFILL = 40
@@ -127,6 +131,34 @@ def test_blocks_are_carried_over_exactly(types: str, tied: bool, checkpoints: di
         assert pair.off(through_the_cache(model, backend, chunk, prefill="stepwise")) <= 1e-3
     with torch.inference_mode():
         assert pair.off(effective_model(Bundle(summary.path))(torch.tensor(IDS)[None]).logits[0].numpy()) <= 1e-4
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("types", EXACT)
+def test_any_blocks_of_an_exact_type_are_carried_over_as_they_are(types: str, tmp_path: Path) -> None:
+    """Whatever the bytes: scales negative, of no size at all or of all there is; those that are no number are not."""
+    folder = save_checkpoint(tmp_path / "c", GGUF_TINY | {"head_dim": 32, "num_hidden_layers": 1}, tokenizer=False)
+    raw = Raw.of(write_gguf(tmp_path / "m.gguf", folder, types))
+    for seed, (scales, carried) in enumerate(((0x7BFF, True), (0x7FFF, False))):
+        for number, (_, tensor) in enumerate(raw.tensors):
+            if len(tensor.dims) == 2:
+                blocks = np.frombuffer(np.random.default_rng([seed, number]).bytes(len(tensor.data)), np.uint8)
+                blocks = blocks.reshape(-1, GGML_QUANT_SIZES[Type[types]][1]).copy()
+                at = 208 if types == "Q6_K" else 0
+                halves = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.uint16)
+                if carried:  # no infinity, no NaN
+                    halves[halves & 0x7C00 == 0x7C00] &= 0x83FF
+                halves[:4, 0] = 0, 0x8000, 0x8001, scales
+                blocks[:, at : at + 2] = halves.view(np.uint8)
+                tensor.data = blocks.tobytes()
+        (tmp_path / "m.gguf").write_bytes(raw.bytes())
+        source = load_checkpoint(tmp_path / "m.gguf").source
+        for name, shape in source.shapes.items():
+            if len(shape) == 2:
+                blocks = source.blocks(name)
+                assert (blocks is not None) == carried, name
+                if blocks is not None:
+                    assert np.array_equal(packed(blocks).dequantize(), source.read(name)), name
 
 
 @pytest.mark.parametrize("types", ["F16", "Q4_1", "Q3_K", "Q5_K", "mixture"])

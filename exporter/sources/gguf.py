@@ -108,6 +108,8 @@ class GgufFile(Source):
             value = self.fields.get(f"llama.{key}")
             if value is None and not needed:
                 continue
+            if value is None:
+                raise CheckpointError(f"{self.path.name} lacks llama.{key}; download it again, or convert it again")
             what = f"{self.path.name} has llama.{key}"
             config[field] = positive(value, what) if kind is int else positive_number(value, what)
         layers = config["num_hidden_layers"]
@@ -121,6 +123,10 @@ class GgufFile(Source):
         for key in ("expert_count", "expert_used_count"):
             if self.fields.get(f"llama.{key}"):
                 raise UnsupportedArchitectureError(f"{self.path.name} is a mixture of experts; kvq supports one only")
+        if self.fields.get("llama.attention.causal") is False:
+            raise UnsupportedArchitectureError(
+                f"{self.path.name} has llama.attention.causal=False; kvq supports models that look back only"
+            )
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise CheckpointError(
@@ -224,8 +230,8 @@ class GgufFile(Source):
         bits, block = EXACT[tensor.type]
         n, k = tensor.shape
         values = self._decoded(tensor, name).reshape(n, k // block, block)
-        scales = _scales(self._raw(tensor), tensor.type).reshape(n, k // block)
         with np.errstate(all="ignore"):
+            scales = _scales(self._raw(tensor), tensor.type).reshape(n, k // block)
             codes = np.where(scales[..., None] == 0, 0, np.rint(values / scales[..., None]))
             exact = codes * scales[..., None] == values
         zero = 1 << (bits - 1)
