@@ -46,8 +46,8 @@ def add_controllers(bundle: Path, threads: int | None = None) -> None:
         classes = np.array(CLASSES[recipe.objective])
         features = features_of(samples, recipe.feature_set)
         adaptive = recipe.objective == "adaptive"
-        vocab, hidden = (manifest.architecture.vocab, recipe.hidden) if adaptive else (0, recipe.paper.hidden)
-        net = Controller(features.shape[1], hidden, len(classes), vocab)
+        hidden = recipe.hidden if adaptive else recipe.paper.hidden
+        net = Controller(features.shape[1], hidden, len(classes))
         net.normalise(features)
         x, ids = torch.from_numpy(features), torch.from_numpy(samples.ids)
         with torch.no_grad():

@@ -27,7 +27,7 @@ class WeightFile:
     """Appends tensors to the weights file; a tensor added under a known name is stored once."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = open(folder / WEIGHTS, "wb")  # noqa: SIM115 - closed by close()
+        self._file = open(folder / WEIGHTS, "wb")  # noqa: SIM115 # closed by close() or __exit__
         self._tensors: dict[str, TensorProto] = {}
 
     def add(self, name: str, array: np.ndarray) -> TensorProto:
@@ -60,9 +60,15 @@ class WeightFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Flush to disk."""
+        """Flush to disk; nothing is added afterwards."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

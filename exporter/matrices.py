@@ -93,7 +93,8 @@ class Matrices:
             matrix = matrix if change is None else change(matrix)
             if not bits:
                 self._file.add(name, matrix)
-                self._stored[name] = StoredMatrix(name, *matrix.shape, 0, 0, matrix.nbytes, exact)
+                n, k = matrix.shape
+                self._stored[name] = StoredMatrix(name, n, k, 0, 0, matrix.nbytes, exact)
                 return self._stored[name]
             quantized = quantize_matrix(matrix, bits, block_for(matrix.shape[1], self._block))
         self._file.add(f"{name}.codes", quantized.codes)

@@ -27,7 +27,7 @@ def export_single(reference: str, out: str | Path) -> Path:
     with replaced_folder(Path(out), overwrite=False) as folder:
         checkpoint = load_checkpoint(reference)  # the same refusals as for bundles, before the long work
         if not checkpoint.source.path.is_dir():
-            raise CheckpointError(f"{reference} is no Hugging Face checkpoint, which optimum needs; give a folder of one")
+            raise CheckpointError(f"{reference} is no Hugging Face checkpoint, which optimum needs; give a folder")
         command = [sys.executable, "-m", "optimum.exporters.onnx", "--model", str(checkpoint.source.path)]
         command += ["--task", "text-generation-with-past", "--no-post-process", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)

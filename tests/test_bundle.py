@@ -169,8 +169,8 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("GGUF")
-    assert "model.gguf" in refusal(tmp_path / "model.gguf")
+    (tmp_path / "model.bin").write_text("GGUF")
+    assert "model.bin" in refusal(tmp_path / "model.bin")
 
 
 # Graphs whose size and digest are right, so that only the look into them can object.

@@ -58,10 +58,16 @@ def test_the_16_bit_arm_scores_as_transformers_does(tiny_model, tiny_bundle, tin
 
 def test_single_log_probabilities_are_transformers_own(tiny_model, tiny_checkpoint):
     pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
     from kvq.controller.evaluation.tasks import CacheLM
 
     context, choice = ITEMS[1]["query"], " " + ITEMS[1]["choices"][1]
-    found, _ = CacheLM(tiny_model, "fp16")._score(context, choice)
+    other = Instance("loglikelihood", {}, (context + "!", choice), 0)  # contexts do not get mixed up
+    wanted = Instance("loglikelihood", {}, (context, choice), 1)
+    lm = CacheLM(tiny_model, "fp16")
+    (_, (found, _)), ((again, _),) = lm.loglikelihood([other, wanted]), lm.loglikelihood([wanted])
+    assert found == again
     kept, whole = tiny_model.encode(context), tiny_model.encode(context + choice)
     logp = reference_logits(tiny_checkpoint, whole).log_softmax(-1)
     assert found == pytest.approx(sum(float(logp[i - 1, whole[i]]) for i in range(len(kept), len(whole))), abs=5e-3)

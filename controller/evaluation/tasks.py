@@ -1,15 +1,14 @@
 """Multiple-choice tasks through the cache: an lm-evaluation-harness model over the runtime.
 
-A choice is scored by decoding: its context is prefilled, then the choice is fed token by token, each
-step reading the quantized store. Tasks come from local JSON files, one object a line with
-``query``, ``choices`` and ``gold``; where the hub can be reached, the harness's own tasks of the
+A choice is scored through the cache: its context is read once, and each choice goes on in a fork of that
+session, stepwise, so that every token sees what it would see if it came alone. Tasks come from local JSON files,
+one object a line with ``query``, ``choices`` and ``gold``; where the hub can be reached, the harness's own tasks of the
 same names are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask
 from kvq.controller.evaluation.divergence import log_softmax
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.model import Model
+from kvq.runtime.session import Session
 
 RESAMPLES = 10_000
 
@@ -37,41 +37,53 @@ class CacheLM(LM):
 
     def __init__(self, model: Model, policy: str, **options: Any) -> None:
         super().__init__()
-        self.kvq, self.policy, self.options = model, policy, options
+        self.kvq, self.policy = model, policy
+        self.options = {"prefill": "stepwise"} | options
         self.bits: list[float] = []  # per context, measured after its last choice
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether greedy decoding gives it) of each request."""
-        return [self._score(*request.args) for request in requests]
+        # Choices of an item share its context, and follow each other once they are put in order.
+        order = sorted(range(len(requests)), key=lambda i: requests[i].args[0])
+        found: dict[int, tuple[float, bool]] = {}
+        read: tuple[list[int], Session] | None = None
+        for i in order:
+            context, continuation = requests[i].args
+            kept, answer = self._encoded(context, continuation)
+            if read is None or read[0] != kept:
+                session = self.kvq.session(self.policy, **self.options)
+                session.append(kept)
+                read = (kept, session)
+            found[i] = self._score(read[1].fork(), answer)
+        return [found[i] for i in range(len(requests))]
 
-    def _score(self, context: str, continuation: str) -> tuple[float, bool]:
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what is scored after it."""
         model = self.kvq
         # Encoded together, as the harness does: a token may not begin where the continuation does.
         whole = model.encode(context + continuation)
         kept = model.encode(context) or [model.bundle.manifest.eos_token_ids[0]]
         answer = whole[len(kept) :] or whole[-1:]
         kept = kept[-(model.architecture.context - len(answer)) :]
-        session = model.session(self.policy, **self.options)
-        logits = session.append(kept)
-        total, greedy = 0.0, True
-        for i, token in enumerate(answer):
-            logp = log_softmax(logits[None])[0]
-            total += float(logp[token])
-            greedy &= int(logp.argmax()) == token
-            if i + 1 < len(answer):
-                logits = session.append([token])
+        return kept, answer
+
+    def _score(self, session: Session, answer: list[int]) -> tuple[float, bool]:
+        """Log-probability of an answer in nats, and whether it is what greedy decoding gives."""
+        rows = np.asarray(session.last_logits)[None]  # of the last token of the context
+        if len(answer) > 1:
+            rows = np.concatenate([rows, session.append(answer[:-1], all_logits=True)])
+        logp = log_softmax(rows)
         self.bits.append(session.stats().kv_used_bits or 0.0)
-        return total, greedy
+        return float(logp[np.arange(len(answer)), answer].sum()), logp.argmax(1).tolist() == list(answer)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of whole texts, each token after the first given those before it."""
         found = []
         for request in requests:
             ids = self.kvq.encode(request.args[0])[: self.kvq.architecture.context]
-            session, total = self.kvq.session(self.policy, **self.options), 0.0
-            for token, following in pairwise(ids):
-                total += float(log_softmax(session.append([token])[None])[0, following])
-            found.append(total)
+            session = self.kvq.session(self.policy, **self.options)
+            session.append(ids[:1])
+            found.append(self._score(session, ids[1:])[0] if ids[1:] else 0.0)
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
