@@ -102,18 +102,47 @@ def export(
     with replaced_folder(out, overwrite) as folder:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint)
-        shape, notes = checkpoint.architecture, []
+        tokenizer = checkpoint.tokenizer_json()
+        notes: list[str] = []
+        ids = _calibration(checkpoint.name, tokenizer, center, calibration, notes)
+        shape = checkpoint.architecture
         rotation_name, rotation = head_rotation(shape.head_dim, rotate)
         if rotate and rotation_name == "none":
             notes.append(f"no rotation: head_dim {shape.head_dim} is not a power of two")
-        tokenizer = checkpoint.tokenizer_json()
-        ids = _calibration(checkpoint.name, tokenizer, center, calibration, notes)
-        fold = not _keeps_values(checkpoint, weights)
         means = np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
+        fold = not _keeps_values(checkpoint, weights)
         options = SegmentOptions(weights, activations, block, rotation, means, fold)
-        total = 10 * (shape.layers + 4)
+        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
+        write_text(folder, TOKENIZER, tokenizer)
+        write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
+        manifest = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
+        manifest = attach(manifest, folder)
+        write_text(folder, MANIFEST, manifest.to_json())
+        if manifest.controllers:
+            notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")
+    nbytes = sum(f.stat().st_size for f in out.iterdir())
+    return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
 
-        file = WeightFile(folder)
+
+def _write_graphs(
+    checkpoint: Checkpoint,
+    options: SegmentOptions,
+    kv: dict[str, Any],
+    name: str,
+    folder: Path,
+    ids: np.ndarray | None,
+    progress: Progress,
+) -> Manifest:
+    """Write graphs and weights into a folder; the manifest of all that is in it then.
+
+    Args:
+        options: with means of zero.
+        kv: of the manifest.
+        ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
+    """
+    layers = checkpoint.architecture.layers
+    total = 10 * (layers + 4)
+    with WeightFile(folder) as file:
         writer = SegmentWriter(checkpoint, options, folder, file)
         segments = []
         for segment in writer.segments():
@@ -121,44 +150,39 @@ def export(
             progress(5 * len(segments), total, "writing segments")
         decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
         file.flush()
-        write_text(folder, TOKENIZER, tokenizer)
-        write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
+        source = checkpoint.source
         manifest = Manifest(
-            name=name or checkpoint.name,
-            architecture=shape,
-            weights=writer.matrices.describe() | {"activations": activations},
-            kv={"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"},
+            name=name,
+            architecture=checkpoint.architecture,
+            weights=writer.matrices.describe() | {"activations": options.activations},
+            kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
-            eos_token_ids=checkpoint.source.eos_token_ids(),
+            eos_token_ids=source.eos_token_ids(),
             segments=segments,
             decoder=decoder,
             head=head,
             uncertainty=uncertainty,
-            special_tokens=checkpoint.source.special_tokens(),
-            source=checkpoint.source.describe(),
+            special_tokens=source.special_tokens(),
+            source=source.describe(),
             files=_files(folder),
         )
-        write_text(folder, MANIFEST, manifest.to_json())
         if ids is not None:
+            write_text(folder, MANIFEST, manifest.to_json())
+            half = 5 * (layers + 1)
+
+            def measured(done: int, count: int) -> None:
+                progress(half + (total - half - 20) * done // count, total, "calibrating keys")
+
             # The same graphs once more, with the means that the first ones have measured.
-            half = 5 * (shape.layers + 1)
-            measured = mean_keys(
-                Bundle(folder), ids,
-                lambda done, count: progress(half + (total - half - 20) * done // count, total, "calibrating keys"),
-            )  # fmt: skip
-            writer.center(measured)
+            writer.center(mean_keys(Bundle(folder), ids, measured))
             list(writer.segments()), writer.decoder()
-            manifest = replace(manifest, kv=manifest.kv | {"centered": True})
+            (folder / MANIFEST).unlink()
+            manifest = replace(manifest, kv=kv | {"centered": True})
         file.close()
-        progress(total - 10, total, "digests")
-        (folder / MANIFEST).unlink()
-        manifest = attach(replace(manifest, files=_files(folder)), folder)
-        write_text(folder, MANIFEST, manifest.to_json())
-        if manifest.controllers:
-            notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")
-        progress(total, total, "done")
-    nbytes = sum(f.stat().st_size for f in out.iterdir())
-    return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
+    progress(total - 10, total, "digests")
+    manifest = replace(manifest, files=_files(folder))
+    progress(total, total, "done")
+    return manifest
 
 
 def _calibration(
