@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -121,6 +122,19 @@ class ChatTemplate:
             elif piece:
                 ids += self._plain.encode(piece.replace(GUARD, ""), add_special_tokens=False).ids
         return ids
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether what is said as the system stands at the beginning of the text, and stays there.
+
+        Some templates refuse it, some leave it out, and some put it into the latest question.
+        """
+        user, other = {"role": "user", "content": "first question"}, {"role": "assistant", "content": "?"}
+        try:
+            text = self.render_guarded([{"role": "system", "content": REPLY}, user, other, user])
+        except ChatTemplateError:
+            return False
+        return 0 <= text.find(REPLY) < text.find("first question")
 
     def _guarded(self, text: str) -> str:
         clean = text.replace(GUARD, "\ufffd").replace(REPLY, "\ufffd") if text != REPLY else text

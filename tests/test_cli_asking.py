@@ -243,15 +243,24 @@ def test_a_document_is_asked_through_the_template(bundle, model, lease, path, ro
     assert run(bundle, *session, "Why?").stderr.splitlines()[0].endswith("; 2 turns")
 
 
+@pytest.mark.parametrize(("name", "role"), [("chatml", "system"), ("llama3", "system"), ("rewriting", "user")])
+def test_a_document_is_the_system_s_where_the_template_has_one(name, role, tiny_checkpoint, lease, path, tmp_path):
+    made = chat_bundle(tiny_checkpoint, small_tokenizer(490), name, tmp_path / "of")
+    done = kvq("prefill", str(lease), "-o", str(path), "-m", str(made))
+    assert done.returncode == 0, done.stderr
+    assert f"in the turn of the {role}, read in " in done.stderr
+
+
 def test_a_document_is_itself_the_question_where_none_is_given(bundle, model, tmp_path, path):
     (tmp_path / "task.txt").write_text("Name three ships.")
-    assert kvq("prefill", str(tmp_path / "task.txt"), "-o", str(path), "-m", str(bundle), "-q").returncode == 0
+    prefill = ["prefill", str(tmp_path / "task.txt"), "-o", str(path), "-m", str(bundle), "-q", "--as", "user"]
+    assert kvq(*prefill).returncode == 0
     done = run(bundle, "-q", "--session", str(path), "--session-readonly")
     assert (done.returncode, done.stdout) == (0, answers(model, "Name three ships.")[0] + "\n")
 
 
 def test_a_chat_takes_up_a_document_and_goes_back_to_it(bundle, model, lease, path):
-    assert kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "-q").returncode == 0
+    assert kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "-q", "--as", "user").returncode == 0
     chat = ["chat", "-m", str(bundle), "-n", "12", "-t", "0", "--ignore-eos"]
     done = kvq(*chat, input=f"/load {path}\nWhen?\n/undo\nHow much?\n/undo\n/undo\n")
     texts = [answers(model, text, document=LEASE.rstrip("\n"))[0] for text in ("When?", "How much?")]

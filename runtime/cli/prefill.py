@@ -31,11 +31,10 @@ from kvq.runtime.errors import SessionError
     "--as",
     "role",
     type=click.Choice(["user", "system"]),
-    default="user",
     metavar="WHOSE",
-    show_default=True,
     section="Basics",
-    help="Whose turn the text is in: the user's, before the question, or the system's.",
+    help="Whose turn the text is in: the system's, where models find more again, or the user's, before the question; "
+    "if not given the system's, where the template has one.",
 )
 @options([SYSTEM, RAW])
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no statistics line.")
@@ -48,16 +47,16 @@ def prefill(
 ) -> None:  # fmt: skip
     """Read the text FILE (- is stdin) and keep what the model has made of it in a session file.
 
-    With a model that has a chat template the text is the beginning of the user's
-    turn, and the next question its end; else, or with --raw, it is text to go on
-    with.
+    With a model that has a chat template the text is in the turn of the system, or
+    is the beginning of the user's and the next question its end; else, or with
+    --raw, it is text to go on with.
 
     \b
     Examples:
       kvq prefill lease.txt -o lease.kvq -p int8
       kvq-run --session lease.kvq --session-readonly "When is the rent due?"
       kvq chat --session lease.kvq
-      kvq prefill house-rules.txt -o rules.kvq --as system
+      kvq prefill letter.txt -o letter.kvq --as user
       kvq prefill chapter.txt -o chapter.kvq --raw
     """
     from kvq.runtime.conversation import Conversation, has_template
@@ -77,6 +76,7 @@ def prefill(
     begun, bar = time.perf_counter(), Bar(shown=not quiet)
     try:
         if turns:
+            role = role or ("system" if loaded.chat_template.takes_system else "user")
             Conversation(session, system).read(text, role, progress=bar)
         else:
             session.append(loaded.encode(text), progress=bar)
