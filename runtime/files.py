@@ -29,7 +29,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = _locked(temporary)
+    descriptor = lock(temporary)
     # Closing the descriptor gives the lock back, so the name is dealt with before that.
     with os.fdopen(descriptor, "wb") as file:
         try:
@@ -47,24 +47,43 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def _locked(temporary: Path) -> int:
-    """Descriptor of the temporary file, made if need be, that no other writer holds."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    while True:
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            if fcntl is None:
-                return descriptor
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The writer we waited for has renamed or removed the file that we opened: then this is not ours to write.
-            if os.path.samestat(os.fstat(descriptor), os.stat(temporary, follow_symlinks=False)):
-                return descriptor
-        except FileNotFoundError:
+def lock(path: Path) -> int:
+    """Descriptor of a file, made if need be, once no other process holds it; closing it gives it back.
+
+    The file may be renamed or removed while it is held.
+    """
+    while (descriptor := _held(path, wait=True)) is None:
+        pass
+    return descriptor
+
+
+def try_lock(path: Path) -> int | None:
+    """As `lock`, but None where another process holds the file."""
+    try:
+        while (descriptor := _held(path, wait=False)) is None:
             pass
-        except BaseException:
-            os.close(descriptor)
-            raise
+    except BlockingIOError:
+        return None
+    return descriptor
+
+
+def _held(path: Path, wait: bool) -> int | None:
+    """The descriptor; None where whoever held the file before us has renamed or removed the one that we opened."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if fcntl is None:
+            return descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:

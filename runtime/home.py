@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvq.runtime.errors import HubError
+from kvq.runtime.files import lock, try_lock
 
 try:
     import fcntl
@@ -59,11 +60,11 @@ def claimed(target: Path, notice: Callable[[str], None] | None = None) -> Iterat
     The lock is a file ``.NAME.lock`` beside it; the operating system lets go of it when a process dies.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(target, wait=False)
+    descriptor = try_lock(_lock_file(target))
     if descriptor is None:
         if notice:
             notice(f"another process is at work on {target.name}; waiting for it")
-        descriptor = _lock(target, wait=True)
+        descriptor = lock(_lock_file(target))
     assert descriptor is not None
     try:
         yield
@@ -122,38 +123,19 @@ def sweep(own: Path) -> None:
                 continue
             target = root / match[1]
             with contextlib.suppress(OSError):
-                descriptor = None if target == own else _lock(target, wait=False)
+                descriptor = None if target == own else try_lock(_lock_file(target))
                 if path.is_dir() and (target == own or descriptor is not None):
                     shutil.rmtree(path, ignore_errors=True)
                 if descriptor is not None:
                     _unlock(target, descriptor)
 
 
-def _lock(target: Path, wait: bool) -> int | None:
-    """Descriptor of the target's lock file, held; None where another process has it and we do not wait."""
-    path = target.parent / f".{target.name}.lock"
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    while True:
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever held it has removed the file that we opened: then this is a lock on nothing.
-            if fcntl is None or os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+def _lock_file(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
 
 
 def _unlock(target: Path, descriptor: int) -> None:
     if fcntl is not None:
         with contextlib.suppress(OSError):
-            (target.parent / f".{target.name}.lock").unlink()
+            _lock_file(target).unlink()
     os.close(descriptor)

@@ -118,7 +118,8 @@ def test_exact_activations_are_those_of_a_bundle_exported_so(command, tiny_check
     ):  # fmt: skip
         bundle = tmp_path / activations
         if not bundle.exists():
-            export(str(tiny_checkpoint), bundle, activations=activations)
+            # Mean keys are measured with the bundle's activations, and are not what is compared here.
+            export(str(tiny_checkpoint), bundle, activations=activations, center=False)
         out = tmp_path / f"{name}.json"
         options += ["-m", str(bundle), "--text", str(text), "--context", "60", "--chunks", "2", "--recent", "4"]
         options += ["--json", str(out), *(["-p", "int8"] if command == "kld" else ["--bits", "9", "--arms", "int8"])]

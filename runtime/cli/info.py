@@ -14,6 +14,8 @@ from kvq.runtime.cli.options import SETTINGS, Command, option
 if TYPE_CHECKING:
     from kvq.runtime.bundle import Architecture
 
+SHOWN = 400  # characters of metadata: a session may hold a whole document
+
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("path", type=click.Path(path_type=Path))
@@ -59,7 +61,9 @@ def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
         f"  tokens by precision: {held or 'none'}",
     ]
     if header.metadata:
-        lines.append(f"  metadata {json.dumps(header.metadata)}")
+        metadata = json.dumps(header.metadata)
+        cut = f"... ({len(metadata)} characters, all of them with --json)" if len(metadata) > SHOWN else ""
+        lines.append(f"  metadata {metadata[:SHOWN]}{cut}")
     return found, lines
 
 

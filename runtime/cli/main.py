@@ -15,7 +15,7 @@ import kvq
 
 # Command -> (module:attribute, help line). Loaded when used: `kvq --help` imports no model code.
 COMMANDS = {
-    "run": ("kvq.runtime.cli.run:run", "Generate text after a prompt (the same as kvq-run)."),
+    "run": ("kvq.runtime.cli.run:run", "Answer a question, or go on with a text (the same as kvq-run)."),
     "chat": ("kvq.runtime.cli.chat:chat", "Talk with a model."),
     "prefill": ("kvq.runtime.cli.prefill:prefill", "Read a text once, into a session file."),
     "info": ("kvq.runtime.cli.info:info", "Say what is in a session file or a bundle."),
