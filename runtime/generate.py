@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
@@ -97,6 +97,8 @@ def stream(
     """
     if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 1):
         raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r}")
+    if not isinstance(stop, str | Iterable):
+        raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
     stop = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(text, str) and text for text in stop):
         raise SamplingError(f"stop strings must not be empty, got {stop!r}; leave stop out to have none")
@@ -155,13 +157,20 @@ def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequenc
         return ()
     if isinstance(prompt, str):
         prompt = session.model.encode(prompt, beginning=not session.tokens)
-    if not len(prompt):
+    try:
+        empty = not len(prompt)
+    except TypeError:
+        raise PromptError(f"the prompt must be text or token ids, got {prompt!r:.60}") from None
+    if empty:
         raise PromptError("the prompt is empty: give some text")
     return prompt
 
 
 def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:
     eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
+    vocab = session.model.architecture.vocab
     if not all(isinstance(token, int | np.integer) for token in stop_tokens):
         raise SamplingError(f"stop_tokens must be token ids, got {list(stop_tokens)!r}; give strings as stop")
+    if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
+        raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")
     return frozenset(int(token) for token in (*stop_tokens, *eos))

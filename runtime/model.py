@@ -204,6 +204,8 @@ def load(
     onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
     onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
     """
+    if not isinstance(path_or_name, str | os.PathLike | None):
+        raise BundleError(f"a model is named by text or a path, got {path_or_name!r:.60}")
     reference, hint = default_model() if path_or_name is None else (os.fspath(path_or_name), "")
     if hint and notice:
         notice(hint)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from kvq.models.family import SHAPES
 from kvq.runtime import hub, wheel
-from kvq.runtime.bundle import MANIFEST, digest
+from kvq.runtime.bundle import MANIFEST, Bundle, digest
 from kvq.runtime.checkpoints import check_exporter, export, is_checkpoint, usable
 from kvq.runtime.errors import BundleError, HubError
 from kvq.runtime.home import claimed, kept, models, place, staged
@@ -51,6 +52,8 @@ def pull(job: Job, given: Path | None = None, again: bool = False) -> Path:
     """
     target = models() / job.name
     if usable(target) and not again:
+        if given is not None:
+            raise BundleError(f"{job.name} is here already; kvq rm {job.name} first, to take {given} for it")
         return target
     if job.entry is None and job.name.split("/")[0].lower() in registry():
         raise HubError(f"{job.name} cannot be kept: {job.name.split('/')[0]} is the name of a model; use kvq export")
@@ -62,6 +65,7 @@ def pull(job: Job, given: Path | None = None, again: bool = False) -> Path:
                     _fetch(job, found)
                 else:
                     _take(job, given, found)
+                _check_shape(job, found)
                 place(found, target, folder)
     return target
 
@@ -83,6 +87,21 @@ def _fetch(job: Job, found: Path) -> None:
         reasons = ["nothing is to be fetched (--offline or HF_HUB_OFFLINE)"]
         raise HubError(f"{job.name} is not on this machine, and {reasons[0]}; {elsewhere(job.name, job.entry)}")
     raise HubError(f"{job.name} cannot be fetched: {'; '.join(reasons)}; {elsewhere(job.name, job.entry)}")
+
+
+def _check_shape(job: Job, found: Path) -> None:
+    """Refuse a bundle that cannot be the model of that name, where its shape is known."""
+    wanted = SHAPES.get(job.name.lower().removesuffix("-instruct")) if job.entry else None
+    if wanted is None:
+        return
+    shape = Bundle(found).manifest.architecture
+    has = (shape.layers, shape.hidden, shape.vocab)
+    needs = (wanted["num_hidden_layers"], wanted["hidden_size"], wanted["vocab_size"])
+    if has != needs:
+        raise BundleError(
+            f"this is not {job.name}: it has {has[0]} layers of {has[1]} and {has[2]} tokens, not {needs[0]} of"
+            f" {needs[1]} and {needs[2]}; kvq name FOLDER NAME keeps a bundle under a name of its own"
+        )
 
 
 def elsewhere(name: str, entry: Entry | None) -> str:

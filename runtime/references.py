@@ -19,6 +19,7 @@ from kvq.runtime.hub import offline_wanted
 from kvq.runtime.pull import Job, pull
 from kvq.runtime.registry import HUB_ID, registry
 
+LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
 DEFAULT_MODEL = "kvq-books"
 SUGGESTED = "smollm2-135m-instruct"
 __all__ = ["DEFAULT_MODEL", "cached_models", "described", "embedded_models", "home", "locate", "pulled_models"]
@@ -86,6 +87,9 @@ def find(reference: str) -> Found:
         name = reference.lower()
         return Found(name, "registry", models() / name if checkpoints.usable(models() / name) else None)
     path = Path(reference)
+    sizes = [len(os.fsencode(part)) for part in path.parts]
+    if "\0" in reference or max(sizes, default=0) > LONGEST_PART or sum(sizes) + len(sizes) > LONGEST:
+        raise BundleError(f"no model has such a name, of {len(reference)} characters; kvq list shows those there are")
     if reference and checkpoints.is_checkpoint(path):
         return Found(str(path.absolute()), "checkpoint", checkpoints.here(path))
     if os.path.isdir(reference):
@@ -93,6 +97,11 @@ def find(reference: str) -> Found:
     if HUB_ID.fullmatch(reference) and not reference.lower().endswith(".gguf"):
         folder = models() / reference
         return Found(reference, "hub", folder if checkpoints.usable(folder) else None)
+    if reference.startswith((".", "/", "~")) or reference.lower().endswith(".gguf"):
+        raise BundleError(
+            f"no model {reference!r}: there is no bundle, checkpoint or .gguf file of that path; check it, or make a"
+            " bundle with kvq export CHECKPOINT FOLDER"
+        )
     raise BundleError(_unknown(reference, chosen.damage))
 
 

@@ -52,6 +52,8 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
     Raises:
         SessionError: the file cannot be written, or metadata is not made of JSON values.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise SessionError(f"a session file is named by a path, got {path!r:.60}")
     store, manifest = session.store, session.model.bundle.manifest
     pending = session.pending if session.room >= 0 else []  # what follows a full context is never fed
     logits = None if pending else session.last_logits

@@ -138,6 +138,8 @@ def open_session_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
 
 
 def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    if not isinstance(path, str | os.PathLike):
+        raise SessionError(f"a session file is named by a path, got {path!r:.60}")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         file = os.fdopen(os.open(path, flags), "rb")

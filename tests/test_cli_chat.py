@@ -293,3 +293,11 @@ def test_a_closed_pipe_ends_a_chat_quietly(tiny_bundle):
     line = f'printf "Hello\\nMore\\n" | "{sys.executable}" -m kvq chat -m "{tiny_bundle}" -n 200 -q | head -c 1'
     done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=120)
     assert done.stderr == b""
+
+
+def test_a_question_may_begin_with_a_path_and_a_policy_without_a_budget_drops_it(tiny_bundle):
+    lines = "/etc/passwd is what?\n/policy int8\n/stats\n"
+    done = kvq("chat", "-m", str(tiny_bundle), "--kv-bits", "12", "-n", "3", input=lines)
+    assert done.returncode == 0, done.stderr
+    assert "policy int8, without the budget, " in done.stderr
+    assert "| policy int8" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import kvq
 from kvq.runtime.errors import ContextError, PromptError, SamplingError
 
 CONTEXT = 256
@@ -284,3 +285,22 @@ def test_refused_options_do_not_touch_a_session_that_was_to_continue(tiny_model)
         with pytest.raises((SamplingError, ValueError)):
             session.generate(None, **options)
         assert (session.tokens, session.pending) == ([1, 2, 3], [])
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda model: kvq.load(5), kvq.BundleError),
+        (lambda model: kvq.load("x" * 5000), kvq.BundleError),
+        (lambda model: model.session().generate(5), kvq.PromptError),
+        (lambda model: model.session().generate("x", stop=5), kvq.SamplingError),
+        (lambda model: model.session().generate("x", stop_tokens=[-5]), kvq.SamplingError),
+        (lambda model: model.session().generate("x", stop_tokens=[10**9]), kvq.SamplingError),
+        (lambda model: model.load_session(5), kvq.SessionError),
+        (lambda model: model.session().save(5), kvq.SessionError),
+    ],
+)
+def test_what_a_caller_gets_wrong_is_a_named_error(call, error, tiny_model):
+    with pytest.raises(error) as caught:
+        call(tiny_model)
+    assert "\n" not in str(caught.value)

@@ -409,3 +409,13 @@ def test_a_living_pull_keeps_its_folder_while_others_sweep(shelf, own_home, tiny
 def test_the_line_of_progress():
     assert line("downloading a", 5_000_000, 10_000_000, 1) == f"downloading a  [{'#' * 12}{'-' * 12}]  5.0 of 10.0 MB"
     assert line("exporting a", 5_000_000, None, 3.2) == "exporting a  5.0 MB written, 3 s"
+
+
+def test_another_model_is_not_taken_for_one_whose_shape_is_known(shelf, own_home, capsys, tmp_path):
+    """No digest is known of what the hub has, but the number of layers is."""
+    shelf.entries.append(shelf.entries[1] | {"name": "smollm2-360m"})
+    shelf.write()
+    given = tmp_path / "Other.gguf"
+    given.write_bytes(GGUF)
+    one_line(here(capsys, "pull", "smollm2-360m", "--from", str(given)), "this is not smollm2-360m", "kvq name")
+    assert not (own_home / "models" / "smollm2-360m").exists()

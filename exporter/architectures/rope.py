@@ -76,7 +76,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: st
             found, factor = _SCALED[kind](plain, scaling, context)
             found = np.asarray(found, np.float32)
         if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or not math.isfinite(factor):
-            raise ValueError(f"frequencies {found!r:.40}")
+            raise ValueError("a number that gives finite frequencies")
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix it or"

@@ -29,7 +29,7 @@ from kvq.runtime.cli.options import (
 )  # fmt: skip
 from kvq.runtime.cli.run import argument_text
 from kvq.runtime.cli.sessions import SESSION, SessionFile
-from kvq.runtime.errors import KvqError, PromptError
+from kvq.runtime.errors import BudgetError, KvqError, PromptError
 
 if TYPE_CHECKING:
     from kvq.runtime.conversation import Conversation
@@ -196,6 +196,9 @@ class Repl:
             "stats": (0, self.stats), "undo": (0, self.undo), "reset": (0, self.reset),
         }  # fmt: skip
         command = commands.get(name)
+        if command is None and "/" in name:  # a path, which a question may begin with
+            self.answer(line)
+            return True
         if command is None:
             raise PromptError(f"no command /{name}; /help lists them")
         if len(arguments) != command[0]:
@@ -256,11 +259,15 @@ class Repl:
 
     def policy(self, name: str) -> None:
         """Process the conversation again under another policy."""
-        settings = {**self.settings, "policy": name}
-        session = self.model.session(**settings)
+        settings, left = {**self.settings, "policy": name}, ""
+        try:
+            session = self.model.session(**settings)
+        except BudgetError:  # one that this policy cannot follow
+            settings |= {"kv_bits": None, "kv_memory": None}
+            session, left = self.model.session(**settings), ", without the budget"
         self.conversation.move_to(session)
         self.settings = settings
-        self.notice(f"policy {session.policy.name}, {len(session.tokens)} tokens processed again")
+        self.notice(f"policy {session.policy.name}{left}, {len(session.tokens)} tokens processed again")
 
     def stats(self) -> None:
         """The line of statistics, asked for and so printed even if quiet."""

@@ -158,7 +158,7 @@ CACHE = [
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper, adaptive or auto "
            "(adaptive, or rule for a model without a controller); fp16 if not given, auto with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
-    option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 800kB, 8MB."),
+    option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 32MB, 1GB."),
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",
            help="Newest tokens kept at 16 bits."),
     option("--sink", default=4, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
@@ -204,7 +204,7 @@ def nbytes(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
     if not match:
-        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 8MB")
+        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 32MB")
     number, unit, binary = match.groups()
     return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
 

@@ -213,7 +213,7 @@ def prompt_parts(
         try:
             parts.append(_utf8(file.read_bytes(), str(file)))
         except OSError as error:
-            raise PromptError(f"cannot read {file}: {error.strerror}; check the path given with --file") from None
+            raise PromptError(f"cannot read {file}: {error.strerror}; check the path") from None
     if argument is not None:
         parts.append(argument_text(argument, "the prompt"))
     return [part.rstrip("\n") for part in parts if part.strip()]
