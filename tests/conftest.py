@@ -23,6 +23,13 @@ if os.environ.get("CI"):
 torch.set_num_threads(1)  # the tensors are small; waiting for other threads would cost more
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The default model is the embedded one, whatever has been pulled on this machine."""
+    os.environ["KVQ_HOME"] = str(tmp_path_factory.mktemp("kvq-home"))
+    os.environ.pop("KVQ_MODEL", None)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the TINY checkpoint with a tokenizer. Read only: copy it to change it."""
