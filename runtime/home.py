@@ -65,7 +65,6 @@ def claimed(target: Path, notice: Callable[[str], None] | None = None) -> Iterat
         if notice:
             notice(f"another process is at work on {target.name}; waiting for it")
         descriptor = lock(_lock_file(target))
-    assert descriptor is not None
     try:
         yield
     finally:
