@@ -208,7 +208,8 @@ def _llama(metadata: _Metadata, texts: Sequence[str], ids: Mapping[str, int | No
     check_pieces(texts, scores, types, name)
     if ids["unknown"] is None and UNKNOWN in types:
         unk = types.index(UNKNOWN)
-    pieces = Pieces(texts, scores, types, LLAMA_UNK if unk is None else unk, bos, eos, metadata.flag("add_space_prefix", True))
+    spaced = metadata.flag("add_space_prefix", True)
+    pieces = Pieces(texts, scores, types, LLAMA_UNK if unk is None else unk, bos, eos, spaced)
     return _sentencepiece(pieces, metadata.ends(texts, bos, eos, add_bos=True), name)
 
 
