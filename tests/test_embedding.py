@@ -16,9 +16,9 @@ PROGRAMS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "embedding.md"
 README = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
 
 
-def program(path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
+def program(path: Path, code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     path.write_text(code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, path, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
@@ -45,10 +45,12 @@ def test_the_script_completes_its_argument_and_tells_an_error_in_one_line(tmp_pa
     assert done.stderr.startswith("cannot complete: the prompt is empty")
 
 
-def test_the_readmes_example_runs(tmp_path):
+def test_the_readmes_example_runs(real_home, tmp_path):
     assert len(README) == 1
-    done = program(tmp_path / "program.py", README[0])
+    done = program(tmp_path / "program.py", README[0], KVQ_HOME=str(real_home))
     assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "policy adaptive" in done.stdout
 
 
 USE = '''\
