@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvq.runtime.session import Session
+from kvq.runtime.session.session import Session
 
 REPEATS = 7
 

@@ -14,7 +14,7 @@ import numpy as np
 from kvq.controller.policies import FEATURE_NAMES, Policy, TokenFeatures
 
 if TYPE_CHECKING:
-    from kvq.controller.samples import Samples
+    from kvq.controller.training.samples import Samples
 
 TOKENS = 512  # random ones, whose features say what normal is
 SPREAD = 1.5  # nats, standard deviation of a class's log damage over tokens
@@ -30,9 +30,9 @@ def add_controllers(bundle: Path, threads: int | None = None) -> None:
     """
     import torch
 
-    from kvq.controller.network import Controller, features_of
-    from kvq.controller.train import CLASSES, Recipe, store
-    from kvq.runtime.bundle import Bundle
+    from kvq.controller.training.network import Controller, features_of
+    from kvq.controller.training.train import CLASSES, Recipe, store
+    from kvq.runtime.bundle.bundle import Bundle
 
     opened = Bundle(bundle)
     manifest = opened.manifest
@@ -76,8 +76,8 @@ class _Watch(Policy):
 def _samples(bundle: Path, threads: int | None) -> Samples:
     """Features of random tokens; no damages, which nothing here looks at."""
     import kvq
-    from kvq.controller.network import NORM_FLOOR
-    from kvq.controller.samples import Samples
+    from kvq.controller.training.network import NORM_FLOOR
+    from kvq.controller.training.samples import Samples
 
     model = kvq.load(bundle, threads=threads)
     ids = np.random.default_rng(2).integers(0, model.architecture.vocab, TOKENS)

@@ -22,8 +22,8 @@ import click
 
 from kvq.bench.arms import ARMS
 from kvq.bench.shapes import BENCH_SHAPES, LONGEST, ROOM, default_cache
-from kvq.runtime.attention import BACKENDS
-from kvq.runtime.threads import MOST_THREADS, available_cores
+from kvq.runtime.compute.backends import BACKENDS
+from kvq.runtime.machine.threads import MOST_THREADS, available_cores
 
 
 class OptionError(Exception):

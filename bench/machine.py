@@ -8,7 +8,7 @@ from typing import Any
 
 import kvq
 from kvq.bench.arms.base import package_version
-from kvq.runtime.threads import available_cores
+from kvq.runtime.machine.threads import available_cores
 
 
 def machine() -> dict[str, Any]:

@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 from kvq.bench.shapes import assets, default_cache, make_bundle
-from kvq.runtime.statistics import size
+from kvq.runtime.session.statistics import size
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 CHECKED = 8  # tokens that have to be the same

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from kvq.controller.texts import read_text
+from kvq.controller.training.texts import read_text
 from kvq.runtime.cli.options import OUTPUT
 from kvq.runtime.files import write_atomically
 
@@ -39,7 +39,7 @@ def train_controller(bundle, text, feature_set, objective, tokens, seed, threads
     content = read_text(text, "--text")
     import torch
 
-    from kvq.controller.train import Recipe, train_controllers
+    from kvq.controller.training.train import Recipe, train_controllers
 
     if threads:
         torch.set_num_threads(threads)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvq.runtime.attention import make_backend
-from kvq.runtime.bundle import Bundle
-from kvq.runtime.engine import Engine
-from kvq.runtime.pages import Geometry
-from kvq.runtime.store import KVStore
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.compute.backends import make_backend
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.kv.store import KVStore
 
 MAX_TOKENS = 4096
 WINDOW, CHUNK = 1024, 256

@@ -9,7 +9,7 @@ import onnx
 
 from kvq.exporter.export import write_text
 from kvq.exporter.segments import ACCURACY_LEVEL
-from kvq.runtime.bundle import MANIFEST, Bundle, digest
+from kvq.runtime.bundle.bundle import MANIFEST, Bundle, digest
 
 
 def exact_copy(bundle: Path, folder: Path) -> None:

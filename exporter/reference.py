@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvq.exporter.architectures.llama import EMBEDDING, HEAD
 from kvq.exporter.quantize import QuantizedMatrix
 from kvq.exporter.rotation import head_rotation, rotate_inputs, rotate_outputs
-from kvq.runtime.bundle import Bundle
+from kvq.runtime.bundle.bundle import Bundle
 
 
 def effective_model(bundle: Bundle) -> LlamaForCausalLM:

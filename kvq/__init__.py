@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
-    from kvq.runtime.chat import ChatTemplate
-    from kvq.runtime.conversation import Conversation
+    from kvq.runtime.chat.conversation import Conversation
     from kvq.runtime.errors import (
         BackendError,
         BudgetError,
@@ -39,12 +38,13 @@ if TYPE_CHECKING:
         TokenizerError,
         UnsupportedArchitectureError,
     )
-    from kvq.runtime.generate import Response
-    from kvq.runtime.inspection import InspectedToken, Inspection, inspect_session, inspect_text
-    from kvq.runtime.model import Model, load
-    from kvq.runtime.session import Session, kv_nbytes
-    from kvq.runtime.statistics import Stats
-    from kvq.runtime.threads import session_options
+    from kvq.runtime.inspect.inspection import InspectedToken, Inspection, inspect_session, inspect_text
+    from kvq.runtime.machine.threads import session_options
+    from kvq.runtime.session.generation import Response
+    from kvq.runtime.session.model import Model, load
+    from kvq.runtime.session.session import Session, kv_nbytes
+    from kvq.runtime.session.statistics import Stats
+    from kvq.runtime.text.template import ChatTemplate
 
 __version__ = "0.2.0"
 
@@ -56,14 +56,16 @@ if (_checkout / "pyproject.toml").is_file():
 
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
-    **dict.fromkeys(["Model", "load"], "kvq.runtime.model"),
-    **dict.fromkeys(["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspection"),
-    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session"),
-    "ChatTemplate": "kvq.runtime.chat",
-    "Conversation": "kvq.runtime.conversation",
-    "Response": "kvq.runtime.generate",
-    "Stats": "kvq.runtime.statistics",
-    "session_options": "kvq.runtime.threads",
+    **dict.fromkeys(["Model", "load"], "kvq.runtime.session.model"),
+    **dict.fromkeys(
+        ["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspect.inspection"
+    ),
+    **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session.session"),
+    "ChatTemplate": "kvq.runtime.text.template",
+    "Conversation": "kvq.runtime.chat.conversation",
+    "Response": "kvq.runtime.session.generation",
+    "Stats": "kvq.runtime.session.statistics",
+    "session_options": "kvq.runtime.machine.threads",
     **dict.fromkeys(["POLICIES", "Policy", "ScoredPolicy", "TokenFeatures", "make_policy"], "kvq.controller.policies"),
     **dict.fromkeys(
         [

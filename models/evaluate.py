@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from kvq.models.corpus import END_OF_TEXT, documents
-from kvq.runtime.model import Model, load
+from kvq.runtime.session.model import Model, load
 
 # Names that occur in no book of the corpus: what is copied must come from the context.
 NAMES = ("Zorvath Quillimane", "Ibbeth Tarranook", "Maxel Druvenshaw", "Oskavia Prendlewick", "Jorun Vashteel",

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kvq.exporter.export import export
-from kvq.runtime.bundle import Bundle
-from kvq.runtime.model import Model
-from tests.checkpoints import TINY, save_checkpoint
-from tests.real import real_bundle, real_home  # noqa: F401 # fixtures for all tests
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.session.model import Model
+from tests.tools.checkpoints import TINY, save_checkpoint
+from tests.tools.real import real_bundle, real_home  # noqa: F401 # fixtures for all tests
 
 # Where a landing is decided, the same examples every time; everywhere else, new ones every run.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -46,8 +46,8 @@ class OrtGqaArm(Arm):
     def load(self) -> None:
         import onnxruntime
 
-        from kvq.runtime.bundle import MANIFEST, Manifest
-        from kvq.runtime.hugepages import new_memory
+        from kvq.runtime.bundle.bundle import MANIFEST, Manifest
+        from kvq.runtime.machine.hugepages import new_memory
 
         bundle = self.setup.assets.bundle
         self.manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))

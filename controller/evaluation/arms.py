@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.budget import PROTECTED, token_bytes
-from kvq.runtime.bundle import Bundle
+from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.pages import Geometry
-from kvq.runtime.store import RecentWindow
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.kv.store import RecentWindow
+from kvq.runtime.policy.budget import PROTECTED, token_bytes
 
 # One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
 LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]
@@ -92,14 +92,14 @@ def oracle(space: Bytes, kv_bits: float, damage: np.ndarray, classes: list[tuple
 
 
 class DamageMeter:
-    """Damage of every token of a text, for the oracle: `PROBES` draws of `kvq.controller.damage`."""
+    """Damage of every token of a text, for the oracle: `PROBES` draws of `kvq.controller.training.damage`."""
 
     classes = LADDER
 
     def __init__(self, bundle: Bundle, recent: int) -> None:
         import torch
 
-        from kvq.controller.parallel import ParallelModel
+        from kvq.controller.training.parallel import ParallelModel
 
         self._model = ParallelModel.load(bundle, recent)
         self._generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ class DamageMeter:
         """float64 [tokens, classes] in nats, of ids int64 [tokens]."""
         import torch
 
-        from kvq.controller.damage import WIDTHS, probe
+        from kvq.controller.training.damage import WIDTHS, probe
 
         batch = torch.from_numpy(np.asarray(ids, np.int64))[None].to(self._model.device)
         signed = probe(self._model, batch, self._generator, PROBES)[0][:, 0]  # [draws, tokens, sides, widths]

@@ -10,7 +10,7 @@ from kvq.controller.evaluation.divergence import Outcome, outcome, reference
 from kvq.controller.evaluation.pareto import Progress
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
-from kvq.runtime.model import Model
+from kvq.runtime.session.model import Model
 
 EDGES = (0, 64, 128, 256, 512, 1024, 1536, 2048, 4096, 8192)
 

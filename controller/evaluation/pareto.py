@@ -12,10 +12,10 @@ from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled,
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
-from kvq.controller.texts import read_text, windows
+from kvq.controller.training.texts import read_text, windows
 from kvq.runtime.errors import ContextError
-from kvq.runtime.model import Model
-from kvq.runtime.pages import Geometry
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.session.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
 SCORED = ("rule", "random", "paper", "adaptive")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvq.controller.policies import Policy
-from kvq.runtime.inspection import stored_tokens
-from kvq.runtime.model import Model
+from kvq.runtime.inspect.inspection import stored_tokens
+from kvq.runtime.session.model import Model
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from kvq.controller.evaluation.divergence import log_softmax
 from kvq.runtime.errors import CalibrationError
-from kvq.runtime.model import Model
-from kvq.runtime.session import Session
+from kvq.runtime.session.model import Model
+from kvq.runtime.session.session import Session
 
 RESAMPLES = 10_000
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvq.controller.policies.base import FEATURE_NAMES, Policy, ScoredPolicy, TokenFeatures
 from kvq.runtime.discovery import discover
 from kvq.runtime.errors import PolicyError
+from kvq.runtime.policy.base import FEATURE_NAMES, Policy, ScoredPolicy, TokenFeatures
 
 if TYPE_CHECKING:
-    from kvq.runtime.bundle import Bundle
+    from kvq.runtime.bundle.bundle import Bundle
 
 POLICIES: dict[str, Callable[..., Policy]] = discover(sys.modules[__name__], "POLICIES")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-from kvq.controller.policies.base import ScoredPolicy
 from kvq.controller.policies.learned import LearnedPolicy
 from kvq.controller.policies.rule import RulePolicy
-from kvq.runtime.bundle import Bundle
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.policy.base import ScoredPolicy
 
 
 def auto(bundle: Bundle) -> ScoredPolicy:

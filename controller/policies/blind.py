@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.policies.base import Policy, ScoredPolicy, TokenFeatures, curve_of
 from kvq.runtime.errors import PolicyError
-from kvq.runtime.sampling import uniform
+from kvq.runtime.policy.base import Policy, ScoredPolicy, TokenFeatures, curve_of
+from kvq.runtime.session.sampling import uniform
 
 CLASSES = np.array([(16, 16), (8, 8), (4, 4), (2, 2)], np.uint8)  # those of arXiv 2604.04722
 

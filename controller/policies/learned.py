@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import onnxruntime
 
-from kvq.controller.policies.base import FEATURE_NAMES, ScoredPolicy, TokenFeatures
-from kvq.runtime.bundle import Bundle
-from kvq.runtime.codecs import CODECS
+from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import PolicyError
-from kvq.runtime.threads import session_options
+from kvq.runtime.machine.threads import session_options
+from kvq.runtime.policy.base import FEATURE_NAMES, ScoredPolicy, TokenFeatures
+from kvq.runtime.precision.codecs import CODECS
 
 INPUTS = TokenFeatures._fields
 # Tokens are scored in multiples of this, rows of zeros among them if need be: onnxruntime's products of one row sum in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.controller.policies.base import ScoredPolicy, TokenFeatures, curve_of
+from kvq.runtime.policy.base import ScoredPolicy, TokenFeatures, curve_of
 
 
 class RulePolicy(ScoredPolicy):

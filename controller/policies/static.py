@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from kvq.controller.policies.base import Policy, TokenFeatures
-from kvq.runtime.codecs import CODECS
+from kvq.runtime.policy.base import Policy, TokenFeatures
+from kvq.runtime.precision.codecs import CODECS
 
 WIDTHS = sorted(CODECS, reverse=True)  # a new codec is a choice of its own at once
 

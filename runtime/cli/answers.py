@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq.runtime.chat import ChatTemplate
-    from kvq.runtime.generate import Response
-    from kvq.runtime.model import Model
+    from kvq.runtime.session.generation import Response
+    from kvq.runtime.session.model import Model
+    from kvq.runtime.text.template import ChatTemplate
 
 # Fewer tokens are read before a bar could be looked at.
 LEAST_TOKENS = 256

@@ -32,9 +32,9 @@ from kvq.runtime.cli.sessions import SESSION, SessionFile
 from kvq.runtime.errors import BudgetError, KvqError, PromptError
 
 if TYPE_CHECKING:
-    from kvq.runtime.conversation import Conversation
-    from kvq.runtime.model import Model
-    from kvq.runtime.session import Session
+    from kvq.runtime.chat.conversation import Conversation
+    from kvq.runtime.session.model import Model
+    from kvq.runtime.session.session import Session
 
 HELP = """\
 /save FILE    save the conversation with its cache, to go on later
@@ -128,7 +128,7 @@ class Repl:
 
     def begin(self, session: Session, system: bool = True) -> None:
         """Start or take up the conversation of a session."""
-        from kvq.runtime.conversation import Conversation
+        from kvq.runtime.chat.conversation import Conversation
 
         self.conversation = Conversation(session, self.system if system else None)
 

@@ -12,7 +12,7 @@ import click
 from kvq.runtime.cli.options import SETTINGS, Command, option
 
 if TYPE_CHECKING:
-    from kvq.runtime.bundle import Architecture
+    from kvq.runtime.bundle.bundle import Architecture
 
 SHOWN = 400  # characters of metadata: a session may hold a whole document
 
@@ -28,7 +28,7 @@ def info(path, as_json) -> None:
       kvq info story.kvq
       kvq info ./my-bundle --json
     """
-    from kvq.runtime.references import embedded_models
+    from kvq.runtime.catalog.references import embedded_models
 
     if str(path) in embedded_models():
         path = embedded_models()[str(path)]
@@ -40,8 +40,8 @@ def info(path, as_json) -> None:
 
 
 def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
-    from kvq.runtime.session_file import check_payload
-    from kvq.runtime.session_header import FORMAT_VERSION, open_session_file
+    from kvq.runtime.session.file import check_payload
+    from kvq.runtime.session.header import FORMAT_VERSION, open_session_file
 
     with open_session_file(path) as (file, header):
         check_payload(file, header, path)
@@ -68,7 +68,7 @@ def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bundle(path: Path) -> tuple[dict[str, Any], list[str]]:
-    from kvq.runtime.bundle import FORMAT_VERSION, TOKENIZER, WEIGHTS, Bundle
+    from kvq.runtime.bundle.bundle import FORMAT_VERSION, TOKENIZER, WEIGHTS, Bundle
 
     manifest = Bundle(path).manifest
     nbytes = sum(entry["nbytes"] for entry in manifest.files.values())

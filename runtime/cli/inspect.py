@@ -54,7 +54,7 @@ def inspect(
       cat chapter.txt | kvq inspect --json
     """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
-    from kvq.runtime.views import page, plot, terminal
+    from kvq.runtime.inspect.views import page, plot, terminal
 
     if png_file:
         import matplotlib  # noqa: F401 # a missing package is said before the model runs

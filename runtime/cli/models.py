@@ -26,7 +26,7 @@ def list_models(as_json: bool) -> None:
       kvq list
       kvq list --json
     """
-    from kvq.runtime.choices import choices
+    from kvq.runtime.catalog.choices import choices
 
     here, absent = _here(), _absent()
     if damage := choices().damage:
@@ -43,9 +43,9 @@ def list_models(as_json: bool) -> None:
 
 def _here() -> list[dict[str, Any]]:
     """Rows of the models on this machine."""
-    from kvq.runtime.checkpoints import local_exports
-    from kvq.runtime.choices import choices
-    from kvq.runtime.references import DEFAULT_MODEL, cached_models, described, embedded_models, pulled_models
+    from kvq.runtime.catalog.checkpoints import local_exports
+    from kvq.runtime.catalog.choices import choices
+    from kvq.runtime.catalog.references import DEFAULT_MODEL, cached_models, described, embedded_models, pulled_models
 
     chosen = choices()
     named = {name: Path(place) for name, place in chosen.names.items()}
@@ -63,8 +63,8 @@ def _here() -> list[dict[str, Any]]:
 
 def _absent() -> list[dict[str, Any]]:
     """Rows of the models of the registry that are not here."""
-    from kvq.runtime.references import pulled_models
-    from kvq.runtime.registry import registry
+    from kvq.runtime.catalog.references import pulled_models
+    from kvq.runtime.catalog.registry import registry
 
     here = pulled_models()
     return [
@@ -82,7 +82,7 @@ def _table(lines: list[tuple[str, ...]]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    from kvq.runtime.statistics import size
+    from kvq.runtime.session.statistics import size
 
     first = ("*" if row["default"] else "", row["model"], row["from"])
     if "error" in row:
@@ -92,7 +92,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _download(row: dict[str, Any]) -> str:
-    from kvq.runtime.statistics import size
+    from kvq.runtime.session.statistics import size
 
     return size(row["download_nbytes"]) if row["download_nbytes"] else "size unknown"
 
@@ -109,8 +109,8 @@ def use(model: str | None) -> None:
       kvq use smollm2-135m-instruct
       kvq use ./my-bundle
     """
-    from kvq.runtime.choices import changed
-    from kvq.runtime.references import default_model, find
+    from kvq.runtime.catalog.choices import changed
+    from kvq.runtime.catalog.references import default_model, find
 
     if model is None:
         click.echo(default_model()[0])
@@ -137,9 +137,9 @@ def name_model(model: str, name: str) -> None:
       kvq name ./my-bundle mine
       kvq name ./SmolLM-135M.Q8_0.gguf small
     """
-    from kvq.runtime.choices import USER_NAME, changed
-    from kvq.runtime.references import embedded_models, locate
-    from kvq.runtime.registry import registry
+    from kvq.runtime.catalog.choices import USER_NAME, changed
+    from kvq.runtime.catalog.references import embedded_models, locate
+    from kvq.runtime.catalog.registry import registry
 
     if not USER_NAME.fullmatch(name):
         raise click.ClickException(f"{name!r} is no name: letters, digits, dot, dash and underscore")
@@ -163,7 +163,7 @@ def remove(model: str, yes: bool) -> None:
       kvq rm smollm2-135m-instruct
       kvq rm mine --yes
     """
-    from kvq.runtime.removal import removal
+    from kvq.runtime.catalog.removal import removal
 
     found = removal(model)
     what = str(found.folder) if found.folder else f"the name {model}"
@@ -181,8 +181,8 @@ def remove(model: str, yes: bool) -> None:
 
 
 def _check(path: Path, reference: str) -> None:
+    from kvq.runtime.catalog.references import described
     from kvq.runtime.errors import BundleError
-    from kvq.runtime.references import described
 
     if "error" in (row := described(path)):
         raise BundleError(f"{reference} is no bundle that can be used: {row['error']}")

@@ -17,10 +17,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.sampling import DEFAULTS
+from kvq.runtime.session.sampling import DEFAULTS
 
 if TYPE_CHECKING:
-    from kvq.runtime.model import Model
+    from kvq.runtime.session.model import Model
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
@@ -102,7 +102,7 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from kvq.runtime.references import known_names
+    from kvq.runtime.catalog.references import known_names
 
     named = [CompletionItem(name) for name in known_names() if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="dir")]
@@ -186,7 +186,7 @@ def load_model(model: str | None, threads: int | None, quiet: bool | None = None
         context = click.get_current_context(silent=True)
         quiet = context is not None and bool(context.params.get("quiet") or context.params.get("as_json"))
     if model is None and quiet:
-        from kvq.runtime.references import default_model
+        from kvq.runtime.catalog.references import default_model
 
         model, _ = default_model()
     loaded = kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))

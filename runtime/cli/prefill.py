@@ -59,7 +59,7 @@ def prefill(
       kvq prefill letter.txt -o letter.kvq --as user
       kvq prefill chapter.txt -o chapter.kvq --raw
     """
-    from kvq.runtime.conversation import Conversation, has_template
+    from kvq.runtime.chat.conversation import Conversation, has_template
 
     if os.path.lexists(out) and not overwrite:
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")

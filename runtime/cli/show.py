@@ -12,8 +12,8 @@ import click
 from kvq.runtime.cli.options import SETTINGS, Command, complete_model, option
 
 if TYPE_CHECKING:
-    from kvq.runtime.bundle import Architecture
-    from kvq.runtime.registry import Entry
+    from kvq.runtime.bundle.bundle import Architecture
+    from kvq.runtime.catalog.registry import Entry
 
 # Uniform policies, by bits of keys and values: what a token takes at most, and what choices of a policy lie between.
 PAIRS = {"fp16": (16, 16), "int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4), "int2": (2, 2)}
@@ -30,8 +30,8 @@ def show(model: str, as_json: bool) -> None:
       kvq show kvq-books
       kvq show smollm2-135m-instruct --json
     """
-    from kvq.runtime.references import find
-    from kvq.runtime.registry import registry
+    from kvq.runtime.catalog.references import find
+    from kvq.runtime.catalog.registry import registry
 
     found = find(model)
     entry = registry().get(found.name) if found.origin == "registry" else None
@@ -49,7 +49,7 @@ def show(model: str, as_json: bool) -> None:
 
 
 def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
-    from kvq.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+    from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 
     manifest = Bundle(path).manifest
     licence = entry.licence if entry else getattr(manifest, "source", {}).get("licence")
@@ -72,15 +72,15 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
 
 def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
     """Bytes that one stored token takes, by policy."""
-    from kvq.controller.budget import token_bytes
-    from kvq.runtime.pages import Geometry
+    from kvq.runtime.kv.pages import Geometry
+    from kvq.runtime.policy.budget import token_bytes
 
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
     return {name: token_bytes(geometry, pair) for name, pair in PAIRS.items()}
 
 
 def _lines(row: dict[str, Any]) -> list[str]:
-    from kvq.runtime.statistics import size
+    from kvq.runtime.session.statistics import size
 
     shape, weights, controllers = row["architecture"], row["weights"], row["controllers"]
     tokens = ", ".join(f"{name} {nbytes:,}" for name, nbytes in row["kv_token_nbytes"].items())
@@ -104,7 +104,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
 
 def _known(entry: Entry) -> tuple[dict[str, Any], list[str]]:
     """What the registry says of a model that is not here."""
-    from kvq.runtime.statistics import size
+    from kvq.runtime.session.statistics import size
 
     row = {
         "model": entry.name, "from": "registry", "here": False, "about": entry.about, "licence": entry.licence,

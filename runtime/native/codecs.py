@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvq.runtime.codecs import NUMPY, Codec, CodecSet
+from kvq.runtime.kv.pages import Page
+from kvq.runtime.kv.store import RecentWindow, Step
 from kvq.runtime.native.library import WINDOW_BITS, Move, MoveStep, load
 from kvq.runtime.native.table import as_buffer, page_row, window_rows
-from kvq.runtime.pages import Page
-from kvq.runtime.store import RecentWindow, Step
+from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
 
 MOST_CHANNELS = 1024
 
@@ -43,7 +43,7 @@ class NativeCodec(Codec):
 
 
 class NativeMover:
-    """A `kvq.runtime.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
+    """A `kvq.runtime.kv.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
 
     What it is given is mostly what it was given before, a pass's arrays and the window, so their addresses are kept:
     after a forward pass every call of Python's costs microseconds.

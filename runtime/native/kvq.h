@@ -1,5 +1,5 @@
 /* Attention over the packed KV store: types shared by the C files and, field by field, by the
- * ctypes declarations in library.py. Arrays are laid out as runtime/pages.py describes. */
+ * ctypes declarations in library.py. Arrays are laid out as runtime/kv/pages.py describes. */
 #ifndef KVQ_H
 #define KVQ_H
 

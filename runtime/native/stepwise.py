@@ -6,9 +6,9 @@ import ctypes
 
 import numpy as np
 
+from kvq.runtime.kv.store import KVStore, RecentWindow
 from kvq.runtime.native.library import PAGE, Move, MoveStep
 from kvq.runtime.native.table import PageTable
-from kvq.runtime.store import KVStore, RecentWindow
 
 
 class StepwiseTable:

@@ -6,9 +6,9 @@ import ctypes
 
 import numpy as np
 
+from kvq.runtime.kv.pages import Page, settle
+from kvq.runtime.kv.store import KVStore, RecentWindow
 from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
-from kvq.runtime.pages import Page, settle
-from kvq.runtime.store import KVStore, RecentWindow
 
 
 class PageTable:

@@ -24,7 +24,7 @@ from kvq.runtime.server.scheduler import Event, Job, Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 
 if TYPE_CHECKING:
-    from kvq.runtime.model import Model
+    from kvq.runtime.session.model import Model
 
 
 @dataclass(frozen=True)

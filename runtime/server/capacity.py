@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.controller.budget import PROTECTED, page_room, token_bytes
-from kvq.runtime.codecs import CODECS
-from kvq.runtime.pages import PAGE_TOKENS, TILE_TOKENS
+from kvq.runtime.kv.pages import PAGE_TOKENS, TILE_TOKENS
+from kvq.runtime.policy.budget import PROTECTED, page_room, token_bytes
+from kvq.runtime.precision.codecs import CODECS
 
 if TYPE_CHECKING:
-    from kvq.runtime.session import Session
-    from kvq.runtime.store import KVStore
+    from kvq.runtime.kv.store import KVStore
+    from kvq.runtime.session.session import Session
 
 
 class Capacity:

@@ -21,11 +21,11 @@ import kvq
 from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.capacity import Capacity, fork_nbytes, open_nbytes
 from kvq.runtime.server.protocol import Settings
-from kvq.runtime.statistics import size
+from kvq.runtime.session.statistics import size
 
 if TYPE_CHECKING:
-    from kvq.runtime.model import Model
-    from kvq.runtime.session import Session
+    from kvq.runtime.session.model import Model
+    from kvq.runtime.session.session import Session
 
 MOST_KEPT = 1024  # prefixes, in memory and on disk together: every request is compared with all of them
 MOST_SETTINGS = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from kvq.runtime.errors import RequestError
-from kvq.runtime.sampling import DEFAULTS, SamplingOptions, make_sampler
+from kvq.runtime.session.sampling import DEFAULTS, SamplingOptions, make_sampler
 
 MOST_STOPS = 4
 MOST_COMPLETION_LOGPROBS = 5

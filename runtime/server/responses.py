@@ -9,7 +9,7 @@ from typing import Any
 from kvq.runtime.server.protocol import Generation
 from kvq.runtime.server.scheduler import Done, Step
 from kvq.runtime.server.tokens import Scored, TokenTexts, chat_logprobs, completion_logprobs
-from kvq.runtime.statistics import Stats
+from kvq.runtime.session.statistics import Stats
 
 # The API knows no end of the context window; the extension block does.
 FINISH = {"stop": "stop", "length": "length", "context": "length"}

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvq.runtime.errors import KvqError, RequestError
-from kvq.runtime.generate import Response
-from kvq.runtime.sampling import SamplingOptions
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.tokens import Scored, most_likely
-from kvq.runtime.statistics import Stats
+from kvq.runtime.session.generation import Response
+from kvq.runtime.session.sampling import SamplingOptions
+from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
-    from kvq.runtime.model import Model
+    from kvq.runtime.session.model import Model
 
 
 @dataclass(frozen=True)

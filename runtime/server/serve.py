@@ -20,12 +20,12 @@ from starlette.types import ASGIApp
 
 import kvq
 from kvq.runtime.errors import ServerError
-from kvq.runtime.model import Model
 from kvq.runtime.server.app import Api, Limits, make_app
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.scheduler import Scheduler
+from kvq.runtime.session.model import Model
 
 BACKLOG = 128
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import kvq
-from tests.session_files import contents, continued
+from tests.tools.session_files import contents, continued
 
 FOLDER = Path(__file__).parent
 PROMPT = "The captain looked at the sea, and nobody said a word"

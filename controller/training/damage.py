@@ -1,0 +1,130 @@
+"""What storing a token at few bits costs: damage measured in nats of later predictions.
+
+The damage of token t at a class is the KL divergence, summed over all later positions, between
+the model with its exact cache and the model in which token t alone is stored at that class.
+
+* `exact_damage` runs the model once per token and class.
+* `probe_damage` needs one backward pass for all tokens and widths. The KL is quadratic near zero:
+  KL = 1/2 sum_i |F_i^(1/2) J_i d|^2 for an error d = stored - exact of the token's keys and values,
+  with J_i the Jacobian of the logits of position i and F_i their Fisher matrix. Draw y_i from the
+  model's own predictions and let g be the gradient of sum_i log p_i(y_i) with respect to what is
+  read of the token: then E[(g . d)^2] = 2 KL. One draw is a noisy, unbiased sample of it (a
+  chi-square with one degree of freedom), which is all that training on many tokens needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvq.controller.training.parallel import ParallelModel, Pass, roundtrip
+
+WIDTHS = (2, 4, 8)  # 16 bits are taken to do no damage: 1e-8 nats on the embedded model
+Progress = Callable[[int, int, str], None]
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || logits) in nats, float32 [...], of log-probabilities and logits [..., vocab]."""
+    other = logits.log_softmax(-1)
+    return (reference.exp() * (reference - other)).sum(-1)
+
+
+def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> np.ndarray:
+    """Signed samples g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)]; keys first. See `probe`."""
+    return probe(model, ids, generator)[0][0]
+
+
+def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: int = 1) -> tuple[np.ndarray, Pass]:
+    """Signed samples of every token's damage, and the pass through the exact cache they come from.
+
+    A class (k, v) has the sample s = keys' sample at width k + values' sample at width v, and
+    s^2 / 2 is one draw of its damage in nats.
+
+    Args:
+        model: the weights.
+        ids: int64 [batch, tokens].
+        generator: of the drawn predictions.
+        draws: samples of each token; each costs a backward pass, the forward pass is shared.
+
+    Returns:
+        g . d, float32 [draws, batch, tokens, 2 sides, len(WIDTHS)], keys first; and the pass, detached.
+    """
+    leaves: list[Tensor] = []  # of layer 0's keys, its values, layer 1's keys, ...
+    errors: list[list[Tensor]] = []
+
+    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
+        leaves.extend(leaf)
+        errors.extend([roundtrip(x.detach(), w) - x.detach() for w in WIDTHS] for x in (keys, values))
+        return keys + leaf[0], values + leaf[1]
+
+    found = model.run(ids, read)
+    logits = found.logits.log_softmax(-1).flatten(0, 1)
+    # By the distribution function: multinomial would take a random number for each entry of the vocabulary.
+    below = logits.detach().exp().cumsum(-1)
+    places = torch.rand((len(below), draws), generator=generator).to(below.device) * below[:, -1:]
+    drawn = torch.searchsorted(below, places).clamp_max(below.shape[1] - 1)
+    result = ids.new_zeros((draws, *ids.shape, 2, len(WIDTHS)), dtype=torch.float32)
+    for draw in range(draws):
+        total = logits.gather(1, drawn[:, draw, None]).sum()
+        gradients = torch.autograd.grad(total, leaves, retain_graph=draw + 1 < draws)
+        for i, (gradient, error) in enumerate(zip(gradients, errors, strict=True)):
+            for w, d in enumerate(error):
+                result[draw, :, :, i % 2, w] += (gradient * d).sum((1, 3))
+    return result.cpu().numpy(), Pass(*(x.detach() for x in found))
+
+
+def exact_damage(
+    model: ParallelModel,
+    ids: Tensor,
+    tokens: np.ndarray,
+    classes: list[tuple[int, int]],
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Damage in nats of storing single tokens at each class, float64 [len(tokens), len(classes)].
+
+    Args:
+        model: the weights.
+        ids: int64 [text tokens], one text.
+        tokens: int [n], which tokens to damage, one at a time.
+        classes: (key bits, value bits) of each.
+        batch: cases run at a time.
+        progress: called as work goes on.
+    """
+    jobs = [(i, c) for i in range(len(tokens)) for c in range(len(classes))]
+    result = np.zeros((len(tokens), len(classes)))
+    with torch.inference_mode():
+        reference = model.run(ids[None]).logits.log_softmax(-1)
+        for start in range(0, len(jobs), batch):
+            part = jobs[start : start + batch]
+            places = torch.tensor([int(tokens[i]) for i, _ in part])
+            pairs = [classes[c] for _, c in part]
+            first = int(places.min()) + model.recent + 1  # before it nothing has changed
+            if first >= len(ids):
+                continue
+
+            def read(
+                layer: int,
+                keys: Tensor,
+                values: Tensor,
+                places: Tensor = places,
+                pairs: list[tuple[int, int]] = pairs,
+            ) -> tuple[Tensor, Tensor]:
+                seen = (keys.clone(), values.clone())
+                for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):
+                    for x, bits in zip(seen, pair, strict=True):
+                        if bits < 16:
+                            x[row, :, place] = roundtrip(x[row, :, place], bits)
+                return seen
+
+            logits = model.run(ids.expand(len(part), -1), read).logits
+            damage = divergence(reference[:, first:], logits[:, first:]).double().sum(1)
+            for (i, c), value in zip(part, damage.tolist(), strict=True):
+                result[i, c] = value
+            if progress:
+                progress(min(start + batch, len(jobs)), len(jobs), "exact damage")
+    return result

@@ -1,0 +1,270 @@
+"""Reading through the quantized cache in one differentiable pass: the engine of labels and training.
+
+Decoding step by step, a query sees itself and the newest tokens in full precision and every
+earlier token as its codec returns it. One pass over a whole text does the same: the scores of
+column j in row i come from the window's keys where i - j <= recent and from the decoded ones
+elsewhere. It agrees with the runtime's step-by-step logits to rounding
+(`tests/controller/test_parallel.py`); weights are the bundle's own, so what is learned here holds there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, silu
+from transformers import LlamaForCausalLM
+
+from kvq.exporter.reference import effective_model, stored_mean_keys
+from kvq.exporter.rotation import head_rotation
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.compute.backends import make_backend
+from kvq.runtime.precision.codecs import Codec, CodecSet
+
+# read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
+# rotated and centred as the store holds them.
+Reader = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+ROWS = 128  # of attention at a time: what they do not see is not computed
+
+
+class Pass(NamedTuple):
+    """What one pass over texts yields.
+
+    logits: [batch, tokens, vocab].
+    attention_variance: of the last layer's rows, mean over heads, [batch, tokens].
+    residual: [batch, tokens, hidden], what the head takes.
+    keys, values: [batch, layers, kv_heads, tokens, head_dim], exact, rotated, keys centred.
+    """
+
+    logits: Tensor
+    attention_variance: Tensor
+    residual: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class ParallelModel:
+    """A bundle's weights in torch, with the cache between its layers laid open.
+
+    Attributes:
+        model: transformers' Llama with the bundle's dequantized, un-rotated weights.
+        rotation: float32 [head_dim, head_dim] of every head.
+        mean_keys: float32 [layers, kv_heads, head_dim] subtracted from rotated keys.
+        recent: newest tokens, besides the query's own, that are read in full precision.
+    """
+
+    model: LlamaForCausalLM
+    rotation: Tensor
+    mean_keys: Tensor
+    recent: int = 16
+
+    @classmethod
+    def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
+        """The torch twin of a bundle."""
+        model = effective_model(bundle)
+        model.requires_grad_(False)
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        head_dim = bundle.manifest.architecture.head_dim
+        rotation = head_rotation(head_dim, bundle.manifest.kv["rotation"] != "none")[1]
+        means = stored_mean_keys(bundle)
+        return cls(model, torch.from_numpy(rotation).to(device), torch.from_numpy(means).to(device), recent)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.rotation.device
+
+    def _as_kept(self, x: Tensor) -> Tensor:
+        """x as the window rounds it, if there is one."""
+        return _straight(x, _codecs().window) if self.recent else x
+
+    def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
+        """One pass over int64 ids [batch, tokens], all tokens scored.
+
+        Args:
+            ids: the texts.
+            read: what later tokens see of a layer's keys and values; None is the exact cache.
+        """
+        net, config = self.model.model, self.model.config
+        tokens = ids.shape[1]
+        x = embedding(ids, net.embed_tokens.weight)
+        places = torch.arange(tokens, device=ids.device)
+        cosine, sine = net.rotary_emb(x, places[None])
+        blocks = [_Block.of(start, min(start + ROWS, tokens), self.recent, ids) for start in range(0, tokens, ROWS)]
+        keys, values = [], []
+        variance = x.new_zeros(ids.shape)
+        for index, layer in enumerate(net.layers):
+            normed = _norm(x, layer.input_layernorm)
+            attention = layer.self_attn
+
+            def heads(projection: torch.nn.Linear, normed: Tensor = normed) -> Tensor:
+                y = linear(normed, projection.weight, projection.bias)
+                return y.view(*ids.shape, -1, config.head_dim).transpose(1, 2)
+
+            query = _rotary(heads(attention.q_proj), cosine, sine) @ self.rotation
+            key = _rotary(heads(attention.k_proj), cosine, sine) @ self.rotation - self.mean_keys[index][:, None]
+            value = heads(attention.v_proj) @ self.rotation
+            keys.append(key)
+            values.append(value)
+            if read is None:
+                window = seen = (key, value)
+            else:
+                # A query's own key and value are exact; the window's, and what passes through it on its
+                # way to a codec, are rounded to the window's 16 bits.
+                window = (self._as_kept(key), self._as_kept(value))
+                seen = read(index, *window)
+            mixed, squares = _attention(query * config.head_dim**-0.5, (key, value), window, seen, blocks)
+            if index + 1 == len(net.layers):
+                length = places + 1.0
+                variance = squares.mean(1) / length - 1 / length**2
+            mixed = mixed.view(len(ids), -1, tokens, config.head_dim) @ self.rotation.T
+            mixed = mixed.transpose(1, 2).reshape(*ids.shape, -1)
+            x = x + linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+            normed = _norm(x, layer.post_attention_layernorm)
+            gate = linear(normed, layer.mlp.gate_proj.weight, layer.mlp.gate_proj.bias)
+            up = linear(normed, layer.mlp.up_proj.weight, layer.mlp.up_proj.bias)
+            x = x + linear(silu(gate) * up, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
+        logits = linear(_norm(x, net.norm), self.model.lm_head.weight)
+        return Pass(logits, variance, x, torch.stack(keys, 1), torch.stack(values, 1))
+
+
+class _Block(NamedTuple):
+    """Rows [start, stop) and the columns they see: decoded ones [0, far), the window's and their own [near, stop).
+
+    far_bias, near_bias: 0 where a row reads the column from there, else -inf; [rows, columns].
+    own: where a column is the row's own token, bool [rows, columns from near].
+    """
+
+    start: int
+    stop: int
+    far: int
+    near: int
+    far_bias: Tensor
+    near_bias: Tensor
+    own: Tensor
+
+    @classmethod
+    def of(cls, start: int, stop: int, recent: int, like: Tensor) -> _Block:
+        far, near = max(0, stop - 1 - recent), max(0, start - recent)
+        row = torch.arange(start, stop, device=like.device)[:, None]
+        decoded = row - torch.arange(far, device=like.device) > recent
+        distance = row - torch.arange(near, stop, device=like.device)
+        zero = torch.zeros((), device=like.device)
+        return cls(
+            start, stop, far, near, torch.where(decoded, zero, -torch.inf),
+            torch.where((distance >= 0) & (distance <= recent), zero, -torch.inf), distance == 0,
+        )  # fmt: skip
+
+
+def _attention(
+    query: Tensor,
+    exact: tuple[Tensor, ...],
+    window: tuple[Tensor, ...],
+    seen: tuple[Tensor, ...],
+    blocks: list[_Block],
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in which a row reads its own token exactly, the window's as kept, older ones as decoded.
+
+    Args:
+        query: scaled, float32 [batch, heads, tokens, head_dim].
+        exact, window, seen: keys and values, float32 [batch, kv_heads, tokens, head_dim] each.
+        blocks: of rows, covering all tokens.
+
+    Returns:
+        float32 [batch, heads, tokens, head_dim], and each row's sum of squares [batch, heads, tokens], detached.
+    """
+    batch, kv_heads, _, head_dim = exact[0].shape
+    mixed, squares = [], []
+    for block in blocks:
+        part, near = slice(block.start, block.stop), slice(block.near, block.stop)
+        rows = query[:, :, part].reshape(batch, kv_heads, -1, head_dim)  # [batch, kv_heads, group * rows, head_dim]
+        shape = (batch, kv_heads, query.shape[1] // kv_heads, block.stop - block.start)
+        far = (rows @ seen[0][:, :, : block.far].transpose(-1, -2)).view(*shape, -1)
+        close = (rows @ window[0][:, :, near].transpose(-1, -2)).view(*shape, -1)
+        own = (rows.view(*shape, head_dim) * exact[0][:, :, None, part]).sum(-1, keepdim=True)
+        close = torch.where(block.own, own, close)
+        weights = torch.softmax(torch.cat([far + block.far_bias, close + block.near_bias], -1), -1)
+        squares.append(weights.detach().square().sum(-1).flatten(1, 2))
+        flat = weights.view(batch, kv_heads, rows.shape[2], -1)
+        out = flat[..., : block.far] @ seen[1][:, :, : block.far] + flat[..., block.far :] @ window[1][:, :, near]
+        share = weights[..., block.far :].diagonal(block.start - block.near, -2, -1)[..., None]
+        out = out.view(*shape, head_dim) + share * (exact[1] - window[1])[:, :, None, part]
+        mixed.append(out.flatten(1, 2))
+    return torch.cat(mixed, 2), torch.cat(squares, 2)
+
+
+def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    return norm(x)
+
+
+def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [batch, heads, tokens, head_dim], halves convention."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cosine[:, None] + turned * sine[:, None]
+
+
+def roundtrip(x: Tensor, bits: int) -> Tensor:
+    """What a codec returns of x, with the gradient of the identity (straight-through).
+
+    The codec itself runs, on the CPU: what is learned is learned about the bytes that are stored.
+    """
+    return _straight(x, _codecs().by_bits[bits])
+
+
+@functools.cache
+def _codecs() -> CodecSet:
+    """The fastest there are; all give the same bytes."""
+    return make_backend().codecs
+
+
+def _straight(x: Tensor, codec: Codec) -> Tensor:
+    seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy())).to(x.device)
+    return x + (seen - x).detach() if x.requires_grad else seen
+
+
+def hard_reader(bits: np.ndarray | Tensor) -> Reader:
+    """Every token at its own precision: bits integer [batch, tokens, 2], key and value bits."""
+    wanted = torch.as_tensor(np.array(bits, np.int64))
+
+    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        for side, x in enumerate((keys, values)):
+            y = x.clone()
+            for width in wanted[..., side].unique().tolist():
+                chosen = (wanted[..., side] == width).to(x.device)
+                part = x.transpose(1, 2)[chosen]  # [chosen tokens, kv_heads, head_dim]
+                y.transpose(1, 2)[chosen] = roundtrip(part, width)
+            seen.append(y)
+        return seen[0], seen[1]
+
+    return read
+
+
+def mixture_reader(weights: Tensor, classes: list[tuple[int, int]]) -> Reader:
+    """Every token as a weighted mixture of what each class would store.
+
+    Args:
+        weights: [batch, tokens, classes], rows sum to one; gradients flow into them.
+        classes: (key bits, value bits) of each.
+    """
+
+    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = []
+        for side, x in enumerate((keys, values)):
+            # x + sum of weight * (stored - x): the identity's share passes x's own gradient on.
+            y = x
+            for width in sorted({pair[side] for pair in classes}):
+                members = [i for i, pair in enumerate(classes) if pair[side] == width]
+                share = weights[..., members].sum(-1)[:, None, :, None]
+                y = y + share * (roundtrip(x.detach(), width) - x.detach())
+            seen.append(y)
+        return seen[0], seen[1]
+
+    return read

@@ -1,0 +1,1 @@
+"""Passes through the model on onnxruntime, and the backends of attention."""

@@ -1,0 +1,75 @@
+"""A forward pass as one graph, with attention as the native library's operator in it, and the head's check in C."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvq.runtime.compute.engine import Bound, Engine, ForwardPass, Head
+from kvq.runtime.errors import BundleError
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.native.library import FILE, Pass, load
+from kvq.runtime.native.stepwise import StepwiseTable
+from kvq.runtime.native.table import PageTable
+
+
+class NativePass(ForwardPass):
+    """One run of the decoder graph. The operator finds the session's store through `Pass`.
+
+    Args:
+        engine: the sessions.
+        tokens: tokens per pass.
+        kernel: index of the instruction set, see `library.kernels`.
+        stepwise: as in `AttentionBackend.forward_pass`.
+    """
+
+    def __init__(self, engine: Engine, tokens: int, kernel: int, stepwise: bool = False) -> None:
+        super().__init__(engine, tokens)
+        shape = engine.architecture
+        self._library = load()
+        self._table = PageTable(settles=tokens == 1)
+        self._stepwise = StepwiseTable(kernel) if stepwise and tokens > 1 else None
+        self._pass = Pass(
+            *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
+            *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
+        )
+        inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
+        decoder = engine.decoder(FILE)
+        self._name = decoder.name
+        self._graph = Bound(decoder, inputs, outputs)
+
+    def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
+        table = self._table
+        if self._stepwise is not None:
+            table, move = self._stepwise.update(store, self.keys, self.values)
+            self._pass.stepwise = ctypes.addressof(move)
+        else:
+            table.update(store)
+        self._pass.page, self._pass.pages = table.address, len(table.rows)
+        self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
+        self._library.kvq_set_pass(self._pass)
+        try:
+            self._graph.run()
+        except Exception as error:  # onnxruntime's errors share no base class; the operator's come through it
+            why = str(error).strip().splitlines()[0]
+            raise BundleError(f"{self._name} does not fit the session ({why}); export the bundle again") from None
+        finally:
+            self._library.kvq_set_pass(None)
+
+
+class NativeHead(Head):
+    """The head, whose logits are looked at in one pass; what numpy needs for it is out of the caches by then.
+
+    Args:
+        engine, rows: as of `Head`.
+        kernel: index of the instruction set, see `library.kernels`.
+    """
+
+    def __init__(self, engine: Engine, rows: int, kernel: int) -> None:
+        super().__init__(engine, rows)
+        self._kernel, self._library = kernel, load()
+        self._address, self._vocab = self._logits.ctypes.data, self._logits.shape[1]
+
+    def finite(self, rows: int) -> bool:
+        return bool(self._library.kvq_finite(self._kernel, self._address, rows * self._vocab))

@@ -1,0 +1,1 @@
+"""What happened to the tokens of a text."""

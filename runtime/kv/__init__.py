@@ -1,0 +1,1 @@
+"""The KV store: pages, buckets, the recent window."""

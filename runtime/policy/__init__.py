@@ -1,0 +1,1 @@
+"""How precisions are chosen: the interface of a policy, features, budget, chooser."""

@@ -1,0 +1,235 @@
+"""A byte budget held by any scored policy: argmax_k (score_k - mu * bytes_k), never exceeded.
+
+What is held. At every length n the bytes of the store are at most
+
+    allowed(n) = max(budget(n), least(n)).
+
+* ``kv_bits`` X: budget(n) = X * values(n) / 8, values(n) being the numbers that n tokens hold. Bytes
+  are those of the stored tokens, `KVStore.used_nbytes`: codes, scales, tags, and the window's and
+  the sink's tokens at 16 bits. The free room of pages is no token's and not counted (`Stats.kv_bits`
+  has it, `Stats.kv_used_bits` has not).
+* ``kv_memory`` SIZE: budget(n) = SIZE, and bytes are those of all arrays, `KVStore.nbytes`, with
+  the whole window and the free room of pages.
+* least(n) is what the store would take with every unprotected token in the cheapest class: while
+  a text is little longer than the window, no choice of precision can go below it. For kv_memory a
+  SIZE below least(context) is refused, so there least(n) never decides.
+
+n is the length at the end of the call that appends: a prompt may spend on its early tokens what
+it saves on later ones. Appended token by token, the bound holds at every token. Trimming may cut a prompt
+where it has spent and not yet saved; tokens then get the cheapest class until the bound holds again.
+
+The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
+the policy was made) at the rate that would just use up what is left. What a text really spends
+feeds back through what is left, so mu follows it, and everything is a function of the counts of
+stored tokens: trimming and forking sessions need no state.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import numpy as np
+
+from kvq.runtime.errors import BudgetError
+from kvq.runtime.kv.pages import PAGE_TOKENS, Geometry, last_capacity
+from kvq.runtime.kv.store import KVStore, RecentWindow
+from kvq.runtime.policy.base import Policy, ScoredPolicy
+from kvq.runtime.precision.codecs import CODECS
+
+# Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
+# not to chase single tokens.
+HORIZON = 64
+# Points of a curve that are farther apart than this share of the rate wanted have nothing between them.
+FAR_APART = 0.05
+GOLDEN_RATIO = 0.6180339887498949
+PROTECTED = (16, 16)  # of sink tokens
+
+
+def token_bytes(geometry: Geometry, pair: tuple[int, int]) -> int:
+    """Bytes of one stored token: codes and scales of all layers and heads, and its position tag."""
+    vectors = geometry.layers * geometry.kv_heads
+    return vectors * sum(CODECS[bits].vector_bytes(geometry.head_dim) for bits in pair) + 4
+
+
+def page_room(most: int) -> np.ndarray:
+    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1]."""
+    full, rest = np.divmod(np.arange(most + 1), PAGE_TOKENS)
+    last = np.array([0] + [last_capacity(n) for n in range(1, PAGE_TOKENS)], np.int64)
+    return full * PAGE_TOKENS + last[rest]
+
+
+class Budget:
+    """The bytes a session may use, and the choice of precision that keeps to them.
+
+    Args:
+        policy: a `ScoredPolicy`.
+        geometry: of the store.
+        context: most tokens a session can hold.
+        recent, sink: tokens protected at 16 bits; both count.
+        kv_bits: total bits per stored value, or
+        kv_memory: bytes of the whole store. One of the two.
+
+    Raises:
+        BudgetError: a policy without scores, not exactly one limit, or one that no choice can keep.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        geometry: Geometry,
+        context: int,
+        recent: int,
+        sink: int = 0,
+        *,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> None:
+        if kv_bits is not None and kv_memory is not None:
+            raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
+        name, limit = ("kv_bits", kv_bits) if kv_memory is None else ("kv_memory", kv_memory)
+        if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not 0 < limit < float("inf"):
+            raise BudgetError(f"{name} must be a positive number, got {limit!r}")
+        if not isinstance(policy, ScoredPolicy):
+            raise BudgetError(
+                f"policy {policy.name!r} has fixed precisions and cannot follow a budget; use adaptive, paper, rule"
+                " or random"
+            )
+        self.context, self.recent, self.sink = context, min(recent, context), sink
+        classes = [(int(k), int(v)) for k, v in policy.classes]
+        # The policy's own first; a loaded session may hold tokens of any other pair.
+        self.pairs = list(dict.fromkeys([*classes, *((k, v) for k in CODECS for v in CODECS)]))
+        self._sink_pair = self.pairs.index(PROTECTED)
+        self._bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
+        self._class_bytes = self._bytes[: len(classes)]
+        self._least = int(np.argmin(self._class_bytes))
+        self._index = np.zeros((17, 17), np.int64)  # place in `pairs` by key bits and value bits
+        for i, pair in enumerate(self.pairs):
+            self._index[pair] = i
+        window = RecentWindow(geometry, self.recent)
+        self._window = window.nbytes if kv_bits is None else self.recent * window.token_bytes
+        values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
+        self._per_token = float(limit) * values / 8 if kv_memory is None else 0.0
+        self._constant = 0.0 if kv_memory is None else float(limit)
+        # Room that c tokens of a bucket take up, in tokens: their own, or that of their pages.
+        self._room = page_room(context + 2) if kv_memory is not None else np.arange(context + 3)
+        room = self._bytes[self._least] * self._room
+        # What c cheapest tokens need. With a budget that grows: the most that they and any number of
+        # further ones need beyond what it grows by meanwhile, max over j >= c of room[j] - per_token * (j - c).
+        slope = self._per_token * np.arange(len(room))
+        self._need = room if self._constant else np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
+        means, prices = policy.curve(self._class_bytes)
+        self._curve = (np.asarray(means, float).tolist(), np.asarray(prices, float).tolist())
+        self._rooms, self._needs, self._nbytes = self._room.tolist(), self._need.tolist(), self._bytes.tolist()
+        self._refuse_impossible(name, float(limit))
+
+    def _refuse_impossible(self, name: str, limit: float) -> None:
+        """Raise for a budget that cannot be kept at any length (kv_bits) or at full context (kv_memory)."""
+        least = np.array([self.least(n) for n in (self.context // 2, self.context)])
+        lengths = np.array([max(1, self.context // 2), self.context])
+        if name == "kv_memory" and least[-1] > limit:
+            raise BudgetError(
+                f"kv_memory of {limit:.0f} bytes is below the {least[-1]:.0f} that a full context of {self.context}"
+                " tokens takes at the lowest precision; give more"
+            )
+        if name == "kv_bits" and (least > self._per_token * lengths).all():
+            lowest = (least / lengths).min() * limit / self._per_token
+            raise BudgetError(
+                f"kv_bits {limit:g} is below what is possible: {lowest:.2f} with a full context of {self.context}"
+                f" tokens, {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
+            )
+
+    @property
+    def limits_memory(self) -> bool:
+        """It bounds the bytes of all arrays (kv_memory), not those of the stored tokens alone (kv_bits)."""
+        return self._constant > 0
+
+    def least(self, length: int) -> float:
+        """Bytes of a store of that length with every unprotected token in the cheapest class."""
+        window = self._window
+        if not self._constant and self.recent:
+            window = window * min(length, self.recent) // self.recent
+        buckets = max(0, length - self.recent)
+        sunk = min(buckets, self.sink)
+        rooms = self._bytes[self._sink_pair] * self._room[sunk] + self._bytes[self._least] * self._room[buckets - sunk]
+        return float(window + rooms)
+
+    def allowed(self, length: int) -> float:
+        """Most bytes the store may have at that length; see the module's definition."""
+        return max(self._per_token * length + self._constant, self.least(length))
+
+    def used(self, store: KVStore) -> int:
+        """Bytes of a store as this budget counts them."""
+        return store.nbytes if self._constant else store.used_nbytes
+
+    def counts(self, store: KVStore) -> np.ndarray:
+        """Tokens by pair, int64 [pairs]; those in the window by what they will become, open ones left out."""
+        found = np.zeros(len(self.pairs), np.int64)
+        for stored, bucket in store.buckets.items():
+            found[self.pairs.index((stored.k, stored.v))] += bucket.count
+        window = store.window
+        if window.count:
+            bits = window.bits[window.slots(store.length - window.count, store.length - window.open)]
+            found += np.bincount(self._index[bits[:, 0], bits[:, 1]], minlength=len(self.pairs))
+        return found
+
+    def choose(self, scores: np.ndarray, counts: np.ndarray, length: int, end: int) -> np.ndarray:
+        """Precision of the next tokens, uint8 [tokens, 2].
+
+        Args:
+            scores: float32 [tokens, classes], of the tokens at the positions length, length + 1, ...
+            counts: int64 [pairs], see `counts`; brought up to date in place.
+            length: tokens chosen so far.
+            end: length of the text when the call that appends these tokens is done.
+        """
+        # Plain numbers: at a few classes a token, numpy's calls would cost ten times the arithmetic.
+        held, room, nbytes = counts.tolist(), self._rooms, self._nbytes
+        total = sum(b * room[c] for b, c in zip(nbytes, held, strict=True))
+        chosen = []
+        for at, score in enumerate(scores.tolist(), length):
+            # A sink token is raised to 16 bits by the store whatever is chosen here.
+            one = self._sink_pair if at < self.sink else self._class(score, held, total, at, end)
+            total += nbytes[one] * (room[held[one] + 1] - room[held[one]])
+            held[one] += 1
+            chosen.append(one)
+        counts[:] = held
+        return np.asarray(self.pairs, np.uint8)[chosen]
+
+    def _class(self, score: list[float], held: list[int], total: int, at: int, end: int) -> int:
+        """Class of the token at position `at`; held and total: tokens by pair and bytes in buckets so far."""
+        least, room, nbytes, need = self._least, self._rooms, self._nbytes, self._needs
+        # The length at which the bytes are counted; a budget of memory has to last for the whole context.
+        due = self.context if self._constant else min(max(end, at + 1 + self.recent), self.context)
+        further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
+        goal = min(max(due, at + 1 + self.recent + HORIZON), self.context)
+        left = self._per_token * goal + self._constant - self._window - total
+        price = self._price(left / max(goal - self.recent - at, 1), at)
+        # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
+        free = self._per_token * due + self._constant - self._window - total + nbytes[least] * room[held[least]]
+        cheap = held[least] + further
+        best, highest = least, -math.inf
+        for i, value in enumerate(score):
+            if i == least:
+                fits = free >= need[cheap + 1]
+            else:
+                fits = free - nbytes[i] * (room[held[i] + 1] - room[held[i]]) >= need[cheap]
+            value -= price * nbytes[i]
+            if fits and value > highest:
+                best, highest = i, value
+        return best
+
+    def _price(self, rate: float, at: int) -> float:
+        """Price of a byte for the token at position `at`, so that typical text takes `rate` bytes a token.
+
+        Linear between close points of the curve. Where many tokens score alike, points are far apart and no price
+        leads to a rate between them: then tokens take the prices of both in turn, by a golden-ratio sequence.
+        """
+        means, prices = self._curve
+        i = bisect.bisect_right(means, rate)
+        if i in (0, len(means)):
+            return prices[min(i, len(means) - 1)]
+        gap = means[i] - means[i - 1]
+        share = (rate - means[i - 1]) / gap
+        if gap > FAR_APART * rate:
+            return prices[i] if at * GOLDEN_RATIO % 1.0 < share else prices[i - 1]
+        return prices[i - 1] + (prices[i] - prices[i - 1]) * share

@@ -1,0 +1,1 @@
+"""Which precisions there are: the table, and a codec for each."""

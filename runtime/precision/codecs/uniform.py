@@ -1,0 +1,94 @@
+"""8 and 4 bits: symmetric uniform codes, round half to even, scale = absmax / largest code.
+
+The recent window uses the same scheme at 16 bits.
+
+Codes and their packing in bytes are those of ONNX Runtime's quantized GroupQueryAttention cache,
+so its operators can check ours bit for bit: int8 codes as they are; int4 codes offset by 8, two a
+byte, the first in the low half. Only the order of the channels differs, see `base`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_scale, to_words, within_half
+
+
+def quantize(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+    """round(x / scale) clamped to [-2^(bits-1), 2^(bits-1)-1], int8 (int16 for 16 bits) of x's shape.
+
+    `scale` broadcasts against x; where it is zero the codes are zero.
+    """
+    top = (1 << (bits - 1)) - 1
+    scale = np.asarray(scale, np.float32)
+    # Division, not multiplication by a reciprocal: the reciprocal of a subnormal overflows,
+    # and its rounding would move exact ties.
+    quotient = np.divide(x, scale, out=np.zeros(np.broadcast_shapes(x.shape, scale.shape), np.float32), where=scale > 0)
+    return np.clip(np.rint(quotient), -top - 1, top).astype(np.int8 if bits <= 8 else np.int16)
+
+
+def pack4(codes: np.ndarray) -> np.ndarray:
+    """int8 [..., n] in [-8, 7] -> uint8 [..., n // 2]; even index low, offset 8."""
+    shifted = (codes + 8).view(np.uint8)
+    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+
+
+def unpack4(packed: np.ndarray) -> np.ndarray:
+    """uint8 [..., n // 2] -> int8 [..., n]; the inverse of `pack4`."""
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return codes.view(np.int8) - 8
+
+
+# Both codes of every byte, float32 [256, 2]: one table look-up decodes two values.
+PAIRS = unpack4(np.arange(256, dtype=np.uint8)[:, None]).astype(np.float32)
+
+
+class Int8Codec(Codec):
+    """One int8 a value."""
+
+    bits = 8
+    has_scale = True
+
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scales = half_scale(absmax(x) / np.float32(127))
+        return to_words(quantize(x, scales, 8), 4).view(np.uint8), scales
+
+    def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(from_words(codes.view(np.int8), 4, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+class Int4Codec(Codec):
+    """Two values a byte."""
+
+    bits = 4
+    has_scale = True
+
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scales = half_scale(absmax(x) / np.float32(7))
+        return pack4(to_words(quantize(x, scales, 4), 8)), scales
+
+    def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        pairs = np.take(PAIRS, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], codes.shape[-1] * 2)
+        np.multiply(from_words(pairs, 8, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+class WindowCodec(Codec):
+    """One int16 a value, for the recent window only.
+
+    Relative to a vector's largest value it rounds about nine times finer than half precision,
+    for the same bytes and a scale. A token must be able to leave the window at any precision, so
+    what half precision cannot hold is refused here.
+    """
+
+    bits = 16
+    has_scale = True
+
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scales = half_scale(within_half(absmax(x)) / np.float32(32767))
+        return to_words(quantize(x, scales, 16).astype("<i2", copy=False), 2).view(np.uint8), scales
+
+    def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(from_words(codes.view("<i2"), 2, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+CODECS = {8: Int8Codec(), 4: Int4Codec()}

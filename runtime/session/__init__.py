@@ -1,0 +1,1 @@
+"""A loaded model, and texts on their way through it."""

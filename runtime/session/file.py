@@ -1,0 +1,307 @@
+"""Sessions on disk: the arrays of a session behind a `SessionHeader`, written atomically, read with suspicion.
+
+The payload is, without gaps, all little-endian::
+
+    token ids                 uint32 [tokens]
+    logits                    float32 [vocab], if the header says so
+    of each bucket, in pieces of 16, 16, 32, 64 tokens and then 128 each, the last one of what is left:
+        positions             int32 [count]
+        key codes             uint8 [layers, kv_heads, count // 16, words, 16, 4], whole tiles
+                              uint8 [layers, kv_heads, words, count % 16, 4], the one begun
+        key scales            float16 [layers, kv_heads, count, 1 or 0]
+        value codes           uint8 [layers, kv_heads, count, words, 4]
+        value scales          float16 [layers, kv_heads, count, 1 or 0]
+    of the recent window, oldest token first:
+        key codes, scales     uint8 [layers, kv_heads, window, 2 * head_dim], float16 [layers, kv_heads, window, 1]
+        value codes, scales   likewise
+        bits                  uint8 [window, 2]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+import kvq
+from kvq.controller.policies import Policy, make_policy
+from kvq.runtime.bundle.bundle import TOKENIZER, Manifest
+from kvq.runtime.errors import BudgetError, PolicyError, SessionError
+from kvq.runtime.files import atomic_file
+from kvq.runtime.kv.pages import Bits, Bucket, Encoded, Page
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.session.header import SessionHeader, open_session_file
+from kvq.runtime.session.session import Session
+
+if TYPE_CHECKING:
+    from kvq.runtime.session.model import Model
+
+FIRST_PAGE_ENDS = (16, 32, 64)  # where the pieces of a bucket's first page end, besides its own
+# The largest scale that a token in the window can have: it leaves with values that half precision holds.
+MOST_WINDOW_SCALE = np.float16(2)
+
+
+def write_session(session: Session, path: str | os.PathLike[str]) -> None:
+    """Write a session to a file; what stood there is replaced when the new file is complete.
+
+    Raises:
+        SessionError: the file cannot be written, or metadata is not made of JSON values.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise SessionError(f"a session file is named by a path, got {path!r:.60}")
+    store, manifest = session.store, session.model.bundle.manifest
+    pending = session.pending if session.room >= 0 else []  # what follows a full context is never fed
+    logits = None if pending else session.last_logits
+    name, options = session.policy.recipe or (session.policy.name, None)
+    parts = _parts(session, logits)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(_bytes(part))
+    header = SessionHeader(
+        kvq=kvq.__version__,
+        model=manifest.name,
+        model_digest=manifest.model_digest,
+        tokenizer_digest=_tokenizer_digest(manifest),
+        architecture=manifest.architecture,
+        policy=name,
+        policy_options=options,
+        recent=store.window.capacity,
+        sink=int(store.sink),
+        prefill_chunk=int(session.prefill_chunk),
+        prefill=session.prefill,
+        kv_bits=None if session.kv_bits is None else float(session.kv_bits),
+        kv_memory=None if session.kv_memory is None else float(session.kv_memory),
+        tokens=store.length,
+        pending=list(pending),
+        window=store.window.count,
+        buckets=[[*bits, bucket.count] for bits, bucket in store.buckets.items()],
+        logits=logits is not None,
+        metadata=session.metadata,
+        payload_sha256=digest.hexdigest(),
+    )
+    start = header.encode()
+    if os.path.islink(path) or os.path.isdir(path):
+        raise SessionError(f"{path} is a link or a folder, which a session file does not replace; give another path")
+    try:
+        with atomic_file(path) as file:
+            file.write(start)
+            for part in parts:
+                file.write(_bytes(part))
+    except OSError as error:
+        raise SessionError(f"{path} cannot be written ({error.strerror}); check the folder and free space") from None
+
+
+def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
+    """All arrays of the payload in their order, contiguous, little-endian; full pages but the first are not copied."""
+    store, window = session.store, session.store.window
+    parts: list[np.ndarray] = [np.array(session.tokens, "<u4")]
+    if logits is not None:
+        parts.append(logits.astype("<f4"))
+    for bucket in store.buckets.values():
+        for page, start, stop in _pieces(bucket):
+            parts += page.parts(start, stop)
+    slots = window.slots(store.length - window.count, store.length)
+    parts += [*window.keys.encoded(slots), *window.values.encoded(slots), window.bits[slots]]
+    return [np.ascontiguousarray(part, part.dtype.newbyteorder("<")) for part in parts]
+
+
+def _pieces(bucket: Bucket) -> Iterator[tuple[Page, int, int]]:
+    """What lies in a file together: the tokens [start, stop) of a page; the first page in parts, as it grows."""
+    for i, page in enumerate(bucket.pages):
+        ends = [n for n in FIRST_PAGE_ENDS if n < page.count] if i == 0 else []
+        for start, stop in itertools.pairwise([0, *ends, page.count]):
+            yield page, start, stop
+
+
+def _bytes(part: np.ndarray) -> memoryview:
+    """The memory of a contiguous array."""
+    return part.reshape(-1).view(np.uint8).data
+
+
+def _tokenizer_digest(manifest: Manifest) -> str | None:
+    return manifest.files[TOKENIZER]["sha256"] if TOKENIZER in manifest.files else None
+
+
+def read_session(
+    model: Model,
+    path: str | os.PathLike[str],
+    policy: str | Policy | None = None,
+    *,
+    prefill: str | None = None,
+    backend: str | None = None,
+    kv_bits: float | None = None,
+    kv_memory: float | None = None,
+) -> Session:
+    """The session of a file. Arguments and errors as in `Model.load_session`."""
+    with open_session_file(path) as (file, header):
+        _check_model(header, model, path)
+        session = _empty_session(header, model, path, policy, prefill, backend, kv_bits, kv_memory)
+        try:
+            source = _Source(file)
+            tokens = source.read((header.tokens,), "<u4")
+            logits = source.read((model.architecture.vocab,), "<f4") if header.logits else None
+            _read_store(source, header, session.store)
+        except OSError as error:
+            raise SessionError(f"{path} cannot be read ({error.strerror}); check the disk") from None
+        except EOFError:
+            raise SessionError(f"{path} became shorter while it was read; load it again") from None
+        if source.digest.hexdigest() != header.payload_sha256:
+            raise SessionError(f"{path} is damaged: it has another sha256 than stated; take another copy")
+    wrong = _wrong_values(session.store, tokens, logits, model.architecture.vocab)
+    if wrong:
+        raise SessionError(f"{path} holds {wrong}; make it again from the text")
+    session._restore(tokens.tolist(), list(header.pending), None if logits is None else logits.astype(np.float32))
+    session.metadata = header.metadata
+    return session
+
+
+def check_payload(file: BinaryIO, header: SessionHeader, path: str | os.PathLike[str]) -> None:
+    """Compare the payload's digest, without a model; raises SessionError."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    if digest.hexdigest() != header.payload_sha256:
+        raise SessionError(f"{path} is damaged: it has another sha256 than stated; take another copy")
+
+
+def _check_model(header: SessionHeader, model: Model, path: str | os.PathLike[str]) -> None:
+    manifest = model.bundle.manifest
+    if header.model_digest != manifest.model_digest or header.architecture != manifest.architecture:
+        raise SessionError(
+            f"{path} belongs to the model {header.model!r:.60} (digest {header.model_digest!r:.14}), this is"
+            f" {manifest.name!r} (digest {manifest.model_digest!r:.14}); load it with its own model"
+        )
+    if header.tokenizer_digest != _tokenizer_digest(manifest):
+        raise SessionError(
+            f"{path} was written with another tokenizer than this bundle's; load it with the bundle it was made with"
+        )
+
+
+def _empty_session(
+    header: SessionHeader,
+    model: Model,
+    path: str | os.PathLike[str],
+    policy: str | Policy | None,
+    prefill: str | None,
+    backend: str | None,
+    kv_bits: float | None,
+    kv_memory: float | None,
+) -> Session:
+    """A session of the file's settings, or of the caller's where given."""
+    settings: dict[str, Any] = {
+        "recent": header.recent, "sink": header.sink, "prefill_chunk": header.prefill_chunk,
+        "prefill": header.prefill if prefill is None else prefill,
+    }  # fmt: skip
+    if policy is None and header.policy_options is None:
+        raise SessionError(
+            f"{path} was written under the policy object {header.policy!r:.60}, which its name cannot bring back;"
+            " pass a policy to load it with"
+        )
+    if policy is None and kv_bits is None and kv_memory is None:
+        kv_bits, kv_memory = header.kv_bits, header.kv_memory
+    elif policy is None and header.policy == "fp16":  # what a session has where neither policy nor budget is named
+        policy = "auto"
+    if policy is not None:
+        return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+    try:
+        policy = make_policy(header.policy, model.bundle, **(header.policy_options or {}))
+        return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+    except (PolicyError, BudgetError) as error:
+        raise SessionError(f"the policy of {path}: {error}; or pass another policy to load it with") from None
+
+
+class _Source:
+    """The payload, array by array, with the digest of what was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def fill(self, array: np.ndarray) -> None:
+        """Read into a contiguous array."""
+        memory = _bytes(array)
+        if self._file.readinto(memory) != len(memory):  # type: ignore[attr-defined] # a buffered reader has it
+            raise EOFError
+        self.digest.update(memory)
+
+    def read(self, shape: tuple[int, ...], dtype: str | np.dtype) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        self.fill(array)
+        return array
+
+
+def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
+    """Fill an empty store."""
+    for k, v, count in header.buckets:
+        bucket = store.buckets[Bits(k, v)] = Bucket(Bits(k, v), store.geometry)
+        bucket.reserve(count)
+        while bucket.count < count:
+            page = bucket.open_page()
+            page.count = min(page.capacity, count - bucket.count)
+            bucket.count += page.count
+        for page, start, stop in _pieces(bucket):
+            _read_piece(source, page, start, stop)
+    window, g = store.window, store.geometry
+    slots = window.slots(header.tokens - header.window, header.tokens)
+    for part in (window.keys, window.values):
+        shape = (g.layers, g.kv_heads, header.window)
+        codes = source.read((*shape, part.codec.code_bytes(g.head_dim)), "u1")
+        part.write(slots, Encoded(codes, source.read((*shape, 1), "<f2")))
+    window.bits[slots] = source.read((header.window, 2), "u1")
+    window.count = header.window
+    store.length = header.tokens
+    store.peak_nbytes = store.nbytes
+
+
+def _read_piece(source: _Source, page: Page, start: int, stop: int) -> None:
+    for part in page.parts(start, stop):
+        little = part.dtype.newbyteorder("<")
+        if part.flags.c_contiguous and part.dtype == little:
+            source.fill(part)
+        else:
+            part[...] = source.read(part.shape, little)
+
+
+def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None, vocab: int) -> str:
+    """What in a store that was just read cannot have been written by a session; empty if nothing."""
+    if tokens.size and tokens.max() >= vocab:
+        return "token ids outside the vocabulary"
+    if logits is not None and not np.isfinite(logits).all():
+        return "logits that are not finite"
+    window = store.window
+    used = window.slots(store.length - window.count, store.length)
+    if not np.isin(window.bits[used], list(CODECS)).all():
+        return "precisions that do not exist"
+    for slots in (window.keys, window.values):
+        scales = slots.scales[:, :, used]
+        if not ((scales >= 0) & (scales <= MOST_WINDOW_SCALE)).all():
+            return "scales out of range in the recent window"
+    seen = np.zeros(store.length - window.count, bool)
+    for bits, bucket in store.buckets.items():
+        places = np.concatenate([np.zeros(0, np.int32), *(page.positions[: page.count] for page in bucket.pages)])
+        if places.size and (places.min() < 0 or places.max() >= len(seen) or (np.diff(places) <= 0).any()):
+            return "positions out of order"
+        if seen[places].any():
+            return "positions that occur twice"
+        seen[places] = True
+        for page in bucket.pages:
+            if not _finite(bits, page):
+                return "scales or halves that are not finite"
+    return ""
+
+
+def _finite(bits: Bits, page: Page) -> bool:
+    """Whether all scales are finite and not negative, and all codes of 16 bits finite."""
+    for width, slots in ((bits.k, page.keys), (bits.v, page.values)):
+        scales = slots.scales[:, :, : page.count]
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            return False
+        # The exponent of infinities and NaN is all ones; comparing halves as numbers takes several times as long.
+        if width == 16 and ((slots.codes.view("<u2") & 0x7C00) == 0x7C00).any():
+            return False
+    return True

@@ -1,0 +1,176 @@
+"""Generation: two generators on top of each other, tokens below and text above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack
+
+import numpy as np
+
+from kvq.runtime.errors import PromptError, SamplingError
+from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
+from kvq.runtime.text.decoder import StopMatcher, StreamingDecoder
+
+if TYPE_CHECKING:
+    from kvq.runtime.session.session import Session
+
+
+@dataclass(frozen=True)
+class Response:
+    """One step of a generation.
+
+    Attributes:
+        text: new text, possibly empty: a character may span tokens, a stop string is held back. A character that
+            max_tokens cuts in two is left out; a generation that continues the text begins with it.
+        token: the sampled id.
+        logprob: its log-probability under the model, in nats.
+        index: tokens generated before this one.
+        finish_reason: None until the last response; then "stop" (end-of-text, a stop token or
+            a stop string), "length" (max_tokens) or "context" (the context window is full).
+    """
+
+    text: str
+    token: int
+    logprob: float
+    index: int
+    finish_reason: str | None = None
+
+
+# Tokens of a prompt that have been read, and all of them.
+Progress = Callable[[int, int], None]
+
+
+def generate_tokens(
+    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+) -> Iterator[tuple[int, float]]:
+    """Yield (token, log-probability) without end; stops only when the context is full.
+
+    The last yielded token is in `session.pending`: it is fed when the next one is asked for, or
+    by the next append.
+    """
+    if len(ids):
+        logits = session.append(ids, progress=progress)
+    elif session.pending:
+        logits = session.append([session.pending.pop()])
+    elif session.last_logits is not None:
+        logits = session.last_logits
+    else:
+        raise PromptError("nothing to continue: the session is empty; give a prompt")
+    while True:
+        token, logprob = sampler(logits, session.tokens)
+        session.pending.append(token)
+        yield token, logprob
+        if session.room < 0:
+            session.pending.clear()
+            return
+        logits = session.append([session.pending.pop()])
+
+
+def stream(
+    session: Session,
+    prompt: str | Sequence[int] | None = None,
+    *,
+    max_tokens: int | None = 256,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Sequence[int] = (),
+    ignore_eos: bool = False,
+    progress: Progress | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> Iterator[Response]:
+    """Generate text after a prompt.
+
+    Args:
+        session: where the text so far is cached; the prompt is appended to it.
+        prompt: text, or token ids; None continues the cached text.
+        max_tokens: most tokens to generate; None goes on until the context is full.
+        stop: strings that end the text and are not part of it.
+        stop_tokens: ids that end it, besides the model's end-of-text ids.
+        ignore_eos: do not end at the model's end-of-text ids.
+        progress: as in `Session.append`, while the prompt is read.
+        **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
+
+    Raises:
+        PromptError: the prompt is empty or holds ids outside the vocabulary.
+        ContextError: the prompt does not fit.
+        SamplingError: an option is out of range.
+    """
+    if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 1):
+        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r}")
+    if not isinstance(stop, str | Iterable):
+        raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stop):
+        raise SamplingError(f"stop strings must not be empty, got {stop!r}; leave stop out to have none")
+    if stop and session.model.optional_tokenizer is None:
+        raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
+    options: SamplingOptions = {**DEFAULTS, **sampling}
+    sampler = make_sampler(**options)
+    stop_ids = _stop_ids(session, stop_tokens, ignore_eos)
+    ids = _prompt_ids(session, prompt)
+    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, progress)
+
+
+def _stream(
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int | None,
+    stop: Sequence[str],
+    stop_ids: frozenset[int],
+    progress: Progress | None,
+) -> Iterator[Response]:
+    tokenizer = session.model.optional_tokenizer
+    decoder = StreamingDecoder(tokenizer) if tokenizer else None
+    if decoder and not len(ids):
+        decoder.follow([*session.tokens, *session.pending])
+    matcher = StopMatcher(stop)
+    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
+        reason = None
+        text = ""
+        if token in stop_ids:
+            reason = "stop"
+        elif decoder:
+            text = matcher.push(decoder.push(token))
+            reason = "stop" if matcher.stopped else None
+        if reason is None and index + 1 == max_tokens:
+            reason = "length"
+        if reason is None and session.room < 0:
+            reason = "context"
+        if reason and decoder and not matcher.stopped:
+            if reason != "length":  # a character that "length" cuts is shown whole by the continuation
+                text += matcher.push(decoder.flush())
+            text += matcher.flush()
+            reason = "stop" if matcher.stopped else reason
+        yield Response(text, token, logprob, index, reason)
+        if reason:
+            if session.room < 0:
+                session.pending.clear()  # the token after a full context can never be fed
+            return
+
+
+def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequence[int]:
+    """Token ids to append before the first sampled token."""
+    if prompt is None:
+        if not session.pending and session.last_logits is None:
+            raise PromptError("nothing to continue: the session is empty; give a prompt")
+        return ()
+    if isinstance(prompt, str):
+        prompt = session.model.encode(prompt, beginning=not session.tokens)
+    try:
+        empty = not len(prompt)
+    except TypeError:
+        raise PromptError(f"the prompt must be text or token ids, got {prompt!r:.60}") from None
+    if empty:
+        raise PromptError("the prompt is empty: give some text")
+    return prompt
+
+
+def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:
+    eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
+    vocab = session.model.architecture.vocab
+    if not all(isinstance(token, int | np.integer) for token in stop_tokens):
+        raise SamplingError(f"stop_tokens must be token ids, got {list(stop_tokens)!r}; give strings as stop")
+    if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
+        raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")
+    return frozenset(int(token) for token in (*stop_tokens, *eos))

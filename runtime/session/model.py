@@ -1,0 +1,214 @@
+"""A loaded model: bundle, engine and tokenizer, from which sessions are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from kvq.controller.policies import Policy
+from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, Architecture, Bundle
+from kvq.runtime.catalog.references import DEFAULT_MODEL, default_model, embedded_models, locate
+from kvq.runtime.compute.backends import make_backend
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.session.session import Session
+from kvq.runtime.text.template import ChatTemplate
+
+__all__ = ["DEFAULT_MODEL", "Model", "embedded_models", "load"]
+
+
+class Model:
+    """Weights and tokenizer of one bundle; any number of sessions share them.
+
+    Args:
+        bundle: the checked bundle.
+        threads: onnxruntime threads; None uses every available core. One number per process.
+
+    Attributes:
+        notice: told in one line what sessions want their user to know, each line once; None tells nobody.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.notice: Callable[[str], None] | None = None
+        self._told = {""}
+        self.engine = Engine(bundle, threads)
+        self._check()
+        self.optional_tokenizer = _tokenizer(bundle)
+
+    def _check(self) -> None:
+        """Load the layers in the form sessions will use, and run them once: what does not fit is refused now."""
+        shape = self.architecture
+        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+        make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
+
+    def tell(self, note: str) -> None:
+        """Give a line to `notice`, unless it had it before."""
+        if self.notice is not None and note not in self._told:
+            self._told.add(note)
+            self.notice(note)
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder of the bundle."""
+        return self.bundle.path
+
+    @property
+    def architecture(self) -> Architecture:
+        """Shape of the model."""
+        return self.bundle.manifest.architecture
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            TokenizerError: the checkpoint came without one.
+        """
+        if self.optional_tokenizer is None:
+            raise TokenizerError(
+                f"the bundle {self.path} has no tokenizer; pass token ids, or export a checkpoint with tokenizer.json"
+            )
+        return self.optional_tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template; a plain transcript where it has none.
+
+        Raises:
+            ChatTemplateError: the bundle's template is not valid.
+        """
+        manifest = self.bundle.manifest
+        tokenizer, special_tokens = self.optional_tokenizer, dict(manifest.special_tokens)
+        if tokenizer is not None and manifest.eos_token_ids and "eos_token" not in special_tokens:
+            special_tokens["eos_token"] = tokenizer.id_to_token(manifest.eos_token_ids[0]) or ""
+        source = None
+        if CHAT_TEMPLATE in manifest.files:
+            try:
+                source = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
+        return ChatTemplate(source, tokenizer, special_tokens)
+
+    def encode(self, text: str, beginning: bool = True) -> list[int]:
+        """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
+
+        Raises:
+            PromptError: not a string, or one that UTF-8 cannot encode.
+            TokenizerError: the bundle has no tokenizer.
+        """
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise PromptError(f"the prompt must be text or token ids, got {text!r:.60}") from None
+        return self.tokenizer.encode(text, add_special_tokens=beginning).ids
+
+    def session(
+        self,
+        policy: str | Policy | None = None,
+        *,
+        recent: int = 16,
+        sink: int = 4,
+        prefill_chunk: int = 128,
+        prefill: str = "auto",
+        backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> Session:
+        """A new, empty session; arguments as in `Session`.
+
+        Without a policy it is "fp16", or "auto" where a budget is given: "adaptive", or "rule" where the bundle has no
+        such controller, which `Session.note` and `Stats.policy_reason` then say.
+        """
+        if policy is None:
+            policy = "fp16" if kv_bits is None and kv_memory is None else "auto"
+        return Session(
+            self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
+            kv_bits=kv_bits, kv_memory=kv_memory,
+        )  # fmt: skip
+
+    def load_session(
+        self,
+        path: str | os.PathLike[str],
+        policy: str | Policy | None = None,
+        *,
+        prefill: str | None = None,
+        backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> Session:
+        """A session that `Session.save` has written; it goes on as if it had never been away.
+
+        Args:
+            path: the file.
+            policy: for the tokens to come; those stored stay as they are. None takes the file's; with a budget given
+                here, "auto" instead of "fp16".
+            prefill: as in `Session`, for the tokens to come; None takes the file's.
+            backend: as in `Session`.
+            kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the
+                file's budget.
+
+        Raises:
+            SessionError: no such file, one that is damaged, or one of another model, tokenizer or format version.
+            PolicyError, BudgetError: a policy or budget given here that this model cannot follow.
+        """
+        from kvq.runtime.session.file import read_session
+
+        return read_session(self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer | None:
+    if TOKENIZER not in bundle.manifest.files:
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.path / TOKENIZER))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise BundleError(f"{TOKENIZER} cannot be read ({error}); export the bundle again") from None
+    # Left behind by training: either would change a prompt without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def load(
+    path_or_name: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    offline: bool | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+        path_or_name: a name (`kvq list`), a bundle folder, a checkpoint folder or GGUF file, or a hub id
+            ("owner/name") of a bundle or of a checkpoint. What has to be fetched or exported is so once, and kept in
+            KVQ_HOME. None is the model that `kvq use` chose, else the embedded one.
+        threads: onnxruntime threads; None uses every available core. One number per process.
+        offline: fetch nothing; None does as HF_HUB_OFFLINE says.
+        notice: told in one line each what takes time while a model is fetched, and what sessions want their user to
+            know.
+
+    Raises:
+        BundleError: no such bundle, or it is damaged, unsafe or of another version.
+        HubError: a model that is not on this machine and cannot be fetched (a `BundleError`).
+        CheckpointError: the checkpoint cannot be exported.
+        BackendError: another number of threads is already in force.
+
+    onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
+    onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
+    """
+    if not isinstance(path_or_name, str | os.PathLike | None):
+        raise BundleError(f"a model is named by text or a path, got {path_or_name!r:.60}")
+    reference, hint = default_model() if path_or_name is None else (os.fspath(path_or_name), "")
+    if hint and notice:
+        notice(hint)
+    model = Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)
+    model.notice = notice
+    return model

@@ -1,0 +1,419 @@
+"""A session: one text on its way through the model, with its KV store and its policy."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
+from kvq.runtime.compute.backends import make_backend
+from kvq.runtime.compute.engine import HEAD_ROWS, ForwardPass, Head
+from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError, SessionError
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.kv.store import KVStore, distinct_nbytes
+from kvq.runtime.policy.budget import Budget
+from kvq.runtime.policy.features import OpenTokens, RarityCounter, attention_variance
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.session.generation import Response, stream
+from kvq.runtime.session.header import PREFILLS
+from kvq.runtime.session.sampling import SamplingOptions
+from kvq.runtime.session.statistics import Clock, Stats
+
+if TYPE_CHECKING:
+    from kvq.runtime.session.model import Model
+
+# Most decoded tokens whose precision is open at a time; a multiple of what controllers compute at once.
+MOST_OPEN = 16
+
+
+class Session:
+    """Tokens, their cached keys and values, and the choice of their precision.
+
+    Made by `Model.session`. One thread at a time may use a session; different sessions of one
+    model are independent and may run in different threads.
+
+    Args:
+        model: the loaded model.
+        policy: a name (see `kvq.POLICIES`) or a `Policy`.
+        recent: newest tokens kept at 16 bits.
+        sink: first tokens kept at 16 bits: attention rests on them, see docs/quality.md.
+        prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
+        prefill: how tokens appended together are processed. "stepwise": each sees what it would see if it came alone,
+            in passes of up to recent + 1 tokens, so that neither precisions nor text depend on how tokens are fed.
+            "chunked": tokens of a chunk see each other unrounded, which is faster. "auto": stepwise where the policy
+            looks at tokens, else chunked.
+        backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
+        kv_bits: most bits per stored value, all told, or
+        kv_memory: most bytes of the store; either is kept as `kvq.runtime.policy.budget` defines it.
+
+    Attributes:
+        metadata: the caller's own: JSON values, saved and loaded with the session.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: str | Policy = "fp16",
+        *,
+        recent: int = 16,
+        sink: int = 4,
+        prefill_chunk: int = 128,
+        prefill: str = "auto",
+        backend: str | None = None,
+        kv_bits: float | None = None,
+        kv_memory: float | None = None,
+    ) -> None:
+        if prefill not in PREFILLS:
+            raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
+        for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
+        shape = model.architecture
+        self.model = model
+        self.metadata: dict[str, Any] = {}
+        self.policy = make_policy(policy, model.bundle)
+        self._wanted_backend = backend
+        self.backend = make_backend(backend)
+        self.tokens: list[int] = []
+        self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
+        self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
+        self.store = KVStore(
+            Geometry(shape.layers, shape.kv_heads, shape.head_dim),
+            recent=min(recent, shape.context),
+            sink=sink,
+            codecs=self.backend.codecs,
+        )
+        self.budget: Budget | None = None
+        self.kv_bits, self.kv_memory = kv_bits, kv_memory
+        if kv_bits is not None or kv_memory is not None:
+            window, geometry = self.store.window.capacity, self.store.geometry
+            self.budget = Budget(
+                self.policy, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory
+            )
+        self.prefill_chunk = prefill_chunk
+        self.prefill = prefill
+        looks = self.policy.reads is None or self.policy.reads - {"positions"}
+        self._stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
+        self._most = min(prefill_chunk, max(1, self.store.window.capacity)) if self._stepwise else prefill_chunk
+        self._rarity = RarityCounter(shape.vocab)
+        self._passes: dict[int, ForwardPass] = {}
+        self._heads: dict[int, Head] = {}
+        self._prefill, self._decode = Clock(), Clock()
+        self._end = 0  # length the text will have when the current append is done
+        self._open = OpenTokens(self.policy.reads or (), min(MOST_OPEN, self.store.window.capacity))
+        model.tell(self.note)
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the policy that was chosen for want of a name; empty if nothing."""
+        return self.policy.note
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit into the context."""
+        return self.model.architecture.context - len(self.tokens) - len(self.pending)
+
+    def append(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        all_logits: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Feed tokens to the model and store them.
+
+        In a chunked prefill tokens of one chunk see each other unrounded and all earlier ones as the store keeps
+        them, so at low precisions the logits, and one choice of a learned policy in a hundred, depend on how a text
+        is chunked; a stepwise one gives what appending the tokens one by one gives.
+
+        Args:
+            ids: token ids, at least one.
+            all_logits: return the logits after every appended token instead of the last alone.
+            progress: called after each chunk with the tokens done and to do; raising there leaves those done appended.
+
+        Returns:
+            float32 [vocab], or float32 [len(ids), vocab] with all_logits.
+
+        Raises:
+            PromptError: no ids, or an id outside the vocabulary.
+            ContextError: more tokens than the context has room for; nothing was appended.
+            NonFiniteError: the model produced NaN or infinity; earlier chunks stay appended.
+        """
+        new = self._checked(ids)
+        feed = np.concatenate([np.asarray(self.pending, np.int64), new]) if self.pending else new
+        wanted = len(new) if all_logits else 1
+        logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
+        first_wanted = len(feed) - wanted
+        self._end = self.store.length + len(feed)
+        clock = self._decode if len(feed) == 1 else self._prefill
+        for start in range(0, len(feed), self._most):
+            chunk = feed[start : start + self._most]
+            begun = time.perf_counter()
+            read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
+            skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
+            at = start + skip - first_wanted
+            self._step(chunk, skip, logits[at : at + len(chunk) - skip])
+            clock.add(len(chunk), time.perf_counter() - begun, read)
+            if progress is not None:
+                progress(start + len(chunk), len(feed))
+        self.last_logits = logits[-1].copy() if all_logits else logits[0]
+        return logits if all_logits else logits[0]
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """ids as int64 [tokens], or a named error."""
+        shape = self.model.architecture
+        try:
+            new = np.asarray(ids)
+        except ValueError:
+            new = np.zeros((0, 0))
+        if new.ndim != 1:
+            raise PromptError("token ids must be a flat sequence of integers")
+        if not new.size:
+            raise PromptError("the prompt is empty: give at least one token")
+        if new.dtype.kind not in "iu" or not 0 <= min(values := new.tolist()) <= max(values) < shape.vocab:
+            raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
+        if len(new) > self.room:
+            raise ContextError(
+                f"{len(new)} tokens do not fit into the context of {shape.context}, {shape.context - self.room} used;"
+                " shorten the prompt or use a model with a longer context"
+            )
+        return new.astype(np.int64)
+
+    def _step(self, ids: np.ndarray, skip: int, logits_out: np.ndarray) -> None:
+        """One forward pass: attention, logits of rows [skip, ...), features, precision, store."""
+        tokens, needs = len(ids), self.policy.needs
+        layers = self._forward_pass(tokens)
+        if self._stepwise and tokens > 1:
+            self.decide()
+        shape = self.model.architecture
+        row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
+        layers.forward(ids, self.store, row_squares)
+        entropy, confidence = self._logits(layers.residual, skip, logits_out)
+        features = partial(self._features, ids, layers, row_squares, entropy, confidence)
+        self.store.append(layers.keys, layers.values, self._choice(features))
+        self.last_logits = None  # those of an earlier token now, should a later chunk fail
+        if "rarity" in needs:
+            self._rarity.count(ids)
+        self.tokens += ids.tolist()
+        del self.pending[:tokens]
+
+    def _features(
+        self,
+        ids: np.ndarray,
+        layers: ForwardPass,
+        row_squares: np.ndarray | None,
+        entropy: np.ndarray | None,
+        confidence: np.ndarray | None,
+    ) -> TokenFeatures:
+        """What the policy may look at, of the tokens of a forward pass."""
+        positions = np.arange(self.store.length, self.store.length + len(ids))
+        variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
+        rarity = self._rarity.rarity(ids) if "rarity" in self.policy.needs else None
+        return TokenFeatures(
+            positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
+        )
+
+    def _choice(self, features: Callable[[], TokenFeatures]) -> np.ndarray | None:
+        """Precision of the next tokens; None leaves that of a decoded one open."""
+        store, room = self.store, self._open.room
+        if self.policy.reads is None or not room or self._end != store.length + 1:
+            self.decide()
+            return self._chosen(features(), store.length, self._end)
+        if store.window.open == room:
+            self.decide()
+        if self._open.keeps:
+            self._open.keep(store.window.open, features())
+        return None
+
+    def decide(self) -> None:
+        """Choose the precision of decoded tokens now where that was left open, as it may be in the recent window."""
+        if still_open := self.store.window.open:
+            start = self.store.length - still_open
+            self.store.decide(self._chosen(self._open.features(start, still_open), start, start + 1))
+
+    def _chosen(self, features: TokenFeatures, start: int, end: int) -> np.ndarray:
+        """The policy's choice for the tokens at positions from `start` on, checked: policies may be anybody's.
+
+        end: as in `Budget.choose`. That of tokens that came one by one is right after the first: it counts only
+        where it is farther away than the window is long.
+        """
+        if self.budget is not None and isinstance(self.policy, ScoredPolicy):
+            budget = self.budget
+            return budget.choose(self.policy.score(features), budget.counts(self.store), start, end)
+        bits = np.asarray(self.policy.choose(features))
+        if bits.shape != (len(features.positions), 2) or not set(bits.ravel().tolist()) <= CODECS.keys():
+            raise PolicyError(
+                f"policy {self.policy.name!r} chose {bits!r:.80}; choose (key bits, value bits) for each of"
+                f" {len(features.positions)} tokens from {sorted(CODECS)}"
+            )
+        return bits.astype(np.uint8, copy=False)
+
+    def _logits(self, residual: np.ndarray, skip: int, out: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Fill out float32 [rows, vocab] with the logits of residual[skip:]; entropy and confidence of all rows.
+
+        Rows before `skip` go through the head only if the policy looks at their entropy or confidence.
+
+        Raises:
+            NonFiniteError: not all that went through the head are finite.
+        """
+        looks = bool(self.policy.needs & {"entropy", "confidence"})
+        both = np.empty((2, len(residual)), np.float32) if looks else None
+        for at in range(0 if looks else skip, len(residual), HEAD_ROWS):
+            rows = residual[at : at + HEAD_ROWS]
+            stop, head = at + len(rows), self._head(len(rows))
+            logits = head.logits(rows)
+            if both is not None:
+                both[:, at:stop] = head.uncertainty(len(rows))
+            if stop > skip:
+                out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
+            if not head.finite(len(rows)):
+                raise NonFiniteError(
+                    "the model produced NaN or infinite logits; check the checkpoint, or export with fp32"
+                )
+        return (None, None) if both is None else (both[0], both[1])
+
+    def _forward_pass(self, tokens: int) -> ForwardPass:
+        """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""
+        if tokens in self._passes:
+            return self._passes[tokens]
+        forward_pass = self.backend.forward_pass(self.model.engine, tokens, self._stepwise)
+        if tokens in (1, self._most):
+            self._passes[tokens] = forward_pass
+        return forward_pass
+
+    def _head(self, rows: int) -> Head:
+        """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
+        size = 1 if rows == 1 else min(self._most, HEAD_ROWS)
+        if size not in self._heads:
+            self._heads[size] = self.backend.head(self.model.engine, size)
+        return self._heads[size]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        max_tokens: int | None = 256,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        ignore_eos: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Response]:
+        """Continue the text; yields a `Response` per token. Arguments as in `kvq.runtime.session.generation.stream`.
+
+        Options are checked at once; tokens are computed as they are asked for.
+        """
+        return stream(
+            self, prompt, max_tokens=max_tokens, stop=stop, stop_tokens=stop_tokens, ignore_eos=ignore_eos,
+            progress=progress, **sampling,
+        )  # fmt: skip
+
+    def trim(self, length: int) -> None:
+        """Forget every token at a position >= length; the next append continues there.
+
+        The last remaining token is run through the model again for its logits, and with it those
+        that should stand in the 16-bit window but have left it. Afterwards every token is stored at
+        the precision it would have without the rest; values of re-run tokens may differ a little at
+        low precisions, because they now read quantized predecessors.
+
+        Raises:
+            ContextError: length is negative or beyond the cached tokens.
+        """
+        if not 0 <= length <= len(self.tokens):
+            raise ContextError(f"cannot trim to {length} tokens, the session holds {len(self.tokens)}; give less")
+        self.decide()
+        window = self.store.window
+        keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
+        if self.store.length - window.count <= begin:
+            keep = max(0, length - 1)
+        again = self.tokens[keep:length]
+        self.pending.clear()
+        self.store.trim(keep)
+        self.tokens = self.tokens[:keep]
+        self._rarity = RarityCounter(self.model.architecture.vocab)
+        self._rarity.count(np.asarray(self.tokens, np.int64))
+        self.last_logits = None
+        if again:
+            self.append(again)
+
+    def fork(self) -> Session:
+        """A second session with the same text, settings and metadata, which goes its own way from here.
+
+        The two share the pages of the text so far, see `kv_nbytes`, and may run in different threads.
+        With the same seed both continue alike.
+        """
+        self._check_whole()
+        self.decide()
+        twin = Session(
+            self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
+            prefill_chunk=self.prefill_chunk, prefill=self.prefill, backend=self._wanted_backend,
+        )  # fmt: skip
+        twin.store = self.store.fork(twin.backend.codecs)
+        twin.budget, twin.kv_bits, twin.kv_memory = self.budget, self.kv_bits, self.kv_memory
+        twin._restore(list(self.tokens), list(self.pending), self.last_logits)
+        twin.metadata = copy.deepcopy(self.metadata)
+        return twin
+
+    def _restore(self, tokens: list[int], pending: list[int], last_logits: np.ndarray | None) -> None:
+        """Take over the text of a store that is filled already."""
+        self.tokens, self.pending = tokens, pending
+        self.last_logits = None if last_logits is None else last_logits.copy()
+        self._rarity.count(np.asarray(tokens, np.int64))
+
+    def _check_whole(self) -> None:
+        """Raise SessionError where an interrupted step has left text and store apart."""
+        if self.store.length != len(self.tokens):
+            raise SessionError(
+                "the session was interrupted in the middle of a step and cannot go on; make a new one, or load the last"
+                " one saved"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
+
+        Raises:
+            SessionError: the file cannot be written, or metadata is not made of JSON values.
+        """
+        from kvq.runtime.session.file import write_session
+
+        self._check_whole()
+        self.decide()
+        write_session(self, path)
+
+    def stats(self) -> Stats:
+        """What ran and what it took, so far."""
+        store, shape = self.store, self.model.architecture
+        values = 2 * shape.layers * shape.kv_heads * shape.head_dim * store.length
+        prefill, decode = self._prefill, self._decode
+        return Stats(
+            backend=self.backend.name,
+            backend_detail=self.backend.detail,
+            policy=self.policy.name,
+            policy_reason=self.policy.reason,
+            threads=self.model.engine.threads,
+            recent=store.window.capacity,
+            sink=store.sink,
+            prefill="stepwise" if self._stepwise else "chunked",
+            tokens=store.length,
+            precisions=store.account(),
+            kv_nbytes=store.nbytes,
+            kv_peak_nbytes=store.peak_nbytes,
+            kv_bits=8 * store.nbytes / values if values else None,
+            kv_used_bits=8 * store.used_nbytes / values if values else None,
+            prefill_tokens=prefill.tokens,
+            prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
+            decode_tokens=decode.tokens,
+            ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
+            gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
+            huge_weight_nbytes=self.model.engine.huge_nbytes,
+        )
+
+
+def kv_nbytes(sessions: Iterable[Session]) -> int:
+    """Bytes of the KV stores of some sessions; pages that forks share are counted once."""
+    return distinct_nbytes([session.store for session in sessions])

@@ -1,0 +1,98 @@
+"""What a session really did: tokens, bytes and times, measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Clock:
+    """Accumulated work of one kind: prefill or decode."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0  # weights and cache that the steps had to read
+
+    def add(self, tokens: int, seconds: float, bytes_read: int) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+        self.bytes_read += bytes_read
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of a session; bytes are measured from its arrays.
+
+    Attributes:
+        backend, policy, threads: what ran.
+        policy_reason: why it is that policy though nobody named it, where a user should know; else empty.
+        backend_detail: the instruction set of native attention; of a fallback, why it is one; else empty.
+        recent, sink: tokens protected at 16 bits.
+        prefill: "stepwise" or "chunked", see `kvq.Session`.
+        tokens: in the cache.
+        precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
+        kv_nbytes, kv_peak_nbytes: bytes of the KV store now and at its largest.
+        kv_bits: total bits per stored value (codes, scales, tags and slack), None while empty.
+        kv_used_bits: the same of the stored tokens alone, without slack: what a budget of bits limits.
+        prefill_tokens, prefill_tokens_per_s: tokens appended several at a time.
+        decode_tokens, ms_per_token: tokens appended one at a time.
+        gb_per_s: weights and cache read by decode steps over their time, 1e9 bytes a second.
+        huge_weight_nbytes: bytes of the loaded graphs that stand on huge pages, see `kvq.runtime.machine.hugepages`.
+    """
+
+    backend: str
+    backend_detail: str
+    policy: str
+    policy_reason: str
+    threads: int
+    recent: int
+    sink: int
+    prefill: str
+    tokens: int
+    precisions: dict[str, dict[str, Any]]
+    kv_nbytes: int
+    kv_peak_nbytes: int
+    kv_bits: float | None
+    kv_used_bits: float | None
+    prefill_tokens: int
+    prefill_tokens_per_s: float | None
+    decode_tokens: int
+    ms_per_token: float | None
+    gb_per_s: float | None
+    huge_weight_nbytes: int
+
+    @property
+    def policy_text(self) -> str:
+        """Name of the policy for people, with the reason for it where there is one."""
+        return f"policy {self.policy}" + (f" ({self.policy_reason})" if self.policy_reason else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"{self.tokens} tokens cached in {size(self.kv_nbytes)}"]
+        if self.kv_bits is not None:
+            taken, used = f"{self.kv_bits:.2f}", f"{self.kv_used_bits:.2f}"
+            parts[0] += f" ({taken} bits/value" + (")" if used == taken else f", {used} without free room)")
+        held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
+        parts.append(f"{self.policy_text}: {', '.join(held)}" if held else self.policy_text)
+        if self.prefill_tokens_per_s is not None:
+            parts.append(
+                f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s"
+            )
+        if self.ms_per_token is not None:
+            parts.append(f"decode {self.ms_per_token:.1f} ms/token, {self.gb_per_s:.1f} GB/s")
+        detail = f" ({self.backend_detail})" if self.backend_detail else ""
+        parts.append(f"{self.backend} attention{detail}, {self.threads} threads")
+        return " | ".join(parts)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in decimal units as storage is sold: 1.5 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} B"

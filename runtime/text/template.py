@@ -1,0 +1,164 @@
+"""Chat templates: a conversation as the text, and the token ids, that its model was trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
+
+Messages = Sequence[Mapping[str, str]]
+
+# For bundles without a template, base models above all: text that such a model has seen the like of.
+TRANSCRIPT = """\
+{%- for message in messages -%}
+{%- if not loop.first %}{{ "\n" }}{% endif -%}
+{%- if message.role == "system" -%}{{ message.content | trim }}{{ "\n" }}
+{%- else -%}{{ message.role | capitalize }}: {{ message.content | trim }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{% if messages %}{{ "\n" }}{% endif %}Assistant:{% endif -%}
+"""
+# Noncharacters, which no text may contain: inside a special token's text that a message quotes...
+GUARD = "\ufdd0"
+# ...and in place of a reply, to find where it stands.
+REPLY = "\ufdd1"
+ROLE = re.compile(r"[a-z][a-z_]*")
+
+
+class ChatTemplate:
+    """A chat template and the tokenizer it goes with.
+
+    Args:
+        source: Jinja source; None takes a plain transcript (`TRANSCRIPT`).
+        tokenizer: of the same model; without one only `render` works.
+        special_tokens: names a template may use -> text, such as {"bos_token": "<s>"}.
+
+    Attributes:
+        builtin: whether this is the plain transcript.
+        stop: strings that end a reply, because the model goes on to speak for the user.
+        stop_tokens: ids that end a reply, besides the model's end-of-text ids.
+
+    Raises:
+        ChatTemplateError: the source is too long or cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        source: str | None,
+        tokenizer: Tokenizer | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        self.builtin = source is None
+        self.tokenizer = tokenizer
+        self.special_tokens = dict(special_tokens or {})
+        from kvq.runtime.text.sandbox import compiled  # jinja2 loads only for a chat
+
+        self._program = compiled(TRANSCRIPT if source is None else source)
+        self._plain: Tokenizer | None = None
+        added = tokenizer.get_added_tokens_decoder() if tokenizer else {}
+        self._specials = {token.content: index for index, token in added.items() if token.special and token.content}
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        any_special = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self._special = re.compile(f"({any_special})(?!{GUARD})")
+        self.stop, self.stop_tokens = self._ends()
+
+    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The conversation as text.
+
+        Special tokens that a message quotes look like those of the template here; `encode` keeps them apart.
+
+        Args:
+            messages: {"role", "content"} each, in order.
+            add_generation_prompt: end where the assistant's reply begins.
+
+        Raises:
+            PromptError: a message has no role or content, or they are not text.
+            ChatTemplateError: the template fails, takes too long, or refuses the conversation.
+        """
+        return self._program(self._checked(messages), add_generation_prompt, self.special_tokens)
+
+    def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        """The conversation as token ids; a special token's text inside a message is ordinary text.
+
+        Raises:
+            PromptError, ChatTemplateError: as `render`.
+            TokenizerError: there is no tokenizer.
+        """
+        return self.encode_guarded(self.render_guarded(messages, add_generation_prompt), beginning=True)
+
+    def render_guarded(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """As `render`, with `GUARD` inside every special token that a message quotes, for `encode_guarded`."""
+        guarded = [
+            {key: text if key == "role" else self._guarded(text) for key, text in message.items()}
+            for message in self._checked(messages)
+        ]
+        return self._program(guarded, add_generation_prompt, self.special_tokens)
+
+    def encode_guarded(self, text: str, beginning: bool) -> list[int]:
+        """Token ids of a text from `render_guarded`, or of a part of one.
+
+        Args:
+            text: where a special token's text holds `GUARD`, it is ordinary text.
+            beginning: of a session: a plain transcript begins as any prompt does (BOS), a template brings its own.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError("this bundle has no tokenizer; export a checkpoint with tokenizer.json to chat")
+        special = beginning and self.builtin
+        if GUARD not in text:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        if self._plain is None:
+            # A second tokenizer, because the switch is a property of the tokenizer, which other threads may be using.
+            plain = Tokenizer.from_str(self.tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        ids = self.tokenizer.encode("", add_special_tokens=special).ids
+        for at, piece in enumerate(self._special.split(text)):
+            if at % 2:
+                ids.append(self._specials[piece])
+            elif piece:
+                ids += self._plain.encode(piece.replace(GUARD, ""), add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether what is said as the system stands at the beginning of the text, and stays there.
+
+        Some templates refuse it, some leave it out, and some put it into the latest question.
+        """
+        user, other = {"role": "user", "content": "first question"}, {"role": "assistant", "content": "?"}
+        try:
+            text = self.render_guarded([{"role": "system", "content": REPLY}, user, other, user])
+        except ChatTemplateError:
+            return False
+        return 0 <= text.find(REPLY) < text.find("first question")
+
+    def _guarded(self, text: str) -> str:
+        clean = text.replace(GUARD, "\ufffd").replace(REPLY, "\ufffd") if text != REPLY else text
+        return self._special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], clean)
+
+    def _checked(self, messages: Messages) -> list[dict[str, str]]:
+        checked = []
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise PromptError(f"a message must have role and content, got {message!r:.80}")
+            if not all(isinstance(text, str) for text in message.values()) or not ROLE.fullmatch(message["role"]):
+                raise PromptError(f"role and content must be text, the role one lower-case word, got {message!r:.80}")
+            checked.append(dict(message))
+        return checked
+
+    def _ends(self) -> tuple[list[str], list[int]]:
+        """What stands between a reply and the next question: a special token, or else text, ends the reply."""
+        question = {"role": "user", "content": "?"}
+        try:
+            text = self.render_guarded([question, {"role": "assistant", "content": REPLY}, question], False)
+        except ChatTemplateError:  # one that takes single turns only
+            return [], []
+        between = text.partition(REPLY)[2].partition("?")[0]
+        found = self._special.search(between)
+        if found:
+            return [], [self._specials[found[0]]]
+        return ([between.rstrip()] if between.strip() else []), []

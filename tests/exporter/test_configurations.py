@@ -1,0 +1,149 @@
+"""config.json in all its dialects, and with values that no model has."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvq.exporter.checkpoint import load_checkpoint
+from kvq.exporter.export import export
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
+from tests.tools.checkpoints import TINY, edit_config, save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy, beside the one line
+SMALL = TINY | {"intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 8}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 0.7,
+    "beta_fast": 16.0, "beta_slow": 2.0,
+}  # fmt: skip
+# None, which is a default, is tested apart.
+BAD = [-1, 0, -0.5, "64", True, False, math.nan, math.inf, -math.inf, 1 << 40, 10**30, 1e300, [64], {"64": 64}]
+SIZES = [
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("small") / "c", SMALL, tokenizer=False)
+
+
+@pytest.fixture
+def checkpoint(small: Path) -> Path:
+    """The small checkpoint, whose config.json is as new: weights are only read."""
+    kept = small / "config.kept"
+    if not kept.exists():
+        kept.write_text((small / "config.json").read_text())
+    (small / "config.json").write_text(kept.read_text())
+    return small
+
+
+def refusal(checkpoint: Path, **changes: Any) -> CheckpointError:
+    """Change config.json, expect a refusal of one line within a second; return the error."""
+    edit_config(checkpoint, **changes)
+    begun = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(checkpoint)
+    assert time.process_time() - begun < 1
+    assert "\n" not in str(caught.value)
+    assert re.search("[;:] ", str(caught.value))
+    return caught.value
+
+
+@pytest.mark.parametrize("field", [*SIZES, "rms_norm_eps", "rope_theta"])
+def test_values_that_no_size_has_are_refused_by_name(field: str, checkpoint: Path) -> None:
+    for value in [*BAD, 64.5, 64.0] if field in SIZES else BAD:
+        error = refusal(checkpoint, **{field: value})
+        assert field in str(error), (value, error)
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_values_that_no_scaling_has_are_refused_by_name(kind: str, place: str, checkpoint: Path) -> None:
+    scaling = LLAMA3 if kind == "llama3" else YARN
+    for field in [*scaling, "rope_theta"]:
+        for value in BAD:
+            if field == "rope_theta" and place == "rope_scaling":
+                continue
+            error = refusal(checkpoint, **{place: scaling | {field: value}})
+            assert (repr(value)[:60] if field == "rope_type" else field) in str(error), (value, error)
+
+
+def test_what_a_scaling_lacks_is_named(checkpoint: Path) -> None:
+    for field in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        for lacking in ({k: v for k, v in LLAMA3.items() if k != field}, LLAMA3 | {field: None}):
+            error = str(refusal(checkpoint, rope_scaling=lacking))
+            assert "rope_scaling of c is" in error
+
+
+@pytest.mark.parametrize("value", ["linear", 4, True, ["linear", 4.0], 0.5])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_scaling_that_is_no_object_is_refused_by_name(place: str, value: Any, checkpoint: Path) -> None:
+    assert f"{place}={value!r}" in str(refusal(checkpoint, **{place: value}))
+
+
+def test_partly_rotated_heads_are_refused_by_name(checkpoint: Path) -> None:
+    for changes in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ):
+        error = refusal(checkpoint, **changes)
+        assert isinstance(error, UnsupportedArchitectureError)
+        assert "partial_rotary_factor=0.5" in str(error)
+        edit_config(checkpoint, partial_rotary_factor=1.0)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3, YARN])
+def test_rope_parameters_equal_rope_theta_and_rope_scaling(
+    scaling: dict[str, Any] | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    kept = (checkpoint / "config.json").read_text()
+    edit_config(checkpoint, rope_theta=500.0, rope_scaling=scaling)
+    old = export(checkpoint, tmp_path / "old", weights="fp32", center=False)
+    frequencies = load_checkpoint(checkpoint).model.inv_freq
+    config = json.loads(kept)
+    config.pop("rope_theta", None), config.pop("rope_scaling", None)
+    config["rope_parameters"] = {"rope_theta": 500.0, **(scaling or {"rope_type": "default"})}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    new = export(checkpoint, tmp_path / "new", weights="fp32", center=False)
+    assert {f: e["sha256"] for f, e in old.manifest.files.items()} == {
+        f: e["sha256"] for f, e in new.manifest.files.items()
+    }
+    (checkpoint / "config.json").write_text(kept)
+    assert np.abs(frequencies - load_checkpoint(checkpoint).model.inv_freq).max() > 1e-3
+
+
+def test_fields_that_are_null_or_absent_take_the_usual_values(checkpoint: Path) -> None:
+    kept = json.loads((checkpoint / "config.json").read_text())
+    for field, usual in (("head_dim", 8), ("max_position_embeddings", 2048)):
+        for changed in (kept | {field: None}, {k: v for k, v in kept.items() if k != field}):
+            (checkpoint / "config.json").write_text(json.dumps(changed))
+            shape = load_checkpoint(checkpoint).architecture
+            assert {"head_dim": shape.head_dim, "max_position_embeddings": shape.context}[field] == usual
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in kept.items() if k != field}))
+        assert field in str(refusal(checkpoint))
+
+
+def test_texts_too_long_for_a_manifest_stay_outside(checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(checkpoint, license="x" * (1 << 21))
+    tokens = checkpoint / "special_tokens_map.json"
+    tokens.write_text(json.dumps({"bos_token": "x" * (1 << 21), "eos_token": "</s>"}))
+    try:
+        export(checkpoint, tmp_path / "bundle", weights="fp32", center=False)
+    finally:
+        tokens.unlink()
+    assert Bundle(tmp_path / "bundle").manifest.special_tokens == {"eos_token": "</s>"}

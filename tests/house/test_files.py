@@ -1,0 +1,151 @@
+"""Atomic files: the old one or the new one, whatever happens to the writer, and no litter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvq.runtime.files import atomic_file, write_atomically
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_name_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "a.bin"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert names(tmp_path) == [".a.bin.tmp"]
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.bin"
+    write_atomically(path, "old")
+
+    def fail():
+        with atomic_file(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_what_a_killed_writer_left_is_taken_over(tmp_path):
+    (tmp_path / ".a.bin.tmp").write_bytes(b"a long rest of something else")
+    write_atomically(tmp_path / "a.bin", b"new")
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".a.bin.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"a\.bin\.tmp"):
+        write_atomically(tmp_path / "a.bin", b"new")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_folder_of_that_name_stays(tmp_path):
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(OSError, match=r"a\.bin"):
+        write_atomically(tmp_path / "a.bin", b"new")
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_permissions_follow_the_umask_or_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, b"new")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o600)
+    write_atomically(path, b"newer")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_writers_of_one_file_never_mix(tmp_path):
+    path = tmp_path / "a.bin"
+    start = threading.Barrier(6)
+
+    def work(index):
+        start.wait()
+        for _ in range(20):
+            with atomic_file(path) as file:
+                for _ in range(50):
+                    file.write(bytes([index]) * 1000)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            data = path.read_bytes()
+            assert len(data) == 50_000
+            assert len(set(data)) == 1
+    assert names(tmp_path) == ["a.bin"]
+
+
+# Forks a child that saves two sessions in turn, kills it after a random time, and looks at what it left. One process
+# loads the model once for all kills: a process each would leave time for a dozen.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import kvq
+
+folder, bundle, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+model = kvq.load(bundle)
+contents, sessions = [], []
+for length in (40, 230):
+    session = model.session("mixed")
+    session.append(list(range(1, length)))
+    session.metadata = {"pad": "x" * 40_000 * len(contents)}
+    session.save(folder / "one.kvq")
+    contents.append((folder / "one.kvq").read_bytes())
+    sessions.append(session)
+rng, kills, seen, cut = random.Random(0), 0, [0, 0], 0
+end = time.monotonic() + seconds
+while time.monotonic() < end or not (all(seen) and cut):
+    child = os.fork()
+    if child == 0:
+        while True:
+            sessions.reverse()
+            sessions[kills % 2].save(folder / "one.kvq")
+    time.sleep(rng.random() * rng.choice([0.02, 0.1]))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    seen[contents.index((folder / "one.kvq").read_bytes())] += 1  # raises for anything else
+    found = {path.name for path in folder.iterdir()}
+    assert found <= {"one.kvq", ".one.kvq.tmp"}, found
+    cut += ".one.kvq.tmp" in found
+assert model.load_session(folder / "one.kvq").tokens in [session.tokens for session in sessions]
+sessions[0].save(folder / "one.kvq")
+assert [path.name for path in folder.iterdir()] == ["one.kvq"]
+print(kills, *seen, cut)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_session(tiny_bundle, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), str(tiny_bundle), "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kills, first, second, cut = map(int, done.stdout.split())
+    assert first + second == kills
+    assert 0 < cut < kills

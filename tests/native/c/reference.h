@@ -1,0 +1,280 @@
+/* What the kernels are compared with: random packed pages, and attention and codecs written from the documentation
+ * (runtime/native/kvq.h, runtime/kv/pages.py, runtime/codecs), a value at a time and in double precision. */
+#ifndef KVQ_REFERENCE_H
+#define KVQ_REFERENCE_H
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kvq.h"
+
+static const int WIDTHS[] = {16, 8, 4, 2, WINDOW_BITS};
+enum { WIDTH_COUNT = 5 };
+
+/* splitmix64 (Steele, Lea and Flood, 2014): the same numbers on every machine. */
+static uint64_t seed;
+static uint64_t random_bits(void) {
+    uint64_t x = seed += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+static int below(int n) { return (int)(random_bits() % (uint64_t)n); }
+static double uniform(double low, double high) {
+    return low + (high - low) * ((double)(random_bits() >> 11) * 0x1p-53);
+}
+#define PICK(list) ((list)[below(sizeof(list) / sizeof *(list))])
+
+/* Exactly that many bytes, so that the address sanitizer sees any access beyond them. */
+static void *exactly(size_t bytes) {
+    void *memory = malloc(bytes);
+    if (!memory) {
+        fprintf(stderr, "check_kernels: no memory\n");
+        exit(2);
+    }
+    return memory;
+}
+
+static double half_value(uint16_t half) {
+    int exponent = half >> 10 & 31, fraction = half & 1023;
+    double x = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return half & 0x8000 ? -x : x;
+}
+
+/* The nearest half, ties to even; |x| <= 65504. */
+static uint16_t nearest_half(double x) {
+    double size = fabs(x), step = size < 0x1p-14 ? 0x1p-24 : ldexp(1, ilogb(size) - 10);
+    uint16_t sign = signbit(x) ? 0x8000 : 0;
+    size = rint(size / step) * step;
+    if (size < 0x1p-14) return sign | (uint16_t)(size * 0x1p24);
+    int exponent = ilogb(size);
+    return sign | (uint16_t)((exponent + 14) * 1024 + (int)ldexp(size, 10 - exponent));
+}
+
+static int code_bits(int width) { return width == WINDOW_BITS ? 16 : width; }
+static int words_of(int width, int head_dim) { return (head_dim * code_bits(width) + 31) / 32; }
+
+/* Code i of word j is channel i * words + j. */
+static int code_of_channel(int width, const uint32_t *words, size_t word_stride, int head_dim, int channel) {
+    const int bits = code_bits(width), count = words_of(width, head_dim);
+    return (int)(words[channel % count * word_stride] >> (channel / count * bits) & ((1u << bits) - 1));
+}
+
+static double decoded(int width, int code, uint16_t scale) {
+    static const double levels[] = {-10.0 / 3, -1, 1, 10.0 / 3};
+    switch (width) {
+    case 16: return half_value((uint16_t)code);
+    case WINDOW_BITS: return (int16_t)code * half_value(scale);
+    case 8: return (int8_t)code * half_value(scale);
+    case 4: return (code - 8) * half_value(scale);
+    default: return levels[code] * half_value(scale);
+    }
+}
+
+/* The page table of a random store, and its arrays. */
+enum { MOST_ROWS = 300 };
+typedef struct {
+    int layers, kv_heads, head_dim;
+    int pages, arrays;
+    kvq_page page[MOST_ROWS];
+    void *array[4 * MOST_ROWS];
+    size_t nbytes[4 * MOST_ROWS];
+} store;
+
+static void release(store *s) {
+    for (int i = 0; i < s->arrays; i++) free(s->array[i]);
+    s->pages = s->arrays = 0;
+}
+
+/* Vectors of values about one in size, in words with a stride; codes beyond the last channel are zero. */
+static void random_vector(int width, int head_dim, uint32_t *words, size_t word_stride, uint16_t *scale) {
+    static const double unit[] = {[15] = 17000, [8] = 70, [4] = 4, [2] = 2.4}; /* codes of a value of one, about */
+    const int bits = code_bits(width), count = words_of(width, head_dim);
+    for (int j = 0; j < count; j++) words[j * word_stride] = 0;
+    for (int c = 0; c < head_dim; c++) {
+        uint32_t code = width == 16 ? nearest_half(uniform(-1.7, 1.7)) : (uint32_t)random_bits() & ((1u << bits) - 1);
+        words[c % count * word_stride] |= code << (c / count * bits);
+    }
+    if (width != 16) *scale = nearest_half(uniform(0.5, 1.5) / unit[width]);
+}
+
+static void *new_array(store *s, size_t bytes) {
+    s->nbytes[s->arrays] = bytes;
+    return s->array[s->arrays++] = exactly(bytes);
+}
+
+static uint32_t *random_array(store *s, int width, int capacity, int tiled, uint16_t **scales) {
+    const size_t vectors = (size_t)s->layers * s->kv_heads * capacity;
+    const int words = words_of(width, s->head_dim);
+    uint32_t *codes = new_array(s, vectors * words * 4);
+    *scales = new_array(s, width == 16 ? 0 : vectors * 2);
+    for (size_t i = 0; i < vectors; i++) {
+        /* [tiles, words, TILE] or [tokens, words]; whole tiles, so tiles count through layers and heads. */
+        uint32_t *first = tiled ? codes + i / TILE * TILE * words + i % TILE : codes + i * words;
+        random_vector(width, s->head_dim, first, tiled ? TILE : 1, *scales + i);
+    }
+    return codes;
+}
+
+/* Rows of at most CHUNK_SLOTS slots for arrays that hold `count` tokens from slot `first` on, going round at `period`.
+ * Slots without a token hold what earlier tokens left there. */
+static void add_rows(store *s, int key_bits, int value_bits, int capacity, int first, int count, int period) {
+    uint16_t *key_scales, *value_scales;
+    uint32_t *keys = random_array(s, key_bits, capacity, 1, &key_scales);
+    uint32_t *values = random_array(s, value_bits, capacity, 0, &value_scales);
+    for (int begin = 0; begin < capacity; begin += CHUNK_SLOTS) {
+        int end = capacity - begin < CHUNK_SLOTS ? capacity : begin + CHUNK_SLOTS;
+        s->page[s->pages++] = (kvq_page){keys, key_scales, values, value_scales, key_bits, value_bits,
+                                         capacity, begin, end, first, count, period};
+    }
+}
+static int whole_tiles(int tokens) { return (tokens + TILE - 1) / TILE * TILE; }
+static void add_page(store *s, int key_bits, int value_bits, int capacity, int count) {
+    add_rows(s, key_bits, value_bits, capacity, 0, count, capacity);
+}
+static void add_ring(store *s, int period, int count, int first) {
+    add_rows(s, WINDOW_BITS, WINDOW_BITS, whole_tiles(period), first, count, period);
+}
+
+/* Where the vector of a slot of one layer and KV head lies. */
+typedef struct {
+    uint32_t *words;
+    uint16_t *scale;
+    size_t stride;
+} slot_place;
+static slot_place place(const kvq_page *page, int of_values, size_t row, int slot, int head_dim) {
+    const size_t at = row * page->capacity + slot;
+    const int words = words_of(of_values ? page->value_bits : page->key_bits, head_dim);
+    if (of_values) return (slot_place){(uint32_t *)page->values + at * words, (uint16_t *)page->value_scales + at, 1};
+    uint32_t *first = (uint32_t *)page->keys + at / TILE * TILE * words + at % TILE;
+    return (slot_place){first, (uint16_t *)page->key_scales + at, TILE};
+}
+
+/* Append the tokens of one layer and KV head to keys, values [tokens, head_dim]; returns how many. Null: count only. */
+static int read_tokens(const store *s, int layer, int kv_head, double *keys, double *values) {
+    const int d = s->head_dim;
+    const size_t row = (size_t)layer * s->kv_heads + kv_head;
+    int n = 0;
+    for (int p = 0; p < s->pages; p++) {
+        const kvq_page *page = s->page + p;
+        for (int slot = page->begin; slot < page->end; slot++) {
+            if (slot >= page->period) continue;
+            if (((slot - page->first) % page->period + page->period) % page->period >= page->count) continue;
+            const slot_place key = place(page, 0, row, slot, d), value = place(page, 1, row, slot, d);
+            const uint16_t key_scale = page->key_bits == 16 ? 0 : *key.scale;
+            const uint16_t value_scale = page->value_bits == 16 ? 0 : *value.scale;
+            for (int c = 0; keys && c < d; c++) {
+                int k = code_of_channel(page->key_bits, key.words, key.stride, d, c);
+                int v = code_of_channel(page->value_bits, value.words, value.stride, d, c);
+                keys[(size_t)n * d + c] = decoded(page->key_bits, k, key_scale);
+                values[(size_t)n * d + c] = decoded(page->value_bits, v, value_scale);
+            }
+            n++;
+        }
+    }
+    return n;
+}
+
+/* Causal attention of the new tokens over the store and themselves: out [tokens, heads, head_dim], squares [tokens,
+ * heads]. */
+static void reference_attend(const store *s, int heads, int tokens, int layer, const kvq_rows *rows, double *out,
+                             double *squares) {
+    const int d = s->head_dim, group = heads / s->kv_heads, cached = read_tokens(s, layer, 0, NULL, NULL);
+    double *keys = exactly(sizeof(double) * (size_t)(cached + tokens) * d);
+    double *values = exactly(sizeof(double) * (size_t)(cached + tokens) * d);
+    double *score = exactly(sizeof(double) * (size_t)(cached + tokens));
+    for (int kv_head = 0; kv_head < s->kv_heads; kv_head++) {
+        read_tokens(s, layer, kv_head, keys, values);
+        for (int t = 0; t < tokens; t++)
+            for (int c = 0; c < d; c++) {
+                keys[(size_t)(cached + t) * d + c] = rows->key[t * rows->key_stride + kv_head * d + c];
+                values[(size_t)(cached + t) * d + c] = rows->value[t * rows->value_stride + kv_head * d + c];
+            }
+        for (int row = 0; row < group * tokens; row++) {
+            const int t = row / group, head = kv_head * group + row % group, seen = cached + t + 1;
+            const float *query = rows->query + t * rows->query_stride + (size_t)head * d;
+            double *result = out + ((size_t)t * heads + head) * d, top = -HUGE_VAL, total = 0, square = 0;
+            for (int i = 0; i < seen; i++) {
+                score[i] = 0;
+                for (int c = 0; c < d; c++) score[i] += query[c] * keys[(size_t)i * d + c];
+                score[i] /= sqrt(d);
+                top = fmax(top, score[i]);
+            }
+            for (int c = 0; c < d; c++) result[c] = 0;
+            for (int i = 0; i < seen; i++) {
+                double weight = exp(score[i] - top);
+                total += weight, square += weight * weight;
+                for (int c = 0; c < d; c++) result[c] += weight * values[(size_t)i * d + c];
+            }
+            for (int c = 0; c < d; c++) result[c] /= total;
+            squares[(size_t)t * heads + head] = square / (total * total);
+        }
+    }
+    free(keys), free(values), free(score);
+}
+
+/* Codes and scale of the codebook at 2 bits, as runtime/precision/codecs/codebook.py fits them. */
+static float fitted_scale(const float *x, int head_dim, float peak, uint32_t *code) {
+    const double border = (float)((1 + 10.0 / 3) / 2);
+    double scale = 0, total = 0, products = 0; /* sums: whole numbers below 2^53 */
+    for (int round = -1; round < 3; round++) {
+        double squares = 0;
+        products = 0;
+        for (int c = 0; c < head_dim; c++) {
+            double magnitude = peak > 0 ? fabsf(rintf(x[c] / peak * 65536.0f)) : 0;
+            int outer = magnitude > scale * border, level = outer ? 10 : 3;
+            if (round < 0) total += magnitude * magnitude;
+            products += magnitude * level;
+            squares += level * level;
+            code[c] = (uint32_t)(x[c] >= 0 ? 2 + outer : 1 - outer);
+        }
+        scale = round < 0 ? 0.4528 * sqrt(total / head_dim) : 3 * products / squares;
+    }
+    double stored = (scale + 4 * (products > 0 ? 3 * total / products : 0)) / 5;
+    return (float)(fmin(stored, 1.5 * scale) * (double)(peak / 65536.0f));
+}
+
+/* One vector; -1 for what a codec refuses. */
+static int reference_encode(int width, const float *x, int head_dim, uint32_t *words, uint16_t *scale_out) {
+    const int bits = code_bits(width), count = words_of(width, head_dim), top = (1 << (bits - 1)) - 1;
+    float peak = 0, scale = 0;
+    uint32_t fitted[1024];
+    for (int c = 0; c < head_dim; c++) {
+        if (!isfinite(x[c])) return -1;
+        peak = fmaxf(peak, fabsf(x[c]));
+    }
+    if (bits == 16 && peak > 65504) return -1;
+    if (width != 16) {
+        scale = width == 2 ? fitted_scale(x, head_dim, peak, fitted) : peak / (float)top;
+        if (scale > 65504) return -1;
+        *scale_out = nearest_half(scale);
+        if (half_value(*scale_out) < scale) ++*scale_out; /* rounded up, so that the largest value never clips */
+        scale = (float)half_value(*scale_out);
+    }
+    for (int j = 0; j < count; j++) words[j] = 0;
+    for (int c = 0; c < head_dim; c++) {
+        uint32_t code;
+        if (width == 16) code = nearest_half(x[c]);
+        else if (width == 2) code = fitted[c];
+        else {
+            float q = scale > 0 ? rintf(x[c] / scale) : 0;
+            q = fminf(fmaxf(q, (float)(-top - 1)), (float)top);
+            code = (uint32_t)((int)q + (width == 4 ? 8 : 0)) & (uint32_t)(2 * top + 1);
+        }
+        words[c % count] |= code << (c / count * bits);
+    }
+    return 0;
+}
+
+/* Encode a vector into a slot. */
+static void put_vector(slot_place to, int width, const float *x, int head_dim) {
+    uint32_t words[512];
+    uint16_t scale = 0;
+    reference_encode(width, x, head_dim, words, &scale);
+    for (int j = 0; j < words_of(width, head_dim); j++) to.words[j * to.stride] = words[j];
+    if (width != 16) *to.scale = scale;
+}
+
+#endif

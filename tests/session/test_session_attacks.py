@@ -1,0 +1,429 @@
+"""Session files that are damaged, foreign or made to do harm: each is a one-line SessionError, and costs no memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvq.runtime.cli.info import _session as info
+from kvq.runtime.errors import KvqError, SessionError
+from tests.tools.kvdata import examples
+from tests.tools.session_files import START, contents, continued, sealed, split
+
+IDS = np.random.default_rng(3).integers(1, 512, 60).tolist()
+# Loading a good file of 60 tokens of the tiny model takes 0.3 MB beside the model (tracemalloc sees numpy's arrays).
+MOST_NBYTES = 2_000_000
+
+
+@pytest.fixture(scope="module")
+def good(tiny_model, tmp_path_factory):
+    """Path of a good file: every precision, a window, logits."""
+    path = tmp_path_factory.mktemp("good") / "good.kvq"
+    saved(tiny_model, path)
+    return path
+
+
+def saved(model, path, change=None, pending=False):
+    """Save a session, changed in memory before."""
+    session = model.session("mixed", recent=5)
+    session.append(IDS)
+    if pending:
+        session.pending = [7]
+    if change:
+        change(session)
+    session.save(path)
+    return session
+
+
+def refused(model, path, *words):
+    """Load a bad file: a one-line SessionError with the words, and no more memory than the file is worth."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(SessionError) as caught:
+            model.load_session(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    for word in words:
+        assert word in message
+    assert peak < MOST_NBYTES
+
+
+def test_the_good_file_is_good(tiny_model, good):
+    session = tiny_model.load_session(good)
+    assert session.tokens == IDS
+    assert split(good)[0]["logits"]
+    assert continued(session, 3)
+
+
+# The file as a whole: name -> (bytes of the good file -> bytes, words of the message).
+BYTES = {
+    "empty": (lambda b: b"", "not a session file"),
+    "text": (lambda b: b"Once upon a time", "not a session file"),
+    "half of the magic": (lambda b: b[:4], "cut off"),
+    "magic alone": (lambda b: b[:8], "cut off"),
+    "preamble without its last byte": (lambda b: b[: START.size - 1], "cut off"),
+    "preamble alone": (lambda b: b[: START.size], "cut off in its header"),
+    "cut in the header": (lambda b: b[: START.size + 50], "cut off in its header"),
+    "another magic": (lambda b: b"GGUF" + b[4:], "not a session file"),
+    "a later version": (lambda b: b[:8] + struct.pack("<I", 2) + b[12:], "format version 2, this kvq reads 1"),
+    "version 0": (lambda b: b[:8] + struct.pack("<I", 0) + b[12:], "format version 0"),
+    "big-endian version": (lambda b: b[:8] + struct.pack(">I", 1) + b[12:], "format version 16777216"),
+    "header of no bytes": (lambda b: b[:12] + struct.pack("<I", 0) + b[16:], "another sha256"),
+    "header of 4 GB": (lambda b: b[:12] + struct.pack("<I", 2**32 - 1) + b[16:], "a header of 4294967295 bytes"),
+    "header of 16 MB": (lambda b: b[:12] + struct.pack("<I", 1 << 24) + b[16:], "cut off in its header"),
+    "header one byte shorter": (lambda b: b[:12] + struct.pack("<I", START.unpack(b[:48])[2] - 1) + b[16:], "sha256"),
+    "header changed": (lambda b: b.replace(b'"recent": 5', b'"recent": 4'), "its header has another sha256"),
+    "payload without its last byte": (lambda b: b[:-1], "is cut off"),
+    "half of the payload": (lambda b: b[: len(b) // 2], "is cut off"),
+    "payload missing": (lambda b: b[: START.size + START.unpack(b[:48])[2]], "is cut off"),
+    "a byte behind the end": (lambda b: b + b"\0", "has bytes behind its end"),
+    "itself behind the end": (lambda b: b + b, "has bytes behind its end"),
+    "first payload byte changed": (lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:], "is damaged"),
+    "last payload byte changed": (lambda b: b[:-1] + bytes([b[-1] ^ 128]), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_a_damaged_file_is_refused(tiny_model, good, tmp_path, name):
+    change, words = BYTES[name]
+    path = tmp_path / "bad.kvq"
+    path.write_bytes(change(good.read_bytes()))
+    refused(tiny_model, path, words, str(path))
+
+
+def edited(**changes):
+    return lambda header: header | changes
+
+
+def shaped(**changes):
+    return lambda header: header | {"architecture": header["architecture"] | changes}
+
+
+def without(name):
+    return lambda header: {key: value for key, value in header.items() if key != name}
+
+
+def recounted(*buckets, **changes):
+    return edited(buckets=[list(row) for row in buckets], **changes)
+
+
+# The header: name -> (header -> header, words). Digests are right, as an attacker would make them.
+HEADERS = {
+    "another model": (edited(model_digest="0" * 64), "belongs to the model"),
+    "another model of a long name": (edited(model_digest="0" * 64, model="x" * 5000), "belongs to the model"),
+    "a name with a line break": (edited(model_digest="0", model="a\nb\x1b[2J"), "belongs to the model"),
+    "another tokenizer": (edited(tokenizer_digest="0" * 64), "another tokenizer"),
+    "no tokenizer": (edited(tokenizer_digest=None), "another tokenizer"),
+    "no field": (lambda h: {}, "makes no sense"),
+    "a field missing": (without("window"), "makes no sense"),
+    "a field too many": (edited(extra=1), "makes no sense"),
+    "a field of the architecture missing": (lambda h: h | {"architecture": {"layers": 3}}, "makes no sense"),
+    "architecture a list": (edited(architecture=[1]), "makes no sense"),
+    "more layers": (shaped(layers=4), "is cut off"),
+    "a billion layers": (shaped(layers=2**30), "is cut off"),
+    "layers beyond 64 bits": (shaped(layers=2**80), "layers is"),
+    "no layers": (shaped(layers=0), "layers is 0"),
+    "head_dim that overflows": (shaped(head_dim=2**31, layers=2**31, kv_heads=2**31), "is cut off"),
+    "another hidden size": (shaped(hidden=65), "belongs to the model"),
+    "layers and heads exchanged": (shaped(layers=4, kv_heads=3), "belongs to the model"),
+    "fewer tokens": (edited(tokens=59), "makes no sense"),
+    "tokens negative": (edited(tokens=-1), "tokens is -1"),
+    "tokens a boolean": (edited(tokens=True), "tokens is True"),
+    "tokens a fraction": (edited(tokens=60.0), "tokens is 60.0"),
+    "tokens as text": (edited(tokens="60"), "tokens is '60'"),
+    "tokens beyond the context": (recounted((4, 4, 1000), tokens=1005), "tokens is 1005"),
+    "2^62 tokens": (recounted((4, 4, 2**62 - 5), tokens=2**62), "tokens is"),
+    "2^62 tokens of a context as long": (
+        lambda h: recounted((4, 4, 2**62 - 5), tokens=2**62)(shaped(context=2**62)(h)), "context is"),
+    "a bucket of 2^60 tokens": (recounted((4, 4, 2**60)), "tokens of a bucket"),
+    "a bucket of negative tokens": (recounted((4, 4, -5), (8, 8, 60)), "tokens of a bucket"),
+    "buckets that do not add up": (recounted((4, 4, 10)), "15 tokens in window and buckets, 60 in the text"),
+    "a bucket twice": (recounted((4, 4, 20), (4, 4, 35)), "a bucket of 4 and 4 bits"),
+    "3 bits": (recounted((3, 4, 55)), "a bucket of 3 and 4 bits"),
+    "4.0 bits": (recounted((4.0, 4, 55)), "a bucket of 4.0 and 4 bits"),
+    "bits as text": (recounted(("4", 4, 55)), "a bucket of '4'"),
+    "bits a list": (recounted(([4], 4, 55)), "makes no sense"),
+    "no buckets": (edited(buckets=[]), "5 tokens in window and buckets"),
+    "a short row": (recounted((4, 4)), "buckets are not rows"),
+    "buckets a dictionary": (edited(buckets={"4": 4}), "not a list"),
+    "another precision": (recounted((16, 16, 55)), "is cut off"),
+    "window above recent": (edited(recent=4), "window is 5"),
+    "window negative": (edited(window=-1), "window is -1"),
+    "window larger than the text": (lambda h: recounted(window=61, recent=61)(h), "window is 61"),
+    "recent beyond the context": (edited(recent=2**40), "recent is"),
+    "recent negative": (edited(recent=-1), "recent is -1"),
+    "sink negative": (edited(sink=-1), "sink is -1"),
+    "sink huge": (edited(sink=2**70), "sink is"),
+    "prefill_chunk 0": (edited(prefill_chunk=0), "prefill_chunk is 0"),
+    "prefill_chunk null": (edited(prefill_chunk=None), "prefill_chunk is None"),
+    "kv_bits negative": (edited(kv_bits=-1), "kv_bits is -1"),
+    "kv_bits as text": (edited(kv_bits="3"), "kv_bits is '3'"),
+    "kv_bits infinite": (edited(kv_bits=float("inf")), "makes no sense"),
+    "kv_bits beyond floats": (edited(kv_bits=10**400), "makes no sense"),
+    "kv_bits of a policy without scores": (edited(kv_bits=9), "cannot follow a budget"),
+    "kv_bits that nothing can keep": (edited(policy="random", kv_bits=0.1), "below what is possible"),
+    "two budgets": (edited(policy="random", kv_bits=9, kv_memory=1e6), "not both"),
+    "an unknown policy": (edited(policy="int5"), "unknown policy 'int5'"),
+    "a policy that the bundle lacks": (edited(policy="adaptive"), "has no 'adaptive' controller"),
+    "policy a list": (edited(policy=["int4"]), "makes no sense"),
+    "policy an attribute": (edited(policy="__class__"), "unknown policy"),
+    "an option that the policy lacks": (edited(policy_options={"seed": 1}), "does not take the options"),
+    "an option of another type": (edited(policy="random", policy_options={"seed": "1"}), "seed must be an integer"),
+    "weights nested": (edited(policy="random", policy_options={"weights": [[1], [2, 3]]}), "weights must be"),
+    "weights of text": (edited(policy="random", policy_options={"weights": "abcd"}), "weights must be"),
+    "a bundle of the file's": (edited(policy="adaptive", policy_options={"bundle": "/etc"}), "policy_options"),
+    "the policy's name as an option": (edited(policy="adaptive", policy_options={"name": "x"}), "policy"),
+    "the policy's bits as an option": (edited(policy="int4", policy_options={"k_bits": 3}), "policy"),
+    "options a list": (edited(policy_options=[]), "policy_options"),
+    "an object without a name": (edited(policy_options=None), "pass a policy"),
+    "a pending id outside the vocabulary": (edited(pending=[512], logits=False), "a pending id is 512"),
+    "a pending id below it": (edited(pending=[-1], logits=False), "a pending id is -1"),
+    "pending beyond the context": (edited(pending=[1] * 200, logits=False), "pending tokens"),
+    "pending a number": (edited(pending=7), "not a list"),
+    "pending beside logits": (edited(pending=[7]), "logits beside pending"),
+    "logits that are not there": (edited(logits=False), "has bytes behind its end"),
+    "logits a number": (edited(logits=1), "another type"),
+    "metadata a list": (edited(metadata=[]), "another type"),
+    "metadata with NaN": (edited(metadata={"a": float("nan")}), "makes no sense"),
+    "the digest a number": (edited(payload_sha256=5), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_lies_is_refused(tiny_model, good, tmp_path, name):
+    change, words = HEADERS[name]
+    header, payload = split(good)
+    path = tmp_path / "bad.kvq"
+    path.write_bytes(sealed(change(header), payload))
+    if name == "the digest a number":
+        text = json.dumps(header | {"payload_sha256": 5}).encode()
+        path.write_bytes(sealed(text, payload))
+    refused(tiny_model, path, words, str(path))
+
+
+TEXTS = {
+    "not UTF-8": b"\xff\xfe",
+    "not JSON": b"{",
+    "a list": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "nested too deep": b"[" * 1_000_000,
+    "a number of a million digits": b'{"tokens": ' + b"9" * 1_000_000 + b"}",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_header_that_is_none_is_refused(tiny_model, tmp_path, name):
+    path = tmp_path / "bad.kvq"
+    path.write_bytes(sealed(TEXTS[name], b""))
+    with pytest.raises(SessionError, match="makes no sense") as caught:
+        tiny_model.load_session(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SessionError):
+        info(path)
+
+
+def page(session, bits):
+    return session.store.buckets[bits, bits].pages[0]
+
+
+def set_page(bits, side, value):
+    def change(session):
+        getattr(page(session, bits), side).scales[1, 2, 3] = value
+
+    return change
+
+
+def set_positions(*values):
+    def change(session):
+        page(session, 8).positions[: len(values)] = values
+
+    return change
+
+
+def set_half(side, value):
+    def change(session):
+        getattr(page(session, 16), side).codes.view("<f2")[0, 0, 0, 0, 0] = value
+
+    return change
+
+
+def set_token(value):
+    def change(session):
+        session.tokens[5] = value
+
+    return change
+
+
+def set_logit(value):
+    def change(session):
+        session.last_logits[9] = value
+
+    return change
+
+
+def set_window(value):
+    def change(session):
+        session.store.window.values.scales[0, 0] = value
+
+    return change
+
+
+def set_bits(value):
+    def change(session):
+        session.store.window.bits[2] = value
+
+    return change
+
+
+# The arrays: name -> (change to the session before it is saved, words). Positions 1, 5, 9, ... are stored at 8 bits.
+ARRAYS = {
+    "a token outside the vocabulary": (set_token(512), "token ids outside the vocabulary"),
+    "a token of 32 bits": (set_token(2**32 - 1), "token ids outside the vocabulary"),
+    "a logit that is NaN": (set_logit(np.nan), "logits that are not finite"),
+    "a logit that is infinite": (set_logit(-np.inf), "logits that are not finite"),
+    "a position twice in a bucket": (set_positions(1, 1), "positions out of order"),
+    "a position of another bucket": (set_positions(2), "positions that occur twice"),
+    "positions in another order": (set_positions(5, 1), "positions out of order"),
+    "a position of the window": (set_positions(1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 55), "positions"),
+    "a position beyond the text": (set_positions(1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 10**9), "positions"),
+    "a negative position": (set_positions(-1), "positions out of order"),
+    "the least position": (set_positions(-(2**31)), "positions out of order"),
+    "a key scale that is NaN": (set_page(4, "keys", np.nan), "scales or halves that are not finite"),
+    "a value scale that is infinite": (set_page(2, "values", np.inf), "scales or halves that are not finite"),
+    "a negative scale": (set_page(8, "values", -1), "scales or halves that are not finite"),
+    "a half that is NaN": (set_half("keys", np.nan), "scales or halves that are not finite"),
+    "a half that is infinite": (set_half("values", -np.inf), "scales or halves that are not finite"),
+    "a window scale that is NaN": (set_window(np.nan), "scales out of range in the recent window"),
+    "a window scale that no half can follow": (set_window(60000), "scales out of range in the recent window"),
+    "a negative window scale": (set_window(-0.5), "scales out of range in the recent window"),
+    "a token to be stored at 3 bits": (set_bits(3), "precisions that do not exist"),
+    "a token to be stored at 0 bits": (set_bits(0), "precisions that do not exist"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_no_session_writes_are_refused(tiny_model, tmp_path, name):
+    change, words = ARRAYS[name]
+    path = tmp_path / "bad.kvq"
+    saved(tiny_model, path, change)
+    refused(tiny_model, path, words, str(path))
+
+
+def test_what_is_no_file_is_refused(tiny_model, good, tmp_path):
+    (tmp_path / "folder.kvq").mkdir()
+    (tmp_path / "link.kvq").symlink_to(good)
+    (tmp_path / "lost.kvq").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.kvq")
+    for name, words in (
+        ("folder.kvq", "is a folder"), ("link.kvq", "is a link"), ("lost.kvq", "is a link"),
+        ("pipe.kvq", "not a regular file"), ("missing.kvq", "no session file"), ("missing/x.kvq", "no session file"),
+        ("folder.kvq/x", "no session file"), ("x" * 300, "cannot be read"),
+    ):  # fmt: skip
+        refused(tiny_model, tmp_path / name, words)
+    for device in ("/dev/null", "/dev/zero"):
+        refused(tiny_model, device, "not a regular file")
+
+
+def test_a_link_or_a_folder_is_not_overwritten(tiny_model, good, tmp_path):
+    session = tiny_model.load_session(good)
+    (tmp_path / "folder.kvq").mkdir()
+    (tmp_path / "link.kvq").symlink_to(tmp_path / "nowhere")
+    for name in ("folder.kvq", "link.kvq"):
+        with pytest.raises(SessionError, match="does not replace"):
+            session.save(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.kvq", "link.kvq"]
+
+
+def test_a_file_of_another_model_is_refused_by_name(good):
+    import kvq
+
+    refused(kvq.load(), good, "belongs to the model 'tiny'", "this is 'kvq-books'", "its own model")
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tiny_model, good, tmp_path, monkeypatch):
+    import kvq.runtime.session.file as session_file
+
+    path = tmp_path / "shrinking.kvq"
+    path.write_bytes(good.read_bytes())
+    check = session_file._check_model
+
+    def shrink(*arguments):
+        os.truncate(path, path.stat().st_size - 100)
+        check(*arguments)
+
+    monkeypatch.setattr(session_file, "_check_model", shrink)
+    with pytest.raises(SessionError, match="became shorter"):
+        tiny_model.load_session(path)
+
+
+@given(place=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+@examples(150)
+def test_a_file_with_any_byte_changed_is_refused(tiny_model, good, tmp_path_factory, place, mask):
+    data = bytearray(good.read_bytes())
+    data[int(place * len(data))] ^= mask
+    path = tmp_path_factory.getbasetemp() / "flipped.kvq"
+    path.write_bytes(data)
+    with pytest.raises(SessionError) as caught:
+        tiny_model.load_session(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SessionError):
+        info(path)
+
+
+@given(place=st.floats(0, 1, exclude_max=True))
+@examples(80)
+def test_a_file_cut_anywhere_is_refused(tiny_model, good, tmp_path_factory, place):
+    data = good.read_bytes()
+    path = tmp_path_factory.getbasetemp() / "cut.kvq"
+    path.write_bytes(data[: int(place * len(data))])
+    with pytest.raises(SessionError):
+        tiny_model.load_session(path)
+
+
+@given(
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6),
+    numbers=st.lists(
+        st.tuples(st.sampled_from(["tokens", "window", "recent", "sink", "prefill_chunk", "kv_bits", "kv_memory"]),
+                  st.one_of(st.integers(-2, 300), st.sampled_from([2**31, 2**63, None, 1.5]))),
+        max_size=2,
+    ),
+)  # fmt: skip
+@examples(150)
+def test_with_right_digests_any_content_is_refused_or_a_session_that_runs(
+    tiny_model, good, tmp_path_factory, flips, numbers
+):
+    header, payload = split(good)
+    payload = bytearray(payload)
+    for place, mask in flips:
+        payload[int(place * len(payload))] ^= mask
+    path = tmp_path_factory.getbasetemp() / "forged.kvq"
+    path.write_bytes(sealed(header | dict(numbers), bytes(payload)))
+    tracemalloc.start()
+    try:
+        session = tiny_model.load_session(path)
+    except SessionError:
+        return
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MOST_NBYTES
+    try:
+        continued(session, 3)
+        session.append(IDS[:20])
+        session.trim(30)
+    except KvqError:
+        return
+    assert contents(session.fork()) == contents(session)

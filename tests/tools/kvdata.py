@@ -1,0 +1,106 @@
+"""Random keys, values and precisions for the store and attention tests, and what a reader of the cache must see."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.codecs.uniform import WindowCodec
+
+WIDTHS = (2, 4, 8, 16)
+HEAD_DIMS = (8, 16, 24, 64, 80, 128)
+ODD_COUNTS = (0, 1, 7, 15, 16, 17, 63, 65)
+
+
+def examples(count):
+    """Hypothesis settings for tests whose time depends on how busy the machine is."""
+    return settings(max_examples=count, deadline=None)
+
+
+class Tokens(NamedTuple):
+    """Keys, values float32 [layers, kv_heads, tokens, head_dim] and bits uint8 [tokens, 2]."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    bits: np.ndarray
+
+    def part(self, start, stop):
+        return Tokens(self.keys[:, :, start:stop], self.values[:, :, start:stop], self.bits[start:stop])
+
+
+def random_tokens(seed, geometry, count, widths=WIDTHS):
+    """Gaussian tokens whose precisions are drawn from all pairs of `widths`."""
+    rng = np.random.default_rng(seed)
+    shape = (geometry.layers, geometry.kv_heads, count, geometry.head_dim)
+    keys, values = rng.standard_normal((2, *shape), np.float32)
+    return Tokens(keys, values, rng.choice(np.array(widths, np.uint8), (count, 2)))
+
+
+def fill(store, tokens, cuts=()):
+    """Append the tokens in the chunks between the cuts (sorted here; repeated cuts give empty chunks)."""
+    edges = [0, *sorted(cuts), len(tokens.bits)]
+    for start, stop in pairwise(edges):
+        store.append(*tokens.part(start, stop))
+    return store
+
+
+def filled_store(geometry, tokens, recent=0, sink=0, cuts=()):
+    """A new store that holds the tokens."""
+    return fill(KVStore(geometry, recent=recent, sink=sink), tokens, cuts)
+
+
+def as_read(tokens, recent=0, sink=0):
+    """The keys and values a reader must see, token by token: the specification of `KVStore`, written slowly.
+
+    The newest `recent` tokens are what the window's codec makes of them; every other token has
+    passed through the window, where there is one, and is what its codecs make of that, 16 bits for
+    the first `sink` ones.
+    """
+    count = len(tokens.bits)
+    read = []
+    for side, x in enumerate((tokens.keys, tokens.values)):
+        seen = np.empty_like(x)
+        for t in range(count):
+            kept = WindowCodec().roundtrip(x[:, :, t]) if recent else x[:, :, t]
+            width = 16 if t < sink else int(tokens.bits[t, side])
+            seen[:, :, t] = kept if t >= count - recent else CODECS[width].roundtrip(kept)
+        read.append(seen)
+    return read
+
+
+geometries = st.builds(
+    Geometry, layers=st.integers(1, 3), kv_heads=st.integers(1, 3), head_dim=st.sampled_from((8, 16, 24))
+)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _is_cut(array):
+    """Whether an array is all there is of its memory: a part of a slab, see `kvq.runtime.machine.hugepages`."""
+    return isinstance(array.base, memoryview)
+
+
+def arrays_in(thing):
+    """Every numpy array reachable from an object, each once."""
+    found, todo, seen = [], [thing], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, np.ndarray):
+            assert item.base is None or _is_cut(item.base), "a stored array is a view: its memory would not be counted"
+            found.append(item)
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, (list, tuple)):
+            todo += item
+        elif hasattr(item, "__dict__"):
+            todo += vars(item).values()
+    return found
