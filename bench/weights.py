@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from kvq.bench.shapes import Assets
 from kvq.exporter.quantize import QuantizedMatrix
-from kvq.runtime.bundle.bundle import MANIFEST, Manifest
+from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 
 EMBEDDING = "model.embed_tokens.weight"
 

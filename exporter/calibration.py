@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
 
 MAX_TOKENS = 4096
 WINDOW, CHUNK = 1024, 256

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from kvq.exporter.architectures.llama import Llama
 from kvq.exporter.sources import open_source
 from kvq.exporter.sources.base import Blocks, Source, short
-from kvq.runtime.bundle.bundle import Architecture
+from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import CheckpointError
 
 

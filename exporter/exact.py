@@ -9,7 +9,8 @@ import onnx
 
 from kvq.exporter.export import write_text
 from kvq.exporter.segments import ACCURACY_LEVEL
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import MANIFEST
 
 
 def exact_copy(bundle: Path, folder: Path) -> None:

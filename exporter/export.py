@@ -20,7 +20,8 @@ from kvq.exporter.matrices import LAYER_BITS
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.segments import ACCURACY_LEVEL, SegmentOptions, SegmentWriter
 from kvq.models.shipped import attach
-from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Bundle, Manifest, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import BundleError, CheckpointError
 from kvq.runtime.files import sync_folder, write_atomically
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from kvq.runtime.bundle.bundle import WEIGHTS
+from kvq.runtime.bundle.manifest import WEIGHTS
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 21, 1, 10
 CONTRIB = "com.microsoft"

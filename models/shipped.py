@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvq.runtime.bundle.bundle import Manifest, digest
+from kvq.runtime.bundle.bundle import digest
+from kvq.runtime.bundle.manifest import Manifest
 
 INDEX = "controllers.json"
 # What they were trained on: keys and values as every bundle with default options holds them.

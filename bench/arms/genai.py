@@ -11,7 +11,7 @@ import numpy as np
 
 from kvq.bench.arms.base import Arm, ArmSpec, package_version
 from kvq.bench.shapes import made_folder
-from kvq.runtime.bundle.bundle import MANIFEST, WEIGHTS, Manifest
+from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest
 
 
 class GenaiArm(Arm):

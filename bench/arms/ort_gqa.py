@@ -46,7 +46,7 @@ class OrtGqaArm(Arm):
     def load(self) -> None:
         import onnxruntime
 
-        from kvq.runtime.bundle.bundle import MANIFEST, Manifest
+        from kvq.runtime.bundle.manifest import MANIFEST, Manifest
         from kvq.runtime.machine.hugepages import new_memory
 
         bundle = self.setup.assets.bundle

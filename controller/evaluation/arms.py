@@ -6,9 +6,9 @@ import numpy as np
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.pages import Geometry
-from kvq.runtime.kv.store import RecentWindow
+from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.policy.budget import PROTECTED, token_bytes
+from kvq.runtime.precision.table import Geometry
 
 # One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
 LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]

@@ -14,7 +14,7 @@ from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.controller.training.texts import read_text, windows
 from kvq.runtime.errors import ContextError
-from kvq.runtime.kv.pages import Geometry
+from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")

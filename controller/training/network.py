@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvq.controller.training.samples import Samples
 from kvq.exporter.graph import Graph
-from kvq.runtime.bundle.bundle import Architecture
+from kvq.runtime.bundle.manifest import Architecture
 
 PAPER_INPUTS = ("entropy", "rarity", "attention_variance", "confidence")
 EXTENDED_INPUTS = ("ids", "positions", "residual", "keys", "values")

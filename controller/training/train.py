@@ -27,11 +27,12 @@ from kvq.controller.training.network import Controller, features_of, inputs_of, 
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import Progress, Samples, collect
 from kvq.exporter.export import replaced_folder, write_text
-from kvq.runtime.bundle.bundle import MANIFEST, TOKENIZER, Bundle, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.policy.base import curve_of
 from kvq.runtime.policy.budget import token_bytes
+from kvq.runtime.precision.table import Geometry
 
 # loss(outputs [rows, classes], which rows int64 [rows])
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

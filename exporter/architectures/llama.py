@@ -10,7 +10,7 @@ import numpy as np
 
 from kvq.exporter.architectures.rope import frequencies
 from kvq.exporter.sources.base import Source, positive
-from kvq.runtime.bundle.bundle import MOST, MOST_FEATURES, Architecture
+from kvq.runtime.bundle.manifest import MOST, MOST_FEATURES, Architecture
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle, Manifest, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog.home import claimed, exports, kept, place, staged
 from kvq.runtime.catalog.hub import CHECKPOINT_FILES
 from kvq.runtime.catalog.wheel import POLL_S, Progress

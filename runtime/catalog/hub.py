@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle, Manifest
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog.wheel import UnavailableError
 from kvq.runtime.errors import BundleError, HubError
 from kvq.runtime.extras import install, missing

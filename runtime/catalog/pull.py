@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kvq.models.family import SHAPES
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import hub, wheel
 from kvq.runtime.catalog.checkpoints import check_exporter, export, is_checkpoint, usable
 from kvq.runtime.catalog.home import claimed, kept, models, place, staged

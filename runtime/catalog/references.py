@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvq.runtime.bundle.bundle import MANIFEST, Manifest
+from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog import checkpoints
 from kvq.runtime.catalog.choices import choices, chosen_default
 from kvq.runtime.catalog.home import home, models

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
-from kvq.runtime.bundle.bundle import CHAT_TEMPLATE
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
 from kvq.runtime.chat.turns import KEY, Document, Turn, from_metadata, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.session.generation import Progress, Response

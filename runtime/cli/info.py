@@ -12,7 +12,7 @@ import click
 from kvq.runtime.cli.options import SETTINGS, Command, option
 
 if TYPE_CHECKING:
-    from kvq.runtime.bundle.bundle import Architecture
+    from kvq.runtime.bundle.manifest import Architecture
 
 SHOWN = 400  # characters of metadata: a session may hold a whole document
 
@@ -68,7 +68,8 @@ def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bundle(path: Path) -> tuple[dict[str, Any], list[str]]:
-    from kvq.runtime.bundle.bundle import FORMAT_VERSION, TOKENIZER, WEIGHTS, Bundle
+    from kvq.runtime.bundle.bundle import Bundle
+    from kvq.runtime.bundle.manifest import FORMAT_VERSION, TOKENIZER, WEIGHTS
 
     manifest = Bundle(path).manifest
     nbytes = sum(entry["nbytes"] for entry in manifest.files.values())

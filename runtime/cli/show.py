@@ -12,7 +12,7 @@ import click
 from kvq.runtime.cli.options import SETTINGS, Command, complete_model, option
 
 if TYPE_CHECKING:
-    from kvq.runtime.bundle.bundle import Architecture
+    from kvq.runtime.bundle.manifest import Architecture
     from kvq.runtime.catalog.registry import Entry
 
 # Uniform policies, by bits of keys and values: what a token takes at most, and what choices of a policy lie between.
@@ -49,7 +49,8 @@ def show(model: str, as_json: bool) -> None:
 
 
 def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
-    from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+    from kvq.runtime.bundle.bundle import Bundle
+    from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER
 
     manifest = Bundle(path).manifest
     licence = entry.licence if entry else getattr(manifest, "source", {}).get("licence")
@@ -72,8 +73,8 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
 
 def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
     """Bytes that one stored token takes, by policy."""
-    from kvq.runtime.kv.pages import Geometry
     from kvq.runtime.policy.budget import token_bytes
+    from kvq.runtime.precision.table import Geometry
 
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
     return {name: token_bytes(geometry, pair) for name, pair in PAIRS.items()}

@@ -11,8 +11,8 @@ import numpy as np
 
 from kvq.controller.policies import FEATURE_NAMES, Policy, ScoredPolicy, TokenFeatures
 from kvq.runtime.errors import PromptError
-from kvq.runtime.kv.pages import Bits
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Bits
 from kvq.runtime.session.statistics import Stats
 from kvq.runtime.text.cells import cells
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kvq.runtime.kv.moves import Step
 from kvq.runtime.kv.pages import Page
-from kvq.runtime.kv.store import RecentWindow, Step
+from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import WINDOW_BITS, Move, MoveStep, load
 from kvq.runtime.native.table import as_buffer, page_row, window_rows
 from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet

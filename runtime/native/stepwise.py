@@ -6,7 +6,8 @@ import ctypes
 
 import numpy as np
 
-from kvq.runtime.kv.store import KVStore, RecentWindow
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import PAGE, Move, MoveStep
 from kvq.runtime.native.table import PageTable
 

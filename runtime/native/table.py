@@ -7,7 +7,8 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.kv.pages import Page, settle
-from kvq.runtime.kv.store import KVStore, RecentWindow
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
 
 

@@ -32,10 +32,12 @@ import math
 import numpy as np
 
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.pages import PAGE_TOKENS, Geometry, last_capacity
-from kvq.runtime.kv.store import KVStore, RecentWindow
+from kvq.runtime.kv.pages import PAGE_TOKENS, last_capacity
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.policy.base import Policy, ScoredPolicy
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Geometry
 
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.runtime.kv.pages import PAGE_TOKENS, TILE_TOKENS
+from kvq.runtime.kv.pages import PAGE_TOKENS
+from kvq.runtime.kv.slots import TILE_TOKENS
 from kvq.runtime.policy.budget import PROTECTED, page_room, token_bytes
 from kvq.runtime.precision.codecs import CODECS
 

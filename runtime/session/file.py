@@ -29,12 +29,15 @@ import numpy as np
 
 import kvq
 from kvq.controller.policies import Policy, make_policy
-from kvq.runtime.bundle.bundle import TOKENIZER, Manifest
+from kvq.runtime.bundle.manifest import TOKENIZER, Manifest
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
-from kvq.runtime.kv.pages import Bits, Bucket, Encoded, Page
+from kvq.runtime.kv.bucket import Bucket
+from kvq.runtime.kv.pages import Page
+from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Bits
 from kvq.runtime.session.header import SessionHeader, open_session_file
 from kvq.runtime.session.session import Session
 

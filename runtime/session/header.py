@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, BinaryIO
 
-from kvq.runtime.bundle.bundle import Architecture
+from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import SessionError
-from kvq.runtime.kv.pages import Bits
 from kvq.runtime.precision.codecs import CODECS, NUMPY
+from kvq.runtime.precision.table import Bits
 
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1

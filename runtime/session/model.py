@@ -11,13 +11,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvq.controller.policies import Policy
-from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, TOKENIZER, Architecture, Bundle
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.catalog.references import DEFAULT_MODEL, default_model, embedded_models, locate
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.head import Head
 from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.template import ChatTemplate
 
@@ -47,6 +49,7 @@ class Model:
         """Load the layers in the form sessions will use, and run them once: what does not fit is refused now."""
         shape = self.architecture
         store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+        Head(self.engine, 1)
         make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
 
     def tell(self, note: str) -> None:

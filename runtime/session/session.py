@@ -13,13 +13,14 @@ import numpy as np
 
 from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
 from kvq.runtime.compute.backends import make_backend
-from kvq.runtime.compute.engine import HEAD_ROWS, ForwardPass, Head
+from kvq.runtime.compute.head import HEAD_ROWS, Head
+from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError, SessionError
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.features import OpenTokens, RarityCounter, attention_variance
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.generation import Response, stream
 from kvq.runtime.session.header import PREFILLS
 from kvq.runtime.session.sampling import SamplingOptions

@@ -20,7 +20,7 @@ from kvq.bench.controllers import add_controllers
 from kvq.bench.floor import read_bandwidth
 from kvq.bench.shapes import BENCH_SHAPES, assets, make_bundle
 from kvq.bench.weights import BundleWeights
-from kvq.runtime.bundle.bundle import MANIFEST
+from kvq.runtime.bundle.manifest import MANIFEST
 
 KEYS = {"arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes"}
 MEASURED = ("kvq-fp16", "kvq-mixed", "kvq-adaptive", "kvq-rule", "ort-gqa-fp32", "ort-gqa-int8")

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper
 
 import kvq
 from kvq.exporter.export import export
-from kvq.runtime.bundle.bundle import MANIFEST, WEIGHTS, Bundle, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.guard import check_graph
+from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS
 from kvq.runtime.errors import BundleError, TokenizerError
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, save_checkpoint

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import kvq
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import references
 from tests.cli.test_cli import assert_one_line_error  # fmt: skip
 from tests.cli.test_cli import kvq as command

@@ -11,9 +11,9 @@ import kvq
 from kvq.controller.policies import TokenFeatures, make_policy
 from kvq.controller.policies.rule import RulePolicy
 from kvq.runtime.inspect.inspection import inspect_session, stored_tokens
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import MOST_OPEN
 from tests.tools.kvdata import examples, random_tokens
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from kvq.runtime.compute.backends import BACKENDS, make_backend, numpy_backend
 from kvq.runtime.errors import BackendError
-from kvq.runtime.kv.pages import PAGE_TOKENS, Geometry
+from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
 from tests.tools.kvdata import HEAD_DIMS, ODD_COUNTS, Tokens, as_read, examples, filled_store, random_tokens, seeds
 
 STORE_LENGTHS = (*ODD_COUNTS, 300)

@@ -24,7 +24,8 @@ from kvq.controller.training.samples import collect
 from kvq.controller.training.texts import windows
 from kvq.controller.training.train import Recipe, fit, store, train_controllers
 from kvq.exporter.calibration import calibration_text
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle, digest
+from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.errors import BundleError, CalibrationError, PolicyError
 from kvq.runtime.inspect.inspection import stored_tokens
 from tests.tools.checkpoints import TINY

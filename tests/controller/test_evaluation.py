@@ -20,8 +20,8 @@ from kvq.exporter.calibration import calibration_text
 from kvq.exporter.export import export
 from kvq.runtime.cli.main import guarded
 from kvq.runtime.errors import CalibrationError
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
 
 SPACE = Bytes(Geometry(6, 2, 64), 512, 16, sink=4)
 

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kvq.exporter.export import export
-from kvq.runtime.bundle.bundle import MANIFEST, Bundle
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from tests.tools.checkpoints import edit_config, small_tokenizer
 

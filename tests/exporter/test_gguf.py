@@ -26,7 +26,8 @@ from kvq.exporter.cli import export as export_command
 from kvq.exporter.export import Summary, export
 from kvq.exporter.quantize import packed
 from kvq.exporter.reference import effective_model
-from kvq.runtime.bundle.bundle import CHAT_TEMPLATE, WEIGHTS, Bundle
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, WEIGHTS
 from kvq.runtime.errors import UnsupportedArchitectureError
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, reference_logits, save_checkpoint, small_tokenizer

@@ -18,8 +18,9 @@ from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
 from kvq.exporter.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
 from kvq.exporter.reference import effective_model
-from kvq.runtime.bundle.bundle import WEIGHTS, Bundle
-from kvq.runtime.compute.engine import Head
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import WEIGHTS
+from kvq.runtime.compute.head import Head
 from kvq.runtime.machine.threads import configure
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, family_checkpoint, save_checkpoint

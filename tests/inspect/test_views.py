@@ -18,8 +18,8 @@ from kvq.controller.policies import TokenFeatures
 from kvq.controller.policies.static import StaticPolicy
 from kvq.runtime.inspect.inspection import inspect_text
 from kvq.runtime.inspect.views import page, palette, panels, plot, terminal
-from kvq.runtime.kv.pages import Bits
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Bits
 from kvq.runtime.text.cells import Cell, cells, columns, graphemes, visible
 from tests.tools.checkpoints import small_tokenizer
 

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvq.runtime.errors import NonFiniteError
-from kvq.runtime.kv.pages import PAGE_TOKENS, TILE_TOKENS, Bits, Bucket, Encoded, Geometry
+from kvq.runtime.kv.bucket import Bucket
+from kvq.runtime.kv.pages import PAGE_TOKENS
+from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, NUMPY
+from kvq.runtime.precision.table import Bits, Geometry
 from tests.tools.kvdata import (
     ODD_COUNTS,
     WIDTHS,

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.backends.numpy_backend import NumpyAttention
 from kvq.runtime.errors import BackendError, NonFiniteError
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native import library
 from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.library import CHUNK_SLOTS
 from kvq.runtime.precision.codecs import NUMPY
+from kvq.runtime.precision.table import Geometry
 from tests.tools.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, random_tokens, seeds
 
 # Of the largest output; both sides are single precision. Integer weights of values add a noise of 1.6e-5 of the root

@@ -12,8 +12,8 @@ from kvq.controller.policies import Policy
 from kvq.runtime.compute.backends import BACKENDS, make_backend
 from kvq.runtime.errors import NonFiniteError, PolicyError
 from kvq.runtime.inspect.inspection import stored_tokens
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
 from tests.cli.test_cli import assert_one_line_error, run
 from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_tokens, seeds
 

@@ -14,10 +14,12 @@ from kvq.controller.policies import ScoredPolicy, make_policy
 from kvq.runtime.cli.options import nbytes
 from kvq.runtime.cli.run import run
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.pages import Bits, Bucket, Encoded, Geometry
+from kvq.runtime.kv.bucket import Bucket
+from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import curve_of
 from kvq.runtime.policy.budget import Budget, page_room, token_bytes
+from kvq.runtime.precision.table import Bits, Geometry
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import examples, seeds
 

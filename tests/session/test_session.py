@@ -13,7 +13,7 @@ import pytest
 import kvq
 from kvq.controller.policies import POLICIES, Policy, make_policy
 from kvq.runtime.compute.backends import BACKENDS
-from kvq.runtime.compute.engine import Bound
+from kvq.runtime.compute.binding import Bound
 from kvq.runtime.errors import BackendError, ContextError, NonFiniteError, PolicyError, PromptError
 from kvq.runtime.machine.threads import configure
 from tests.tools.kvdata import arrays_in

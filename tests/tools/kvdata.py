@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from kvq.runtime.kv.pages import Geometry
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.codecs.uniform import WindowCodec
+from kvq.runtime.precision.table import Geometry
 
 WIDTHS = (2, 4, 8, 16)
 HEAD_DIMS = (8, 16, 24, 64, 80, 128)

@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from kvq.runtime.compute.engine import Engine, ForwardPass, Head, SegmentedPass
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.passes import ForwardPass, SegmentedPass
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import NUMPY, CodecSet
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
 from kvq.runtime.compute.backends.native_pass import NativeHead, NativePass
-from kvq.runtime.compute.engine import Engine, ForwardPass, Head
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import BackendError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.codecs import native_codecs

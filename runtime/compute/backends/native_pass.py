@@ -6,7 +6,10 @@ import ctypes
 
 import numpy as np
 
-from kvq.runtime.compute.engine import Bound, Engine, ForwardPass, Head
+from kvq.runtime.compute.binding import Bound
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import BundleError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.library import FILE, Pass, load

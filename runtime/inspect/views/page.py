@@ -10,7 +10,7 @@ from kvq.runtime.inspect.inspection import InspectedToken, Inspection
 from kvq.runtime.inspect.views.palette import ON_DARK, ON_LIGHT, Color, ink, shade, shown_bits, step
 from kvq.runtime.inspect.views.panels import about as about_means
 from kvq.runtime.inspect.views.panels import svg
-from kvq.runtime.kv.pages import Bits
+from kvq.runtime.precision.table import Bits
 from kvq.runtime.session.statistics import size
 from kvq.runtime.text.cells import visible
 

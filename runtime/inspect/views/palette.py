@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kvq.runtime.inspect.inspection import InspectedToken
-from kvq.runtime.kv.pages import Bits
+from kvq.runtime.precision.table import Bits
 
 Color = tuple[int, int, int]  # sRGB, 0 to 255
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TextIO
 
 from kvq.runtime.inspect.inspection import Inspection, Total
 from kvq.runtime.inspect.views.palette import ON_DARK, ink, shade, shown_bits
-from kvq.runtime.kv.pages import Bits
+from kvq.runtime.precision.table import Bits
 from kvq.runtime.session.statistics import size
 from kvq.runtime.text.cells import columns, graphemes, visible
 

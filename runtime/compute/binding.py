@@ -1,0 +1,55 @@
+"""Binding: onnxruntime reads and writes arrays of ours, which have to fit what a graph declares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+
+from kvq.runtime.errors import BundleError
+
+
+class NamedSession(NamedTuple):
+    """An onnxruntime session and the file its graph came from."""
+
+    name: str
+    session: onnxruntime.InferenceSession
+
+
+class Bound:
+    """An onnxruntime session bound to arrays by address: it reads and writes their memory directly.
+
+    The binding knows addresses only, so the arrays are kept alive here.
+    """
+
+    def __init__(self, named: NamedSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+        session = self._session = named.session
+        self._arrays = (inputs, outputs)
+        self._binding = session.io_binding()
+        for bind, arrays, declared in (
+            (self._binding.bind_input, inputs, session.get_inputs()),
+            (self._binding.bind_output, outputs, session.get_outputs()),
+        ):
+            _check_fit(named.name, arrays, {value.name: value.shape for value in declared})
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def _check_fit(graph: str, arrays: dict[str, np.ndarray], declared: dict[str, list[int | str]]) -> None:
+    """Compare buffers made after the manifest with what a graph declares; a string is a free dimension.
+
+    Raises:
+        BundleError: they do not fit, so the graph would read or write beyond a buffer.
+    """
+    fits = arrays.keys() == declared.keys() and all(
+        len(declared[name]) == array.ndim
+        and all(isinstance(d, str) or d == size for d, size in zip(declared[name], array.shape, strict=True))
+        for name, array in arrays.items()
+    )
+    if not fits:
+        expected = {name: array.shape for name, array in arrays.items()}
+        raise BundleError(f"{graph} has {declared}, the manifest says {expected}; export the bundle again")

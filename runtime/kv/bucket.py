@@ -1,0 +1,107 @@
+"""Buckets: all pages of one pair of precisions, and how they grow, shrink and are shared."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvq.runtime.kv.pages import PAGE_TOKENS, Page, last_capacity
+from kvq.runtime.kv.slots import Encoded
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Bits, Geometry
+
+
+class Bucket:
+    """All pages of one `Bits` pair, in order of position.
+
+    Attributes:
+        count: tokens stored.
+        token_bytes: bytes of one token: codes, scales and its position tag.
+        ahead: pages made ahead of the tokens that will need them, see `reserve`.
+        nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
+    """
+
+    def __init__(self, bits: Bits, geometry: Geometry) -> None:
+        self.bits = bits
+        self.geometry = geometry
+        self.pages: list[Page] = []
+        self.ahead: list[Page] = []
+        self.count = 0
+        self.nbytes = 0
+        vector_bytes = sum(CODECS[width].vector_bytes(geometry.head_dim) for width in bits)
+        self.token_bytes = geometry.layers * geometry.kv_heads * vector_bytes + 4
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many further tokens, in pages nobody else has: the last one grows, then come others."""
+        last = self.pages[-1] if self.pages else None
+        if last and last.shared and last.count < last.capacity:
+            self.pages[-1] = last = last.copy(last.count, last.capacity)
+        free = last.capacity - last.count if last else 0
+        missing = tokens - free - sum(page.capacity for page in self.ahead)
+        at_end = self.ahead or self.pages
+        if missing > 0 and at_end and at_end[-1].capacity < PAGE_TOKENS:
+            small = at_end[-1]
+            at_end[-1] = small.copy(small.count, last_capacity(min(small.capacity + missing, PAGE_TOKENS)))
+            self.nbytes += at_end[-1].nbytes - small.nbytes
+            missing -= at_end[-1].capacity - small.capacity
+        while missing > 0:
+            self.ahead.append(Page(self.bits, self.geometry, last_capacity(min(missing, PAGE_TOKENS))))
+            self.nbytes += self.ahead[-1].nbytes
+            missing -= self.ahead[-1].capacity
+
+    def open_page(self) -> Page:
+        """The page with room for the next token, which is not shared; made or grown if need be."""
+        if not self.pages or self.pages[-1].shared or self.pages[-1].count == self.pages[-1].capacity:
+            self.reserve(1)
+            if not self.pages or self.pages[-1].count == self.pages[-1].capacity:
+                self.pages.append(self.ahead.pop(0))
+        return self.pages[-1]
+
+    def place(self, n: int) -> tuple[Page, int]:
+        """Page and slot that the n-th of the tokens to come will have, from 0; there has to be room for it."""
+        pages = [*self.pages[-1:], *self.ahead]
+        n += self.pages[-1].count if self.pages else 0
+        for page in pages:
+            if n < page.capacity:
+                return page, n
+            n -= page.capacity
+        raise IndexError(f"{self.bits} has no room for so many tokens; reserve it")
+
+    def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
+        """Add tokens, with pages for them as needed."""
+        self.reserve(len(positions))
+        done = 0
+        while done < len(positions):
+            page = self.open_page()
+            stop = min(len(positions), done + page.capacity - page.count)
+            part = slice(done, stop)
+            page.append(keys.tokens(part), values.tokens(part), positions[part])
+            self.count += stop - done
+            done = stop
+
+    def trim(self, length: int) -> None:
+        """Drop every token at a position >= length."""
+        self.nbytes -= sum(page.nbytes for page in self.ahead)
+        self.ahead = []
+        while self.pages:
+            page = self.pages[-1]
+            kept = int(np.searchsorted(page.positions[: page.count], length))
+            self.count -= page.count - kept
+            if not kept:
+                self.nbytes -= self.pages.pop().nbytes
+                continue
+            capacity = last_capacity(kept)
+            if capacity < page.capacity or (kept < page.count and page.shared):
+                self.pages[-1] = page.copy(kept, capacity)
+                self.nbytes += self.pages[-1].nbytes - page.nbytes
+            else:
+                page.count = kept
+            return
+
+    def fork(self) -> Bucket:
+        """A bucket of the same tokens, on the same pages."""
+        twin = Bucket(self.bits, self.geometry)
+        for page in self.pages:
+            page.shared = True
+        twin.pages, twin.count = list(self.pages), self.count
+        twin.nbytes = self.nbytes - sum(page.nbytes for page in self.ahead)
+        return twin
