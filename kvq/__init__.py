@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvq.composition import load
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
     from kvq.runtime.chat.conversation import Conversation
     from kvq.runtime.errors import (
@@ -41,12 +42,10 @@ if TYPE_CHECKING:
     from kvq.runtime.inspect.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.machine.threads import session_options
     from kvq.runtime.session.generation import Response
-    from kvq.runtime.session.model import Model, load
+    from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session, kv_nbytes
     from kvq.runtime.session.statistics import Stats
     from kvq.runtime.text.template import ChatTemplate
-
-__version__ = "0.2.0"
 
 # In a checkout the sub-packages stand beside this folder rather than inside it; Python started
 # there finds this folder before the installed package.
@@ -54,9 +53,14 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
+import kvq.runtime.version  # noqa: E402 # found only now
+
+__version__ = kvq.runtime.version.VERSION
+
 # Public name -> module. Resolved on first use: `import kvq` itself costs next to nothing.
 _EXPORTS = {
-    **dict.fromkeys(["Model", "load"], "kvq.runtime.session.model"),
+    "load": "kvq.composition",
+    "Model": "kvq.runtime.session.model",
     **dict.fromkeys(
         ["InspectedToken", "Inspection", "inspect_session", "inspect_text"], "kvq.runtime.inspect.inspection"
     ),

@@ -16,8 +16,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from kvq.composition import load
 from kvq.models.corpus import END_OF_TEXT, documents
-from kvq.runtime.session.model import Model, load
+from kvq.runtime.session.model import Model
 
 # Names that occur in no book of the corpus: what is copied must come from the context.
 NAMES = ("Zorvath Quillimane", "Ibbeth Tarranook", "Maxel Druvenshaw", "Oskavia Prendlewick", "Jorun Vashteel",

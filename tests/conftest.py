@@ -9,8 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from kvq.composition import open_bundle
 from kvq.exporter.export import export
-from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.real import real_bundle, real_home  # noqa: F401 # fixtures for all tests
@@ -45,4 +45,4 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiny_model(tiny_bundle: Path) -> Model:
     """The loaded model of `tiny_bundle`; make a session per test."""
-    return Model(Bundle(tiny_bundle))
+    return open_bundle(tiny_bundle)

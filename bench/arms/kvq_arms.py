@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -105,29 +106,16 @@ class KvqScoredArm(KvqArm):
         self._policy = 0.0
         self._taken: list[float] = []
         self.policy_seconds = self._taken
-        for owner, name in ((session, "_choice"), (session._rarity, "count")):
-            setattr(owner, name, self._timed(getattr(owner, name)))
-        head = session._head
+        session.timer = self._timed
 
-        def timed_head(rows: int) -> Any:
-            made = head(rows)
-            if "uncertainty" not in vars(made):
-                vars(made)["uncertainty"] = self._timed(made.uncertainty)
-            return made
-
-        vars(session)["_head"] = timed_head
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, its time added to the policy's."""
-
-        def timed(*arguments: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return call(*arguments)
-            finally:
-                self._policy += time.perf_counter() - begun
-
-        return timed
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Adds the time of the part to the policy's."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._policy += time.perf_counter() - begun
 
     def prefill(self, ids: np.ndarray) -> float:
         seconds = super().prefill(ids)
@@ -139,11 +127,11 @@ class KvqScoredArm(KvqArm):
         seconds = super().step(token)
         self._taken.append(self._policy)
         if len(self._taken) == PHASE:
-            self.session.decide()
+            self.session.store.settle()
         return seconds
 
     def describe(self) -> dict[str, Any]:
-        self.session.decide()
+        self.session.store.settle()
         described = super().describe()
         held = {pair: row["tokens"] for pair, row in self.session.stats().precisions.items() if row["tokens"]}
         controller = "" if self.policy == "rule" else ", controller of the real size with untrained weights"

@@ -6,9 +6,7 @@ import numpy as np
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.policy.budget import PROTECTED, token_bytes
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.table import EXACT, Geometry
 
 # One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
 LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]
@@ -31,19 +29,18 @@ class Bytes:
 
     def __init__(self, geometry: Geometry, length: int, recent: int, sink: int) -> None:
         self.geometry, self.length, self.recent, self.sink = geometry, length, recent, sink
-        self.values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
         self.stored = max(0, length - recent)
         self.sunk = min(self.stored, sink)
-        window = min(length, recent) * RecentWindow(geometry, recent).token_bytes
-        self.protected = window + self.sunk * token_bytes(geometry, PROTECTED)
+        window = min(length, recent) * geometry.window_token_bytes
+        self.protected = window + self.sunk * geometry.token_bytes(EXACT)
 
     def each(self, pairs: list[tuple[int, int]]) -> np.ndarray:
         """Bytes of a token of each pair, int64 [pairs]."""
-        return np.array([token_bytes(self.geometry, pair) for pair in pairs])
+        return np.array([self.geometry.token_bytes(pair) for pair in pairs])
 
     def left(self, kv_bits: float) -> float:
         """Bytes for the tokens whose precision is a choice, together."""
-        return kv_bits * self.values * self.length / 8 - self.protected
+        return kv_bits * self.geometry.values * self.length / 8 - self.protected
 
     def check(self, kv_bits: float) -> None:
         """Raise BudgetError for a budget that the lowest precision exceeds: arms would not be at equal bytes."""
@@ -57,7 +54,7 @@ class Bytes:
 
     def bits(self, nbytes: float) -> float:
         """Bits per value of the whole text."""
-        return 8 * nbytes / (self.values * self.length)
+        return 8 * nbytes / (self.geometry.values * self.length)
 
 
 def static_mix(space: Bytes, kv_bits: float, rng: np.random.Generator) -> np.ndarray:

@@ -49,6 +49,5 @@ class Scorer:
         """
         session = self.model.session(policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits)
         logits = session.append(ids, all_logits=True)
-        session.decide()
         store = session.store
         return Scored(logits, stored_tokens(store).chosen, store.used_nbytes, store.nbytes)

@@ -8,26 +8,28 @@ import numpy as np
 
 from kvq.runtime.policy.base import Policy, TokenFeatures
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Pair
 
-WIDTHS = sorted(CODECS, reverse=True)  # a new codec is a choice of its own at once
+# A new codec is a choice of its own at once.
+PRECISIONS = sorted(CODECS, key=lambda id_: (-CODECS[id_].bits, id_))
 
 
 class StaticPolicy(Policy):
-    """Every token gets the same pair of bits."""
+    """Every token gets the same pair of precisions, given by id."""
 
     reads = frozenset()
 
-    def __init__(self, name: str, k_bits: int, v_bits: int) -> None:
+    def __init__(self, name: str, k: int, v: int) -> None:
         self.name = name
-        self.bits = np.array([k_bits, v_bits], np.uint8)
-        self.classes = self.bits[None]
+        self.pair = np.array([k, v], np.uint8)
+        self.classes = self.pair[None]
 
     def choose(self, features: TokenFeatures) -> np.ndarray:
-        return np.broadcast_to(self.bits, (len(features.positions), 2))
+        return np.broadcast_to(self.pair, (len(features.positions), 2))
 
 
 # Keys need more bits than values at equal quality, so every pair can be asked for: k8v4, k4v2, ...
-POLICIES = {f"k{k}v{v}": partial(StaticPolicy, f"k{k}v{v}", k, v) for k in WIDTHS for v in WIDTHS}
+POLICIES = {str(Pair(k, v)): partial(StaticPolicy, str(Pair(k, v)), k, v) for k in PRECISIONS for v in PRECISIONS}
 POLICIES |= {
     name: partial(StaticPolicy, name, b, b) for name, b in (("fp16", 16), ("int8", 8), ("int4", 4), ("int2", 2))
 }

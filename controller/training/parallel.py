@@ -215,7 +215,7 @@ def roundtrip(x: Tensor, bits: int) -> Tensor:
 
     The codec itself runs, on the CPU: what is learned is learned about the bytes that are stored.
     """
-    return _straight(x, _codecs().by_bits[bits])
+    return _straight(x, _codecs().by_id[bits])
 
 
 @functools.cache

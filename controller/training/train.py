@@ -31,7 +31,6 @@ from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.base import curve_of
-from kvq.runtime.policy.budget import token_bytes
 from kvq.runtime.precision.table import Geometry
 
 # loss(outputs [rows, classes], which rows int64 [rows])
@@ -261,7 +260,7 @@ def store(
     shape = manifest.architecture
     classes = CLASSES[recipe.objective]
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
-    nbytes = np.array([token_bytes(geometry, pair) for pair in classes])
+    nbytes = np.array([geometry.token_bytes(pair) for pair in classes])
     prices, scores = None, output - output.max(1, keepdims=True)
     if recipe.objective == "adaptive":
         scores = -np.exp(output.astype(np.float64))

@@ -109,7 +109,7 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from kvq.controller.policies import POLICIES
+    from kvq import POLICIES
 
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
 

@@ -73,11 +73,10 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
 
 def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
     """Bytes that one stored token takes, by policy."""
-    from kvq.runtime.policy.budget import token_bytes
     from kvq.runtime.precision.table import Geometry
 
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
-    return {name: token_bytes(geometry, pair) for name, pair in PAIRS.items()}
+    return {name: geometry.token_bytes(pair) for name, pair in PAIRS.items()}
 
 
 def _lines(row: dict[str, Any]) -> list[str]:

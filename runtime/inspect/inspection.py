@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kvq.controller.policies import FEATURE_NAMES, Policy, ScoredPolicy, TokenFeatures
 from kvq.runtime.errors import PromptError
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.policy.base import FEATURE_NAMES, Policy, TokenFeatures
+from kvq.runtime.precision.table import EXACT, Pair
 from kvq.runtime.session.statistics import Stats
 from kvq.runtime.text.cells import cells
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
-
-WINDOW_BITS = Bits(16, 16)
 
 
 class Features(NamedTuple):
@@ -52,8 +50,8 @@ class InspectedToken:
     id: int
     text: str
     cell: int
-    bits: Bits
-    chosen: Bits
+    bits: Pair
+    chosen: Pair
     in_window: bool
     nbytes: int
     features: Features | None = None
@@ -80,7 +78,7 @@ class Total:
         bits_per_value: 8 * nbytes over the values of these tokens; None without tokens.
     """
 
-    bits: Bits | None
+    bits: Pair | None
     tokens: int
     due: int
     nbytes: int
@@ -165,8 +163,8 @@ def stored_tokens(store: KVStore) -> StoredTokens:
     window = store.window
     start = store.length - window.count
     if window.count:
-        bits[start:], nbytes[start:] = WINDOW_BITS, window.token_bytes
-        chosen[start:] = window.bits[window.slots(start, store.length)]
+        bits[start:], nbytes[start:] = EXACT, window.token_bytes
+        chosen[start:] = store.due()
     return StoredTokens(bits, chosen, np.arange(store.length) >= start, nbytes)
 
 
@@ -221,7 +219,6 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
     """
     if not session.tokens:
         raise PromptError("the session is empty: append a text first")
-    session.decide()
     found = None
     if features:
         store = session.store
@@ -235,7 +232,6 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
 
 
 def _inspection(session: Session, features: list[Features] | None) -> Inspection:
-    session.decide()
     stored = stored_tokens(session.store)
     pieces = cells(session.model.optional_tokenizer, session.tokens)
     tokens = [
@@ -244,8 +240,8 @@ def _inspection(session: Session, features: list[Features] | None) -> Inspection
             id=session.tokens[i],
             text=cell.text if i == cell.first else "",
             cell=index,
-            bits=Bits(*stored.bits[i].tolist()),
-            chosen=Bits(*stored.chosen[i].tolist()),
+            bits=Pair(*stored.bits[i].tolist()),
+            chosen=Pair(*stored.chosen[i].tolist()),
             in_window=bool(stored.in_window[i]),
             nbytes=int(stored.nbytes[i]),
             features=features[i] if features else None,
@@ -259,7 +255,7 @@ def _inspection(session: Session, features: list[Features] | None) -> Inspection
 def _totals(store: KVStore, tokens: list[InspectedToken]) -> list[Total]:
     account = store.account()
     due = Counter(token.chosen for token in tokens if token.in_window)
-    pairs: list[Bits | None] = [*sorted({*store.buckets, *due}, reverse=True), None]
+    pairs: list[Pair | None] = [*sorted({*store.buckets, *due}, reverse=True), None]
     values = 2 * store.geometry.layers * store.geometry.kv_heads * store.geometry.head_dim
     totals = []
     for bits in pairs:
@@ -272,47 +268,19 @@ def _totals(store: KVStore, tokens: list[InspectedToken]) -> list[Total]:
 
 def _run(session: Session, ids: Sequence[int]) -> list[Features]:
     """Append ids to the empty session and return their features."""
-    policy = session.policy
-    log = session.policy = _ScoredLog(policy) if isinstance(policy, ScoredPolicy) else _Log(policy)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in FEATURE_NAMES}
+
+    def keep(features: TokenFeatures) -> None:
+        for name, kept in rows.items():
+            kept.append(features.get(name).copy())
+
+    session.chooser.observer = keep
     try:
         session.append(ids)
     finally:
-        session.policy = policy
-    columns = [np.concatenate([chunk.get(name) for chunk in log.seen]).tolist() for name in FEATURE_NAMES]
+        session.chooser.observer = None
+    columns = [np.concatenate(kept).tolist() for kept in rows.values()]
     return [Features(*row) for row in zip(*columns, strict=True)]
-
-
-class _Log(Policy):
-    """A policy's own choices, with all features computed and kept."""
-
-    needs = frozenset(FEATURE_NAMES)
-
-    def __init__(self, policy: Policy) -> None:
-        self.name = policy.name
-        self.policy = policy
-        self.seen: list[TokenFeatures] = []
-
-    def _seen(self, features: TokenFeatures) -> TokenFeatures:
-        """What the policy would have got without the log."""
-        kept = {name: features.get(name).copy() for name in FEATURE_NAMES}
-        self.seen.append(TokenFeatures(features.positions, **kept))
-        hidden: dict[str, Any] = {name: None for name in FEATURE_NAMES if name not in self.policy.needs}
-        return features._replace(**hidden)
-
-    def choose(self, features: TokenFeatures) -> np.ndarray:
-        return self.policy.choose(self._seen(features))
-
-
-class _ScoredLog(_Log, ScoredPolicy):
-    """The same of a policy that a budget reads scores from."""
-
-    policy: ScoredPolicy
-
-    def score(self, features: TokenFeatures) -> np.ndarray:
-        return self.policy.score(self._seen(features))
-
-    def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.policy.curve(nbytes)
 
 
 class _Replay(Policy):

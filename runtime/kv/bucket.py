@@ -6,12 +6,11 @@ import numpy as np
 
 from kvq.runtime.kv.pages import PAGE_TOKENS, Page, last_capacity
 from kvq.runtime.kv.slots import Encoded
-from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Bits, Geometry
+from kvq.runtime.precision.table import Geometry, Pair
 
 
 class Bucket:
-    """All pages of one `Bits` pair, in order of position.
+    """All pages of one `Pair`, in order of position.
 
     Attributes:
         count: tokens stored.
@@ -20,15 +19,14 @@ class Bucket:
         nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
     """
 
-    def __init__(self, bits: Bits, geometry: Geometry) -> None:
-        self.bits = bits
+    def __init__(self, pair: Pair, geometry: Geometry) -> None:
+        self.pair = pair
         self.geometry = geometry
         self.pages: list[Page] = []
         self.ahead: list[Page] = []
         self.count = 0
         self.nbytes = 0
-        vector_bytes = sum(CODECS[width].vector_bytes(geometry.head_dim) for width in bits)
-        self.token_bytes = geometry.layers * geometry.kv_heads * vector_bytes + 4
+        self.token_bytes = geometry.token_bytes(pair)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many further tokens, in pages nobody else has: the last one grows, then come others."""
@@ -44,7 +42,7 @@ class Bucket:
             self.nbytes += at_end[-1].nbytes - small.nbytes
             missing -= at_end[-1].capacity - small.capacity
         while missing > 0:
-            self.ahead.append(Page(self.bits, self.geometry, last_capacity(min(missing, PAGE_TOKENS))))
+            self.ahead.append(Page(self.pair, self.geometry, last_capacity(min(missing, PAGE_TOKENS))))
             self.nbytes += self.ahead[-1].nbytes
             missing -= self.ahead[-1].capacity
 
@@ -64,7 +62,14 @@ class Bucket:
             if n < page.capacity:
                 return page, n
             n -= page.capacity
-        raise IndexError(f"{self.bits} has no room for so many tokens; reserve it")
+        raise IndexError(f"{self.pair} has no room for so many tokens; reserve it")
+
+    def count_in(self, position: int) -> None:
+        """Count the next token, whose vectors somebody else writes where `place` said."""
+        page = self.open_page()
+        page.positions[page.count] = position
+        page.count += 1
+        self.count += 1
 
     def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
         """Add tokens, with pages for them as needed."""
@@ -99,7 +104,7 @@ class Bucket:
 
     def fork(self) -> Bucket:
         """A bucket of the same tokens, on the same pages."""
-        twin = Bucket(self.bits, self.geometry)
+        twin = Bucket(self.pair, self.geometry)
         for page in self.pages:
             page.shared = True
         twin.pages, twin.count = list(self.pages), self.count

@@ -1,17 +1,35 @@
-"""The way of new tokens through the recent window: what each drives out of it, and where that goes."""
+"""The way of new tokens through the recent window: what each drives out of it, and where that goes.
+
+This is the one plan of it. Native code carries it out while it stores tokens (`Mover`) and while a stepwise pass is
+running; what numpy does instead, `KVStore.append` and the numpy backend, is written apart from it on purpose: the two
+have to give the same bytes, and tests hold them together.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.window import RecentWindow
+from kvq.runtime.precision.table import Pair
 
-# What happens with a new token: its slot of the window, and the page and the slot there of the token that stood in it
-# (None and 0 where the slot was free).
-Step = tuple[int, Page | None, int]
+
+class Move(NamedTuple):
+    """What happens with one new token.
+
+    Attributes:
+        slot: of the window, which it takes.
+        page, page_slot: where the token goes that stood there; None and 0 where the slot was free.
+    """
+
+    slot: int
+    page: Page | None
+    page_slot: int
 
 
 class Mover(Protocol):
@@ -20,7 +38,47 @@ class Mover(Protocol):
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
         """Whether it can: arrays as it needs them, and nothing in them that a codec would refuse."""
 
-    def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
-        """For one new token after the other, do what its step says; keys, values float32
-        [layers, kv_heads, tokens, head_dim]. Counts and tags are the store's.
+    def __call__(self, window: RecentWindow, moves: list[Move], keys: np.ndarray, values: np.ndarray) -> None:
+        """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]. Counts and
+        tags are the store's.
         """
+
+
+def leaving(window: RecentWindow, length: int, tokens: int, chosen: np.ndarray | None) -> list[Pair]:
+    """Precisions of what so many new tokens drive out of the window, oldest first.
+
+    Args:
+        length: tokens before them.
+        chosen: uint8 [tokens, 2], of the new ones, which may leave at once; None: no more come than the window holds.
+    """
+    count = max(0, window.count + tokens - window.capacity)
+    old, first = min(count, window.count), length - window.count
+    pairs = [Pair(*window.chosen[(first + i) % window.capacity].tolist()) for i in range(old)]
+    if count > old and chosen is not None:
+        pairs += [Pair(*token) for token in chosen[: count - old].tolist()]
+    return pairs
+
+
+def plan(
+    window: RecentWindow, length: int, tokens: int, gone: list[Pair], bucket_of: Callable[[Pair], Bucket]
+) -> list[Move]:
+    """The moves of new tokens, the room for them made; nothing else changes.
+
+    Args:
+        window: as it is before them.
+        length: tokens before them.
+        tokens: how many come.
+        gone: what they drive out, see `leaving`.
+        bucket_of: the bucket of a pair.
+    """
+    for pair, count in Counter(gone).items():  # a page that grows is another one: first all room, then the places
+        bucket_of(pair).reserve(count)
+    moves, stays, before = [], tokens - len(gone), Counter[Pair]()
+    for i in range(tokens):
+        page, page_slot = None, 0
+        if i >= stays:
+            pair = gone[i - stays]
+            page, page_slot = bucket_of(pair).place(before[pair])
+            before[pair] += 1
+        moves.append(Move((length + i) % window.capacity, page, page_slot))
+    return moves

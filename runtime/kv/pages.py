@@ -1,4 +1,4 @@
-"""Pages: fixed-capacity arrays of tokens that share one (key bits, value bits) pair.
+"""Pages: fixed-capacity arrays of tokens that share one pair of precisions.
 
 A page holds all layers and KV heads of its tokens. Tokens are only ever added behind the
 last one or dropped from the end, and a stored token's bytes never change. All pages of a bucket but
@@ -18,7 +18,7 @@ import numpy as np
 from kvq.runtime.kv.slots import TILE_TOKENS, Encoded, Slots
 from kvq.runtime.machine import hugepages
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Bits, Geometry
+from kvq.runtime.precision.table import Geometry, Pair
 
 PAGE_TOKENS = 128  # of a full page: a long bucket is a few hundred arrays at most
 
@@ -31,24 +31,31 @@ def last_capacity(tokens: int) -> int:
     return max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
 
 
+def page_room(most: int) -> np.ndarray:
+    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1]."""
+    full, rest = np.divmod(np.arange(most + 1), PAGE_TOKENS)
+    last = np.array([0] + [last_capacity(n) for n in range(1, PAGE_TOKENS)], np.int64)
+    return full * PAGE_TOKENS + last[rest]
+
+
 class Page:
-    """Room for `capacity` tokens of one `Bits` pair; `count` of them are used.
+    """Room for `capacity` tokens of one `Pair`; `count` of them are used.
 
     shared: other buckets may hold this page too, so it must not change any more.
     row: where its arrays are, for native code, which fills it in.
     settled: its memory has been put on huge pages, or is not worth it, see `settle`.
     """
 
-    def __init__(self, bits: Bits, geometry: Geometry, capacity: int) -> None:
-        self.bits = bits
+    def __init__(self, pair: Pair, geometry: Geometry, capacity: int) -> None:
+        self.pair = pair
         self.geometry = geometry
         self.capacity = capacity
         self.count = 0
         self.shared = False
         self.row: ctypes.Array[ctypes.c_char] | None = None
         self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
-        self.keys = Slots(CODECS[bits.k], geometry, capacity, tiled=True, lasting=not self.settled)
-        self.values = Slots(CODECS[bits.v], geometry, capacity, tiled=False, lasting=not self.settled)
+        self.keys = Slots(CODECS[pair.k], geometry, capacity, tiled=True, lasting=not self.settled)
+        self.values = Slots(CODECS[pair.v], geometry, capacity, tiled=False, lasting=not self.settled)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
         self.nbytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes  # of all arrays, free room included
 
@@ -75,7 +82,7 @@ class Page:
 
     def copy(self, count: int, capacity: int) -> Page:
         """A page of that capacity that holds the first `count` tokens and is nobody else's."""
-        twin = Page(self.bits, self.geometry, capacity)
+        twin = Page(self.pair, self.geometry, capacity)
         twin.count = count
         for new, old in zip(twin.parts(), self.parts(0, count), strict=True):
             new[...] = old

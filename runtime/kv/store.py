@@ -1,28 +1,25 @@
 """The KV store: every token of a session at its own precision, plus the newest at 16 bits.
 
 Attention does not depend on the order of keys (their rotary phase is already in them), so
-tokens live in one bucket per (key bits, value bits) pair and no token is ever moved. The
+tokens live in one bucket per pair of precisions and no token is ever moved. The
 newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
 
 from kvq.runtime.kv.bucket import Bucket
-from kvq.runtime.kv.moves import Step
+from kvq.runtime.kv.moves import Move, leaving, plan
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.precision.codecs import NUMPY, CodecSet
-from kvq.runtime.precision.table import Bits, Geometry
-
-SINK_BITS = Bits(16, 16)
-OPEN = np.zeros((1, 2), np.uint8)  # the bits of a token whose precision is not chosen yet
+from kvq.runtime.precision.precision import OPEN
+from kvq.runtime.precision.table import EXACT, Geometry, Pair
 
 
 class KVStore:
@@ -33,6 +30,12 @@ class KVStore:
         recent: newest tokens kept at 16 bits, in tokens.
         sink: first tokens of the text stored at 16 bits whatever the policy says, in tokens.
         codecs: what tokens are encoded with.
+
+    Attributes:
+        buckets: the pages of each pair, sorted by pair.
+        length: tokens held, those of the window included.
+        choose_open: asked for the pairs of tokens that were appended without: the store, position of the
+            first, how many -> uint8 [tokens, 2].
     """
 
     def __init__(self, geometry: Geometry, recent: int = 16, sink: int = 0, codecs: CodecSet = NUMPY) -> None:
@@ -40,31 +43,38 @@ class KVStore:
         self.codecs = codecs
         self.sink = sink
         self.window = RecentWindow(geometry, recent)
-        self.buckets: dict[Bits, Bucket] = {}
+        self.buckets: dict[Pair, Bucket] = {}
+        self.choose_open: Callable[[KVStore, int, int], np.ndarray] | None = None
         self.length = 0
         self.peak_nbytes = self.nbytes
 
-    def append(self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray | None) -> None:
+    def append(self, keys: np.ndarray, values: np.ndarray, chosen: np.ndarray | None) -> None:
         """Add tokens at the positions length, length + 1, ...
 
         Args:
             keys, values: float32 [layers, kv_heads, tokens, head_dim].
-            bits: uint8 [tokens, 2], key and value bits of each token. None leaves that of a single token open:
-                `decide` has to come before it leaves the window, and before tokens that come with their bits.
+            chosen: uint8 [tokens, 2], the `Pair` of each token. None leaves that of a single token open: `choose_open`
+                is asked for it before it leaves the window, or whenever else it is needed.
 
         Raises:
             NonFiniteError: a value cannot be stored; the store is left as it was.
         """
-        window = self.window
-        still_open = int(bits is None)
-        bits = OPEN if bits is None else self._protect(bits, self.length)
-        new = len(bits)
-        mover = self.codecs.mover
+        window, still_open, mover = self.window, int(chosen is None), self.codecs.mover
+        if not still_open or window.open >= window.capacity:
+            self.settle()
+        chosen = np.full((1, 2), OPEN, np.uint8) if chosen is None else self._protect(chosen, self.length)
         if mover is not None and mover.takes(window, keys, values):
-            mover(window, self._steps(bits), keys, values)
-            window.open += still_open
-            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
-            return
+            moves = self._moves(len(chosen), chosen)
+            mover(window, moves, keys, values)
+            self._count_in(moves, chosen)
+        else:
+            self._append(keys, values, chosen)
+        window.open += still_open
+        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+
+    def _append(self, keys: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:
+        """Add tokens by encoding in numpy; what a mover does has to give the same bytes."""
+        window, new = self.window, len(chosen)
         end = self.length + new
         # The window after this call holds the positions [first, end).
         first = max(end - window.capacity, self.length - window.count)
@@ -72,8 +82,8 @@ class KVStore:
         old = window.slots(self.length - window.count, old_stop)
         skipped = max(0, first - self.length)  # new tokens that pass through the window at once
         leaving = [
-            (*window.read(old), window.bits[old]),
-            (self._as_in_window(keys[:, :, :skipped]), self._as_in_window(values[:, :, :skipped]), bits[:skipped]),
+            (*window.read(old), window.chosen[old]),
+            (self._as_in_window(keys[:, :, :skipped]), self._as_in_window(values[:, :, :skipped]), chosen[:skipped]),
         ]
         starts = (old_stop - len(old), self.length)
         # Encode everything before changing anything: a refused value must not leave half a token.
@@ -88,62 +98,34 @@ class KVStore:
             slots = window.slots(self.length + skipped, end)
             window.keys.write(slots, ring[0])
             window.values.write(slots, ring[1])
-            window.bits[slots] = bits[skipped:]
+            window.chosen[slots] = chosen[skipped:]
             window.count = end - first
-        window.open += still_open
         self.length = end
-        self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
-    def _steps(self, bits: np.ndarray) -> list[Step]:
-        """Make room for new tokens, uint8 [tokens, 2], and count them: what is to be written where."""
-        window, steps = self.window, []
-        if len(bits) > 1:  # a page that grows is another one: all steps have to name the last
-            self._reserve(np.concatenate([window.bits[self._in_window()], bits]), len(bits))
-        for token in bits:
-            slot, page, page_slot = self.length % window.capacity, None, 0
-            if window.count < window.capacity:
-                window.count += 1
-            else:
-                bucket = self._bucket(Bits(*window.bits[slot].tolist()))
-                page = bucket.open_page()
-                page_slot = page.count
-                page.positions[page_slot] = self.length - window.capacity
-                page.count += 1
-                bucket.count += 1
-            steps.append((slot, page, page_slot))
-            window.bits[slot] = token
-            self.length += 1
-        return steps
-
-    def steps_ahead(self, tokens: int) -> list[Step]:
+    def moves_ahead(self, tokens: int) -> list[Move]:
         """What will happen with the next tokens, at most as many as the window is long, their room made.
 
-        Nothing is stored by it: that is for `append`, which does just this with them. The precisions of the
-        tokens that leave the window have to be decided.
+        Nothing is stored by it: that is for `append`, which does just this with them.
         """
-        window, steps = self.window, []
-        self._reserve(window.bits[self._in_window()], tokens)
-        leaving: dict[Bits, int] = {}
-        for position in range(self.length, self.length + tokens):
-            slot, page, page_slot = position % window.capacity, None, 0
-            if position - self.length >= window.capacity - window.count:
-                pair = Bits(*window.bits[slot].tolist())
-                page, page_slot = self._bucket(pair).place(leaving.get(pair, 0))
-                leaving[pair] = leaving.get(pair, 0) + 1
-            steps.append((slot, page, page_slot))
-        return steps
+        self.settle()
+        return self._moves(tokens, None)
 
-    def _in_window(self) -> np.ndarray:
-        """Slots of the tokens in the recent window, oldest first."""
-        return self.window.slots(self.length - self.window.count, self.length)
+    def _moves(self, tokens: int, chosen: np.ndarray | None) -> list[Move]:
+        gone = leaving(self.window, self.length, tokens, chosen)
+        return plan(self.window, self.length, tokens, gone, self._bucket)
 
-    def _reserve(self, bits: np.ndarray, tokens: int) -> None:
-        """Make room for those of the tokens with these bits, oldest first, that so many new ones drive out."""
-        leaving = bits[: max(0, self.window.count + tokens - self.window.capacity)]
-        for pair, count in Counter(Bits(*token) for token in leaving.tolist()).items():
-            self._bucket(pair).reserve(count)
+    def _count_in(self, moves: list[Move], chosen: np.ndarray) -> None:
+        """Count new tokens, uint8 [tokens, 2], that have been moved."""
+        window = self.window
+        for move, token in zip(moves, chosen, strict=True):
+            if move.page is None:
+                window.count += 1
+            else:
+                self.buckets[move.page.pair].count_in(self.length - window.capacity)
+            window.chosen[move.slot] = token
+            self.length += 1
 
-    def _bucket(self, pair: Bits) -> Bucket:
+    def _bucket(self, pair: Pair) -> Bucket:
         """The bucket of a pair, made if need be.
 
         They are kept sorted: attention sums over them in their order, and a text must not depend on which precision
@@ -153,34 +135,47 @@ class KVStore:
             self.buckets = dict(sorted([*self.buckets.items(), (pair, Bucket(pair, self.geometry))]))
         return self.buckets[pair]
 
-    def decide(self, bits: np.ndarray) -> None:
-        """Set the precision of the open tokens, uint8 [open, 2]."""
-        window, start = self.window, self.length - self.window.open
-        window.bits[window.slots(start, self.length)] = self._protect(bits, start)
+    def settle(self) -> None:
+        """Have the pairs of open tokens chosen now, if there are any."""
+        window = self.window
+        if not window.open:
+            return
+        if self.choose_open is None:
+            raise RuntimeError("a token was left open in a store whose choose_open nobody has set")
+        start = self.length - window.open
+        chosen = self.choose_open(self, start, window.open)
+        window.chosen[window.slots(start, self.length)] = self._protect(chosen, start)
         window.open = 0
 
-    def _protect(self, bits: np.ndarray, start: int) -> np.ndarray:
-        """Bits of the tokens from position `start` on, with the sink tokens raised to 16."""
+    def due(self) -> np.ndarray:
+        """Pairs that the tokens of the recent window will be stored at, oldest first: uint8 [tokens, 2], a copy."""
+        self.settle()
+        window = self.window
+        return window.chosen[window.slots(self.length - window.count, self.length)]
+
+    def _protect(self, chosen: np.ndarray, start: int) -> np.ndarray:
+        """Pairs of the tokens from position `start` on, with those of the sink tokens raised to `EXACT`."""
         protected = max(0, self.sink - start)
         if protected:
-            bits = bits.copy()
-            bits[:protected] = SINK_BITS
-        return bits
+            chosen = chosen.copy()
+            chosen[:protected] = EXACT
+        return chosen
 
     def _encode(
-        self, keys: np.ndarray, values: np.ndarray, bits: np.ndarray, start: int
-    ) -> Iterator[tuple[Bits, Encoded, Encoded, np.ndarray]]:
+        self, keys: np.ndarray, values: np.ndarray, chosen: np.ndarray, start: int
+    ) -> Iterator[tuple[Pair, Encoded, Encoded, np.ndarray]]:
         """Encode a run of tokens, one vectorized call per pair that occurs in it."""
-        if not len(bits):
+        if not len(chosen):
             return
-        code = bits[:, 0].astype(np.int32) << 8 | bits[:, 1]
+        code = chosen[:, 0].astype(np.int32) << 8 | chosen[:, 1]
         for value in np.unique(code):
-            pair = Bits(int(value) >> 8, int(value) & 255)
-            chosen = np.flatnonzero(code == value)
-            parts = [
-                Encoded(*self.codecs.by_bits[b].encode(x[:, :, chosen])) for b, x in ((pair.k, keys), (pair.v, values))
-            ]
-            yield pair, parts[0], parts[1], (start + chosen).astype(np.int32)
+            pair = Pair(int(value) >> 8, int(value) & 255)
+            tokens = np.flatnonzero(code == value)
+            k, v = (
+                Encoded(*self.codecs.by_id[precision].encode(x[:, :, tokens]))
+                for precision, x in zip(pair, (keys, values), strict=True)
+            )
+            yield pair, k, v, (start + tokens).astype(np.int32)
 
     def _as_in_window(self, x: np.ndarray) -> np.ndarray:
         """x as the window would have kept it: stored bytes must not depend on how a text was chunked."""
@@ -194,17 +189,18 @@ class KVStore:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot trim to {length} tokens, the store holds {self.length}")
+        self.settle()
         for bucket in self.buckets.values():
             bucket.trim(length)
         self.window.count = max(0, length - (self.length - self.window.count))
-        self.window.open = max(0, length - (self.length - self.window.open))
         self.length = length
 
     def fork(self, codecs: CodecSet) -> KVStore:
         """A store of the same tokens that goes its own way and shares the pages; codecs: what it encodes with."""
+        self.settle()
         twin = KVStore(self.geometry, self.window.capacity, self.sink, codecs)
         twin.window = self.window.copy()
-        twin.buckets = {bits: bucket.fork() for bits, bucket in self.buckets.items()}
+        twin.buckets = {pair: bucket.fork() for pair, bucket in self.buckets.items()}
         twin.length, twin.peak_nbytes = self.length, self.nbytes
         return twin
 

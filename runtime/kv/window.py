@@ -6,14 +6,14 @@ import numpy as np
 
 from kvq.runtime.kv.slots import TILE_TOKENS, Slots
 from kvq.runtime.precision.codecs import NUMPY
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.table import CHOICE_BYTES, Geometry
 
 
 class RecentWindow:
     """A ring of the newest tokens at 16 bits; the token at position p lies in slot p % capacity.
 
     keys, values: codes and scales for `capacity` tokens, rounded up to whole tiles.
-    bits: uint8 [capacity, 2], the precision each token will be stored at when it leaves; (0, 0) of an open one.
+    chosen: uint8 [capacity, 2], the `Pair` each token will be stored at when it leaves; (0, 0) of an open one.
     open: newest tokens whose precision is not chosen yet.
     """
 
@@ -22,12 +22,12 @@ class RecentWindow:
         self.keys = Slots(NUMPY.window, geometry, room, tiled=True)
         self.values = Slots(NUMPY.window, geometry, room, tiled=False)
         self.geometry = geometry
-        self.token_bytes = 2 * geometry.layers * geometry.kv_heads * NUMPY.window.vector_bytes(geometry.head_dim) + 2
-        self.bits = np.zeros((capacity, 2), np.uint8)
+        self.token_bytes = geometry.window_token_bytes
+        self.chosen = np.zeros((capacity, CHOICE_BYTES), np.uint8)
         self.capacity = capacity
         self.count = 0
         self.open = 0
-        self.nbytes = self.keys.nbytes + self.values.nbytes + self.bits.nbytes  # of all slots, used or not
+        self.nbytes = self.keys.nbytes + self.values.nbytes + self.chosen.nbytes  # of all slots, used or not
 
     def copy(self) -> RecentWindow:
         """A window of the same tokens."""
@@ -39,7 +39,7 @@ class RecentWindow:
         """Become a copy of a window of the same size."""
         for new, old in ((self.keys, other.keys), (self.values, other.values)):
             new.codes[...], new.scales[...] = old.codes, old.scales
-        self.bits[...] = other.bits
+        self.chosen[...] = other.chosen
         self.count, self.open = other.count, other.open
 
     def slots(self, start: int, stop: int) -> np.ndarray:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvq.runtime.kv.moves import Step
+from kvq.runtime.kv.moves import Move
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.native.library import WINDOW_BITS, Move, MoveStep, load
+from kvq.runtime.native.library import WINDOW_BITS, Moves, MoveStep, load
 from kvq.runtime.native.table import as_buffer, page_row, window_rows
 from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
 
@@ -23,7 +23,7 @@ class NativeCodec(Codec):
 
     def __init__(self, reference: Codec, code: int, kernel: int) -> None:
         self.reference = reference
-        self.bits, self.has_scale = reference.bits, reference.has_scale
+        self.precision, self.has_scale = reference.precision, reference.has_scale
         self._library, self._code, self._kernel = load(), code, kernel
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +44,7 @@ class NativeCodec(Codec):
 
 
 class NativeMover:
-    """A `kvq.runtime.kv.store.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
+    """A `kvq.runtime.kv.moves.Mover`: one call for all of a forward pass's tokens instead of some thirty of numpy's.
 
     What it is given is mostly what it was given before, a pass's arrays and the window, so their addresses are kept:
     after a forward pass every call of Python's costs microseconds.
@@ -52,7 +52,7 @@ class NativeMover:
 
     def __init__(self, kernel: int) -> None:
         self._library = load()
-        self._move = Move(kernel=kernel)
+        self._move = Moves(kernel=kernel)
         self._window: RecentWindow | None = None
         self._arrays: tuple[Callable[[], np.ndarray | None], ...] = (lambda: None,) * 2
         self._fit = False
@@ -64,10 +64,10 @@ class NativeMover:
         self._point_at(keys, values)
         return window.capacity > 0 and self._fit and bool(self._library.kvq_movable(self._move))
 
-    def __call__(self, window: RecentWindow, steps: list[Step], keys: np.ndarray, values: np.ndarray) -> None:
+    def __call__(self, window: RecentWindow, moves: list[Move], keys: np.ndarray, values: np.ndarray) -> None:
         self._point_at(keys, values)
         move = self._move
-        pages = list({id(page): page for _, page, _ in steps if page is not None}.values())
+        pages = list({id(page): page for _, page, _ in moves if page is not None}.values())
         if window is not self._window:
             self._window, self._window_rows = window, as_buffer(window_rows(window))
             move.window = ctypes.addressof(self._window_rows)
@@ -75,11 +75,11 @@ class NativeMover:
             rows = [page_row(page) for page in pages]
             self._pages, self._page_rows = pages, rows[0] if len(rows) == 1 else as_buffer(b"".join(rows))
             move.page = ctypes.addressof(self._page_rows)
-        if len(steps) != len(self._steps):
-            self._steps = (MoveStep * len(steps))()
+        if len(moves) != len(self._steps):
+            self._steps = (MoveStep * len(moves))()
             move.step = ctypes.addressof(self._steps)
         number = {id(page): i for i, page in enumerate(pages)}
-        for to, (slot, page, at) in zip(self._steps, steps, strict=True):
+        for to, (slot, page, at) in zip(self._steps, moves, strict=True):
             to.window_slot, to.page, to.page_slot = slot, number.get(id(page), -1), at
         self._library.kvq_move_tokens(move)
 
@@ -100,5 +100,5 @@ def _fit(x: np.ndarray) -> bool:
 
 def native_codecs(kernel: int) -> CodecSet:
     """The codecs for an instruction set, see `library.kernels`."""
-    by_bits: dict[int, Codec] = {bits: NativeCodec(codec, bits, kernel) for bits, codec in NUMPY.by_bits.items()}
-    return CodecSet(by_bits, NativeCodec(NUMPY.window, WINDOW_BITS, kernel), NativeMover(kernel))
+    by_id: dict[int, Codec] = {id_: NativeCodec(codec, id_, kernel) for id_, codec in NUMPY.by_id.items()}
+    return CodecSet(by_id, NativeCodec(NUMPY.window, WINDOW_BITS, kernel), NativeMover(kernel))

@@ -49,7 +49,7 @@ class MoveStep(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in ("window_slot", "page", "page_slot"))
 
 
-class Move(ctypes.Structure):
+class Moves(ctypes.Structure):
     """kvq_move: the way of new tokens through the store."""
 
     _fields_ = (
@@ -87,8 +87,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_kernel_name.restype = ctypes.c_char_p
     library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
     library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
-    library.kvq_move_tokens.argtypes = (ctypes.POINTER(Move),)
-    library.kvq_movable.argtypes = (ctypes.POINTER(Move),)
+    library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
+    library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_finite.argtypes = (number, floats, size)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
     library.kvq_set_pass.restype = None

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.native.library import PAGE, Move, MoveStep
+from kvq.runtime.native.library import PAGE, Moves, MoveStep
 from kvq.runtime.native.table import PageTable
 
 
@@ -24,22 +24,22 @@ class StepwiseTable:
         self._table = PageTable()
         self._window: RecentWindow | None = None
 
-    def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[PageTable, Move]:
+    def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[PageTable, Moves]:
         """The table before the first new token, and the way of all but the last; valid until the next call.
 
         keys, values: float32 [layers, kv_heads, tokens, head_dim], written by the pass before they are read.
         """
         layers, kv_heads, tokens, head_dim = keys.shape
+        moves = store.moves_ahead(tokens - 1)
         if self._window is None or self._window.capacity != store.window.capacity:
             self._window = store.window.copy()
         else:
             self._window.take(store.window)
-        steps = store.steps_ahead(tokens - 1)
         self._table.update(store, self._window)
         number = {id(page): i for i, page in enumerate(self._table.pages)} | {id(None): -1}
-        self._steps = (MoveStep * len(steps))(*(MoveStep(slot, number[id(page)], at) for slot, page, at in steps))
+        self._steps = (MoveStep * len(moves))(*(MoveStep(slot, number[id(page)], at) for slot, page, at in moves))
         first = self._table.address
-        return self._table, Move(
+        return self._table, Moves(
             *(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data),
             *(first + len(self._table.pages) * PAGE.itemsize, first, ctypes.addressof(self._steps)),
         )

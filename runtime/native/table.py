@@ -65,7 +65,7 @@ class PageTable:
 def page_row(page: Page) -> ctypes.Array[ctypes.c_char]:
     """The row of a page, a `PAGE` without its count; made once, since its arrays stay where they are."""
     if page.row is None:
-        k, v = page.bits
+        k, v = page.pair
         size = page.capacity
         row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
         page.row = as_buffer(np.array(row, PAGE).tobytes())

@@ -44,7 +44,7 @@ FEATURE_NAMES = TokenFeatures._fields[1:5]
 
 
 class Policy(ABC):
-    """Chooses (key bits, value bits) for every token.
+    """Chooses a pair of precisions, of keys and of values, for every token.
 
     A choice may depend on a token's own features and position only. A policy keeps no state
     between calls, so sessions can be trimmed, forked and resumed at any token.
@@ -52,7 +52,7 @@ class Policy(ABC):
     Attributes:
         name: what the user typed, reported by `stats()`.
         needs: the features to compute, a subset of `FEATURE_NAMES`; what is not needed costs nothing.
-        classes: uint8 [classes, 2], every pair it may choose; None may be any. Bounds on memory rest on it.
+        classes: uint8 [classes, 2], every `Pair` it may choose; None may be any. Bounds on memory rest on it.
         reads: names of the fields of `TokenFeatures` it looks at, if it would rather be asked about many tokens at
             once: then a session keeps these fields of decoded tokens, and asks when the first of them leaves the
             recent window. None is asked at every step.
@@ -71,7 +71,8 @@ class Policy(ABC):
 
     @abstractmethod
     def choose(self, features: TokenFeatures) -> np.ndarray:
-        """Bits of each token, uint8 [tokens, 2]: key bits and value bits, each in {2, 4, 8, 16}."""
+        """Precisions of each token, uint8 [tokens, 2]: ids of those of its keys and its values. The ids 2, 4, 8 and 16
+        are the codecs of so many bits."""
 
 
 class ScoredPolicy(Policy):
@@ -81,7 +82,7 @@ class ScoredPolicy(Policy):
     argmax_k (score_k - mu * bytes_k), see `kvq.runtime.policy.budget`.
 
     Attributes:
-        classes: uint8 [classes, 2], key and value bits of each class, in the order of the scores.
+        classes: uint8 [classes, 2], the `Pair` of each class, in the order of the scores.
     """
 
     classes: np.ndarray

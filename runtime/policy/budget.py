@@ -32,12 +32,12 @@ import math
 import numpy as np
 
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.pages import PAGE_TOKENS, last_capacity
+from kvq.runtime.kv.pages import page_room
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.policy.base import Policy, ScoredPolicy
-from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.precision import MOST_ID
+from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
@@ -45,20 +45,6 @@ HORIZON = 64
 # Points of a curve that are farther apart than this share of the rate wanted have nothing between them.
 FAR_APART = 0.05
 GOLDEN_RATIO = 0.6180339887498949
-PROTECTED = (16, 16)  # of sink tokens
-
-
-def token_bytes(geometry: Geometry, pair: tuple[int, int]) -> int:
-    """Bytes of one stored token: codes and scales of all layers and heads, and its position tag."""
-    vectors = geometry.layers * geometry.kv_heads
-    return vectors * sum(CODECS[bits].vector_bytes(geometry.head_dim) for bits in pair) + 4
-
-
-def page_room(most: int) -> np.ndarray:
-    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1]."""
-    full, rest = np.divmod(np.arange(most + 1), PAGE_TOKENS)
-    last = np.array([0] + [last_capacity(n) for n in range(1, PAGE_TOKENS)], np.int64)
-    return full * PAGE_TOKENS + last[rest]
 
 
 class Budget:
@@ -98,20 +84,20 @@ class Budget:
                 " or random"
             )
         self.context, self.recent, self.sink = context, min(recent, context), sink
-        classes = [(int(k), int(v)) for k, v in policy.classes]
+        self.kv_bits, self.kv_memory = kv_bits, kv_memory
+        classes = [Pair(int(k), int(v)) for k, v in policy.classes]
         # The policy's own first; a loaded session may hold tokens of any other pair.
-        self.pairs = list(dict.fromkeys([*classes, *((k, v) for k in CODECS for v in CODECS)]))
-        self._sink_pair = self.pairs.index(PROTECTED)
-        self._bytes = np.array([token_bytes(geometry, pair) for pair in self.pairs], np.int64)
+        self.pairs = list(dict.fromkeys([*classes, *pairs()]))
+        self._sink_pair = self.pairs.index(EXACT)
+        self._bytes = np.array([geometry.token_bytes(pair) for pair in self.pairs], np.int64)
         self._class_bytes = self._bytes[: len(classes)]
         self._least = int(np.argmin(self._class_bytes))
-        self._index = np.zeros((17, 17), np.int64)  # place in `pairs` by key bits and value bits
+        self._index = np.zeros((MOST_ID + 1, MOST_ID + 1), np.int64)  # place in `pairs` by ids of keys and values
         for i, pair in enumerate(self.pairs):
             self._index[pair] = i
         window = RecentWindow(geometry, self.recent)
         self._window = window.nbytes if kv_bits is None else self.recent * window.token_bytes
-        values = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim
-        self._per_token = float(limit) * values / 8 if kv_memory is None else 0.0
+        self._per_token = float(limit) * geometry.values / 8 if kv_memory is None else 0.0
         self._constant = 0.0 if kv_memory is None else float(limit)
         # Room that c tokens of a bucket take up, in tokens: their own, or that of their pages.
         self._room = page_room(context + 2) if kv_memory is not None else np.arange(context + 3)
@@ -168,11 +154,11 @@ class Budget:
         """Tokens by pair, int64 [pairs]; those in the window by what they will become, open ones left out."""
         found = np.zeros(len(self.pairs), np.int64)
         for stored, bucket in store.buckets.items():
-            found[self.pairs.index((stored.k, stored.v))] += bucket.count
+            found[self.pairs.index(stored)] += bucket.count
         window = store.window
         if window.count:
-            bits = window.bits[window.slots(store.length - window.count, store.length - window.open)]
-            found += np.bincount(self._index[bits[:, 0], bits[:, 1]], minlength=len(self.pairs))
+            due = window.chosen[window.slots(store.length - window.count, store.length - window.open)]
+            found += np.bincount(self._index[due[:, 0], due[:, 1]], minlength=len(self.pairs))
         return found
 
     def choose(self, scores: np.ndarray, counts: np.ndarray, length: int, end: int) -> np.ndarray:

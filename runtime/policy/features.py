@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from kvq.runtime.policy.base import TokenFeatures
+
+
+class Seen(NamedTuple):
+    """What a forward pass leaves behind of its tokens: what features are made of. Views, overwritten by the next pass.
+
+    ids: int64 [tokens].
+    residual: float32 [tokens, hidden], what the head takes.
+    keys, values: float32 [layers, kv_heads, tokens, head_dim], rotated and centred.
+    row_squares: float32 [tokens, heads], sums of squares of the last layer's attention rows; None: not asked for.
+    entropy, confidence: float32 [tokens], of the next-token distribution; None: not asked for.
+    """
+
+    ids: np.ndarray
+    residual: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    row_squares: np.ndarray | None
+    entropy: np.ndarray | None
+    confidence: np.ndarray | None
 
 
 class RarityCounter:

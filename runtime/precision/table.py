@@ -1,23 +1,53 @@
-"""What fixes the size of a stored token: the shape of its vectors, and the bits of its keys and values."""
+"""The table of what is stored: pairs of precisions, the shape of a token, and every formula for its bytes."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
+from kvq.runtime.precision.codecs import CODECS, NUMPY
 
-class Bits(NamedTuple):
-    """Bits per value of a token's keys and values, metadata not counted."""
+POSITION_BYTES = 4  # the tag of a token in a page: where it stands in the text
+CHOICE_BYTES = 2  # the tag of a token in the recent window: the pair it will be stored at
+
+
+class Pair(NamedTuple):
+    """The precisions of a token, by id: of its keys, of its values."""
 
     k: int
     v: int
 
     def __str__(self) -> str:
-        return f"k{self.k}v{self.v}"
+        return f"k{CODECS[self.k].precision.name}v{CODECS[self.v].precision.name}"
+
+
+# Of the first tokens of a text, whatever a policy says; and what the recent window is as good as.
+EXACT = Pair(16, 16)
+
+
+def pairs() -> list[Pair]:
+    """Every pair there is, in the order of the codecs' ids."""
+    return [Pair(k, v) for k, v in product(CODECS, CODECS)]
 
 
 class Geometry(NamedTuple):
-    """What fixes the shape of every stored token."""
+    """What fixes the size of every stored token."""
 
     layers: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def values(self) -> int:
+        """Numbers that a token holds, keys and values of all layers: what bits per value are counted by."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def window_token_bytes(self) -> int:
+        """Bytes of a token in the recent window: codes, scales and its choice."""
+        return 2 * self.layers * self.kv_heads * NUMPY.window.vector_bytes(self.head_dim) + CHOICE_BYTES
+
+    def token_bytes(self, pair: tuple[int, int]) -> int:
+        """Bytes of a token in a page: codes and scales of all layers and heads, and its position."""
+        each = sum(CODECS[precision].vector_bytes(self.head_dim) for precision in pair)
+        return self.layers * self.kv_heads * each + POSITION_BYTES

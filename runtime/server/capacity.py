@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.runtime.kv.pages import PAGE_TOKENS
+from kvq.runtime.kv.pages import PAGE_TOKENS, page_room
 from kvq.runtime.kv.slots import TILE_TOKENS
-from kvq.runtime.policy.budget import PROTECTED, page_room, token_bytes
-from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import EXACT, Pair, pairs
 
 if TYPE_CHECKING:
     from kvq.runtime.kv.store import KVStore
@@ -27,9 +26,9 @@ class Capacity:
         self.policy, self.budget = session.policy, session.budget
         self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
         geometry = session.store.geometry
-        pairs = {(int(k), int(v)) for k, v in _choices(session)}
-        self._token_bytes = {pair: token_bytes(geometry, pair) for pair in pairs}
-        self._sink_bytes = token_bytes(geometry, PROTECTED)
+        chosen = {Pair(int(k), int(v)) for k, v in _choices(session)}
+        self._token_bytes = {pair: geometry.token_bytes(pair) for pair in chosen}
+        self._sink_bytes = geometry.token_bytes(EXACT)
         self._window = session.store.window.nbytes
         self._recent = session.store.window.capacity
         self._sink = min(session.store.sink, session.model.architecture.context)
@@ -40,7 +39,7 @@ class Capacity:
         stored = min(max(0, length - self._recent), len(self._room) - 1)
         widest = max(self._token_bytes.values())
         most = self._window
-        if PROTECTED not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
+        if EXACT not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
             sunk = min(stored, self._sink)
             most += self._sink_bytes * int(self._room[sunk])
             stored -= sunk
@@ -56,11 +55,11 @@ class Capacity:
 
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
-        pairs = dict(self._token_bytes)
+        each = dict(self._token_bytes)
         if store.length - store.window.count < self._sink:  # sink tokens are still to leave the window
-            pairs[PROTECTED] = self._sink_bytes
-        widest = max(pairs.values())
-        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(pairs.values()))
+            each[EXACT] = self._sink_bytes
+        widest = max(each.values())
+        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(each.values()))
         pages += widest * (tokens - 1)
         return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
 
@@ -79,6 +78,6 @@ def fork_nbytes(store: KVStore) -> int:
 
 
 def _choices(session: Session) -> np.ndarray:
-    """Every (key bits, value bits) pair that the policy may choose, [pairs, 2]."""
+    """Every pair that the policy may choose, [pairs, 2]."""
     classes = session.policy.classes
-    return np.array([(k, v) for k in CODECS for v in CODECS]) if classes is None else classes
+    return np.array(pairs()) if classes is None else classes

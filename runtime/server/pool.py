@@ -196,7 +196,7 @@ class SessionPool:
             capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk,
             prefill=settings.prefill, backend=self.backend,
         )  # fmt: skip
-        session.budget, session.kv_bits, session.kv_memory = capacity.budget, capacity.kv_bits, capacity.kv_memory
+        session.chooser.budget = capacity.budget
         return session
 
     def _fork_of(self, prefix: Prefix) -> Session | None:

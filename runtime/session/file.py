@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-import kvq
-from kvq.controller.policies import Policy, make_policy
 from kvq.runtime.bundle.manifest import TOKENIZER, Manifest
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
@@ -36,10 +34,12 @@ from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.header import SessionHeader, open_session_file
 from kvq.runtime.session.session import Session
+from kvq.runtime.version import VERSION
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -66,7 +66,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
     for part in parts:
         digest.update(_bytes(part))
     header = SessionHeader(
-        kvq=kvq.__version__,
+        kvq=VERSION,
         model=manifest.name,
         model_digest=manifest.model_digest,
         tokenizer_digest=_tokenizer_digest(manifest),
@@ -109,7 +109,7 @@ def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
         for page, start, stop in _pieces(bucket):
             parts += page.parts(start, stop)
     slots = window.slots(store.length - window.count, store.length)
-    parts += [*window.keys.encoded(slots), *window.values.encoded(slots), window.bits[slots]]
+    parts += [*window.keys.encoded(slots), *window.values.encoded(slots), store.due()]
     return [np.ascontiguousarray(part, part.dtype.newbyteorder("<")) for part in parts]
 
 
@@ -158,7 +158,8 @@ def read_session(
     wrong = _wrong_values(session.store, tokens, logits, model.architecture.vocab)
     if wrong:
         raise SessionError(f"{path} holds {wrong}; make it again from the text")
-    session._restore(tokens.tolist(), list(header.pending), None if logits is None else logits.astype(np.float32))
+    last_logits = None if logits is None else logits.astype(np.float32)
+    session.restore(session.store, tokens.tolist(), list(header.pending), last_logits)
     session.metadata = header.metadata
     return session
 
@@ -212,7 +213,7 @@ def _empty_session(
     if policy is not None:
         return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
     try:
-        policy = make_policy(header.policy, model.bundle, **(header.policy_options or {}))
+        policy = model.policy(header.policy, **(header.policy_options or {}))
         return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
     except (PolicyError, BudgetError) as error:
         raise SessionError(f"the policy of {path}: {error}; or pass another policy to load it with") from None
@@ -241,7 +242,7 @@ class _Source:
 def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
     """Fill an empty store."""
     for k, v, count in header.buckets:
-        bucket = store.buckets[Bits(k, v)] = Bucket(Bits(k, v), store.geometry)
+        bucket = store.buckets[Pair(k, v)] = Bucket(Pair(k, v), store.geometry)
         bucket.reserve(count)
         while bucket.count < count:
             page = bucket.open_page()
@@ -255,7 +256,7 @@ def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
         shape = (g.layers, g.kv_heads, header.window)
         codes = source.read((*shape, part.codec.code_bytes(g.head_dim)), "u1")
         part.write(slots, Encoded(codes, source.read((*shape, 1), "<f2")))
-    window.bits[slots] = source.read((header.window, 2), "u1")
+    window.chosen[slots] = source.read((header.window, 2), "u1")
     window.count = header.window
     store.length = header.tokens
     store.peak_nbytes = store.nbytes
@@ -278,14 +279,14 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
         return "logits that are not finite"
     window = store.window
     used = window.slots(store.length - window.count, store.length)
-    if not np.isin(window.bits[used], list(CODECS)).all():
+    if not np.isin(window.chosen[used], list(CODECS)).all():
         return "precisions that do not exist"
     for slots in (window.keys, window.values):
         scales = slots.scales[:, :, used]
         if not ((scales >= 0) & (scales <= MOST_WINDOW_SCALE)).all():
             return "scales out of range in the recent window"
     seen = np.zeros(store.length - window.count, bool)
-    for bits, bucket in store.buckets.items():
+    for bucket in store.buckets.values():
         places = np.concatenate([np.zeros(0, np.int32), *(page.positions[: page.count] for page in bucket.pages)])
         if places.size and (places.min() < 0 or places.max() >= len(seen) or (np.diff(places) <= 0).any()):
             return "positions out of order"
@@ -293,18 +294,15 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
             return "positions that occur twice"
         seen[places] = True
         for page in bucket.pages:
-            if not _finite(bits, page):
+            if not _finite(page):
                 return "scales or halves that are not finite"
     return ""
 
 
-def _finite(bits: Bits, page: Page) -> bool:
-    """Whether all scales are finite and not negative, and all codes of 16 bits finite."""
-    for width, slots in ((bits.k, page.keys), (bits.v, page.values)):
+def _finite(page: Page) -> bool:
+    """Whether all scales are finite and not negative, and all codes stand for finite numbers."""
+    for slots in (page.keys, page.values):
         scales = slots.scales[:, :, : page.count]
-        if not (np.isfinite(scales) & (scales >= 0)).all():
-            return False
-        # The exponent of infinities and NaN is all ones; comparing halves as numbers takes several times as long.
-        if width == 16 and ((slots.codes.view("<u2") & 0x7C00) == 0x7C00).any():
+        if not (np.isfinite(scales) & (scales >= 0)).all() or not slots.codec.valid(slots.codes):
             return False
     return True

@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import SessionError
-from kvq.runtime.precision.codecs import CODECS, NUMPY
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Geometry, Pair
 
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ class SessionHeader:
         tokens: cached tokens.
         pending: ids sampled but not cached.
         window: how many of the tokens stand in the recent window.
-        buckets: [key bits, value bits, tokens] of each bucket, in the order in which attention goes through them.
+        buckets: [id of keys' precision, of values', tokens] of each bucket, in the order in which attention sums.
         logits: whether the logits after the last token are in the file: where no pending token follows them.
         metadata: the caller's.
         payload_sha256: of everything behind the header.
@@ -84,12 +84,12 @@ class SessionHeader:
     def precisions(self) -> dict[str, dict[str, int]]:
         """Tokens and bytes in the file by precision, as `KVStore.account` names them."""
         shape = self.architecture
-        vectors, rows = shape.layers * shape.kv_heads, {}
-        for k, v, count in self.buckets:
-            each = vectors * sum(CODECS[bits].vector_bytes(shape.head_dim) for bits in (k, v)) + 4
-            rows[str(Bits(k, v))] = {"tokens": count, "nbytes": count * each}
-        each = 2 * vectors * NUMPY.window.vector_bytes(shape.head_dim) + 2
-        rows["recent"] = {"tokens": self.window, "nbytes": self.window * each}
+        geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+        rows = {
+            str(Pair(k, v)): {"tokens": count, "nbytes": count * geometry.token_bytes((k, v))}
+            for k, v, count in self.buckets
+        }
+        rows["recent"] = {"tokens": self.window, "nbytes": self.window * geometry.window_token_bytes}
         return rows
 
     @property

@@ -6,24 +6,25 @@ import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvq.controller.policies import Policy
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
-from kvq.runtime.catalog.references import DEFAULT_MODEL, default_model, embedded_models, locate
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
 from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.template import ChatTemplate
 
-__all__ = ["DEFAULT_MODEL", "Model", "embedded_models", "load"]
+# Makes a policy by its name: (name or policy, bundle, **options).
+PolicyMaker = Callable[..., Policy]
 
 
 class Model:
@@ -31,14 +32,17 @@ class Model:
 
     Args:
         bundle: the checked bundle.
+        make_policy: makes a policy by name, of (name or policy, bundle, its own options);
+            `kvq.controller.policies.make_policy`.
         threads: onnxruntime threads; None uses every available core. One number per process.
 
     Attributes:
         notice: told in one line what sessions want their user to know, each line once; None tells nobody.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, make_policy: PolicyMaker, threads: int | None = None) -> None:
         self.bundle = bundle
+        self._make_policy = make_policy
         self.notice: Callable[[str], None] | None = None
         self._told = {""}
         self.engine = Engine(bundle, threads)
@@ -57,6 +61,14 @@ class Model:
         if self.notice is not None and note not in self._told:
             self._told.add(note)
             self.notice(note)
+
+    def policy(self, policy: str | Policy, **options: Any) -> Policy:
+        """The policy of that name for this model, with its own options; a `Policy` is returned as it is.
+
+        Raises:
+            PolicyError: unknown name, an option the policy does not take, or a bundle that lacks what it needs.
+        """
+        return self._make_policy(policy, self.bundle, **options)
 
     @property
     def path(self) -> Path:
@@ -178,40 +190,3 @@ def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def load(
-    path_or_name: str | os.PathLike[str] | None = None,
-    *,
-    threads: int | None = None,
-    offline: bool | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> Model:
-    """Load a model.
-
-    Args:
-        path_or_name: a name (`kvq list`), a bundle folder, a checkpoint folder or GGUF file, or a hub id
-            ("owner/name") of a bundle or of a checkpoint. What has to be fetched or exported is so once, and kept in
-            KVQ_HOME. None is the model that `kvq use` chose, else the embedded one.
-        threads: onnxruntime threads; None uses every available core. One number per process.
-        offline: fetch nothing; None does as HF_HUB_OFFLINE says.
-        notice: told in one line each what takes time while a model is fetched, and what sessions want their user to
-            know.
-
-    Raises:
-        BundleError: no such bundle, or it is damaged, unsafe or of another version.
-        HubError: a model that is not on this machine and cannot be fetched (a `BundleError`).
-        CheckpointError: the checkpoint cannot be exported.
-        BackendError: another number of threads is already in force.
-
-    onnxruntime sessions of your own in the same process need `kvq.session_options()`: kvq runs on
-    onnxruntime's global thread pool, and with one it refuses sessions that bring their own.
-    """
-    if not isinstance(path_or_name, str | os.PathLike | None):
-        raise BundleError(f"a model is named by text or a path, got {path_or_name!r:.60}")
-    reference, hint = default_model() if path_or_name is None else (os.fspath(path_or_name), "")
-    if hint and notice:
-        notice(hint)
-    model = Model(Bundle(locate(reference, offline=offline, notice=notice)), threads)
-    model.notice = notice
-    return model

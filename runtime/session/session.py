@@ -6,20 +6,18 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from kvq.controller.policies import Policy, ScoredPolicy, TokenFeatures, make_policy
 from kvq.runtime.compute.backends import make_backend
-from kvq.runtime.compute.head import HEAD_ROWS, Head
-from kvq.runtime.compute.passes import ForwardPass
-from kvq.runtime.errors import ContextError, NonFiniteError, PolicyError, PromptError, SessionError
+from kvq.runtime.compute.runner import Runner, Timer
+from kvq.runtime.errors import ContextError, PolicyError, PromptError, SessionError
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
+from kvq.runtime.policy.base import Policy
 from kvq.runtime.policy.budget import Budget
-from kvq.runtime.policy.features import OpenTokens, RarityCounter, attention_variance
-from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.generation import Response, stream
 from kvq.runtime.session.header import PREFILLS
@@ -28,9 +26,6 @@ from kvq.runtime.session.statistics import Clock, Stats
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
-
-# Most decoded tokens whose precision is open at a time; a multiple of what controllers compute at once.
-MOST_OPEN = 16
 
 
 class Session:
@@ -54,6 +49,10 @@ class Session:
         kv_memory: most bytes of the store; either is kept as `kvq.runtime.policy.budget` defines it.
 
     Attributes:
+        store: keys and values of the text.
+        chooser: chooses the precisions of its tokens.
+        tokens, pending: ids stored, and ids sampled after them but not fed to the model yet.
+        stepwise: whether tokens appended together are processed so.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -78,37 +77,56 @@ class Session:
         shape = model.architecture
         self.model = model
         self.metadata: dict[str, Any] = {}
-        self.policy = make_policy(policy, model.bundle)
         self._wanted_backend = backend
         self.backend = make_backend(backend)
         self.tokens: list[int] = []
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
-        self.store = KVStore(
-            Geometry(shape.layers, shape.kv_heads, shape.head_dim),
-            recent=min(recent, shape.context),
-            sink=sink,
-            codecs=self.backend.codecs,
-        )
-        self.budget: Budget | None = None
-        self.kv_bits, self.kv_memory = kv_bits, kv_memory
+        geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+        self.store = KVStore(geometry, recent=min(recent, shape.context), sink=sink, codecs=self.backend.codecs)
+        chooses, window, budget = model.policy(policy), self.store.window.capacity, None
         if kv_bits is not None or kv_memory is not None:
-            window, geometry = self.store.window.capacity, self.store.geometry
-            self.budget = Budget(
-                self.policy, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory
-            )
+            budget = Budget(chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory)
+        self.chooser = Chooser(chooses, shape.vocab, window, budget)
+        self.store.choose_open = self.chooser.settle
         self.prefill_chunk = prefill_chunk
         self.prefill = prefill
-        looks = self.policy.reads is None or self.policy.reads - {"positions"}
-        self._stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
-        self._most = min(prefill_chunk, max(1, self.store.window.capacity)) if self._stepwise else prefill_chunk
-        self._rarity = RarityCounter(shape.vocab)
-        self._passes: dict[int, ForwardPass] = {}
-        self._heads: dict[int, Head] = {}
+        looks = chooses.reads is None or chooses.reads - {"positions"}
+        self.stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
+        self._most = min(prefill_chunk, max(1, window)) if self.stepwise else prefill_chunk
+        self.runner = Runner(self.backend, model.engine, self._most, self.stepwise)
+        self._timer: Timer | None = None
         self._prefill, self._decode = Clock(), Clock()
-        self._end = 0  # length the text will have when the current append is done
-        self._open = OpenTokens(self.policy.reads or (), min(MOST_OPEN, self.store.window.capacity))
         model.tell(self.note)
+
+    @property
+    def policy(self) -> Policy:
+        """Chooses the precisions."""
+        return self.chooser.policy
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the policy is kept to."""
+        return self.chooser.budget
+
+    @property
+    def kv_bits(self) -> float | None:
+        """Most bits per stored value, all told, if that is the budget."""
+        return self.budget.kv_bits if self.budget else None
+
+    @property
+    def kv_memory(self) -> float | None:
+        """Most bytes of the store, if that is the budget."""
+        return self.budget.kv_memory if self.budget else None
+
+    @property
+    def timer(self) -> Timer | None:
+        """Told what each step is busy with besides the model: "choose", "rarity", "uncertainty"; None: nobody asks."""
+        return self._timer
+
+    @timer.setter
+    def timer(self, timer: Timer | None) -> None:
+        self._timer = self.runner.timer = timer
 
     @property
     def note(self) -> str:
@@ -150,7 +168,7 @@ class Session:
         wanted = len(new) if all_logits else 1
         logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
         first_wanted = len(feed) - wanted
-        self._end = self.store.length + len(feed)
+        end = self.store.length + len(feed)
         clock = self._decode if len(feed) == 1 else self._prefill
         for start in range(0, len(feed), self._most):
             chunk = feed[start : start + self._most]
@@ -158,7 +176,7 @@ class Session:
             read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
             skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
             at = start + skip - first_wanted
-            self._step(chunk, skip, logits[at : at + len(chunk) - skip])
+            self._step(chunk, end, skip, logits[at : at + len(chunk) - skip])
             clock.add(len(chunk), time.perf_counter() - begun, read)
             if progress is not None:
                 progress(start + len(chunk), len(feed))
@@ -185,114 +203,22 @@ class Session:
             )
         return new.astype(np.int64)
 
-    def _step(self, ids: np.ndarray, skip: int, logits_out: np.ndarray) -> None:
-        """One forward pass: attention, logits of rows [skip, ...), features, precision, store."""
-        tokens, needs = len(ids), self.policy.needs
-        layers = self._forward_pass(tokens)
-        if self._stepwise and tokens > 1:
-            self.decide()
-        shape = self.model.architecture
-        row_squares = np.empty((tokens, shape.heads), np.float32) if "attention_variance" in needs else None
-        layers.forward(ids, self.store, row_squares)
-        entropy, confidence = self._logits(layers.residual, skip, logits_out)
-        features = partial(self._features, ids, layers, row_squares, entropy, confidence)
-        self.store.append(layers.keys, layers.values, self._choice(features))
+    def _step(self, ids: np.ndarray, end: int, skip: int, logits: np.ndarray) -> None:
+        """One pass: run the model, choose precisions, store, and then count the tokens as the session's.
+
+        end: length of the text when the call that feeds them is done; skip, logits: as in `Runner.run`.
+        """
+        chooser, timer, rarity = self.chooser, self._timer, "rarity" in self.chooser.needs
+        seen = self.runner.run(ids, self.store, chooser.needs, skip, logits)
+        with nullcontext() if timer is None else timer("choose"):
+            chosen = chooser.choose(self.store, seen, end)
+        self.store.append(seen.keys, seen.values, chosen)
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
-        if "rarity" in needs:
-            self._rarity.count(ids)
+        if rarity:
+            with nullcontext() if timer is None else timer("rarity"):
+                chooser.count(ids)
         self.tokens += ids.tolist()
-        del self.pending[:tokens]
-
-    def _features(
-        self,
-        ids: np.ndarray,
-        layers: ForwardPass,
-        row_squares: np.ndarray | None,
-        entropy: np.ndarray | None,
-        confidence: np.ndarray | None,
-    ) -> TokenFeatures:
-        """What the policy may look at, of the tokens of a forward pass."""
-        positions = np.arange(self.store.length, self.store.length + len(ids))
-        variance = None if row_squares is None else attention_variance(row_squares, positions + 1)
-        rarity = self._rarity.rarity(ids) if "rarity" in self.policy.needs else None
-        return TokenFeatures(
-            positions, entropy, rarity, variance, confidence, ids, layers.residual, layers.keys, layers.values
-        )
-
-    def _choice(self, features: Callable[[], TokenFeatures]) -> np.ndarray | None:
-        """Precision of the next tokens; None leaves that of a decoded one open."""
-        store, room = self.store, self._open.room
-        if self.policy.reads is None or not room or self._end != store.length + 1:
-            self.decide()
-            return self._chosen(features(), store.length, self._end)
-        if store.window.open == room:
-            self.decide()
-        if self._open.keeps:
-            self._open.keep(store.window.open, features())
-        return None
-
-    def decide(self) -> None:
-        """Choose the precision of decoded tokens now where that was left open, as it may be in the recent window."""
-        if still_open := self.store.window.open:
-            start = self.store.length - still_open
-            self.store.decide(self._chosen(self._open.features(start, still_open), start, start + 1))
-
-    def _chosen(self, features: TokenFeatures, start: int, end: int) -> np.ndarray:
-        """The policy's choice for the tokens at positions from `start` on, checked: policies may be anybody's.
-
-        end: as in `Budget.choose`. That of tokens that came one by one is right after the first: it counts only
-        where it is farther away than the window is long.
-        """
-        if self.budget is not None and isinstance(self.policy, ScoredPolicy):
-            budget = self.budget
-            return budget.choose(self.policy.score(features), budget.counts(self.store), start, end)
-        bits = np.asarray(self.policy.choose(features))
-        if bits.shape != (len(features.positions), 2) or not set(bits.ravel().tolist()) <= CODECS.keys():
-            raise PolicyError(
-                f"policy {self.policy.name!r} chose {bits!r:.80}; choose (key bits, value bits) for each of"
-                f" {len(features.positions)} tokens from {sorted(CODECS)}"
-            )
-        return bits.astype(np.uint8, copy=False)
-
-    def _logits(self, residual: np.ndarray, skip: int, out: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Fill out float32 [rows, vocab] with the logits of residual[skip:]; entropy and confidence of all rows.
-
-        Rows before `skip` go through the head only if the policy looks at their entropy or confidence.
-
-        Raises:
-            NonFiniteError: not all that went through the head are finite.
-        """
-        looks = bool(self.policy.needs & {"entropy", "confidence"})
-        both = np.empty((2, len(residual)), np.float32) if looks else None
-        for at in range(0 if looks else skip, len(residual), HEAD_ROWS):
-            rows = residual[at : at + HEAD_ROWS]
-            stop, head = at + len(rows), self._head(len(rows))
-            logits = head.logits(rows)
-            if both is not None:
-                both[:, at:stop] = head.uncertainty(len(rows))
-            if stop > skip:
-                out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
-            if not head.finite(len(rows)):
-                raise NonFiniteError(
-                    "the model produced NaN or infinite logits; check the checkpoint, or export with fp32"
-                )
-        return (None, None) if both is None else (both[0], both[1])
-
-    def _forward_pass(self, tokens: int) -> ForwardPass:
-        """Buffers for that many tokens. Kept for single steps and whole chunks, made anew for odd rests."""
-        if tokens in self._passes:
-            return self._passes[tokens]
-        forward_pass = self.backend.forward_pass(self.model.engine, tokens, self._stepwise)
-        if tokens in (1, self._most):
-            self._passes[tokens] = forward_pass
-        return forward_pass
-
-    def _head(self, rows: int) -> Head:
-        """Head buffers for that many rows: one, or up to `HEAD_ROWS`."""
-        size = 1 if rows == 1 else min(self._most, HEAD_ROWS)
-        if size not in self._heads:
-            self._heads[size] = self.backend.head(self.model.engine, size)
-        return self._heads[size]
+        del self.pending[: len(ids)]
 
     def generate(
         self,
@@ -327,7 +253,6 @@ class Session:
         """
         if not 0 <= length <= len(self.tokens):
             raise ContextError(f"cannot trim to {length} tokens, the session holds {len(self.tokens)}; give less")
-        self.decide()
         window = self.store.window
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
@@ -336,8 +261,7 @@ class Session:
         self.pending.clear()
         self.store.trim(keep)
         self.tokens = self.tokens[:keep]
-        self._rarity = RarityCounter(self.model.architecture.vocab)
-        self._rarity.count(np.asarray(self.tokens, np.int64))
+        self.chooser.restart(self.tokens)
         self.last_logits = None
         if again:
             self.append(again)
@@ -349,22 +273,29 @@ class Session:
         With the same seed both continue alike.
         """
         self._check_whole()
-        self.decide()
         twin = Session(
             self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
             prefill_chunk=self.prefill_chunk, prefill=self.prefill, backend=self._wanted_backend,
         )  # fmt: skip
-        twin.store = self.store.fork(twin.backend.codecs)
-        twin.budget, twin.kv_bits, twin.kv_memory = self.budget, self.kv_bits, self.kv_memory
-        twin._restore(list(self.tokens), list(self.pending), self.last_logits)
+        twin.chooser.budget = self.budget
+        twin.restore(self.store.fork(twin.backend.codecs), list(self.tokens), list(self.pending), self.last_logits)
         twin.metadata = copy.deepcopy(self.metadata)
         return twin
 
-    def _restore(self, tokens: list[int], pending: list[int], last_logits: np.ndarray | None) -> None:
-        """Take over the text of a store that is filled already."""
+    def restore(self, store: KVStore, tokens: list[int], pending: list[int], last_logits: np.ndarray | None) -> None:
+        """Take over a text that is stored already, as forks and session files bring it: for an empty session.
+
+        Args:
+            store: holds the keys and values of the tokens; of this session's geometry, window and codecs.
+            tokens: ids it holds.
+            pending: ids sampled after them but not stored.
+            last_logits: float32 [vocab] after the last stored token, copied; None where it is not known.
+        """
+        self.store = store
+        store.choose_open = self.chooser.settle
         self.tokens, self.pending = tokens, pending
         self.last_logits = None if last_logits is None else last_logits.copy()
-        self._rarity.count(np.asarray(tokens, np.int64))
+        self.chooser.restart(tokens)
 
     def _check_whole(self) -> None:
         """Raise SessionError where an interrupted step has left text and store apart."""
@@ -383,13 +314,12 @@ class Session:
         from kvq.runtime.session.file import write_session
 
         self._check_whole()
-        self.decide()
         write_session(self, path)
 
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
-        store, shape = self.store, self.model.architecture
-        values = 2 * shape.layers * shape.kv_heads * shape.head_dim * store.length
+        store = self.store
+        values = store.geometry.values * store.length
         prefill, decode = self._prefill, self._decode
         return Stats(
             backend=self.backend.name,
@@ -399,7 +329,7 @@ class Session:
             threads=self.model.engine.threads,
             recent=store.window.capacity,
             sink=store.sink,
-            prefill="stepwise" if self._stepwise else "chunked",
+            prefill="stepwise" if self.stepwise else "chunked",
             tokens=store.length,
             precisions=store.account(),
             kv_nbytes=store.nbytes,

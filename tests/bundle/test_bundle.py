@@ -16,12 +16,12 @@ import pytest
 from onnx import TensorProto, helper
 
 import kvq
+from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.guard import check_graph
 from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS
 from kvq.runtime.errors import BundleError, TokenizerError
-from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, save_checkpoint
 
 Damage = Callable[[Path], Any]
@@ -440,7 +440,7 @@ def test_checkpoint_without_tokenizer_runs_on_token_ids_alone(tmp_path: Path) ->
     summary = export(str(path), tmp_path / "bundle", weights="int8")
     assert any("token ids only" in note for note in summary.notes)
     assert not summary.manifest.kv["centered"]
-    model = Model(Bundle(summary.path))
+    model = open_bundle(summary.path)
     assert len(list(model.session().generate([1, 2, 3], max_tokens=4, ignore_eos=True))) == 4
     for use in (lambda: model.encode("text"), lambda: list(model.session().generate("text", max_tokens=1))):
         with pytest.raises(TokenizerError, match="no tokenizer; pass token ids") as caught:

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvq
-from kvq.runtime.bundle.bundle import Bundle
+from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import KEY, Conversation
-from kvq.runtime.session.model import Model
 from kvq.runtime.text.template import GUARD, ChatTemplate
 from tests.tools.chats import SPECIAL, TEMPLATES, chat_bundle, chat_tokenizer
 from tests.tools.checkpoints import small_tokenizer
@@ -42,7 +41,7 @@ def pairs(base):
 def models(tiny_checkpoint, base, tmp_path_factory):
     """Models whose bundles have a template, by its name; "plain" has none."""
     folder = tmp_path_factory.mktemp("chat")
-    found = {name: Model(Bundle(chat_bundle(tiny_checkpoint, base, name, folder / f"of-{name}"))) for name in TEMPLATES}
+    found = {name: open_bundle(chat_bundle(tiny_checkpoint, base, name, folder / f"of-{name}")) for name in TEMPLATES}
     return found
 
 

@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from kvq.runtime.bundle.bundle import Bundle
+from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import Conversation
-from kvq.runtime.session.model import Model
 from tests.cli.test_cli import assert_one_line_error, command, kvq, run
 from tests.tools.chats import chat_bundle
 from tests.tools.checkpoints import small_tokenizer
@@ -29,7 +28,7 @@ def bundle(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(bundle):
-    return Model(Bundle(bundle))
+    return open_bundle(bundle)
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvq
-from kvq.runtime.bundle.bundle import Bundle
+from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import KEY, Conversation, has_template
-from kvq.runtime.session.model import Model
 from tests.chat.test_chat import ASSISTANT, GREEDY, USER, cached, counted, said, spelled
 from tests.tools.chats import SPECIAL, TEMPLATES, chat_bundle
 from tests.tools.checkpoints import small_tokenizer
@@ -25,7 +24,7 @@ texts = st.lists(words, max_size=8).map("".join)
 def every(tiny_checkpoint, tiny_model, tmp_path_factory):
     """Models by the name of their template; "plain" has none."""
     folder, base = tmp_path_factory.mktemp("chat"), small_tokenizer(490)
-    found = {name: Model(Bundle(chat_bundle(tiny_checkpoint, base, name, folder / f"of-{name}"))) for name in TEMPLATES}
+    found = {name: open_bundle(chat_bundle(tiny_checkpoint, base, name, folder / f"of-{name}")) for name in TEMPLATES}
     return {**found, "plain": tiny_model}
 
 

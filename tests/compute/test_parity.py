@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.exporter.single import export_single
-from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, family_checkpoint, reference_logits, save_checkpoint
@@ -32,7 +32,7 @@ TOLERANCE = 1e-3
 
 def exported(checkpoint: Path, folder: Path, **options: Any) -> Model:
     """The model of a new fp32 bundle."""
-    return Model(Bundle(export(str(checkpoint), folder, weights="fp32", **options).path))
+    return open_bundle(export(str(checkpoint), folder, weights="fp32", **options).path)
 
 
 def through_the_cache(model: Model, chunk: int) -> np.ndarray:

@@ -169,8 +169,8 @@ def test_chunks_do_not_change_the_choices(name, trained):
     for chunk in (1, 9, 100):
         session = model.session(name, recent=128, prefill_chunk=chunk)
         session.append(ids)
-        session.decide()
-        bits.append(session.store.window.bits[:100].copy())
+        session.store.settle()
+        bits.append(session.store.window.chosen[:100].copy())
     assert (bits[0] == bits[1]).all()
     assert (bits[0] == bits[2]).all()
 

@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.cli import export as export_command
 from kvq.exporter.export import Summary, export
@@ -87,7 +88,7 @@ def through_the_cache(model: Model, backend: str, chunk: int, **options: Any) ->
 
 
 def at_once(summary: Summary) -> np.ndarray:
-    return Model(Bundle(summary.path)).session("fp16", recent=64, prefill_chunk=len(IDS)).append(IDS, all_logits=True)
+    return open_bundle(summary.path).session("fp16", recent=64, prefill_chunk=len(IDS)).append(IDS, all_logits=True)
 
 
 @pytest.mark.parametrize("types", [*TYPES, *MIXED])
@@ -126,7 +127,7 @@ def test_blocks_are_carried_over_exactly(types: str, tied: bool, checkpoints: di
     head = shape.vocab * shape.hidden
     assert len(nodes) == 4 * shape.layers
     assert manifest.decode_weight_nbytes == nbytes + head + 4 * head // (16 if types == "Q6_K" else 32)
-    model = Model(Bundle(summary.path))
+    model = open_bundle(summary.path)
     for backend, chunk in itertools.product(BACKENDS, [PREFILL, 7]):
         assert pair.off(through_the_cache(model, backend, chunk)) <= 1e-3
         assert pair.off(through_the_cache(model, backend, chunk, prefill="stepwise")) <= 1e-3
@@ -193,7 +194,7 @@ def test_what_is_carried_over_at_which_bits(
 def test_backends_agree_on_quantized_values_that_are_rotated_as_they_come(
     policy: str, online_bundle: Path, checkpoints: dict[bool, Path]
 ) -> None:
-    model = Model(Bundle(online_bundle))
+    model = open_bundle(online_bundle)
     logits = {}
     for backend in BACKENDS:
         session = model.session(policy, recent=4, sink=2, prefill_chunk=7, backend=backend)
@@ -225,7 +226,7 @@ def test_rotating_values_as_they_come_rotates_what_is_stored(checkpoints: dict[b
             file, tmp_path / f"{rotate}{weights}", weights=weights, activations="fp32", center=False, rotate=rotate
         )
         for backend in BACKENDS:
-            session = Model(Bundle(bundle.path)).session("fp16", recent=64, backend=backend)
+            session = open_bundle(bundle.path).session("fp16", recent=64, backend=backend)
             session.append(IDS)
             stored[rotate, weights, backend] = session.store.window.read(np.arange(len(IDS)))[1]
     online, folded = stored[True, "auto", "native"], stored[True, "fp32", "native"]
@@ -298,7 +299,7 @@ def test_tokenizer_template_and_special_tokens(kind: str, add_bos: bool | None, 
     fields = {"tokenizer__chat_template": TEMPLATE, "tokenizer__ggml__add_bos_token": add_bos}
     file = write_gguf(tmp_path / "m.gguf", checkpoint, tokenizer=kind, tokenizer__ggml__eot_token_id=7, **fields)
     summary = export(file, tmp_path / "bundle", calibration="a few words to measure keys on")
-    model, bos, text = Model(Bundle(summary.path)), {"gpt2": 0, "llama": 1}[kind], "It was a dark night; 12 bells."
+    model, bos, text = open_bundle(summary.path), {"gpt2": 0, "llama": 1}[kind], "It was a dark night; 12 bells."
     ids = model.encode(text)
     begins = kind == "llama" if add_bos is None else add_bos
     assert (ids[0] == bos) == begins
@@ -356,7 +357,7 @@ def test_exports_need_neither_torch_nor_transformers(tmp_path: Path) -> None:
     arguments = [checkpoint, tmp_path / "from-folder", file, tmp_path / "from-file"]
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
     wanted = reference_logits(checkpoint, IDS.tolist()).numpy()
-    model = Model(Bundle(tmp_path / "from-folder"))
+    model = open_bundle(tmp_path / "from-folder")
     found = model.session("fp16", recent=64, prefill_chunk=len(IDS)).append(IDS, all_logits=True)
     assert np.abs(found - wanted).max() <= 1e-4
     assert Tokenizer.from_file(str(tmp_path / "from-file" / "tokenizer.json")).get_vocab_size() == 512

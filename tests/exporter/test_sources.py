@@ -20,10 +20,10 @@ from gguf import GGUFValueType as Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import CheckpointError, KvqError
-from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.gguf_files import Raw, RawTensor, write_gguf
 
@@ -351,7 +351,7 @@ def test_changed_header_is_exported_or_refused(data: st.DataObject, pieces: Raw,
     except KvqError as error:
         assert "\n" not in str(error)  # noqa: PT017
     else:
-        model = Model(Bundle(out))
+        model = open_bundle(out)
         assert np.isfinite(model.session().append([1, 2, 3])).all()
         assert model.encode("text")
     finally:

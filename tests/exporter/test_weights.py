@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaForCausalLM
 
+from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
@@ -22,7 +23,6 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.compute.head import Head
 from kvq.runtime.machine.threads import configure
-from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, family_checkpoint, save_checkpoint
 
 BLOCKS = [16, 32, 64, 128]
@@ -197,7 +197,7 @@ def exported(checkpoint: Checkpoint, folder: Path, **options: Any) -> Bundle:
 
 def bundle_logits(bundle: Bundle) -> np.ndarray:
     """Logits over IDS in one chunk, float32 [tokens, vocab]: no token is read from the store."""
-    session = Model(bundle).session("fp16", prefill_chunk=len(IDS))
+    session = open_bundle(bundle.path).session("fp16", prefill_chunk=len(IDS))
     return session.append(IDS, all_logits=True)
 
 
@@ -263,7 +263,7 @@ def test_two_bytes_at_the_head_take_its_error_away(hidden: int, block: int, rows
     for activations in ("fp32", "int8", "int16-head"):
         bundle = exported(checkpoint, tmp_path / activations, weights="int4", activations=activations, block=block)
         assert bundle.manifest.weights["activations"] == activations
-        head = Head(Model(bundle).engine, rows)
+        head = Head(open_bundle(bundle.path).engine, rows)
         logits[activations] = head.logits(residual).copy()
     error = {name: np.abs(found - logits["fp32"]).max() for name, found in logits.items()}
     assert error["int8"] > 1e-3 * np.abs(logits["fp32"]).max()

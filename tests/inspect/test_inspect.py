@@ -71,7 +71,7 @@ def test_totals_add_up_to_the_arrays_of_the_store(tiny_model, policy, options):
 def stored_bytes(session) -> list[bytes]:
     """Every array of the store."""
     window = session.store.window
-    arrays = [window.bits, window.keys.codes, window.keys.scales, window.values.codes, window.values.scales]
+    arrays = [window.chosen, window.keys.codes, window.keys.scales, window.values.codes, window.values.scales]
     for _, bucket in sorted(session.store.buckets.items()):
         for one in bucket.pages:
             arrays += [one.positions, one.keys.codes, one.keys.scales, one.values.codes, one.values.scales]

@@ -19,7 +19,7 @@ from kvq.controller.policies.static import StaticPolicy
 from kvq.runtime.inspect.inspection import inspect_text
 from kvq.runtime.inspect.views import page, palette, panels, plot, terminal
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.precision.table import Pair
 from kvq.runtime.text.cells import Cell, cells, columns, graphemes, visible
 from tests.tools.checkpoints import small_tokenizer
 
@@ -28,7 +28,7 @@ HOSTILE = (
     '<script>alert(1)</script> <img src=x onerror="alert(2)"> \' " & &lt; </span></style> ]]> --> {} \x00\x07\x1b[31m'
     "\x1b]0;title\x07 \x7f \x9b31m \u202eevil\u202c \u2066x\u2069 \u200e \ufeff \u2028 \U000e0041 $\\frac$ \u00ad end"
 )
-EVERY_PAIR = [Bits(k, v) for k in CODECS for v in CODECS]
+EVERY_PAIR = [Pair(k, v) for k in CODECS for v in CODECS]
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 
@@ -225,7 +225,7 @@ def test_when_colours_are_used(monkeypatch, choice, stream, env, expected):
 
 @pytest.mark.parametrize(("ramp", "sign"), [(palette.ON_DARK, 1), (palette.ON_LIGHT, -1)])
 def test_shades_are_in_order_without_colour_and_text_on_them_is_readable(ramp, sign):
-    by_bits = {k + v: palette.shade(Bits(k, v), ramp) for k, v in EVERY_PAIR}
+    by_bits = {k + v: palette.shade(Pair(k, v), ramp) for k, v in EVERY_PAIR}
     lightness = [palette._luminance(by_bits[total]) * sign for total in sorted(by_bits)]
     assert (np.diff(lightness) > 0).all()
     for ground in by_bits.values():

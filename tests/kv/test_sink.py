@@ -52,7 +52,7 @@ def test_texts_of_any_length_keep_their_first_tokens(tiny_model, recent, sink, p
     for length in (1, 2, 3, 4, 5, 7, 15, 17, 19, 20, 21, 40):
         session = tiny_model.session("int2", recent=recent, sink=sink, prefill=prefill)
         session.append(IDS[:length])
-        session.decide()
+        session.store.settle()
         stored = max(0, length - recent)
         expected = {"k16v16": min(sink, stored), "k2v2": max(0, stored - sink), "recent": min(length, recent)}
         assert rows(session) == {name: count for name, count in expected.items() if count}
@@ -120,10 +120,10 @@ def test_a_budget_counts_the_sink(tiny_model, sink, limit):
     one, prompt = (tiny_model.session(recent=4, sink=sink, **limit) for _ in range(2))
     for n, token in enumerate(IDS[:120], 1):
         one.append([token])
-        one.decide()
+        one.store.settle()
         assert one.budget.used(one.store) <= one.budget.allowed(n)
     prompt.append(IDS[:120])
-    prompt.decide()
+    prompt.store.settle()
     assert prompt.budget.used(prompt.store) <= prompt.budget.allowed(120)
     if "kv_bits" in limit:
         for session in (one, prompt):

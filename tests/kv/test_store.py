@@ -15,7 +15,7 @@ from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, NUMPY
-from kvq.runtime.precision.table import Bits, Geometry
+from kvq.runtime.precision.table import Geometry, Pair
 from tests.tools.kvdata import (
     ODD_COUNTS,
     WIDTHS,
@@ -67,7 +67,7 @@ def window_content(store):
     window = store.window
     slots = window.slots(store.length - window.count, store.length)
     parts = [array.tobytes() for part in (window.keys, window.values) for array in part.encoded(slots)]
-    return *parts, window.bits[slots].tobytes()
+    return *parts, window.chosen[slots].tobytes()
 
 
 def content(store):
@@ -190,12 +190,12 @@ def test_pages_follow_from_the_count_of_a_bucket(text, recent, cuts, fraction, a
 
 
 def test_a_bucket_token_costs_codes_scales_and_a_tag():
-    bucket = Bucket(Bits(4, 2), SMALL)
+    bucket = Bucket(Pair(4, 2), SMALL)
     assert bucket.token_bytes == 2 * 2 * (8 // 2 + 2 + 4 + 2) + 4  # eight codes of 2 bits take one word
 
 
 def test_a_page_keeps_the_tokens_before_an_append():
-    bucket = Bucket(Bits(8, 8), SMALL)
+    bucket = Bucket(Pair(8, 8), SMALL)
     parts = [Encoded(*CODECS[8].encode(np.full((2, 2, 10, 8), x, np.float32))) for x in (1, 2)]
     bucket.append(parts[0], parts[0], np.arange(10))
     before = page_bytes(bucket.pages[0])
@@ -234,8 +234,8 @@ def test_the_ring_holds_the_newest_tokens_at_16_bits(text, recent, sink, cuts):
 def test_sink_tokens_are_stored_at_16_bits_and_the_caller_s_bits_stay_as_they_were():
     tokens = random_tokens(3, SMALL, 40, (2,))
     store = filled_store(SMALL, tokens, recent=4, sink=5, cuts=[3])
-    assert positions(store, Bits(16, 16)) == [0, 1, 2, 3, 4]
-    assert positions(store, Bits(2, 2)) == list(range(5, 36))
+    assert positions(store, Pair(16, 16)) == [0, 1, 2, 3, 4]
+    assert positions(store, Pair(2, 2)) == list(range(5, 36))
     assert (tokens.bits == 2).all()
 
 
@@ -357,7 +357,7 @@ def test_a_token_the_window_took_can_leave_it(width):
     store = KVStore(SMALL, recent=2)
     store.append(token, token, np.array([[width, width]], np.uint8))
     store.append(*random_tokens(0, SMALL, 2))
-    assert positions(store, Bits(width, width)) == [0]
+    assert positions(store, Pair(width, width)) == [0]
 
 
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts, limit=st.sampled_from((128, 129, 200, 1024)))

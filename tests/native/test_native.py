@@ -141,12 +141,12 @@ def test_a_window_longer_than_a_row_of_the_table_equals_numpy(kernel):
             assert_equals_numpy(backend, store, *new_tokens(i, tokens, 3, geometry))
 
 
-CODECS = {**NUMPY.by_bits, "window": NUMPY.window}
+CODECS = {**NUMPY.by_id, "window": NUMPY.window}
 
 
 def both_codecs(kernel, name):
     codecs = native_codecs(library.kernels()[kernel])
-    return codecs.window if name == "window" else codecs.by_bits[name], CODECS[name]
+    return codecs.window if name == "window" else codecs.by_id[name], CODECS[name]
 
 
 def assert_encodes_as_numpy(kernel, name, x):
@@ -276,20 +276,24 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
     store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY)
-    append, decide = session.store.append, session.store.decide
+    append, choose = session.store.append, session.store.choose_open
+    chosen = {}
+    store.choose_open = lambda of, start, count: chosen[start, count]
 
     def append_to_both(keys, values, bits):
-        store.append(keys.copy(), values.copy(), bits)
         append(keys, values, bits)
+        store.append(keys.copy(), values.copy(), bits)
 
-    def decide_in_both(bits):
-        store.decide(bits)
-        decide(bits)
+    def choose_for_both(of, start, count):
+        chosen[start, count] = choose(of, start, count)
+        store.settle()
+        return chosen[start, count]
 
-    session.store.append, session.store.decide = append_to_both, decide_in_both
+    session.store.append, session.store.choose_open = append_to_both, choose_for_both
     run(session)
     assert session.store.account() == store.account()
-    del session.store.append, session.store.decide
+    session.store.settle()
+    del session.store.append
     for found, expected in zip(stored_arrays(session.store), stored_arrays(store), strict=True):
         np.testing.assert_array_equal(found, expected)
 

@@ -31,7 +31,7 @@ def stored_bytes(store):
     window = store.window
     slots = window.slots(store.length - window.count, store.length)
     ring = [part.encoded(slots) for part in (window.keys, window.values)]
-    return pages, [x.tobytes() for part in ring for x in part], window.bits[slots].tolist()
+    return pages, [x.tobytes() for part in ring for x in part], window.chosen[slots].tolist()
 
 
 @st.composite
@@ -117,7 +117,7 @@ class Looks(Policy):
 
 
 def precisions(session):
-    session.decide()
+    session.store.settle()
     return stored_tokens(session.store).chosen
 
 
@@ -192,14 +192,15 @@ def test_values_that_cannot_be_stored_leave_the_session_as_it_was(backend, tiny_
     session, untouched = (tiny_model.session("rule", backend=backend) for _ in range(2))
     for part in (session, untouched):
         part.append(IDS[:60])
-    forward = type(session._forward_pass(16)).forward
+    pass_of_16 = type(session.backend.forward_pass(tiny_model.engine, 16, stepwise=True))
+    forward = pass_of_16.forward
 
     def spoiled(self, ids, store, row_squares=None):
         forward(self, ids, store, row_squares)
         self.keys[0, 0, -1, 0] = 1e9
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(session._forward_pass(16)), "forward", spoiled)
+        patch.setattr(pass_of_16, "forward", spoiled)
         with pytest.raises(NonFiniteError):
             session.append(IDS[60:76])
     assert session.tokens == untouched.tokens

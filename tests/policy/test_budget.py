@@ -15,11 +15,12 @@ from kvq.runtime.cli.options import nbytes
 from kvq.runtime.cli.run import run
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.kv.bucket import Bucket
+from kvq.runtime.kv.pages import page_room
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import curve_of
-from kvq.runtime.policy.budget import Budget, page_room, token_bytes
-from kvq.runtime.precision.table import Bits, Geometry
+from kvq.runtime.policy.budget import Budget
+from kvq.runtime.precision.table import Geometry, Pair
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import examples, seeds
 
@@ -113,12 +114,12 @@ def test_a_budget_of_memory_is_used_by_a_full_context(memory):
 @given(count=st.integers(0, 1500), k=st.sampled_from([2, 4, 8, 16]), v=st.sampled_from([2, 4, 8, 16]))
 @examples(40)
 def test_predicted_bytes_are_those_of_a_bucket(count, k, v):
-    bucket = Bucket(Bits(k, v), GEOMETRY)
+    bucket = Bucket(Pair(k, v), GEOMETRY)
     if count:
         x = np.zeros((1, 1, count, 64), np.float32)
         parts = [Encoded(*codec.encode(x)) for codec in _codecs(k, v)]
         bucket.append(*parts, np.arange(count, dtype=np.int32))
-    each = token_bytes(GEOMETRY, (k, v))
+    each = GEOMETRY.token_bytes((k, v))
     assert bucket.nbytes == each * page_room(1500)[count]
     assert bucket.count * bucket.token_bytes == each * count
 
@@ -214,6 +215,6 @@ def test_the_command_line_takes_budgets(tiny_bundle):
 def test_every_scored_policy_has_a_curve_that_rises():
     for name in ("random", "rule"):
         policy = make_policy(name)
-        means, mu = policy.curve(np.array([token_bytes(GEOMETRY, tuple(pair)) for pair in policy.classes.tolist()]))
+        means, mu = policy.curve(np.array([GEOMETRY.token_bytes(tuple(pair)) for pair in policy.classes.tolist()]))
         assert (np.diff(means) > 0).all()
         assert (np.diff(mu) < 0).all()

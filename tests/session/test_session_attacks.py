@@ -283,7 +283,7 @@ def set_window(value):
 
 def set_bits(value):
     def change(session):
-        session.store.window.bits[2] = value
+        session.store.window.chosen[2] = value
 
     return change
 

@@ -28,7 +28,7 @@ def sealed(header: dict | bytes, payload: bytes, magic: bytes = b"KVQSESS\n", ve
 
 def contents(session) -> dict:
     """Everything a session is made of, as bytes: equal for two sessions that cannot be told apart."""
-    session.decide()
+    session.store.settle()
     store, window = session.store, session.store.window
     slots = window.slots(store.length - window.count, store.length)
     pages = [
@@ -41,7 +41,7 @@ def contents(session) -> dict:
         "pending": list(session.pending),
         "pages": pages,
         "window": [part.tobytes() for slot in (window.keys, window.values) for part in slot.encoded(slots)],
-        "bits": window.bits[slots].tolist(),
+        "bits": window.chosen[slots].tolist(),
         "counts": {bits: (bucket.count, bucket.nbytes) for bits, bucket in store.buckets.items()},
         "order": list(store.buckets),
         "length": (store.length, window.count, window.capacity, store.sink, store.nbytes, store.used_nbytes),

@@ -84,5 +84,5 @@ class AttentionBackend(ABC):
 
         Those before it have gone into the recent window then, and pushed older ones out of it, which are read at
         the precision they will be stored at. So there can be at most one more of them than the window is long, and
-        the precision of the tokens in the window has to be decided. Arguments as in `attend`.
+        the precisions of the tokens in the window are chosen then. Arguments as in `attend`.
         """

@@ -113,7 +113,7 @@ class NumpyAttention(AttentionBackend):
         rows.add(new[0], new[1], np.eye(tokens, dtype=bool))  # itself, unrounded
         first = store.length - window.count
         slots = window.slots(first, store.length)
-        held, bits = window.read(slots, layer), window.bits[slots]
+        held, due = window.read(slots, layer), store.due()
         kept = [np.concatenate([old, window.keys.codec.roundtrip(x)], axis=1) for old, x in zip(held, new, strict=True)]
         place = store.length + np.arange(tokens)[:, None]
         column = first + np.arange(kept[0].shape[1])
@@ -121,18 +121,18 @@ class NumpyAttention(AttentionBackend):
         rows.add(kept[0], kept[1], near & (column < place))
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
-            stored = [self._as_stored(x[:, gone], b[gone]) for x, b in zip(held, bits.T, strict=True)]
+            stored = [self._as_stored(x[:, gone], ids[gone]) for x, ids in zip(held, due.T, strict=True)]
             rows.add(stored[0], stored[1], ~near[:, gone])
         for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values)
         rows.finish(out, row_squares)
 
-    def _as_stored(self, x: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its bits."""
+    def _as_stored(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision."""
         stored = np.empty_like(x)
-        for width in np.unique(bits):
-            chosen = np.flatnonzero(bits == width)
-            stored[:, chosen] = self.codecs.by_bits[int(width)].roundtrip(np.ascontiguousarray(x[:, chosen]))
+        for precision in np.unique(ids):
+            chosen = np.flatnonzero(ids == precision)
+            stored[:, chosen] = self.codecs.by_id[int(precision)].roundtrip(np.ascontiguousarray(x[:, chosen]))
         return stored
 
     def _room(self, store: KVStore) -> np.ndarray:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from kvq.controller.policies import FEATURE_NAMES
 from kvq.runtime.inspect.inspection import InspectedToken, Inspection
 from kvq.runtime.inspect.views.palette import ON_DARK, ON_LIGHT, Color, ink, shade, shown_bits, step
 from kvq.runtime.inspect.views.panels import about as about_means
 from kvq.runtime.inspect.views.panels import svg
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.policy.base import FEATURE_NAMES
+from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.statistics import size
 from kvq.runtime.text.cells import visible
 
@@ -105,7 +105,7 @@ def html(inspection: Inspection) -> str:
     )
 
 
-def _shades(pairs: Sequence[Bits]) -> str:
+def _shades(pairs: Sequence[Pair]) -> str:
     """Styles of the pairs that occur: shade and height of the bar, in light, dark and print."""
 
     def rules(ramp: Sequence[Color]) -> str:

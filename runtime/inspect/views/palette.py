@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kvq.runtime.inspect.inspection import InspectedToken
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.precision.table import Pair
 
 Color = tuple[int, int, int]  # sRGB, 0 to 255
 
@@ -17,7 +17,7 @@ ON_DARK: list[Color] = [(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 13
 ON_LIGHT: list[Color] = [(255, 255, 204), (199, 233, 180), (127, 205, 187), (65, 182, 196), (44, 127, 184), (8, 29, 88)]
 
 
-def step(bits: Bits) -> float:
+def step(bits: Pair) -> float:
     """Place of a pair between all 2 bits, 0.0, and all 16 bits, 1.0, by its mean bits.
 
     Logarithmic, bent so that 2 to 4 bits, where most tokens are, take nearly half of the range.
@@ -25,7 +25,7 @@ def step(bits: Bits) -> float:
     return ((math.log2((bits.k + bits.v) / 2) - 1) / 3) ** 0.75
 
 
-def shade(bits: Bits, ramp: Sequence[Color]) -> Color:
+def shade(bits: Pair, ramp: Sequence[Color]) -> Color:
     """Colour of a pair on a ramp."""
     at = step(bits) * (len(ramp) - 1)
     low = min(int(at), len(ramp) - 2)
@@ -49,6 +49,6 @@ def _luminance(color: Color) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def shown_bits(cell: Sequence[InspectedToken]) -> Bits:
+def shown_bits(cell: Sequence[InspectedToken]) -> Pair:
     """The pair a cell is shown at: a character is only as good as the worst token it is spread over."""
     return min((token.chosen for token in cell), key=lambda bits: (bits.k + bits.v, bits.k))

@@ -9,7 +9,7 @@ from typing import NamedTuple, TextIO
 
 from kvq.runtime.inspect.inspection import Inspection, Total
 from kvq.runtime.inspect.views.palette import ON_DARK, ink, shade, shown_bits
-from kvq.runtime.precision.table import Bits
+from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.statistics import size
 from kvq.runtime.text.cells import columns, graphemes, visible
 
@@ -21,7 +21,7 @@ WINDOW_MARK = "*"
 class Style(NamedTuple):
     """How a run of text is shown: shaded for its bits, underlined in the recent window."""
 
-    bits: Bits
+    bits: Pair
     in_window: bool
 
     def __str__(self) -> str:

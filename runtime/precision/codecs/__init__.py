@@ -1,4 +1,4 @@
-"""Codecs by bits per value. A new precision is one new module here with a ``CODECS`` dict."""
+"""Codecs by the id of their precision. A new precision is one new module here with a ``CODECS`` dict."""
 
 from __future__ import annotations
 
@@ -8,19 +8,34 @@ from typing import Any, NamedTuple
 from kvq.runtime.discovery import discover
 from kvq.runtime.precision.codecs.base import Codec
 from kvq.runtime.precision.codecs.uniform import WindowCodec
+from kvq.runtime.precision.precision import MOST_ID, OPEN
 
-CODECS: dict[int, Codec] = discover(sys.modules[__name__], "CODECS")
+
+def _checked(codecs: dict[int, Codec]) -> dict[int, Codec]:
+    """Codecs by id, as they are; RuntimeError where ids or names would be taken for one another."""
+    precisions = [WindowCodec.precision, *(codec.precision for codec in codecs.values())]
+    for identity in ("id", "name"):
+        found = [getattr(precision, identity) for precision in precisions]
+        if len(set(found)) < len(found):
+            raise RuntimeError(f"two precisions have one {identity}: {found}")
+    for id_, codec in codecs.items():
+        if id_ != codec.precision.id or not OPEN < id_ <= MOST_ID:
+            raise RuntimeError(f"{codec.precision} is offered as {id_}; ids are 1 to {MOST_ID}")
+    return codecs
+
+
+CODECS: dict[int, Codec] = _checked(discover(sys.modules[__name__], "CODECS"))
 
 
 class CodecSet(NamedTuple):
     """The codecs a store encodes with; every set gives the same bytes.
 
-    by_bits: bits per value -> codec.
+    by_id: id of a precision -> codec.
     window: the recent window's.
-    mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.store.Mover`.
+    mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.moves.Mover`.
     """
 
-    by_bits: dict[int, Codec]
+    by_id: dict[int, Codec]
     window: Codec
     mover: Any = None
 

@@ -14,24 +14,34 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from kvq.runtime.errors import NonFiniteError
+from kvq.runtime.precision.precision import Precision
 
 HALF_MAX = 65504.0  # largest finite IEEE half
 WORD_BYTES = 4
 
 
 class Codec(ABC):
-    """Stores vectors ``float32 [..., head_dim]`` at a fixed number of bits per value.
+    """Stores vectors ``float32 [..., head_dim]`` at one precision.
 
     One vector (a token's key or value in one head) becomes ``code_bytes(head_dim)`` bytes and,
     where ``has_scale``, one float16 scale. Codecs hold no state: equal input gives equal bytes.
     """
 
-    bits: int
+    precision: Precision
     has_scale: bool
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.precision.bits
 
     def code_bytes(self, head_dim: int) -> int:
         """Bytes of codes for one vector: whole words."""
         return WORD_BYTES * -(-head_dim * self.bits // (8 * WORD_BYTES))
+
+    def valid(self, codes: np.ndarray) -> bool:
+        """Whether codes uint8 [...], which may come from a damaged file, all stand for finite numbers."""
+        return True
 
     @abstractmethod
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

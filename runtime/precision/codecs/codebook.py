@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_scale, to_words
+from kvq.runtime.precision.precision import Precision
 
 INNER = 0.4528  # in standard deviations
 LEVELS = np.array([-10 / 3, -1.0, 1.0, 10 / 3], np.float32)
@@ -45,7 +46,7 @@ QUADS = LEVELS[unpack2(np.arange(256, dtype=np.uint8)[:, None])]
 class CodebookCodec(Codec):
     """Four values a byte."""
 
-    bits = 2
+    precision = Precision(2, "2", bits=2)
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,4 +76,4 @@ class CodebookCodec(Codec):
         np.multiply(from_words(quads, 16, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
-CODECS = {2: CodebookCodec()}
+CODECS = {codec.precision.id: codec for codec in (CodebookCodec(),)}

@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, to_words, within_half
+from kvq.runtime.precision.precision import Precision
 
 
 class HalfCodec(Codec):
     """Codes are float16 values, two a word."""
 
-    bits = 16
+    precision = Precision(16, "16", bits=16)
     has_scale = False
+
+    def valid(self, codes: np.ndarray) -> bool:
+        # The exponent of infinities and NaN is all ones; comparing halves as numbers takes several times as long.
+        return not ((codes.view("<u2") & 0x7C00) == 0x7C00).any()
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         within_half(absmax(x))
@@ -22,4 +27,4 @@ class HalfCodec(Codec):
         np.copyto(out, from_words(codes.view("<f2"), 2, out.shape[-1]))
 
 
-CODECS = {16: HalfCodec()}
+CODECS = {codec.precision.id: codec for codec in (HalfCodec(),)}

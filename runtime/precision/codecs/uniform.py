@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_scale, to_words, within_half
+from kvq.runtime.precision.precision import Precision
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -46,7 +47,7 @@ PAIRS = unpack4(np.arange(256, dtype=np.uint8)[:, None]).astype(np.float32)
 class Int8Codec(Codec):
     """One int8 a value."""
 
-    bits = 8
+    precision = Precision(8, "8", bits=8)
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +61,7 @@ class Int8Codec(Codec):
 class Int4Codec(Codec):
     """Two values a byte."""
 
-    bits = 4
+    precision = Precision(4, "4", bits=4)
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +81,7 @@ class WindowCodec(Codec):
     what half precision cannot hold is refused here.
     """
 
-    bits = 16
+    precision = Precision(15, "window", bits=16, stored=False)
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,4 +92,4 @@ class WindowCodec(Codec):
         np.multiply(from_words(codes.view("<i2"), 2, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
-CODECS = {8: Int8Codec(), 4: Int4Codec()}
+CODECS = {codec.precision.id: codec for codec in (Int8Codec(), Int4Codec())}

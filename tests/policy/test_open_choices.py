@@ -12,9 +12,9 @@ from kvq.controller.policies import TokenFeatures, make_policy
 from kvq.controller.policies.rule import RulePolicy
 from kvq.runtime.inspect.inspection import inspect_session, stored_tokens
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.policy.chooser import MOST_OPEN
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import Geometry
-from kvq.runtime.session.session import MOST_OPEN
 from tests.tools.kvdata import examples, random_tokens
 
 IDS = np.random.default_rng(3).integers(1, 512, 256).tolist()
@@ -70,7 +70,7 @@ def test_precisions_are_those_of_a_session_that_chooses_at_every_step(
         assert late.store.account() == prompt.store.account()
         assert late.store.window.open <= min(recent, MOST_OPEN)
         assert prompt.store.window.open == 0
-    late.decide()
+    late.store.settle()
     np.testing.assert_array_equal(stored_tokens(late.store).chosen, stored_tokens(prompt.store).chosen)
 
 
@@ -86,7 +86,7 @@ def test_a_policy_is_asked_once_for_many_steps_and_about_every_token_once(tiny_m
     session.append(IDS[:20])
     for token in IDS[20:70]:
         session.append([token])
-    session.decide()
+    session.store.settle()
     assert [len(positions) for positions in asked] == [16, 4, 16, 16, 16, 2]
     assert [position for positions in asked for position in positions] == list(range(70))
 
@@ -110,17 +110,18 @@ def test_a_store_holds_a_token_whose_precision_comes_later(sink):
     geometry = Geometry(layers=2, kv_heads=1, head_dim=8)
     tokens = random_tokens(5, geometry, 12)
     at_once, later = KVStore(geometry, 4, sink), KVStore(geometry, 4, sink)
+    later.choose_open = lambda store, start, count: tokens.bits[start : start + count]
     for i in range(12):
         keys, values, bits = tokens.keys[:, :, i : i + 1], tokens.values[:, :, i : i + 1], tokens.bits[i : i + 1]
         at_once.append(keys, values, bits)
         if later.window.open == 3:
-            later.decide(tokens.bits[i - 3 : i])
+            later.settle()
         later.append(keys, values, None)
         assert later.length == at_once.length == i + 1
-        assert (later.window.bits[later.window.slots(i + 1 - later.window.open, i + 1)] == 0).all()
+        assert (later.window.chosen[later.window.slots(i + 1 - later.window.open, i + 1)] == 0).all()
     later.trim(11)
     at_once.trim(11)
-    later.decide(tokens.bits[11 - later.window.open : 11])
+    later.settle()
     np.testing.assert_array_equal(stored_tokens(later).chosen, stored_tokens(at_once).chosen)
     assert later.account() == at_once.account()
 
@@ -148,10 +149,10 @@ def test_scores_do_not_depend_on_how_many_tokens_are_scored_at_once(name, embedd
 def test_every_policy_that_is_asked_late_can_be(embedded):
     """The fields it says it reads are enough, and give what all fields give."""
     session = embedded.session("fp16", recent=0)
-    session.append(IDS[:1])
-    layers = session._passes[1]
+    logits = np.empty((1, embedded.architecture.vocab), np.float32)
+    seen = session.runner.run(np.array(IDS[:1]), session.store, frozenset(), 0, logits)
     every = TokenFeatures(
-        np.array([4]), *np.full((4, 1), 0.5, np.float32), np.array(IDS[:1]), layers.residual, layers.keys, layers.values
+        np.array([4]), *np.full((4, 1), 0.5, np.float32), seen.ids, seen.residual, seen.keys, seen.values
     )
     for name in ("adaptive", "paper", "rule", "random", "mixed", "k8v4"):
         policy = make_policy(name, embedded.bundle)
