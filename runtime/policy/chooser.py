@@ -53,11 +53,12 @@ class Chooser:
     def restart(self, tokens: list[int]) -> None:
         """Go on behind this text; its tokens are chosen for already."""
         self._rarity = RarityCounter(self._vocab)
-        self.count(np.asarray(tokens, np.int64))
+        self._rarity.count(np.asarray(tokens, np.int64))
 
     def count(self, ids: np.ndarray) -> None:
         """Take ids, int64 [tokens], that are stored now into the statistics of the text."""
-        self._rarity.count(ids)
+        if "rarity" in self.needs:
+            self._rarity.count(ids)
 
     def choose(self, store: KVStore, seen: Seen, end: int) -> np.ndarray | None:
         """Pairs of the tokens that come next in the store, uint8 [tokens, 2]; None leaves that of a single one open.

@@ -121,7 +121,7 @@ class Session:
 
     @property
     def timer(self) -> Timer | None:
-        """Told what each step is busy with besides the model: "choose", "rarity", "uncertainty"; None: nobody asks."""
+        """Told what each step is busy with besides the model: "choose", "count", "uncertainty"; None: nobody asks."""
         return self._timer
 
     @timer.setter
@@ -208,15 +208,14 @@ class Session:
 
         end: length of the text when the call that feeds them is done; skip, logits: as in `Runner.run`.
         """
-        chooser, timer, rarity = self.chooser, self._timer, "rarity" in self.chooser.needs
+        chooser, timer = self.chooser, self._timer
         seen = self.runner.run(ids, self.store, chooser.needs, skip, logits)
         with nullcontext() if timer is None else timer("choose"):
             chosen = chooser.choose(self.store, seen, end)
         self.store.append(seen.keys, seen.values, chosen)
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
-        if rarity:
-            with nullcontext() if timer is None else timer("rarity"):
-                chooser.count(ids)
+        with nullcontext() if timer is None else timer("count"):
+            chooser.count(ids)
         self.tokens += ids.tolist()
         del self.pending[: len(ids)]
 
