@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,13 @@ def split(path: Path) -> tuple[dict, bytes]:
     data = path.read_bytes()
     length = START.unpack(data[: START.size])[2]
     return json.loads(data[START.size : START.size + length]), data[START.size + length :]
+
+
+class Bits(NamedTuple):
+    """A pair under the name that the golden digests were made with."""
+
+    k: int
+    v: int
 
 
 def sealed(header: dict | bytes, payload: bytes, magic: bytes = b"KVQSESS\n", version: int = 1) -> bytes:
@@ -32,8 +40,8 @@ def contents(session) -> dict:
     store, window = session.store, session.store.window
     slots = window.slots(store.length - window.count, store.length)
     pages = [
-        (bits, page.capacity, page.count, *(np.ascontiguousarray(part).tobytes() for part in encoded(page)))
-        for bits, bucket in store.buckets.items()
+        (Bits(*pair), page.capacity, page.count, *(np.ascontiguousarray(part).tobytes() for part in encoded(page)))
+        for pair, bucket in store.buckets.items()
         for page in bucket.pages
     ]
     return {
@@ -42,8 +50,8 @@ def contents(session) -> dict:
         "pages": pages,
         "window": [part.tobytes() for slot in (window.keys, window.values) for part in slot.encoded(slots)],
         "bits": window.chosen[slots].tolist(),
-        "counts": {bits: (bucket.count, bucket.nbytes) for bits, bucket in store.buckets.items()},
-        "order": list(store.buckets),
+        "counts": {Bits(*pair): (bucket.count, bucket.nbytes) for pair, bucket in store.buckets.items()},
+        "order": [Bits(*pair) for pair in store.buckets],
         "length": (store.length, window.count, window.capacity, store.sink, store.nbytes, store.used_nbytes),
         "settings": (session.policy.name, session.prefill_chunk, session.kv_bits, session.kv_memory),
         "metadata": session.metadata,
