@@ -39,7 +39,7 @@ typedef struct {
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
-    int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
+    int (*encode)(int precision, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 
 struct kvq_task {
@@ -62,34 +62,11 @@ struct kvq_task {
 };
 
 #define LARGEST_HALF 65504.0f
+#define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
 
-/* Expand a switch once: `call` sees BITS as a constant and is compiled for each. */
-#define FOR_BITS(value, call)                                       \
-    switch (value) {                                                \
-    case 16: { enum { BITS = 16 }; call; } break;                   \
-    case WINDOW_BITS: { enum { BITS = WINDOW_BITS }; call; } break; \
-    case 8: { enum { BITS = 8 }; call; } break;                     \
-    case 4: { enum { BITS = 4 }; call; } break;                     \
-    default: { enum { BITS = 2 }; call; } break;                    \
-    }
-
-/* One function for each precision and number of heads, where both are constants: X(bits, heads) defines name_bits_heads,
- * and TABLE_OF(name) has them by width_number and number of heads. 15 is WINDOW_BITS, a number since it becomes part of
- * a name. */
 #define NOINLINE static __attribute__((noinline))
-#define FOR_WIDTHS(X, heads) X(16, heads) X(15, heads) X(8, heads) X(4, heads) X(2, heads)
-#define ROW_OF(name) {name##_1, name##_2, name##_3, name##_4}
-#define TABLE_OF(name) {ROW_OF(name##_16), ROW_OF(name##_15), ROW_OF(name##_8), ROW_OF(name##_4), ROW_OF(name##_2)}
-static inline int width_number(int bits) {
-    return bits == 16 ? 0 : bits == WINDOW_BITS ? 1 : bits == 8 ? 2 : bits == 4 ? 3 : 4;
-}
-
-static inline int words_per_vector(int bits, int head_dim) {
-    int code = bits == WINDOW_BITS ? 16 : bits;
-    return (head_dim * code + 31) / 32;
-}
 
 /* Slots of a page that can hold tokens, in whole tiles, counted from begin; 0 or less when it is empty. */
 static inline int slots_of(const kvq_page *page) {
@@ -122,8 +99,8 @@ static inline void prefetch(const char *from, int bytes) {
 static inline const char *codes_at(const kvq_task *task, const kvq_page *page, size_t vector_row, int of_keys) {
     const size_t first_slot = vector_row * page->capacity + page->begin;
     const uint32_t *codes = of_keys ? page->keys : page->values;
-    const int bits = of_keys ? page->key_bits : page->value_bits;
-    return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
+    const int precision = of_keys ? page->key_precision : page->value_precision;
+    return (const char *)(codes + first_slot * words_per_vector(precision, task->pass->head_dim));
 }
 
 /* The first keys of an item, which are read after those of the one before. */
@@ -142,16 +119,24 @@ static inline char *partials_of(const kvq_task *task, int kv_head, int chunk) {
     return task->partials + chunks_before * task->group * partial_bytes(task);
 }
 
-/* Integer words of one query head are kept for 8, 4 and 2 bits, part after part of each:
+/* Integer words of one query head are kept for every precision that integer dot products take, part after part of each:
  * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
-static inline int integer_words(int bits, int head_dim) { return words_per_vector(bits, head_dim) * (8 / bits); }
-static inline int integer_words_all(int head_dim) {
-    return QUERY_PARTS * (integer_words(8, head_dim) + integer_words(4, head_dim) + integer_words(2, head_dim));
+static inline int integer_words(int precision, int head_dim) {
+    return words_per_vector(precision, head_dim) * (8 / bits_of(precision));
 }
-static inline int integer_words_start(int bits, int head_dim) {
+static inline int integer_words_all(int head_dim) {
+    int words = 0;
+#define ADD_WORDS(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, words += integer_words(id, head_dim);)
+    KVQ_WIDTHS(ADD_WORDS, )
+#undef ADD_WORDS
+    return QUERY_PARTS * words;
+}
+static inline int integer_words_start(int precision, int head_dim) {
     int start = 0;
-    if (bits < 8) start += QUERY_PARTS * integer_words(8, head_dim);
-    if (bits < 4) start += QUERY_PARTS * integer_words(4, head_dim);
+#define SKIP_WORDS(name, id, bits, scale, products, with) \
+    KVQ_IF_WHOLE(products, if (precision == id) return start; start += QUERY_PARTS * integer_words(id, head_dim);)
+    KVQ_WIDTHS(SKIP_WORDS, )
+#undef SKIP_WORDS
     return start;
 }
 
@@ -164,7 +149,7 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
 
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
-/* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
+/* The precisions that the keys of a pass are stored at: bit n of the result for width_number n. */
 unsigned kvq_key_widths(const kvq_pass *pass);
 /* Copy a new token's key and value of one head to where the pass wants them. */
 void kvq_keep_token(const kvq_task *task, int kv_head, int token);
@@ -172,6 +157,15 @@ void kvq_keep_token(const kvq_task *task, int kv_head, int token);
 int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
 /* The rows of a pass with `stepwise`; as kvq_attend. */
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
+
+/* The instruction set of that number, -1: the best one; null where this machine cannot run it. */
+const kvq_kernel *kvq_choose_kernel(int32_t i);
+/* Whether what an exported function is given fits: 0 or an error, see checks.c. */
+int kvq_check_rows(const kvq_pass *pass, int32_t layer, const kvq_rows *rows);
+int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                     const uint32_t *words, const uint16_t *scales);
+int kvq_check_move(const kvq_move *move, int steps);
+int kvq_check_moved_values(const kvq_move *move);
 
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)

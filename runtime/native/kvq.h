@@ -6,7 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 8 /* raise when a struct or a function below changes */
+#include "widths.h"
+
+#define KVQ_ABI 9 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -14,21 +16,34 @@
 #define KVQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define TILE 16       /* tokens of a key tile; room for tokens comes in whole tiles */
-#define CHUNK_SLOTS 1024 /* most slots of a row of the page table, and of a work item */
-#define WINDOW_BITS 15 /* key_bits and value_bits of the recent window: int16 codes and a scale */
+#define TILE 16            /* tokens of a key tile; room for tokens comes in whole tiles */
+#define CHUNK_SLOTS 1024   /* most slots of a row of the page table, and of a work item */
+#define MOST_CHANNELS 1024 /* largest head_dim */
+
+/* What the functions below refuse, X(name, number, cause and remedy). Nothing is read or written then. */
+#define KVQ_ERRORS(X)                                                                                                 \
+    X(NO_MEMORY, -1, "no memory for attention; shorten the context or the prefill chunk")                            \
+    X(NO_KERNEL, -2, "this machine cannot run that instruction set; unset KVQ_NATIVE_ISA, or use KVQ_BACKEND=numpy")  \
+    X(UNKNOWN_PRECISION, -3, "a precision that the native library has no kernels for; use KVQ_BACKEND=numpy")        \
+    X(MISFIT_SHAPE, -4, "layers, heads, kv_heads, head_dim or tokens do not fit; use KVQ_BACKEND=numpy")             \
+    X(MISFIT_PAGE, -5, "a row of the page table whose slots do not fit; use KVQ_BACKEND=numpy, and report this")     \
+    X(MISFIT_MOVE, -6, "a token's way leads to a slot that is not there; use KVQ_BACKEND=numpy, and report this")    \
+    X(NO_DATA, -7, "an address is missing where there is something to read; use KVQ_BACKEND=numpy, and report this") \
+    X(REFUSED_VALUE, -8, "NaN, infinity or a value beyond half precision; check the checkpoint, or export it with fp32")
+#define KVQ_ERROR_OF(name, number, text) KVQ_##name = number,
+enum { KVQ_OK, KVQ_ERRORS(KVQ_ERROR_OF) };
 
 /* The slots [begin, end) of arrays that hold tokens of one precision, all layers and KV heads: a page of the store,
  * or a part of its recent window. Slot s of the arrays holds a token where s < period and
  * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring. */
 typedef struct {
     const uint32_t *keys;         /* [layers, kv_heads, capacity / TILE, words, TILE] */
-    const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read at 16 bits */
+    const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read where the precision has none */
     const uint32_t *values;       /* [layers, kv_heads, capacity, words] */
     const uint16_t *value_scales; /* as key_scales */
-    int32_t key_bits, value_bits; /* 16, 8, 4, 2 or WINDOW_BITS */
+    int32_t key_precision, value_precision; /* ids of widths.h */
     int32_t capacity, begin, end; /* multiples of TILE; end - begin at most CHUNK_SLOTS */
-    int32_t first, count, period;
+    int32_t first, count, period; /* first < period <= capacity, count <= period */
 } kvq_page;
 
 /* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
@@ -42,10 +57,11 @@ typedef struct {
     int32_t layers, kv_heads, head_dim;
     int32_t kernel;
     int32_t tokens;
+    int32_t pages;              /* rows of page */
     const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
-    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
+    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
-    const kvq_move_step *step;  /* [tokens] */
+    const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
 } kvq_move;
 
 /* One forward pass of one session. */
@@ -110,35 +126,45 @@ typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), 
 
 /* Attend from the new tokens over the pages and over themselves, causally.
  * parallel may be null: everything then runs in the calling thread.
- * Returns 0, or -1 when memory ran out, or -2 when the pass names a kernel that cannot run here. */
-KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
-                          void *context);
+ * Returns 0 or an error; all rows of the page table are looked at first. */
+KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
+                              void *context);
 
-/* The same, with queries and keys that `prepare` makes first, where rows points; it may be null. */
+/* The same for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where rows
+ * points; it may be null. Its head_dim is even. */
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
                            kvq_parallel parallel, void *context);
 
-/* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written at 16 bits), byte
- * for byte as runtime/codecs does. head_dim is at most 1024. Returns 0, or -1 when a value is refused there. */
-KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
-                          uint32_t *words, uint16_t *scales);
+/* Whether everything in a pass fits, its page table and what it does stepwise included: 0 or an error. */
+int kvq_check_pass(const kvq_pass *pass);
 
-/* Returns 0, or -1 where no kernel can do it. The values have to be storable. */
-KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);
+/* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written where the precision
+ * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses. */
+KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                              uint32_t *words, uint16_t *scales);
 
-/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0. */
+/* Returns 0 or an error. The values have to be storable, see kvq_movable. */
+KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);
+
+/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0, or an
+ * error. Of a move it reads no more than those. */
 KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
 
-/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0. */
+/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0, or an error. */
 KVQ_EXPORT int32_t kvq_finite(int32_t kernel, const float *x, size_t count);
+
+/* Whether vectors of that precision, in codes of so many bits and with a scale or without, are what this library reads
+ * and writes: 1 or 0. */
+KVQ_EXPORT int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);
 KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine can run it */
+KVQ_EXPORT const char *kvq_error_text(int32_t error); /* cause and remedy in one line; empty for a number that is none */
 
-/* The pass that the Attention operator works on, when it runs in this thread; null takes it away. */
-KVQ_EXPORT void kvq_set_pass(const kvq_pass *pass);
-
+/* The pass that the Attention operator works on, when it runs in this thread; null takes it away.
+ * Returns 0 or an error: of the pass, which is not set then; with null, of the operator that failed since. */
+KVQ_EXPORT int32_t kvq_set_pass(const kvq_pass *pass);
 
 #endif
