@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 static const kvq_kernel *const KERNELS[] = {
     &kvq_kernel_plain,
@@ -146,11 +146,6 @@ int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vec
                    uint16_t *scales) {
     const int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
     return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, words, scales);
-}
-
-void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
-    const kvq_kernel *chosen = kvq_choose_kernel(p->kernel);
-    if (chosen) chosen->prepare(p, token, first, end);
 }
 
 void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim) {

@@ -1,6 +1,6 @@
 /* What the exported functions refuse, before anything is read or written: what is behind them takes its arguments as they
  * are. A page's row is looked at once a call, its tokens never. */
-#include "kernel.h"
+#include "drivers.h"
 
 #define MOST_LAYERS (1 << 16) /* and heads: sizes of all that is made for a pass then stay within 64 bits */
 

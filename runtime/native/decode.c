@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 /* Below this many multiply-adds a second thread costs more than it brings. */
 #define SERIAL_WORK (1 << 17)

@@ -1,8 +1,26 @@
-/* What one instruction set offers, and the work it is given. */
+/* What one instruction set offers, and the work that the drivers give it. */
 #ifndef KVQ_KERNEL_H
 #define KVQ_KERNEL_H
 
 #include "kvq.h"
+
+/* What a projection yields and what attention takes, see the hook `prepare` of a kernel. */
+typedef struct {
+    const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
+    const float *cosine, *sine; /* [tokens, head_dim / 2] */
+    const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
+    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
+    int32_t heads, kv_heads, head_dim;
+    int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
+    int32_t kernel; /* as in kvq_pass */
+} kvq_prepare;
+
+enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
+
+/* Heads of a token in kvq_prepare's out. */
+static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {
+    return p->heads + p->kv_heads * (p->rotate & KVQ_ROTATE_VALUES ? 2 : 1);
+}
 
 /* Partial softmax of one query head over some tokens: weighted values and what is needed to merge them. */
 typedef struct {
@@ -25,12 +43,15 @@ typedef struct kvq_task kvq_task;
 typedef struct {
     const char *name;
     int (*available)(void);
-    int integer_dot;                               /* wants task->integers */
+    int integer_dot; /* wants task->integers */
     void (*decode)(const kvq_task *task, size_t item, size_t next); /* of one new token; `next` will be read after it */
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);
-    int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
+    int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
+                                                     * NO_MEMORY */
+    /* heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys; with a key
+     * goes its value, where values are rotated */
     void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
     void (*rotate)(float *x, size_t heads, int head_dim);
     void (*swiglu)(const float *x, size_t n, float *out);
@@ -147,26 +168,7 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
     return at;
 }
 
-/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
-int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
-/* The precisions that the keys of a pass are stored at: bit n of the result for width_number n. */
-unsigned kvq_key_widths(const kvq_pass *pass);
-/* Copy a new token's key and value of one head to where the pass wants them. */
-void kvq_keep_token(const kvq_task *task, int kv_head, int token);
-/* The row of a pass with one token; as kvq_prepare_and_attend. */
-int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
-/* The rows of a pass with `stepwise`; as kvq_attend. */
-int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
-
-/* The instruction set of that number, -1: the best one; null where this machine cannot run it. */
-const kvq_kernel *kvq_choose_kernel(int32_t i);
-/* Whether what an exported function is given fits: 0 or an error, see checks.c. */
-int kvq_check_rows(const kvq_pass *pass, int32_t layer, const kvq_rows *rows);
-int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
-                     const uint32_t *words, const uint16_t *scales);
-int kvq_check_move(const kvq_move *move, int steps);
-int kvq_check_moved_values(const kvq_move *move);
-
+/* Every instruction set that a machine of this kind may have; each is a file of isa/. */
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512;

@@ -1,5 +1,5 @@
-/* Attention over the packed KV store: types shared by the C files and, field by field, by the
- * ctypes declarations in library.py. Arrays are laid out as runtime/kv/pages.py describes. */
+/* Attention over the packed KV store: what the library exports. The ctypes declarations in library.py have the same,
+ * field by field. Arrays are laid out as runtime/kv/pages.py describes. */
 #ifndef KVQ_H
 #define KVQ_H
 
@@ -20,9 +20,10 @@
 #define CHUNK_SLOTS 1024   /* most slots of a row of the page table, and of a work item */
 #define MOST_CHANNELS 1024 /* largest head_dim */
 
-/* What the functions below refuse, X(name, number, cause and remedy). Nothing is read or written then. */
+/* What the functions below refuse, X(name, number, cause and remedy). Nothing has been read or written then, but where
+ * memory ran out or a value was refused. */
 #define KVQ_ERRORS(X)                                                                                                 \
-    X(NO_MEMORY, -1, "no memory for attention; shorten the context or the prefill chunk")                            \
+    X(NO_MEMORY, -1, "no memory for attention: shorten the context or the prefill chunk")                            \
     X(NO_KERNEL, -2, "this machine cannot run that instruction set; unset KVQ_NATIVE_ISA, or use KVQ_BACKEND=numpy")  \
     X(UNKNOWN_PRECISION, -3, "a precision that the native library has no kernels for; use KVQ_BACKEND=numpy")        \
     X(MISFIT_SHAPE, -4, "layers, heads, kv_heads, head_dim or tokens do not fit; use KVQ_BACKEND=numpy")             \
@@ -89,38 +90,6 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
-/* What a projection yields and what attention takes, see kvq_prepare_heads. */
-typedef struct {
-    const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
-    const float *cosine, *sine; /* [tokens, head_dim / 2] */
-    const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
-    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
-    int32_t heads, kv_heads, head_dim;
-    int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
-    int32_t kernel; /* as in kvq_pass */
-} kvq_prepare;
-
-enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
-
-/* Heads of a token in kvq_prepare's out. */
-static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {
-    return p->heads + p->kv_heads * (p->rotate & KVQ_ROTATE_VALUES ? 2 : 1);
-}
-
-/* Heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys. With a key
- * goes its value, where values are rotated. */
-void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end);
-
-/* Every head of x [heads, head_dim] rotated in place, by kernel (-1: the best); head_dim is a power of two. */
-void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim);
-
-/* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
-void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
-
-/* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
-void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
-                  float *normed);
-
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
 
@@ -129,14 +98,6 @@ typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), 
  * Returns 0 or an error; all rows of the page table are looked at first. */
 KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
                               void *context);
-
-/* The same for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where rows
- * points; it may be null. Its head_dim is even. */
-int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
-                           kvq_parallel parallel, void *context);
-
-/* Whether everything in a pass fits, its page table and what it does stepwise included: 0 or an error. */
-int kvq_check_pass(const kvq_pass *pass);
 
 /* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written where the precision
  * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses. */

@@ -3,7 +3,7 @@
  * second pool would have to fight them for the cores. */
 #include <stdlib.h>
 
-#include "kvq.h"
+#include "drivers.h"
 #include "onnxruntime_abi.h"
 
 #if defined(_MSC_VER)

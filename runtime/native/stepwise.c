@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 typedef struct {
     const kvq_task *task;

@@ -198,8 +198,10 @@ static void check_prepare(int kernel) {
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + 2 * kv_heads) * d);
         const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
-        for (int n = tokens * (heads + kv_heads); n-- > 0;)
-            kvq_prepare_heads(&prepare, n / (heads + kv_heads), n % (heads + kv_heads), n % (heads + kv_heads) + 1);
+        for (int n = tokens * (heads + kv_heads); n-- > 0;) {
+            const int h = n % (heads + kv_heads);
+            kvq_choose_kernel(kernel)->prepare(&prepare, n / (heads + kv_heads), h, h + 1);
+        }
         const int prepared = heads + kv_heads * (rotate & 2 ? 2 : 1);
         double worst = 0;
         for (int t = 0; t < tokens; t++)

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kvq.h"
+#include "drivers.h"
 
 /* Ids of all precisions that the library says it knows; what they mean is written down here a second time. */
 #define ID_OF(name, id, bits, scale, products, with) id,
