@@ -23,13 +23,13 @@ FLAGS = ["-std=gnu11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # Every kernel is one file, compiled for its instruction set; which one runs is decided on the user's machine.
 X86 = {
-    "kernel_avx2.c": AVX2,
-    "kernel_avxvnni.c": [*AVX2, "-mavxvnni"],
-    "kernel_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *AVX2[1:],
-                        "-mprefer-vector-width=512"],
+    "isa/avx2.c": AVX2,
+    "isa/avxvnni.c": [*AVX2, "-mavxvnni"],
+    "isa/avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", *AVX2[1:],
+                     "-mprefer-vector-width=512"],
 }  # fmt: skip
-ARM = {"kernel_neon.c": [], "kernel_dotprod.c": ["-march=armv8.2-a+dotprod"]}
-COMMON = {"attention.c": [], "decode.c": [], "stepwise.c": [], "operators.c": [], "kernel_plain.c": []}
+ARM = {"isa/neon.c": [], "isa/dotprod.c": ["-march=armv8.2-a+dotprod"]}
+COMMON = {file: [] for file in ("attention.c", "checks.c", "decode.c", "stepwise.c", "operators.c", "isa/plain.c")}
 
 
 def build_native(targets: list[Path]) -> None:

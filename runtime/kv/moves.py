@@ -35,8 +35,10 @@ class Move(NamedTuple):
 class Mover(Protocol):
     """Takes new tokens through the window in one call; the bytes are those that encoding and writing in numpy gives."""
 
-    def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
-        """Whether it can: arrays as it needs them, and nothing in them that a codec would refuse."""
+    def takes(self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
+        """Whether it can: arrays as it needs them, nothing in them that a codec would refuse, and only precisions that
+        it encodes itself in `gone`, see `leaving`.
+        """
 
     def __call__(self, window: RecentWindow, moves: list[Move], keys: np.ndarray, values: np.ndarray) -> None:
         """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]. Counts and

@@ -63,8 +63,9 @@ class KVStore:
         if not still_open or window.open >= window.capacity:
             self.settle()
         chosen = np.full((1, 2), OPEN, np.uint8) if chosen is None else self._protect(chosen, self.length)
-        if mover is not None and mover.takes(window, keys, values):
-            moves = self._moves(len(chosen), chosen)
+        gone = leaving(window, self.length, len(chosen), chosen) if mover is not None else []
+        if mover is not None and mover.takes(window, gone, keys, values):
+            moves = plan(window, self.length, len(chosen), gone, self._bucket)
             mover(window, moves, keys, values)
             self._count_in(moves, chosen)
         else:
@@ -108,10 +109,7 @@ class KVStore:
         Nothing is stored by it: that is for `append`, which does just this with them.
         """
         self.settle()
-        return self._moves(tokens, None)
-
-    def _moves(self, tokens: int, chosen: np.ndarray | None) -> list[Move]:
-        gone = leaving(self.window, self.length, tokens, chosen)
+        gone = leaving(self.window, self.length, tokens, None)
         return plan(self.window, self.length, tokens, gone, self._bucket)
 
     def _count_in(self, moves: list[Move], chosen: np.ndarray) -> None:

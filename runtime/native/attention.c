@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 static const kvq_kernel *const KERNELS[] = {
     &kvq_kernel_plain,
@@ -21,7 +21,7 @@ int32_t kvq_kernels(void) { return KERNEL_COUNT; }
 const char *kvq_kernel_name(int32_t i) { return i >= 0 && i < KERNEL_COUNT ? KERNELS[i]->name : ""; }
 int32_t kvq_kernel_available(int32_t i) { return i >= 0 && i < KERNEL_COUNT && KERNELS[i]->available(); }
 
-static const kvq_kernel *choose_kernel(int32_t i) {
+const kvq_kernel *kvq_choose_kernel(int32_t i) {
     if (i >= 0) return kvq_kernel_available(i) ? KERNELS[i] : NULL;
     for (i = KERNEL_COUNT - 1; i > 0; i--)
         if (KERNELS[i]->available()) break;
@@ -42,8 +42,8 @@ static void prefill_work(void *data, size_t i) {
     if (task->kernel->prefill(task, i)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
 }
 
-/* What a page takes of a step's time: 16 bits about half as much again as any others. */
-static long cost_of(const kvq_page *page) { return (long)slots_of(page) * (page->key_bits == 16 ? 3 : 2); }
+/* What a page takes of a step's time: halves about half as much again as any others. */
+static long cost_of(const kvq_page *page) { return (long)slots_of(page) * (page->key_precision == KVQ_HALF ? 3 : 2); }
 
 /* The last chunk gets the largest share of the cost and the first one the smallest, half as large: where threads meet
  * that take items from both ends of the queue, no large one is left. In shares of a whole, what the first `n` of
@@ -57,7 +57,7 @@ int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
     long slots = 0, cost = 0, before = 0;
     for (int p = 0; p < pass->pages; p++)
         if (slots_of(pass->page + p) > 0) slots += slots_of(pass->page + p), cost += cost_of(pass->page + p);
-    const int threads = pass->threads < 1 ? 1 : pass->threads;
+    const long threads = pass->threads < 1 ? 1 : pass->threads;
     long wanted = (threads * ITEMS_PER_THREAD + pass->kv_heads - 1) / pass->kv_heads; /* chunks of a KV head */
     const long least = slots * 4 / 3 / CHUNK_SLOTS + 1; /* the largest then has room for its share */
     if (wanted > slots / LEAST_CHUNK) wanted = slots / LEAST_CHUNK;
@@ -86,7 +86,7 @@ int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room) {
 
 unsigned kvq_key_widths(const kvq_pass *pass) {
     unsigned widths = 0;
-    for (int p = 0; p < pass->pages; p++) widths |= 1u << pass->page[p].key_bits;
+    for (int p = 0; p < pass->pages; p++) widths |= 1u << width_number(pass->page[p].key_precision);
     return widths;
 }
 
@@ -100,8 +100,10 @@ void kvq_keep_token(const kvq_task *task, int kv_head, int token) {
     memcpy(pass->values + to, rows->value + token * rows->value_stride + kv_head * d, sizeof(float) * d);
 }
 
-int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel, void *context) {
-    return kvq_prepare_and_attend(pass, layer, rows, NULL, parallel, context);
+int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel, void *context) {
+    int refused = kvq_check_pass(pass);
+    if (!refused) refused = kvq_check_rows(pass, layer, rows);
+    return refused ? refused : kvq_prepare_and_attend(pass, layer, rows, NULL, parallel, context);
 }
 
 /* What happens with each of several new tokens first. */
@@ -122,13 +124,14 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
     kvq_task task = {
         .pass = pass,
         .rows = rows,
-        .kernel = choose_kernel(pass->kernel),
+        .kernel = kvq_choose_kernel(pass->kernel),
         .layer = layer,
         .group = pass->heads / pass->kv_heads,
         .padded_dim = (pass->head_dim + 15) / 16 * 16,
         .softmax_scale = 1 / sqrtf((float)pass->head_dim),
     };
-    if (!task.kernel) return -2;
+    if (!task.kernel) return KVQ_NO_KERNEL;
+    if (prepare && pass->head_dim % 2) return KVQ_MISFIT_SHAPE;
     if (!parallel) parallel = run_serially;
     if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
     parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){&task, prepare});
@@ -136,50 +139,47 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
     task.row_block = task.group < ROW_BLOCK ? ROW_BLOCK / task.group : 1;
     task.row_blocks = (pass->tokens + task.row_block - 1) / task.row_block;
     parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
-    return task.failed ? -1 : 0;
+    return task.failed ? KVQ_NO_MEMORY : 0;
 }
 
-int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
-               uint16_t *scales) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
-    return chosen && head_dim <= 1024 ? chosen->encode(bits, x, vectors, head_dim, words, scales) : -1;
-}
-
-void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
-    const kvq_kernel *chosen = choose_kernel(p->kernel);
-    if (chosen) chosen->prepare(p, token, first, end);
+int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
+                   uint16_t *scales) {
+    const int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
+    return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, words, scales);
 }
 
 void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
+    const kvq_kernel *chosen = kvq_choose_kernel(kernel);
     if (chosen) chosen->rotate(x, heads, head_dim);
 }
 
 void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
+    const kvq_kernel *chosen = kvq_choose_kernel(kernel);
     if (chosen) chosen->swiglu(x, n, out);
 }
 
 void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                   float *normed) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
+    const kvq_kernel *chosen = kvq_choose_kernel(kernel);
     if (chosen) chosen->add_norm(x, y, gain, n, epsilon, sum, normed);
 }
 
-int kvq_move_tokens(const kvq_move *move) {
-    const kvq_kernel *chosen = choose_kernel(move->kernel);
-    if (!chosen || move->head_dim > 1024) return -1;
-    if (move->tokens > 0) chosen->move(move);
-    return 0;
+int32_t kvq_move_tokens(const kvq_move *move) {
+    const int refused = kvq_check_move(move, move ? move->tokens : 0);
+    if (!refused && move->tokens > 0) kvq_choose_kernel(move->kernel)->move(move);
+    return refused;
 }
 
 int32_t kvq_movable(const kvq_move *move) {
-    const kvq_kernel *chosen = choose_kernel(move->kernel);
+    const int refused = kvq_check_moved_values(move);
+    if (refused) return refused;
+    const kvq_kernel *chosen = kvq_choose_kernel(move->kernel);
     const size_t count = (size_t)move->layers * move->kv_heads * move->tokens * move->head_dim;
-    return chosen && chosen->within(move->keys, count, LARGEST_HALF) && chosen->within(move->values, count, LARGEST_HALF);
+    return chosen->within(move->keys, count, LARGEST_HALF) && chosen->within(move->values, count, LARGEST_HALF);
 }
 
 int32_t kvq_finite(int32_t kernel, const float *x, size_t count) {
-    const kvq_kernel *chosen = choose_kernel(kernel);
-    return chosen && chosen->within(x, count, FLT_MAX);
+    const kvq_kernel *chosen = kvq_choose_kernel(kernel);
+    if (!chosen) return KVQ_NO_KERNEL;
+    return !x && count ? KVQ_NO_DATA : chosen->within(x, count, FLT_MAX);
 }

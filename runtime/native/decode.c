@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 /* Below this many multiply-adds a second thread costs more than it brings. */
 #define SERIAL_WORK (1 << 17)
@@ -84,7 +84,7 @@ static void decode_work(void *data, size_t thread) {
 int kvq_decode(const kvq_task *whole, const kvq_prepare *prepare, kvq_parallel parallel, void *context) {
     const kvq_pass *pass = whole->pass;
     int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
-    if (!chunk) return -1;
+    if (!chunk) return KVQ_NO_MEMORY;
     decode_step s = {.task = *whole, .prepare = prepare, .widths = kvq_key_widths(pass)};
     kvq_task *task = &s.task;
     task->chunk = chunk;
@@ -111,5 +111,5 @@ int kvq_decode(const kvq_task *whole, const kvq_prepare *prepare, kvq_parallel p
     }
     free(memory);
     if (chunk != few) free(chunk);
-    return memory ? 0 : -1;
+    return memory ? 0 : KVQ_NO_MEMORY;
 }

@@ -1,8 +1,26 @@
-/* What one instruction set offers, and the work it is given. */
+/* What one instruction set offers, and the work that the drivers give it. */
 #ifndef KVQ_KERNEL_H
 #define KVQ_KERNEL_H
 
 #include "kvq.h"
+
+/* What a projection yields and what attention takes, see the hook `prepare` of a kernel. */
+typedef struct {
+    const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
+    const float *cosine, *sine; /* [tokens, head_dim / 2] */
+    const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
+    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
+    int32_t heads, kv_heads, head_dim;
+    int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
+    int32_t kernel; /* as in kvq_pass */
+} kvq_prepare;
+
+enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
+
+/* Heads of a token in kvq_prepare's out. */
+static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {
+    return p->heads + p->kv_heads * (p->rotate & KVQ_ROTATE_VALUES ? 2 : 1);
+}
 
 /* Partial softmax of one query head over some tokens: weighted values and what is needed to merge them. */
 typedef struct {
@@ -25,12 +43,15 @@ typedef struct kvq_task kvq_task;
 typedef struct {
     const char *name;
     int (*available)(void);
-    int integer_dot;                               /* wants task->integers */
+    int integer_dot; /* wants task->integers */
     void (*decode)(const kvq_task *task, size_t item, size_t next); /* of one new token; `next` will be read after it */
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);
-    int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; -1: no memory */
+    int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
+                                                     * NO_MEMORY */
+    /* heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys; with a key
+     * goes its value, where values are rotated */
     void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
     void (*rotate)(float *x, size_t heads, int head_dim);
     void (*swiglu)(const float *x, size_t n, float *out);
@@ -39,7 +60,7 @@ typedef struct {
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
-    int (*encode)(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
+    int (*encode)(int precision, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 
 struct kvq_task {
@@ -62,34 +83,11 @@ struct kvq_task {
 };
 
 #define LARGEST_HALF 65504.0f
+#define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
 
-/* Expand a switch once: `call` sees BITS as a constant and is compiled for each. */
-#define FOR_BITS(value, call)                                       \
-    switch (value) {                                                \
-    case 16: { enum { BITS = 16 }; call; } break;                   \
-    case WINDOW_BITS: { enum { BITS = WINDOW_BITS }; call; } break; \
-    case 8: { enum { BITS = 8 }; call; } break;                     \
-    case 4: { enum { BITS = 4 }; call; } break;                     \
-    default: { enum { BITS = 2 }; call; } break;                    \
-    }
-
-/* One function for each precision and number of heads, where both are constants: X(bits, heads) defines name_bits_heads,
- * and TABLE_OF(name) has them by width_number and number of heads. 15 is WINDOW_BITS, a number since it becomes part of
- * a name. */
 #define NOINLINE static __attribute__((noinline))
-#define FOR_WIDTHS(X, heads) X(16, heads) X(15, heads) X(8, heads) X(4, heads) X(2, heads)
-#define ROW_OF(name) {name##_1, name##_2, name##_3, name##_4}
-#define TABLE_OF(name) {ROW_OF(name##_16), ROW_OF(name##_15), ROW_OF(name##_8), ROW_OF(name##_4), ROW_OF(name##_2)}
-static inline int width_number(int bits) {
-    return bits == 16 ? 0 : bits == WINDOW_BITS ? 1 : bits == 8 ? 2 : bits == 4 ? 3 : 4;
-}
-
-static inline int words_per_vector(int bits, int head_dim) {
-    int code = bits == WINDOW_BITS ? 16 : bits;
-    return (head_dim * code + 31) / 32;
-}
 
 /* Slots of a page that can hold tokens, in whole tiles, counted from begin; 0 or less when it is empty. */
 static inline int slots_of(const kvq_page *page) {
@@ -122,8 +120,8 @@ static inline void prefetch(const char *from, int bytes) {
 static inline const char *codes_at(const kvq_task *task, const kvq_page *page, size_t vector_row, int of_keys) {
     const size_t first_slot = vector_row * page->capacity + page->begin;
     const uint32_t *codes = of_keys ? page->keys : page->values;
-    const int bits = of_keys ? page->key_bits : page->value_bits;
-    return (const char *)(codes + first_slot * words_per_vector(bits, task->pass->head_dim));
+    const int precision = of_keys ? page->key_precision : page->value_precision;
+    return (const char *)(codes + first_slot * words_per_vector(precision, task->pass->head_dim));
 }
 
 /* The first keys of an item, which are read after those of the one before. */
@@ -142,16 +140,24 @@ static inline char *partials_of(const kvq_task *task, int kv_head, int chunk) {
     return task->partials + chunks_before * task->group * partial_bytes(task);
 }
 
-/* Integer words of one query head are kept for 8, 4 and 2 bits, part after part of each:
+/* Integer words of one query head are kept for every precision that integer dot products take, part after part of each:
  * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
-static inline int integer_words(int bits, int head_dim) { return words_per_vector(bits, head_dim) * (8 / bits); }
-static inline int integer_words_all(int head_dim) {
-    return QUERY_PARTS * (integer_words(8, head_dim) + integer_words(4, head_dim) + integer_words(2, head_dim));
+static inline int integer_words(int precision, int head_dim) {
+    return words_per_vector(precision, head_dim) * (8 / bits_of(precision));
 }
-static inline int integer_words_start(int bits, int head_dim) {
+static inline int integer_words_all(int head_dim) {
+    int words = 0;
+#define ADD_WORDS(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, words += integer_words(id, head_dim);)
+    KVQ_WIDTHS(ADD_WORDS, )
+#undef ADD_WORDS
+    return QUERY_PARTS * words;
+}
+static inline int integer_words_start(int precision, int head_dim) {
     int start = 0;
-    if (bits < 8) start += QUERY_PARTS * integer_words(8, head_dim);
-    if (bits < 4) start += QUERY_PARTS * integer_words(4, head_dim);
+#define SKIP_WORDS(name, id, bits, scale, products, with) \
+    KVQ_IF_WHOLE(products, if (precision == id) return start; start += QUERY_PARTS * integer_words(id, head_dim);)
+    KVQ_WIDTHS(SKIP_WORDS, )
+#undef SKIP_WORDS
     return start;
 }
 
@@ -162,17 +168,7 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
     return at;
 }
 
-/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
-int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
-/* Which of 8, 4 and 2 bits the keys of a pass are stored at: bit b of the result for b bits. */
-unsigned kvq_key_widths(const kvq_pass *pass);
-/* Copy a new token's key and value of one head to where the pass wants them. */
-void kvq_keep_token(const kvq_task *task, int kv_head, int token);
-/* The row of a pass with one token; as kvq_prepare_and_attend. */
-int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
-/* The rows of a pass with `stepwise`; as kvq_attend. */
-int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
-
+/* Every instruction set that a machine of this kind may have; each is a file of isa/. */
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512;

@@ -1,12 +1,14 @@
-/* Attention over the packed KV store: types shared by the C files and, field by field, by the
- * ctypes declarations in library.py. Arrays are laid out as runtime/kv/pages.py describes. */
+/* Attention over the packed KV store: what the library exports. The ctypes declarations in library.py have the same,
+ * field by field. Arrays are laid out as runtime/kv/pages.py describes. */
 #ifndef KVQ_H
 #define KVQ_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define KVQ_ABI 8 /* raise when a struct or a function below changes */
+#include "widths.h"
+
+#define KVQ_ABI 9 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -14,21 +16,35 @@
 #define KVQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define TILE 16       /* tokens of a key tile; room for tokens comes in whole tiles */
-#define CHUNK_SLOTS 1024 /* most slots of a row of the page table, and of a work item */
-#define WINDOW_BITS 15 /* key_bits and value_bits of the recent window: int16 codes and a scale */
+#define TILE 16            /* tokens of a key tile; room for tokens comes in whole tiles */
+#define CHUNK_SLOTS 1024   /* most slots of a row of the page table, and of a work item */
+#define MOST_CHANNELS 1024 /* largest head_dim */
+
+/* What the functions below refuse, X(name, number, cause and remedy). Nothing has been read or written then, but where
+ * memory ran out or a value was refused. */
+#define KVQ_ERRORS(X)                                                                                                 \
+    X(NO_MEMORY, -1, "no memory for attention: shorten the context or the prefill chunk")                            \
+    X(NO_KERNEL, -2, "this machine cannot run that instruction set; unset KVQ_NATIVE_ISA, or use KVQ_BACKEND=numpy")  \
+    X(UNKNOWN_PRECISION, -3, "a precision that the native library has no kernels for; use KVQ_BACKEND=numpy")        \
+    X(MISFIT_SHAPE, -4, "layers, heads, kv_heads, head_dim or tokens do not fit; use KVQ_BACKEND=numpy")             \
+    X(MISFIT_PAGE, -5, "a row of the page table whose slots do not fit; use KVQ_BACKEND=numpy, and report this")     \
+    X(MISFIT_MOVE, -6, "a token's way leads to a slot that is not there; use KVQ_BACKEND=numpy, and report this")    \
+    X(NO_DATA, -7, "an address is missing where there is something to read; use KVQ_BACKEND=numpy, and report this") \
+    X(REFUSED_VALUE, -8, "NaN, infinity or a value beyond half precision; check the checkpoint, or export it with fp32")
+#define KVQ_ERROR_OF(name, number, text) KVQ_##name = number,
+enum { KVQ_OK, KVQ_ERRORS(KVQ_ERROR_OF) };
 
 /* The slots [begin, end) of arrays that hold tokens of one precision, all layers and KV heads: a page of the store,
  * or a part of its recent window. Slot s of the arrays holds a token where s < period and
  * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring. */
 typedef struct {
     const uint32_t *keys;         /* [layers, kv_heads, capacity / TILE, words, TILE] */
-    const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read at 16 bits */
+    const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read where the precision has none */
     const uint32_t *values;       /* [layers, kv_heads, capacity, words] */
     const uint16_t *value_scales; /* as key_scales */
-    int32_t key_bits, value_bits; /* 16, 8, 4, 2 or WINDOW_BITS */
+    int32_t key_precision, value_precision; /* ids of widths.h */
     int32_t capacity, begin, end; /* multiples of TILE; end - begin at most CHUNK_SLOTS */
-    int32_t first, count, period;
+    int32_t first, count, period; /* first < period <= capacity, count <= period */
 } kvq_page;
 
 /* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
@@ -42,10 +58,11 @@ typedef struct {
     int32_t layers, kv_heads, head_dim;
     int32_t kernel;
     int32_t tokens;
+    int32_t pages;              /* rows of page */
     const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
-    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there */
+    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
-    const kvq_move_step *step;  /* [tokens] */
+    const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
 } kvq_move;
 
 /* One forward pass of one session. */
@@ -73,72 +90,42 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
-/* What a projection yields and what attention takes, see kvq_prepare_heads. */
-typedef struct {
-    const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
-    const float *cosine, *sine; /* [tokens, head_dim / 2] */
-    const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
-    float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
-    int32_t heads, kv_heads, head_dim;
-    int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
-    int32_t kernel; /* as in kvq_pass */
-} kvq_prepare;
-
-enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
-
-/* Heads of a token in kvq_prepare's out. */
-static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {
-    return p->heads + p->kv_heads * (p->rotate & KVQ_ROTATE_VALUES ? 2 : 1);
-}
-
-/* Heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys. With a key
- * goes its value, where values are rotated. */
-void kvq_prepare_heads(const kvq_prepare *p, size_t token, int first, int end);
-
-/* Every head of x [heads, head_dim] rotated in place, by kernel (-1: the best); head_dim is a power of two. */
-void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim);
-
-/* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
-void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
-
-/* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
-void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
-                  float *normed);
-
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
 
 /* Attend from the new tokens over the pages and over themselves, causally.
  * parallel may be null: everything then runs in the calling thread.
- * Returns 0, or -1 when memory ran out, or -2 when the pass names a kernel that cannot run here. */
-KVQ_EXPORT int kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
-                          void *context);
+ * Returns 0 or an error; all rows of the page table are looked at first. */
+KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, kvq_parallel parallel,
+                              void *context);
 
-/* The same, with queries and keys that `prepare` makes first, where rows points; it may be null. */
-int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
-                           kvq_parallel parallel, void *context);
+/* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written where the precision
+ * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses. */
+KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                              uint32_t *words, uint16_t *scales);
 
-/* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written at 16 bits), byte
- * for byte as runtime/codecs does. head_dim is at most 1024. Returns 0, or -1 when a value is refused there. */
-KVQ_EXPORT int kvq_encode(int32_t kernel, int32_t bits, const float *x, size_t vectors, int32_t head_dim,
-                          uint32_t *words, uint16_t *scales);
+/* Returns 0 or an error. The values have to be storable, see kvq_movable. */
+KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);
 
-/* Returns 0, or -1 where no kernel can do it. The values have to be storable. */
-KVQ_EXPORT int kvq_move_tokens(const kvq_move *move);
-
-/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0. */
+/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0, or an
+ * error. Of a move it reads no more than those. */
 KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
 
-/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0. */
+/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0, or an error. */
 KVQ_EXPORT int32_t kvq_finite(int32_t kernel, const float *x, size_t count);
+
+/* Whether vectors of that precision, in codes of so many bits and with a scale or without, are what this library reads
+ * and writes: 1 or 0. */
+KVQ_EXPORT int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);
 KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine can run it */
+KVQ_EXPORT const char *kvq_error_text(int32_t error); /* cause and remedy in one line; empty for a number that is none */
 
-/* The pass that the Attention operator works on, when it runs in this thread; null takes it away. */
-KVQ_EXPORT void kvq_set_pass(const kvq_pass *pass);
-
+/* The pass that the Attention operator works on, when it runs in this thread; null takes it away.
+ * Returns 0 or an error: of the pass, which is not set then; with null, of the operator that failed since. */
+KVQ_EXPORT int32_t kvq_set_pass(const kvq_pass *pass);
 
 #endif

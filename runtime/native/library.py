@@ -1,4 +1,4 @@
-"""Load the native library and declare its functions; the structures are those of kvq.h, field by field."""
+"""Load the native library and declare its functions; structures, errors and limits are those of kvq.h."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from kvq.runtime.errors import BackendError
+from kvq.runtime.errors import BackendError, NonFiniteError
+from kvq.runtime.precision.codecs import CODECS, Codec
 
-ABI = 8
+ABI = 9
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
-WINDOW_BITS = 15
+MOST_CHANNELS = 1024  # largest head_dim
+NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
 FILE = Path(__file__).with_name("libkvq.so")
 
 # kvq_page
 PAGE = np.dtype(
     [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
-    + [(name, np.int32) for name in ("key_bits", "value_bits", "capacity", "begin", "end", "first", "count", "period")]
+    + [(name, np.int32) for name in ("key_precision", "value_precision")]
+    + [(name, np.int32) for name in ("capacity", "begin", "end", "first", "count", "period")]
 )
 
 
@@ -53,7 +56,7 @@ class Moves(ctypes.Structure):
     """kvq_move: the way of new tokens through the store."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel", "tokens")),
+        *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel", "tokens", "pages")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "window", "page", "step")),
     )
 
@@ -84,14 +87,46 @@ def load() -> ctypes.CDLL:
 def _declare(library: ctypes.CDLL) -> None:
     """Types of the functions of kvq.h."""
     number, size, address, floats = ctypes.c_int32, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
-    library.kvq_kernel_name.restype = ctypes.c_char_p
+    library.kvq_kernel_name.restype = library.kvq_error_text.restype = ctypes.c_char_p
+    library.kvq_knows.argtypes = (number, number, number)
     library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
     library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_finite.argtypes = (number, floats, size)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
-    library.kvq_set_pass.restype = None
+
+
+def error_of(status: int) -> Exception:
+    """What an error of kvq.h, below 0, stands for: a `BackendError` that says what is wrong and what to do, with exceptions
+    of their own for want of memory (MemoryError) and for values that nothing can store (NonFiniteError).
+    """
+    kinds: dict[int, type[Exception]] = {NO_MEMORY: MemoryError, REFUSED_VALUE: NonFiniteError}
+    text = load().kvq_error_text(status).decode() or f"error {status} of {FILE.name}; install kvq again"
+    return kinds.get(status, BackendError)(text)
+
+
+def check(status: int) -> int:
+    """What a function of the library returned, unless it is an error.
+
+    Raises:
+        BackendError, MemoryError, NonFiniteError: it is, see `error_of`.
+    """
+    if status < 0:
+        raise error_of(status)
+    return status
+
+
+def knows(codec: Codec) -> bool:
+    """Whether the library reads and writes the vectors of a codec as they lie: it has kernels for the precision, which
+    mean the same codes by it.
+    """
+    return bool(load().kvq_knows(codec.precision.id, codec.bits, codec.has_scale))
+
+
+def known_precisions() -> frozenset[int]:
+    """Ids of the precisions of pages that the library has kernels for; the others are numpy's."""
+    return frozenset(id_ for id_, codec in CODECS.items() if knows(codec))
 
 
 def kernels() -> dict[str, int]:

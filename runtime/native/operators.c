@@ -3,7 +3,7 @@
  * second pool would have to fight them for the cores. */
 #include <stdlib.h>
 
-#include "kvq.h"
+#include "drivers.h"
 #include "onnxruntime_abi.h"
 
 #if defined(_MSC_VER)
@@ -13,8 +13,14 @@
 #endif
 
 static THREAD_LOCAL const kvq_pass *current_pass;
+static THREAD_LOCAL int32_t refused; /* by what has stopped an operator, or the pass from being set */
 
-void kvq_set_pass(const kvq_pass *pass) { current_pass = pass; }
+int32_t kvq_set_pass(const kvq_pass *pass) {
+    const int32_t before = refused;
+    refused = pass ? kvq_check_pass(pass) : 0;
+    current_pass = refused ? NULL : pass;
+    return pass ? refused : before;
+}
 
 /* A node: its attributes. */
 typedef struct {
@@ -32,6 +38,12 @@ typedef struct {
 
 static void fail(run *r, const char *why) {
     if (!r->status) r->status = CreateStatus(r->api)(ORT_FAIL, why);
+}
+
+/* The same for an error of the library, which kvq_set_pass tells again. */
+static void refuse(run *r, int32_t error) {
+    refused = error;
+    fail(r, kvq_error_text(error));
 }
 
 /* Data of an input and how many floats it has; null when there is none such. Asking for a shape takes three more calls
@@ -108,6 +120,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const kvq_pass *pass = current_pass;
     run r = {self->api, context, NULL};
     if (!pass || self->layer < 0 || self->layer >= pass->layers) {
+        if (refused) fail(&r, kvq_error_text(refused));
         fail(&r, "kvq::Attention: no session has set a pass with this layer in this thread");
         return r.status;
     }
@@ -127,7 +140,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const int64_t prepared = kvq_prepared_heads(&prepare);
     const int turned = prepare.rotate & KVQ_ROTATE_VALUES;
     if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * prepared * d))))
-        fail(&r, "kvq::Attention: no memory");
+        refuse(&r, KVQ_NO_MEMORY);
     if (r.status) return r.status;
 
     const kvq_rows rows = {
@@ -140,8 +153,8 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .value_stride = (both + pass->kv_heads) * d,
         .row_squares = self->layer == pass->layers - 1 ? pass->row_squares : NULL,
     };
-    if (kvq_prepare_and_attend(pass, (int32_t)self->layer, &rows, &prepare, run_on_pool, &r))
-        fail(&r, "kvq::Attention: no memory");
+    const int error = kvq_prepare_and_attend(pass, (int32_t)self->layer, &rows, &prepare, run_on_pool, &r);
+    if (error) refuse(&r, error);
     free(prepare.out);
     if (turned && !r.status)
         run_on_pool(&r, turn_back, (size_t)tokens, &(turned_rows){out, (size_t)pass->heads, pass->head_dim, pass->kernel});

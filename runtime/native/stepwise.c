@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernel.h"
+#include "drivers.h"
 
 typedef struct {
     const kvq_task *task;
@@ -49,7 +49,7 @@ static void query_work(void *data, size_t t) {
 static void count_move(kvq_page *page, int pages, const kvq_move_step *step) {
     if (step->page >= 0) page[step->page].count++;
     for (int p = 0; p < pages; p++) {
-        if (page[p].key_bits != WINDOW_BITS || page[p].count == page[p].period) continue;
+        if (page[p].key_precision != KVQ_WINDOW || page[p].count == page[p].period) continue;
         if (++page[p].count == page[p].period) page[p].first = 0;
     }
 }
@@ -96,7 +96,7 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
         s.page = kvq_part(memory, &used, sizeof *s.page * kv_heads * pages);
         s.chunk = kvq_part(memory, &used, sizeof *s.chunk * kv_heads * (pages + 1));
         s.partials = kvq_part(memory, &used, s.partials_bytes * kv_heads);
-        if (!filled && !(memory = malloc(used))) return -1;
+        if (!filled && !(memory = malloc(used))) return KVQ_NO_MEMORY;
     }
     parallel(context, query_work, (size_t)pass->tokens, &s);
     parallel(context, head_work, kv_heads, &s);

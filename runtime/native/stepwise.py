@@ -9,6 +9,7 @@ import numpy as np
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import PAGE, Moves, MoveStep
+from kvq.runtime.native.mover import write_steps
 from kvq.runtime.native.table import PageTable
 
 
@@ -36,10 +37,11 @@ class StepwiseTable:
         else:
             self._window.take(store.window)
         self._table.update(store, self._window)
-        number = {id(page): i for i, page in enumerate(self._table.pages)} | {id(None): -1}
-        self._steps = (MoveStep * len(moves))(*(MoveStep(slot, number[id(page)], at) for slot, page, at in moves))
-        first = self._table.address
-        return self._table, Moves(
-            *(layers, kv_heads, head_dim, self._kernel, tokens, keys.ctypes.data, values.ctypes.data),
-            *(first + len(self._table.pages) * PAGE.itemsize, first, ctypes.addressof(self._steps)),
+        table = self._table
+        self._steps = (MoveStep * len(moves))()
+        write_steps(self._steps, moves, table.pages)
+        window = table.address + len(table.pages) * PAGE.itemsize
+        return table, Moves(
+            *(layers, kv_heads, head_dim, self._kernel, tokens, len(table.pages)),
+            *(keys.ctypes.data, values.ctypes.data, window, table.address, ctypes.addressof(self._steps)),
         )

@@ -9,7 +9,9 @@ import numpy as np
 from kvq.runtime.kv.pages import Page, settle
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, WINDOW_BITS
+from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, known_precisions
+from kvq.runtime.precision.codecs import NUMPY
+from kvq.runtime.precision.table import Pair
 
 
 class PageTable:
@@ -26,10 +28,13 @@ class PageTable:
         rows: as `update` returned them last.
         address: of the first one.
         pages: those of the first rows; the rest are the window's.
+        foreign: pairs among them that the library has no kernels for. It refuses the table then.
     """
 
     def __init__(self, settles: bool = False) -> None:
         self._settles = settles
+        self._known = known_precisions()
+        self.foreign: list[Pair] = []
         self.rows = np.zeros(0, PAGE)
         self.address = 0
         self.pages: list[Page] = []
@@ -47,6 +52,8 @@ class PageTable:
             if self._settles:
                 settle(pages)
             self.pages, self._window = pages, window
+            pairs = dict.fromkeys(page.pair for page in pages)
+            self.foreign = [pair for pair in pairs if not self._known.issuperset(pair)]
             rows = b"".join([*(page_row(page) for page in pages), window_rows(window)])
             self.rows = np.frombuffer(bytearray(rows), PAGE)
             self.address = self.rows.ctypes.data
@@ -79,10 +86,11 @@ def as_buffer(row: bytes) -> ctypes.Array[ctypes.c_char]:
 
 def window_rows(window: RecentWindow) -> bytes:
     """The rows of a recent window, without what changes from step to step."""
+    own = NUMPY.window.precision.id
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
     rows = [
-        (*addresses, WINDOW_BITS, WINDOW_BITS, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity)
+        (*addresses, own, own, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity)
         for begin in range(0, room, CHUNK_SLOTS)
     ]
     return np.array(rows, PAGE).tobytes()

@@ -8,21 +8,24 @@ import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
 from kvq.runtime.compute.backends.native_pass import NativeHead, NativePass
+from kvq.runtime.compute.backends.numpy_backend import NumpyAttention
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import BackendError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.codecs import native_codecs
-from kvq.runtime.native.library import Pass, Rows, choose_kernel, kernels, load
+from kvq.runtime.native.library import Pass, Rows, check, choose_kernel, kernels, load
 from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
+from kvq.runtime.precision.table import Pair
 
 
 class NativeAttention(AttentionBackend):
     """Reads the codes as they lie in the pages, with the best instructions this machine has.
 
-    The environment variable KVQ_NATIVE_ISA names a lesser instruction set, for tests.
+    What the library has no kernels for is numpy's: while a store holds such pages, the numpy backend attends, and
+    `detail` says so from then on. The environment variable KVQ_NATIVE_ISA names a lesser instruction set, for tests.
     """
 
     name = "native"
@@ -42,7 +45,23 @@ class NativeAttention(AttentionBackend):
         self.detail, self._kernel = choose_kernel()
         self._table = PageTable()
         self._stepwise = StepwiseTable(self._kernel)
+        self._numpy: NumpyAttention | None = None
+        self._foreign: dict[Pair, None] = {}
         self.codecs = native_codecs(self._kernel)
+
+    def stand_in(self, foreign: list[Pair]) -> NumpyAttention:
+        """The numpy backend, for a store with these pairs that the library has no kernels for."""
+        if self._numpy is None:
+            self._numpy = NumpyAttention()
+        if not self._foreign.keys() >= set(foreign):
+            said = self._numpy_said()
+            self._foreign |= dict.fromkeys(foreign)
+            self.detail = self.detail.removesuffix(said) + self._numpy_said()
+        return self._numpy
+
+    def _numpy_said(self) -> str:
+        """What `detail` says of what numpy has done."""
+        return f"; numpy for {', '.join(map(str, self._foreign))}, which it has no kernels for" if self._foreign else ""
 
     def attend(
         self,
@@ -54,7 +73,12 @@ class NativeAttention(AttentionBackend):
         out: np.ndarray,
         row_squares: np.ndarray | None = None,
     ) -> None:
-        self._attend(query, key, value, store, layer, out, row_squares, stepwise=False)
+        self._table.update(store)
+        if self._table.foreign:
+            self.stand_in(self._table.foreign).attend(query, key, value, store, layer, out, row_squares)
+            return
+        forward = self._pass_of(query, key, store, self._table)
+        self._attend(forward, (query, key, value), layer, out, row_squares)
 
     def attend_stepwise(
         self,
@@ -66,45 +90,42 @@ class NativeAttention(AttentionBackend):
         out: np.ndarray,
         row_squares: np.ndarray | None = None,
     ) -> None:
-        self._attend(query, key, value, store, layer, out, row_squares, stepwise=len(query) > 1)
+        if len(query) < 2:
+            self.attend(query, key, value, store, layer, out, row_squares)
+            return
+        copies = np.empty((2, store.geometry.layers, key.shape[1], len(key), key.shape[2]), np.float32)
+        table, move = self._stepwise.update(store, *copies)
+        if table.foreign:
+            self.stand_in(table.foreign).attend_stepwise(query, key, value, store, layer, out, row_squares)
+            return
+        forward = self._pass_of(query, key, store, table)
+        forward.keys, forward.values = (x.ctypes.data for x in copies)
+        forward.stepwise = ctypes.addressof(move)
+        self._attend(forward, (query, key, value), layer, out, row_squares)
+
+    def _pass_of(self, query: np.ndarray, key: np.ndarray, store: KVStore, table: PageTable) -> Pass:
+        tokens, heads, head_dim = query.shape
+        shape = (store.geometry.layers, heads, key.shape[1], head_dim)
+        return Pass(*shape, tokens, len(table.rows), self._kernel, 1, table.address)
 
     def _attend(
-        self, query: np.ndarray, key: np.ndarray, value: np.ndarray, store: KVStore, layer: int, out: np.ndarray,
-        row_squares: np.ndarray | None, stepwise: bool,
-    ) -> None:  # fmt: skip
-        tokens, heads, head_dim = query.shape
-        rows = [np.ascontiguousarray(x, np.float32) for x in (query, key, value)]
-        result = np.empty((tokens, heads, head_dim), np.float32)
-        squares = np.empty((tokens, heads), np.float32)
-        layers, kv_heads = store.geometry.layers, key.shape[1]
-        forward = Pass(layers, heads, kv_heads, head_dim, tokens, 0, self._kernel, 1)
-        if stepwise:
-            copies = np.empty((2, layers, kv_heads, tokens, head_dim), np.float32)
-            table, move = self._stepwise.update(store, *copies)
-            forward.keys, forward.values = (x.ctypes.data for x in copies)
-            forward.stepwise = ctypes.addressof(move)
-        else:
-            table = self._table
-            table.update(store)
-        forward.page, forward.pages = table.address, len(table.rows)
+        self, forward: Pass, new: tuple[np.ndarray, ...], layer: int, out: np.ndarray, row_squares: np.ndarray | None
+    ) -> None:
+        """Write out and row_squares of one layer; new: query, key, value."""
+        rows = [np.ascontiguousarray(x, np.float32) for x in new]
+        result, squares = np.empty(rows[0].shape, np.float32), np.empty(rows[0].shape[:2], np.float32)
         strides = [x.strides[0] // x.itemsize for x in rows]
-        new = Rows(*(x.ctypes.data for x in (*rows, result)), *strides, squares.ctypes.data)
-        check(self._library.kvq_attend(ctypes.byref(forward), layer, ctypes.byref(new), None, None))
+        given = Rows(*(x.ctypes.data for x in (*rows, result)), *strides, squares.ctypes.data)
+        check(self._library.kvq_attend(ctypes.byref(forward), layer, ctypes.byref(given), None, None))
         out[...] = result
         if row_squares is not None:
             row_squares[...] = squares
 
     def forward_pass(self, engine: Engine, tokens: int, stepwise: bool = False) -> ForwardPass:
-        return NativePass(engine, tokens, self._kernel, stepwise)
+        return NativePass(engine, tokens, self._kernel, stepwise, self.stand_in)
 
     def head(self, engine: Engine, rows: int) -> Head:
         return NativeHead(engine, rows, self._kernel)
-
-
-def check(status: int) -> None:
-    """Raise what a return value of kvq_attend stands for."""
-    if status:
-        raise MemoryError("no memory for attention: shorten the context or the prefill chunk")
 
 
 BACKENDS = {"native": NativeAttention}

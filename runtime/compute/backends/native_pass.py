@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import numpy as np
+
+from kvq.runtime.compute.backends.base import AttentionBackend
 
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
@@ -12,27 +15,42 @@ from kvq.runtime.compute.head import Head
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import BundleError
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.native.library import FILE, Pass, load
+from kvq.runtime.native.library import FILE, Pass, check, error_of, load
 from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
+from kvq.runtime.precision.table import Pair
 
 
 class NativePass(ForwardPass):
     """One run of the decoder graph. The operator finds the session's store through `Pass`.
+
+    Where the store holds pages that the library has no kernels for, or a stepwise pass would fill some, another backend
+    runs the pass, with buffers of its own that are made the first time.
 
     Args:
         engine: the sessions.
         tokens: tokens per pass.
         kernel: index of the instruction set, see `library.kernels`.
         stepwise: as in `AttentionBackend.forward_pass`.
+        stand_in: the other backend, for the pairs that are foreign to the library.
     """
 
-    def __init__(self, engine: Engine, tokens: int, kernel: int, stepwise: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokens: int,
+        kernel: int,
+        stepwise: bool,
+        stand_in: Callable[[list[Pair]], AttentionBackend],
+    ) -> None:
         super().__init__(engine, tokens)
         shape = engine.architecture
         self._library = load()
         self._table = PageTable(settles=tokens == 1)
+        self._asked_stepwise = stepwise
         self._stepwise = StepwiseTable(kernel) if stepwise and tokens > 1 else None
+        self._stand_in = stand_in
+        self._other: ForwardPass | None = None
         self._pass = Pass(
             *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
             *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
@@ -49,16 +67,29 @@ class NativePass(ForwardPass):
             self._pass.stepwise = ctypes.addressof(move)
         else:
             table.update(store)
+        if table.foreign:
+            self._run_other(self._stand_in(table.foreign), store, row_squares)
+            return
         self._pass.page, self._pass.pages = table.address, len(table.rows)
         self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
-        self._library.kvq_set_pass(self._pass)
+        check(self._library.kvq_set_pass(self._pass))
         try:
             self._graph.run()
         except Exception as error:  # onnxruntime's errors share no base class; the operator's come through it
+            refused = self._library.kvq_set_pass(None)
+            if refused:
+                raise error_of(refused) from None
             why = str(error).strip().splitlines()[0]
             raise BundleError(f"{self._name} does not fit the session ({why}); export the bundle again") from None
         finally:
             self._library.kvq_set_pass(None)
+
+    def _run_other(self, backend: AttentionBackend, store: KVStore, row_squares: np.ndarray | None) -> None:
+        if self._other is None:
+            self._other = backend.forward_pass(self.engine, self.tokens, self._asked_stepwise)
+        other = self._other
+        other.forward(self.ids, store, row_squares)
+        self.keys[...], self.values[...], self.residual[...] = other.keys, other.values, other.residual
 
 
 class NativeHead(Head):
@@ -75,4 +106,4 @@ class NativeHead(Head):
         self._address, self._vocab = self._logits.ctypes.data, self._logits.shape[1]
 
     def finite(self, rows: int) -> bool:
-        return bool(self._library.kvq_finite(self._kernel, self._address, rows * self._vocab))
+        return bool(check(self._library.kvq_finite(self._kernel, self._address, rows * self._vocab)))

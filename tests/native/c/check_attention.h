@@ -122,8 +122,8 @@ static void check_kernel(const store *s, const new_tokens *n, const kvq_rows *ro
         fail("%s: %s: status %d, error %.2g, of squares %.2g%s; head_dim %d, %d x %d heads, %d cached in %d pages"
              " (first k%dv%d), %d new, layer %d of %d, %d threads, way %d",
              kvq_kernel_name(kernel), n->what, status, error, squares_error, copies_right ? "" : ", wrong copies", d,
-             s->kv_heads, n->group, read_tokens(s, 0, 0, NULL, NULL), s->pages, s->pages ? s->page[0].key_bits : 0,
-             s->pages ? s->page[0].value_bits : 0, n->tokens, n->layer, s->layers, n->threads, n->way);
+             s->kv_heads, n->group, read_tokens(s, 0, 0, NULL, NULL), s->pages, s->pages ? s->page[0].key_precision : 0,
+             s->pages ? s->page[0].value_precision : 0, n->tokens, n->layer, s->layers, n->threads, n->way);
     done[kernel].attention++;
     if (!n->large_score) done[kernel].error = fmax(done[kernel].error, error);
     free(in.out), free(in.row_squares), free(pass.keys), free(pass.values);
@@ -295,6 +295,20 @@ static void check_odd_queries(void) {
                     break;
                 }
         }
+        release(&s);
+    }
+}
+
+/* Any head_dim up to the largest, whatever its codes leave of their last word. */
+static void check_odd_dims(void) {
+    static const int dims[] = {1, 2, 3, 7, 9, 17, 33, 100, 250, 257, 1000, 1023, 1024};
+    for (int i = 0; i < LENGTH(dims) * WIDTH_COUNT; i++) {
+        store s = {.layers = 1, .kv_heads = 1, .head_dim = dims[i / WIDTH_COUNT]};
+        add_page(&s, WIDTHS[i % WIDTH_COUNT], WIDTHS[(i + 1) % WIDTH_COUNT], 32, 20);
+        add_ring(&s, 5, 3, 4);
+        for (int tokens = 1; tokens <= 2; tokens++)
+            check_attention(&s, (new_tokens){.what = "odd head_dim", .group = 1 + i % 5, .tokens = tokens, .threads = 1,
+                                             .squares = 1});
         release(&s);
     }
 }

@@ -41,7 +41,7 @@ static void check_encoding(int rounds) {
         int refused = 0;
         for (int v = 0; v < VECTORS; v++) {
             fill_vector(x + v * d, d, v == 1 ? kind : below(14));
-            if (reference_encode(width, x + v * d, d, expected + v * count, expected_scales + v)) refused = -1;
+            if (reference_encode(width, x + v * d, d, expected + v * count, expected_scales + v)) refused = KVQ_REFUSED_VALUE;
         }
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
             if (!kvq_kernel_available(kernel)) continue;
@@ -78,7 +78,7 @@ static void check_moves(int rounds) {
         const int period = 1 + below(60), capacity = TILE * (1 + below(3));
         const int key_bits[PAGES] = {WIDTHS[i % WIDTH_COUNT], 4};
         const int value_bits[PAGES] = {WIDTHS[i / WIDTH_COUNT % WIDTH_COUNT], 2};
-        if (key_bits[0] == WINDOW_BITS || value_bits[0] == WINDOW_BITS) continue; /* no page is of this kind */
+        if (key_bits[0] == KVQ_WINDOW || value_bits[0] == KVQ_WINDOW) continue; /* no page is of this kind */
         kvq_move_step step[MOST_TOKENS];
         const int first = below(period), to = below(capacity - MOST_TOKENS);
         for (int t = 0; t < tokens; t++)
@@ -101,15 +101,16 @@ static void check_moves(int rounds) {
                     const slot_place from = place(expected.page, of_values, row, step[t].window_slot, d);
                     float old[256];
                     for (int c = 0; c < d; c++) {
-                        const int code = code_of_channel(WINDOW_BITS, from.words, from.stride, d, c);
-                        old[c] = (float)decoded(WINDOW_BITS, code, *from.scale);
+                        const int code = code_of_channel(KVQ_WINDOW, from.words, from.stride, d, c);
+                        old[c] = (float)decoded(KVQ_WINDOW, code, *from.scale);
                     }
                     if (page >= 0)
                         put_vector(place(expected.page + 1 + page, of_values, row, step[t].page_slot, d),
                                    of_values ? value_bits[page] : key_bits[page], old, d);
-                    put_vector(from, WINDOW_BITS, x[of_values] + ((size_t)row * tokens + t) * d, d);
+                    put_vector(from, KVQ_WINDOW, x[of_values] + ((size_t)row * tokens + t) * d, d);
                 }
-            const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, x[0], x[1], moved.page, moved.page + 1, step};
+            const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, PAGES, x[0], x[1], moved.page, moved.page + 1,
+                                   step};
             if (kvq_move_tokens(&move)) fail("%s: move: it failed", kvq_kernel_name(kernel));
             for (int a = 0; a < moved.arrays; a++)
                 if (memcmp(moved.array[a], expected.array[a], moved.nbytes[a]))
@@ -134,9 +135,9 @@ static void check_movable(void) {
                 const kvq_move move = {.layers = 1, .kv_heads = 1, .head_dim = 1, .kernel = kernel, .tokens = n,
                                        .keys = n % 2 ? x : y, .values = n % 2 ? y : x};
                 x[at] = 1;
-                if (!kvq_movable(&move)) fail("%s: movable: %d values are refused", kvq_kernel_name(kernel), n);
+                if (kvq_movable(&move) != 1) fail("%s: movable: %d values are refused", kvq_kernel_name(kernel), n);
                 x[at] = at_fault;
-                if (kvq_movable(&move))
+                if (kvq_movable(&move) != 0)
                     fail("%s: movable: %g at %d of %d is taken", kvq_kernel_name(kernel), x[at], at, n);
                 if (kvq_finite(kernel, x, n) != isfinite(x[at]))
                     fail("%s: finite: wrong of %g at %d of %d", kvq_kernel_name(kernel), x[at], at, n);
@@ -197,8 +198,10 @@ static void check_prepare(int kernel) {
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + 2 * kv_heads) * d);
         const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
-        for (int n = tokens * (heads + kv_heads); n-- > 0;)
-            kvq_prepare_heads(&prepare, n / (heads + kv_heads), n % (heads + kv_heads), n % (heads + kv_heads) + 1);
+        for (int n = tokens * (heads + kv_heads); n-- > 0;) {
+            const int h = n % (heads + kv_heads);
+            kvq_choose_kernel(kernel)->prepare(&prepare, n / (heads + kv_heads), h, h + 1);
+        }
         const int prepared = heads + kv_heads * (rotate & 2 ? 2 : 1);
         double worst = 0;
         for (int t = 0; t < tokens; t++)

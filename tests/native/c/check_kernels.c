@@ -2,18 +2,19 @@
  *
  *   check_kernels          everything, in seconds
  *   check_kernels quick    less of everything: for sanitizers and emulators
- *   check_kernels odd      queries that are tiny, infinite or NaN
+ *   check_kernels odd      queries that are tiny, infinite or NaN; head_dims that no model has
  *
  * Prints a line per kernel; exit status 1 when one is wrong, with what was wrong.
  * Linked with all C files of the library. Every array has exactly its size, so that the address sanitizer sees any
  * access beyond a page; the random numbers are the same in every run. */
 #include "check_attention.h"
 #include "check_codecs.h"
+#include "check_refusals.h"
 #include "check_stepwise.h"
 
-/* What is refused, and what the names say. */
+/* What the names say, and which kernels run. */
 static void check_interface(void) {
-    float x[1025] = {0}, out[8];
+    float x[8] = {0}, out[8];
     uint32_t words[8];
     uint16_t scale;
     const kvq_rows rows = {.query = x, .key = x, .value = x, .out = out};
@@ -24,17 +25,22 @@ static void check_interface(void) {
     for (int kernel = -2; kernel <= kvq_kernels(); kernel++) {
         const int available = kernel >= 0 && kernel < kvq_kernels() && kvq_kernel_available(kernel);
         const int usable = available || kernel < 0; /* below 0: the best one */
+        const int expected = usable ? 0 : KVQ_NO_KERNEL;
         pass.kernel = kernel;
-        if (kvq_attend(&pass, 0, &rows, NULL, NULL) != (usable ? 0 : -2)) fail("attending with kernel %d", kernel);
-        if (kvq_encode(kernel, 8, x, 1, 8, words, &scale) != (usable ? 0 : -1)) fail("encoding with kernel %d", kernel);
+        if (kvq_attend(&pass, 0, &rows, NULL, NULL) != expected) fail("attending with kernel %d", kernel);
+        if (kvq_encode(kernel, KVQ_INT8, x, 1, 8, words, &scale) != expected) fail("encoding with kernel %d", kernel);
+        if (kvq_finite(kernel, x, 8) != (usable ? 1 : KVQ_NO_KERNEL)) fail("looking with kernel %d", kernel);
         if (available != kvq_kernel_available(kernel)) fail("kernel %d says it is available", kernel);
         if (!*kvq_kernel_name(kernel) != (kernel < 0 || kernel >= kvq_kernels())) fail("name of kernel %d", kernel);
     }
-    if (kvq_encode(0, 8, x, 1, 1025, words, &scale) != -1) fail("a head_dim of 1025 was encoded");
 }
 
 static void check_everything(int quick) {
     check_interface();
+    check_knowledge();
+    check_refused_passes();
+    check_refused_moves();
+    check_refused_encoding();
     check_counts(quick ? 3 : 1);
     check_shapes(quick ? 7 : 1);
     check_rings(quick);
@@ -56,7 +62,7 @@ static void check_everything(int quick) {
 int main(int count, char **arguments) {
     const int quick = count > 1 && !strcmp(arguments[1], "quick");
     seed = 20240607;
-    if (count > 1 && !strcmp(arguments[1], "odd")) check_odd_queries();
+    if (count > 1 && !strcmp(arguments[1], "odd")) check_odd_queries(), check_odd_dims();
     else check_everything(quick);
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
         if (kvq_kernel_available(kernel))

@@ -1,5 +1,5 @@
 /* What the kernels are compared with: random packed pages, and attention and codecs written from the documentation
- * (runtime/native/kvq.h, runtime/kv/pages.py, runtime/codecs), a value at a time and in double precision. */
+ * (runtime/native/kvq.h, runtime/kv/pages.py, runtime/precision/codecs), a value at a time and in double precision. */
 #ifndef KVQ_REFERENCE_H
 #define KVQ_REFERENCE_H
 
@@ -8,10 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kvq.h"
+#include "drivers.h"
 
-static const int WIDTHS[] = {16, 8, 4, 2, WINDOW_BITS};
-enum { WIDTH_COUNT = 5 };
+/* Ids of all precisions that the library says it knows; what they mean is written down here a second time. */
+#define ID_OF(name, id, bits, scale, products, with) id,
+static const int WIDTHS[] = {KVQ_WIDTHS(ID_OF, )};
 
 /* splitmix64 (Steele, Lea and Flood, 2014): the same numbers on every machine. */
 static uint64_t seed;
@@ -53,7 +54,7 @@ static uint16_t nearest_half(double x) {
     return sign | (uint16_t)((exponent + 14) * 1024 + (int)ldexp(size, 10 - exponent));
 }
 
-static int code_bits(int width) { return width == WINDOW_BITS ? 16 : width; }
+static int code_bits(int width) { return width == KVQ_WINDOW ? 16 : width; }
 static int words_of(int width, int head_dim) { return (head_dim * code_bits(width) + 31) / 32; }
 
 /* Code i of word j is channel i * words + j. */
@@ -66,10 +67,11 @@ static double decoded(int width, int code, uint16_t scale) {
     static const double levels[] = {-10.0 / 3, -1, 1, 10.0 / 3};
     switch (width) {
     case 16: return half_value((uint16_t)code);
-    case WINDOW_BITS: return (int16_t)code * half_value(scale);
+    case KVQ_WINDOW: return (int16_t)code * half_value(scale);
     case 8: return (int8_t)code * half_value(scale);
     case 4: return (code - 8) * half_value(scale);
-    default: return levels[code] * half_value(scale);
+    case 2: return levels[code] * half_value(scale);
+    default: return NAN; /* a precision that this file does not describe: every check fails */
     }
 }
 
@@ -135,7 +137,7 @@ static void add_page(store *s, int key_bits, int value_bits, int capacity, int c
     add_rows(s, key_bits, value_bits, capacity, 0, count, capacity);
 }
 static void add_ring(store *s, int period, int count, int first) {
-    add_rows(s, WINDOW_BITS, WINDOW_BITS, whole_tiles(period), first, count, period);
+    add_rows(s, KVQ_WINDOW, KVQ_WINDOW, whole_tiles(period), first, count, period);
 }
 
 /* Where the vector of a slot of one layer and KV head lies. */
@@ -146,7 +148,7 @@ typedef struct {
 } slot_place;
 static slot_place place(const kvq_page *page, int of_values, size_t row, int slot, int head_dim) {
     const size_t at = row * page->capacity + slot;
-    const int words = words_of(of_values ? page->value_bits : page->key_bits, head_dim);
+    const int words = words_of(of_values ? page->value_precision : page->key_precision, head_dim);
     if (of_values) return (slot_place){(uint32_t *)page->values + at * words, (uint16_t *)page->value_scales + at, 1};
     uint32_t *first = (uint32_t *)page->keys + at / TILE * TILE * words + at % TILE;
     return (slot_place){first, (uint16_t *)page->key_scales + at, TILE};
@@ -163,13 +165,13 @@ static int read_tokens(const store *s, int layer, int kv_head, double *keys, dou
             if (slot >= page->period) continue;
             if (((slot - page->first) % page->period + page->period) % page->period >= page->count) continue;
             const slot_place key = place(page, 0, row, slot, d), value = place(page, 1, row, slot, d);
-            const uint16_t key_scale = page->key_bits == 16 ? 0 : *key.scale;
-            const uint16_t value_scale = page->value_bits == 16 ? 0 : *value.scale;
+            const uint16_t key_scale = page->key_precision == 16 ? 0 : *key.scale;
+            const uint16_t value_scale = page->value_precision == 16 ? 0 : *value.scale;
             for (int c = 0; keys && c < d; c++) {
-                int k = code_of_channel(page->key_bits, key.words, key.stride, d, c);
-                int v = code_of_channel(page->value_bits, value.words, value.stride, d, c);
-                keys[(size_t)n * d + c] = decoded(page->key_bits, k, key_scale);
-                values[(size_t)n * d + c] = decoded(page->value_bits, v, value_scale);
+                int k = code_of_channel(page->key_precision, key.words, key.stride, d, c);
+                int v = code_of_channel(page->value_precision, value.words, value.stride, d, c);
+                keys[(size_t)n * d + c] = decoded(page->key_precision, k, key_scale);
+                values[(size_t)n * d + c] = decoded(page->value_precision, v, value_scale);
             }
             n++;
         }

@@ -7,8 +7,10 @@
 #include <immintrin.h>
 #include <math.h>
 
-#include "kernel.h"
-#include "vector.h"
+#include "../kernel.h"
+#include "../templates/vector.h"
+
+#define DOT_VALUES
 
 /* The unit of the whole numbers, in root mean squares of the weights of a run: rounding then adds a noise of 1.6e-5 of
  * the result, whatever the weights are like. A weight of more than two bytes is 3.6 times the root mean square, which at
@@ -20,9 +22,9 @@
 #define MOST_PASSES 8 /* of 32 channels: head_dim at most 256 */
 
 /* Vectors of so many words can be taken apart below: whole registers of them, or of half and quarter length. */
-INLINE int dot_values_fit(int bits, int words) {
-    const int shaped = (words == 4 && bits < 8) || words == 8 || words % 16 == 0;
-    return bits <= 8 && shaped && words * (8 / bits) <= 8 * MOST_PASSES;
+INLINE int dot_values_fit(int precision, int words) {
+    const int bits = bits_of(precision), shaped = (words == 4 && bits < 8) || words == 8 || words % 16 == 0;
+    return parts_of(precision) && shaped && words * (8 / bits) <= 8 * MOST_PASSES;
 }
 
 /* Four tokens' bytes together: dword 4 w + b of the result holds byte b of word 4 c + w of four tokens, the first one's
@@ -49,16 +51,25 @@ INLINE void four_tokens_wide(int words, const uint32_t *values, int j, int half,
     out[1] = _mm512_unpackhi_epi16(even, odd);
 }
 
-/* Code s of every byte, as a signed byte; 2-bit levels in thirds. */
-INLINE __m512i signed_codes(int bits, __m512i bytes, int s) {
-    if (bits == 8) return bytes;
-    if (bits == 4) {
-        __m512i nibble = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-        return _mm512_sub_epi8(nibble, _mm512_set1_epi8(8));
-    }
+/* Code s of every byte as a signed byte, its level or parts of that: signed_codes_<name> for every precision that integer
+ * dot products take. */
+INLINE __m512i signed_codes_INT8(__m512i bytes, int s) { return (void)s, bytes; }
+INLINE __m512i signed_codes_INT4(__m512i bytes, int s) {
+    __m512i nibble = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+    return _mm512_sub_epi8(nibble, _mm512_set1_epi8(8));
+}
+INLINE __m512i signed_codes_CODEBOOK(__m512i bytes, int s) {
     const __m512i levels = _mm512_set1_epi32(10 << 24 | 3 << 16 | 0xfd << 8 | 0xf6);
     __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 2 * s) : bytes, _mm512_set1_epi8(3));
     return _mm512_shuffle_epi8(levels, code);
+}
+INLINE __m512i signed_codes(int precision, __m512i bytes, int s) {
+    switch (precision) {
+#define CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return signed_codes_##name(bytes, s);)
+        KVQ_WIDTHS(CODES, )
+#undef CODES
+    default: return _mm512_setzero_si512();
+    }
 }
 
 /* Where the 16 channels of a register of codes are: a pass of dot_page works on two registers. Pass p of one precision
@@ -68,8 +79,8 @@ typedef struct {
     int stride, next, next_step;
 } dot_pass;
 
-INLINE dot_pass pass_of(int bits, int words, int p) {
-    const int steps = 8 / bits;
+INLINE dot_pass pass_of(int precision, int words, int p) {
+    const int steps = 8 / bits_of(precision);
     if (words == 4 || (words == 8 && steps > 1)) { /* two codes of the same bytes */
         const int pairs = steps / 2;
         return (dot_pass){4 * (p / pairs), 2 * (p % pairs), 1, 0, 1};
@@ -80,16 +91,16 @@ INLINE dot_pass pass_of(int bits, int words, int p) {
 }
 
 /* The codes of pass p of four tokens. */
-INLINE void codes_of_four(int bits, int words, int p, const uint32_t *values, __m512i code[2]) {
-    const dot_pass at = pass_of(bits, words, p);
-    if (words == 4 || (words == 8 && bits < 8)) {
+INLINE void codes_of_four(int precision, int words, int p, const uint32_t *values, __m512i code[2]) {
+    const dot_pass at = pass_of(precision, words, p);
+    if (words == 4 || (words == 8 && bits_of(precision) < 8)) {
         __m512i bytes = four_tokens(words, values, at.word / 4);
-        code[0] = signed_codes(bits, bytes, at.step), code[1] = signed_codes(bits, bytes, at.step + 1);
+        code[0] = signed_codes(precision, bytes, at.step), code[1] = signed_codes(precision, bytes, at.step + 1);
     } else if (words == 8) {
         code[0] = four_tokens(words, values, 0), code[1] = four_tokens(words, values, 1);
     } else {
         four_tokens_wide(words, values, at.word / 16 * 16, at.word % 4 / 2, code);
-        for (int i = 0; i < 2; i++) code[i] = signed_codes(bits, code[i], at.step);
+        for (int i = 0; i < 2; i++) code[i] = signed_codes(precision, code[i], at.step);
     }
 }
 
@@ -105,7 +116,7 @@ INLINE void dot_four(int heads, const float *weights, const __m512i code[2], __m
 }
 
 /* Sums of pass p over a page: acc[part][head][register] += weights x codes, the rare parts for the groups of `rare`. */
-INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *values, int slots, const float *weights,
+INLINE void dot_page(int precision, int heads, int words, int p, const uint32_t *values, int slots, const float *weights,
                      const int32_t *rare, int rare_count, __m512i acc[][DECODE_HEADS][2], const char *next) {
     __m512i sum[COMMON_PARTS][DECODE_HEADS][2], code[2];
     for (int part = 0; part < COMMON_PARTS; part++)
@@ -117,7 +128,7 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
             if (p == 0 && next)
                 for (int line = 0; line < words / 4; line++)
                     __builtin_prefetch(next + (size_t)((tile + t) * words) * 4 + line * 64, 0, 2);
-            codes_of_four(bits, words, p, four, code);
+            codes_of_four(precision, words, p, four, code);
             for (int part = 0; part < COMMON_PARTS; part++) dot_four(heads, weight + t + part, code, sum[part]);
         }
     for (int part = 0; part < COMMON_PARTS; part++)
@@ -125,7 +136,7 @@ INLINE void dot_page(int bits, int heads, int words, int p, const uint32_t *valu
     if (!rare_count) return;
     for (int g = 0; g < heads; g++) sum[0][g][0] = acc[COMMON_PARTS][g][0], sum[0][g][1] = acc[COMMON_PARTS][g][1];
     for (int i = 0; i < rare_count; i++) {
-        codes_of_four(bits, words, p, values + (size_t)rare[i] * words, code);
+        codes_of_four(precision, words, p, values + (size_t)rare[i] * words, code);
         dot_four(heads, weights + rare[i] / TILE * heads * TILE + rare[i] % TILE + COMMON_PARTS, code, sum[0]);
     }
     for (int g = 0; g < heads; g++) acc[COMMON_PARTS][g][0] = sum[0][g][0], acc[COMMON_PARTS][g][1] = sum[0][g][1];
@@ -155,9 +166,9 @@ INLINE int whole_weights(int heads, int slots, const float *inverse, float *weig
 
 /* sums[head][channel] += weights[head][token] * level[token][channel] over `count` neighbouring pages of one precision,
  * all_slots in all; weights are overwritten, squares [heads] are the sums of theirs. `next` is what is read after them. */
-INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int count, size_t vector_row,
+INLINE void weigh_dot(int precision, int heads, int words, const kvq_page *page, int count, size_t vector_row,
                       int all_slots, float *weights, const float *squares, float *sums, int stride, const char *next) {
-    const int passes = words * (8 / bits) / 8, steps = 8 / bits;
+    const int steps = 8 / bits_of(precision), passes = words * steps / 8;
     __m512i acc[MOST_PASSES][WEIGHT_PARTS][DECODE_HEADS][2];
     int32_t rare[CHUNK_SLOTS / 4 + 12];
     float unit[DECODE_HEADS], inverse[DECODE_HEADS];
@@ -177,16 +188,16 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
         }
         const int rare_count = whole_weights(heads, slots, inverse, weights, rare);
         for (int pass = 0; pass < passes; pass++)
-            dot_page(bits, heads, words, pass, values, slots, weights, rare, rare_count, acc[pass], after);
+            dot_page(precision, heads, words, pass, values, slots, weights, rare, rare_count, acc[pass], after);
         weights += slots * heads;
     }
     for (int pass = 0; pass < passes; pass++) {
-        const dot_pass at = pass_of(bits, words, pass);
+        const dot_pass at = pass_of(precision, words, pass);
         for (int g = 0; g < heads; g++)
             for (int i = 0; i < 2; i++) {
                 float lanes[LANES];
                 const vf high = to_float((vi)acc[pass][2][g][i]) * 256 + to_float((vi)acc[pass][1][g][i]);
-                store_f(lanes, (high * 256 + to_float((vi)acc[pass][0][g][i])) * (bits == 2 ? unit[g] * (1.0f / 3) : unit[g]));
+                store_f(lanes, (high * 256 + to_float((vi)acc[pass][0][g][i])) * (unit[g] * (1.0f / parts_of(precision))));
                 float *to = sums + g * stride + (at.step + i * at.next_step) * words + at.word + i * at.next;
                 for (int b = 0; b < 4; b++)
                     for (int l = 0; l < 4; l++) to[b * steps * words + l * at.stride] += lanes[4 * l + b];
@@ -194,28 +205,39 @@ INLINE void weigh_dot(int bits, int heads, int words, const kvq_page *page, int 
     }
 }
 
-/* A function for each precision, width and number of heads; the common widths are constants in theirs. */
+/* A function for each precision, width and number of heads; the common widths are constants in theirs: a head_dim of 64,
+ * of 32 with 8 and 4 bits, of 128 with 4 and 2. */
 typedef void (*run_function)(int words, const kvq_page *page, int count, size_t vector_row, int slots, float *weights,
                              const float *squares, float *sums, int stride, const char *next);
-#define RUN(name, bits, width, heads)                                                                              \
-    NOINLINE void name##_##heads(int words, const kvq_page *page, int count, size_t vector_row, int slots,          \
-                                 float *weights, const float *squares, float *sums, int stride, const char *next) { \
-        weigh_dot(bits, heads, width, page, count, vector_row, slots, weights, squares, sums, stride, next);        \
+#define RUN(function, precision, width, heads)                                                                        \
+    NOINLINE void function##_##heads(int words, const kvq_page *page, int count, size_t vector_row, int slots,        \
+                                     float *weights, const float *squares, float *sums, int stride,                   \
+                                     const char *next) {                                                              \
+        weigh_dot(precision, heads, width, page, count, vector_row, slots, weights, squares, sums, stride, next);     \
     }
-#define RUNS(name, bits, width) \
-    RUN(name, bits, width, 1) RUN(name, bits, width, 2) RUN(name, bits, width, 3) RUN(name, bits, width, 4) \
-    static const run_function name##_of[DECODE_HEADS] = ROW_OF(name);
-RUNS(run_8_64, 8, 16) RUNS(run_8_32, 8, 8) RUNS(run_8, 8, words)
-RUNS(run_4_64, 4, 8) RUNS(run_4_128, 4, 16) RUNS(run_4_32, 4, 4) RUNS(run_4, 4, words)
-RUNS(run_2_64, 2, 4) RUNS(run_2_128, 2, 8) RUNS(run_2, 2, words)
+#define RUNS(function, precision, width)                                        \
+    RUN(function, precision, width, 1) RUN(function, precision, width, 2)       \
+    RUN(function, precision, width, 3) RUN(function, precision, width, 4)       \
+    static const run_function function##_of[DECODE_HEADS] = ROW_OF(function);
+#define COMMON_INT8(X) X(INT8, 16) X(INT8, 8)
+#define COMMON_INT4(X) X(INT4, 8) X(INT4, 16) X(INT4, 4)
+#define COMMON_CODEBOOK(X) X(CODEBOOK, 4) X(CODEBOOK, 8)
+#define COMMON_RUNS(name, width) RUNS(run_##name##_w##width, KVQ_##name, width)
+#define ALL_RUNS(name, id, bits, scale, products, with) \
+    KVQ_IF_WHOLE(products, COMMON_##name(COMMON_RUNS) RUNS(run_##name, id, words))
+KVQ_WIDTHS(ALL_RUNS, )
 
 INLINE void weigh_run(int heads, int words, const kvq_page *page, int count, size_t vector_row, int slots,
                       float *weights, const float *squares, float *sums, int stride, const char *next) {
     const run_function *run;
-    switch (page->value_bits) {
-    case 8: run = words == 16 ? run_8_64_of : words == 8 ? run_8_32_of : run_8_of; break;
-    case 4: run = words == 8 ? run_4_64_of : words == 16 ? run_4_128_of : words == 4 ? run_4_32_of : run_4_of; break;
-    default: run = words == 4 ? run_2_64_of : words == 8 ? run_2_128_of : run_2_of;
+    switch (page->value_precision) {
+#define IF_COMMON(name, width) words == width ? run_##name##_w##width##_of :
+#define RUN_OF(name, id, bits, scale, products, with) \
+    KVQ_IF_WHOLE(products, case id: run = COMMON_##name(IF_COMMON) run_##name##_of; break;)
+        KVQ_WIDTHS(RUN_OF, )
+#undef RUN_OF
+#undef IF_COMMON
+    default: return; /* never: dot_values_fit has refused it */
     }
     run[heads - 1](words, page, count, vector_row, slots, weights, squares, sums, stride, next);
 }

@@ -2,14 +2,12 @@
 #ifndef KVQ_DECODE_H
 #define KVQ_DECODE_H
 
-#include "kernel.h"
+#include "../kernel.h"
 #include "scores.h"
 #include "vector.h"
 #include "weigh.h"
-#ifdef DOT_VALUES
-#include "dot_values.h"
-#else
-INLINE int dot_values_fit(int bits, int words) { return (void)bits, (void)words, 0; }
+#ifndef DOT_VALUES
+INLINE int dot_values_fit(int precision, int words) { return (void)precision, (void)words, 0; }
 #endif
 
 /* What a query head's softmax comes to, lane by lane: sums of weights, of their squares, and of their squares when they
@@ -22,11 +20,12 @@ typedef struct {
 INLINE void softmax_weights(int heads, const kvq_page *page, size_t vector_row, int slots, const float *maximum,
                             float *scores, softmax_sums *sums) {
     const uint16_t *scales = page->value_scales + vector_row * page->capacity + page->begin;
+    const int scaled = has_scale(page->value_precision);
     softmax_sums own[DECODE_HEADS];
     for (int g = 0; g < heads; g++) own[g] = sums[g];
     for (int tile = 0; tile < slots; tile += TILE, scores += heads * TILE)
         for (int t = 0; t < TILE; t += LANES) {
-            const vf scale = page->value_bits == 16 ? splat(1) : load_halves(scales + tile + t);
+            const vf scale = scaled ? load_halves(scales + tile + t) : splat(1);
             for (int g = 0; g < heads; g++) {
                 const vf e = exp_f(load_f(scores + g * TILE + t) - maximum[g]), weight = e * scale;
                 own[g].total += e;
@@ -40,7 +39,7 @@ INLINE void softmax_weights(int heads, const kvq_page *page, size_t vector_row, 
 
 /* As prefetch, for the scales of a page's keys or values. */
 static void prefetch_scales(const kvq_page *page, size_t vector_row, int of_keys) {
-    if ((of_keys ? page->key_bits : page->value_bits) == 16) return;
+    if (!has_scale(of_keys ? page->key_precision : page->value_precision)) return;
     const uint16_t *scales = (of_keys ? page->key_scales : page->value_scales) + vector_row * page->capacity;
     prefetch((const char *)(scales + page->begin), sizeof(uint16_t) * slots_of(page));
 }
@@ -63,8 +62,8 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
         const char *next = codes_at(task, pass->page + (last ? begin : p + 1), vector_row, !last);
         if (!last) prefetch_scales(page + 1, vector_row, 1);
         prefetch_scales(page, vector_row, 0);
-        SCORES_OF[width_number(page->key_bits)][heads - 1](task, page, vector_row, head, slots, scores + at * heads, top,
-                                                           next);
+        SCORES_OF[width_number(page->key_precision)][heads - 1](task, page, vector_row, head, slots, scores + at * heads,
+                                                                top, next);
         at += slots;
     }
 
@@ -77,15 +76,15 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
     const int stride = (int)(partial_bytes(task) / sizeof(float));
     for (int p = begin, count; p < end; p += count) {
         const kvq_page *page = pass->page + p;
-        const int words = words_per_vector(page->value_bits, pass->head_dim);
-        const int together = dot_values_fit(page->value_bits, words); /* all neighbours of this precision at once,
-                                                                       * whatever empty pages of others lie between */
+        const int words = words_per_vector(page->value_precision, pass->head_dim);
+        const int together = dot_values_fit(page->value_precision, words); /* all neighbours of this precision at once,
+                                                                            * whatever empty pages lie between */
         int slots = 0;
         for (int g = 0; g < heads; g++) softmax[g].scaled_squares = splat(0);
         for (count = 0; p + count < end && (together || count == 0); count++) {
             const int more = slots_of(page + count);
             if (more <= 0) continue;
-            if (page[count].value_bits != page->value_bits) break;
+            if (page[count].value_precision != page->value_precision) break;
             softmax_weights(heads, page + count, vector_row, more, maximum, weights + slots * heads, softmax);
             slots += more;
         }
@@ -101,7 +100,7 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
         }
 #endif
         const uint32_t *values = (const uint32_t *)codes_at(task, page, vector_row, 0);
-        WEIGH_OF[width_number(page->value_bits)][heads - 1](values, words, slots, weights, sums, stride, next);
+        WEIGH_OF[width_number(page->value_precision)][heads - 1](values, words, slots, weights, sums, stride, next);
         weights += slots * heads;
     }
     for (int g = 0; g < heads; g++) {

@@ -1,4 +1,4 @@
-/* Vectors to codes and scales, byte for byte as the codecs in runtime/codecs do it: every rounding here is theirs. */
+/* Vectors to codes and scales, byte for byte as runtime/precision/codecs does it: every rounding here is theirs. */
 #ifndef KVQ_ENCODE_H
 #define KVQ_ENCODE_H
 
@@ -58,7 +58,7 @@ INLINE int64_t sum_of_squares(const int32_t *magnitude, int padded) {
 /* The four-level codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
 INLINE float codebook_fit(const float *x, int padded, int head_dim, float peak, uint32_t *code) {
     const double inner = 0.4528, border = (double)(float)((1 + 10.0 / 3) / 2), one = 65536, most_gain = 1.5;
-    int32_t magnitude[1024], most_inner = 0;
+    int32_t magnitude[MOST_CHANNELS], most_inner = 0;
     int64_t products = 0;
     for (int c = 0; c < padded; c += LANES) {
         vf unit = peak > 0 ? load_f(x + c) / peak : splat(0);
@@ -100,8 +100,8 @@ INLINE float peak_of(const float *x, int padded) {
 }
 
 /* Codes of all channels into words: word j has those of the channels j, words + j, 2 * words + j, ... */
-INLINE void pack(int bits, const uint32_t *code, int head_dim, uint32_t *words) {
-    const int count = words_per_vector(bits, head_dim), codes = codes_of(bits), width = 32 / codes;
+INLINE void pack(int precision, const uint32_t *code, int head_dim, uint32_t *words) {
+    const int count = words_per_vector(precision, head_dim), codes = codes_of(precision), width = bits_of(precision);
     if (count % LANES == 0) {
         for (int j = 0; j < count; j += LANES) {
             vu word = load_u(code + j);
@@ -121,47 +121,86 @@ INLINE void pack(int bits, const uint32_t *code, int head_dim, uint32_t *words) 
     }
 }
 
-/* Encode one vector. Returns 0, or -1 for a value that numpy's codec refuses (it then says why). */
-INLINE int encode_vector(int bits, const float *x, int padded, int head_dim, uint32_t *words, uint16_t *scale_out) {
-    uint32_t code[1024 + 16];
-    const float peak = peak_of(x, padded);
-    if (!(peak <= FLT_MAX)) return -1;
-    if ((bits == 16 || bits == WINDOW_BITS) && peak > LARGEST_HALF) return -1;
-    if (bits == 16) {
-        for (int c = 0; c < padded; c += LANES) {
-            vu h = float_to_half(load_f(x + c));
-            memcpy(code + c, &h, sizeof h);
-        }
-    } else {
-        const float largest = bits == WINDOW_BITS ? 32767 : bits == 8 ? 127 : 7;
-        const int half = half_above(bits == 2 ? codebook_fit(x, padded, head_dim, peak, code) : peak / largest);
-        if (half < 0) return -1;
-        *scale_out = (uint16_t)half;
-        const float scale = float_of_half(half);
-        if (bits != 2) {
-            const int offset = bits == 4 ? 8 : 0;
-            const uint32_t mask = bits == 4 ? 15 : bits == 8 ? 255 : 65535;
-            for (int c = 0; c < padded; c += LANES) {
-                vu q = (vu)(quantized(load_f(x + c), scale, largest) + offset) & mask;
-                memcpy(code + c, &q, sizeof q);
-            }
-        }
+/* Codes of a vector for each precision, encode_<name>: from x [padded], zeros beyond head_dim, and its largest magnitude,
+ * finite, to code [padded] and, where it has one, its scale. Returns 0, or REFUSED_VALUE where numpy's codec refuses. */
+INLINE int encode_HALF(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    (void)head_dim, (void)scale_out;
+    if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE;
+    for (int c = 0; c < padded; c += LANES) {
+        vu h = float_to_half(load_f(x + c));
+        memcpy(code + c, &h, sizeof h);
     }
-    for (int c = head_dim; c < padded; c++) code[c] = 0; /* codes beyond the last channel */
-    pack(bits, code, head_dim, words);
     return 0;
 }
 
-static int encode_vectors(int bits, const float *x, size_t vectors, int head_dim, uint32_t *words, uint16_t *scales) {
-    const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(bits, head_dim);
-    float vector[1024];
+/* Uniform codes from -largest - 1 to largest, counted from -offset; the scale is the least half that clips nothing. */
+INLINE int encode_uniform(const float *x, int padded, float peak, float largest, int offset, uint32_t *code,
+                          uint16_t *scale_out) {
+    const int half = half_above(peak / largest);
+    if (half < 0) return KVQ_REFUSED_VALUE;
+    *scale_out = (uint16_t)half;
+    const float scale = float_of_half(half);
+    const uint32_t mask = 2 * (uint32_t)largest + 1;
+    for (int c = 0; c < padded; c += LANES) {
+        vu q = (vu)(quantized(load_f(x + c), scale, largest) + offset) & mask;
+        memcpy(code + c, &q, sizeof q);
+    }
+    return 0;
+}
+
+INLINE int encode_WINDOW(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    (void)head_dim;
+    if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE; /* a token must be able to leave the window at any precision */
+    return encode_uniform(x, padded, peak, 32767, 0, code, scale_out);
+}
+
+INLINE int encode_INT8(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    (void)head_dim;
+    return encode_uniform(x, padded, peak, 127, 0, code, scale_out);
+}
+
+INLINE int encode_INT4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    (void)head_dim;
+    return encode_uniform(x, padded, peak, 7, 8, code, scale_out);
+}
+
+INLINE int encode_CODEBOOK(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    const int half = half_above(codebook_fit(x, padded, head_dim, peak, code));
+    if (half < 0) return KVQ_REFUSED_VALUE;
+    *scale_out = (uint16_t)half;
+    return 0;
+}
+
+/* One vector to its words and scale; precision is a constant. */
+INLINE int encode_vector(int precision, const float *x, int padded, int head_dim, uint32_t *words,
+                         uint16_t *scale_out) {
+    uint32_t code[MOST_CHANNELS + 16];
+    const float peak = peak_of(x, padded);
+    if (!(peak <= FLT_MAX)) return KVQ_REFUSED_VALUE;
+    int status = KVQ_UNKNOWN_PRECISION;
+    switch (precision) {
+#define ENCODE(name, id, bits, scale, products, with) \
+    case id: status = encode_##name(x, padded, head_dim, peak, code, scale_out); break;
+        KVQ_WIDTHS(ENCODE, )
+#undef ENCODE
+    }
+    if (status) return status;
+    for (int c = head_dim; c < padded; c++) code[c] = 0; /* codes beyond the last channel */
+    pack(precision, code, head_dim, words);
+    return 0;
+}
+
+static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, uint32_t *words,
+                          uint16_t *scales) {
+    const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(precision, head_dim);
+    float vector[MOST_CHANNELS];
     memset(vector + head_dim, 0, sizeof(float) * (padded - head_dim));
     for (size_t i = 0; i < vectors; i++) {
-        int status;
+        int status = KVQ_UNKNOWN_PRECISION;
         memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
         uint32_t *to = words + i * count;
-        FOR_BITS(bits, status = head_dim == 64 ? encode_vector(BITS, vector, 64, 64, to, scales + i)
-                                               : encode_vector(BITS, vector, padded, head_dim, to, scales + i))
+        FOR_WIDTH(precision, status = head_dim == 64 ? encode_vector(PRECISION, vector, 64, 64, to, scales + i)
+                                                     : encode_vector(PRECISION, vector, padded, head_dim, to, scales + i))
         if (status) return status;
     }
     return 0;

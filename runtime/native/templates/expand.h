@@ -2,7 +2,7 @@
 #ifndef KVQ_EXPAND_H
 #define KVQ_EXPAND_H
 
-#include "kernel.h"
+#include "../kernel.h"
 #include "scores.h"
 #include "vector.h"
 
@@ -15,27 +15,27 @@ typedef struct {
 } kvq_block;
 
 /* A tile of keys. */
-INLINE void expand_tile(int bits, int head_dim, const uint32_t *tile, int words, const uint16_t *scales, float *keys) {
+INLINE void expand_tile(int precision, int head_dim, const uint32_t *tile, int words, const uint16_t *scales, float *keys) {
     for (int v = 0; v < TILE_VECTORS; v++) {
         vf scale = splat(1);
-        if (bits != 16) scale = load_halves(scales + v * LANES);
+        if (has_scale(precision)) scale = load_halves(scales + v * LANES);
         for (int j = 0; j < words; j++) {
             vu word = load_u(tile + j * TILE + v * LANES);
             UNROLL
-            for (int i = 0; i < codes_of(bits); i++)
+            for (int i = 0; i < codes_of(precision); i++)
                 if (i * words + j < head_dim)
-                    store_f(keys + (i * words + j) * KEY_BLOCK + v * LANES, level(bits, word, i) * scale);
+                    store_f(keys + (i * words + j) * KEY_BLOCK + v * LANES, level(precision, word, i) * scale);
         }
     }
 }
 
 /* One value vector, [channels]; may write up to LANES floats more. */
-INLINE void expand_value(int bits, const uint32_t *code, int words, float scale, float *value) {
+INLINE void expand_value(int precision, const uint32_t *code, int words, float scale, float *value) {
     if (words % LANES == 0) {
         for (int j = 0; j < words; j += LANES) {
             vu word = load_u(code + j);
             UNROLL
-            for (int i = 0; i < codes_of(bits); i++) store_f(value + i * words + j, level(bits, word, i) * scale);
+            for (int i = 0; i < codes_of(precision); i++) store_f(value + i * words + j, level(precision, word, i) * scale);
         }
         return;
     }
@@ -43,30 +43,31 @@ INLINE void expand_value(int bits, const uint32_t *code, int words, float scale,
         vu word = {0};
         memcpy(&word, code, sizeof(uint32_t) * words);
         UNROLL /* ascending: what a store writes too far, the next one or the next token's overwrites */
-        for (int i = 0; i < codes_of(bits); i++) store_f(value + i * words, level(bits, word, i) * scale);
+        for (int i = 0; i < codes_of(precision); i++) store_f(value + i * words, level(precision, word, i) * scale);
         return;
     }
-    for (int i = 0; i < codes_of(bits); i++)
-        for (int j = 0; j < words; j++) value[i * words + j] = level(bits, code[j] - (vu){0}, i)[0] * scale;
+    for (int i = 0; i < codes_of(precision); i++)
+        for (int j = 0; j < words; j++) value[i * words + j] = level(precision, code[j] - (vu){0}, i)[0] * scale;
 }
 
 /* Add the slots [begin, begin + slots) of a page, counted from its own begin, as far as they hold tokens. */
 static void expand_page(const kvq_task *task, const kvq_page *page, size_t vector_row, int begin, int slots,
                         kvq_block *block) {
     const int d = task->pass->head_dim, depth = block->depth;
-    const int key_words = words_per_vector(page->key_bits, d), value_words = words_per_vector(page->value_bits, d);
+    const int key_words = words_per_vector(page->key_precision, d);
+    const int value_words = words_per_vector(page->value_precision, d), scaled = has_scale(page->value_precision);
     const size_t first_slot = vector_row * page->capacity + page->begin + begin;
     const uint16_t *key_scales = page->key_scales + first_slot, *value_scales = page->value_scales + first_slot;
     const uint32_t *codes = page->values + first_slot * value_words;
     float *keys = block->keys + block->tokens, *values = block->values + (size_t)block->tokens * depth;
     for (int t = 0; t < slots; t += TILE) {
         const uint32_t *tile = key_tile(page, vector_row, key_words, (begin + t) / TILE);
-        FOR_BITS(page->key_bits, expand_tile(BITS, d, tile, key_words, key_scales + t, keys + t))
+        FOR_WIDTH(page->key_precision, expand_tile(PRECISION, d, tile, key_words, key_scales + t, keys + t))
     }
     for (int t = 0; t < slots; t++) {
-        const float scale = page->value_bits == 16 ? 1 : half_scalar(value_scales[t]);
+        const float scale = scaled ? half_scalar(value_scales[t]) : 1;
         const uint32_t *code = codes + (size_t)t * value_words;
-        FOR_BITS(page->value_bits, expand_value(BITS, code, value_words, scale, values + (size_t)t * depth))
+        FOR_WIDTH(page->value_precision, expand_value(PRECISION, code, value_words, scale, values + (size_t)t * depth))
     }
     int kept = 0; /* tokens move to the front */
     for (int t = 0; t < slots; t++) {

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #define LANES 8
-#include "types.h"
+#include "../templates/types.h"
 
 INLINE vf avx2_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #define max_f avx2_max

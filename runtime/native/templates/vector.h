@@ -6,10 +6,13 @@
  *   exp_f(x)              e^x for x <= 0
  *   max_f(a, b)           a > b ? a : b
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
- * and for integer dot products (see decode.h) DOT_KERNEL, DOT_OFFSET, dot_codes and dot. */
+ * and for integer dot products what scores.h asks for under DOT_KERNEL; docs/native.md has all hooks together. */
 #ifndef KVQ_VECTOR_H
 #define KVQ_VECTOR_H
 
+#include <math.h>
+
+#include "../widths.h"
 #include "types.h"
 
 INLINE vf load_f(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
@@ -93,17 +96,22 @@ INLINE vf spread_plain(const float *p, int tokens) {
 #define spread spread_plain
 #endif
 
-/* Code i of each word, before its scale. bits and i are constants wherever this is inlined. */
-INLINE vf level(int bits, vu word, int i) {
-    switch (bits) {
-    case 16: return half_to_float(i ? word >> 16 : word & 0xffff);
-    case WINDOW_BITS: return to_float(i ? (vi)word >> 16 : (vi)(word << 16) >> 16);
-    case 8: return to_float((vi)(word << (24 - 8 * i)) >> 24);
-    case 4: return level4(word >> (4 * i));
-    default: return level2(word >> (2 * i));
+/* Code i of each word, before its scale: level_<name> for every precision. */
+INLINE vf level_HALF(vu word, int i) { return half_to_float(i ? word >> 16 : word & 0xffff); }
+INLINE vf level_WINDOW(vu word, int i) { return to_float(i ? (vi)word >> 16 : (vi)(word << 16) >> 16); }
+INLINE vf level_INT8(vu word, int i) { return to_float((vi)(word << (24 - 8 * i)) >> 24); }
+INLINE vf level_INT4(vu word, int i) { return level4(word >> (4 * i)); }
+INLINE vf level_CODEBOOK(vu word, int i) { return level2(word >> (2 * i)); }
+
+/* The same by its id. precision and i are constants wherever this is inlined. */
+INLINE vf level(int precision, vu word, int i) {
+    switch (precision) {
+#define LEVEL(name, id, bits, scale, products, with) case id: return level_##name(word, i);
+        KVQ_WIDTHS(LEVEL, )
+#undef LEVEL
+    default: return splat(NAN);
     }
 }
-INLINE int codes_of(int bits) { return bits == WINDOW_BITS ? 2 : 32 / bits; }
 
 #ifndef exp_f
 /* e^x for x <= 0, exactly 0 below -87; relative error below 3e-7. */

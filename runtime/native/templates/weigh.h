@@ -2,7 +2,7 @@
 #ifndef KVQ_WEIGH_H
 #define KVQ_WEIGH_H
 
-#include "kernel.h"
+#include "../kernel.h"
 #include "vector.h"
 
 /* Registers for sums: a pass over the tokens takes as many codes of a word as they hold for all heads. */
@@ -13,7 +13,7 @@
 #endif
 
 /* Words that fill whole vectors: sums of `at_once` of their codes from number `first` on, LANES words from j on. */
-INLINE void weigh_vectors(int bits, int heads, int at_once, int first, int j, const uint32_t *values, int words,
+INLINE void weigh_vectors(int precision, int heads, int at_once, int first, int j, const uint32_t *values, int words,
                           int slots, const float *weights, float *sums, int stride, const char *next) {
     vf acc[DECODE_HEADS][8];
     for (int g = 0; g < heads; g++)
@@ -21,10 +21,10 @@ INLINE void weigh_vectors(int bits, int heads, int at_once, int first, int j, co
     for (int tile = 0; tile < slots; tile += TILE) {
         if (j + first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
         for (int t = 0; t < TILE; t++) {
-            const vu word = load_u(values + (size_t)(tile + t) * words + j) >> (first * (32 / codes_of(bits)));
+            const vu word = load_u(values + (size_t)(tile + t) * words + j) >> (first * bits_of(precision));
             UNROLL
             for (int i = 0; i < at_once; i++) {
-                const vf x = level(bits, word, i);
+                const vf x = level(precision, word, i);
                 for (int g = 0; g < heads; g++) acc[g][i] += x * weights[tile * heads + g * TILE + t];
             }
         }
@@ -34,7 +34,7 @@ INLINE void weigh_vectors(int bits, int heads, int at_once, int first, int j, co
 }
 
 /* Words of which a vector holds those of several tokens. */
-INLINE void weigh_parts(int bits, int heads, int at_once, int first, const uint32_t *values, int words, int slots,
+INLINE void weigh_parts(int precision, int heads, int at_once, int first, const uint32_t *values, int words, int slots,
                         const float *weights, float *sums, int stride, const char *next) {
     const int tokens = LANES / words; /* of one vector */
     vf acc[DECODE_HEADS][8];
@@ -43,12 +43,12 @@ INLINE void weigh_parts(int bits, int heads, int at_once, int first, const uint3
     for (int tile = 0; tile < slots; tile += TILE) {
         if (first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
         for (int t = 0; t < TILE; t += tokens) {
-            const vu word = load_u(values + (size_t)(tile + t) * words) >> (first * (32 / codes_of(bits)));
+            const vu word = load_u(values + (size_t)(tile + t) * words) >> (first * bits_of(precision));
             vf weight[DECODE_HEADS];
             for (int g = 0; g < heads; g++) weight[g] = spread(weights + tile * heads + g * TILE + t, tokens);
             UNROLL
             for (int i = 0; i < at_once; i++) {
-                const vf x = level(bits, word, i);
+                const vf x = level(precision, word, i);
                 for (int g = 0; g < heads; g++) acc[g][i] += x * weight[g];
             }
         }
@@ -63,12 +63,12 @@ INLINE void weigh_parts(int bits, int heads, int at_once, int first, const uint3
 }
 
 /* sums[head][channel] += weights[head][token] * level[token][channel] over `slots` tokens of a page. */
-INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int slots, const float *weights, float *sums,
+INLINE void weigh(int precision, int heads, const uint32_t *values, int words, int slots, const float *weights, float *sums,
                   int stride, const char *next) {
-    const int codes = codes_of(bits), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
+    const int codes = codes_of(precision), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
     const int at_once = codes < most ? codes : most;
 #ifdef HALF_REGISTERS
-    if (bits == 16 && words % 8 == 0) {
+    if (precision == KVQ_HALF && words % 8 == 0) {
         half_weigh(heads, values, words, slots, weights, sums, stride, next);
         return;
     }
@@ -76,15 +76,15 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
     if (words % LANES == 0) {
         for (int j = 0; j < words; j += LANES)
             for (int first = 0; first < codes; first += at_once)
-                weigh_vectors(bits, heads, at_once, first, j, values, words, slots, weights, sums, stride, next);
+                weigh_vectors(precision, heads, at_once, first, j, values, words, slots, weights, sums, stride, next);
     } else if (LANES % words == 0) {
         for (int first = 0; first < codes; first += at_once)
-            weigh_parts(bits, heads, at_once, first, values, words, slots, weights, sums, stride, next);
+            weigh_parts(precision, heads, at_once, first, values, words, slots, weights, sums, stride, next);
     } else { /* a head_dim whose words do not line up with the vectors */
         for (int t = 0; t < slots; t++)
             for (int j = 0; j < words; j++)
                 for (int i = 0; i < codes; i++) {
-                    const float x = level(bits, values[(size_t)t * words + j] - (vu){0}, i)[0];
+                    const float x = level(precision, values[(size_t)t * words + j] - (vu){0}, i)[0];
                     for (int g = 0; g < heads; g++)
                         sums[g * stride + i * words + j] += weights[(t / TILE * heads + g) * TILE + t % TILE] * x;
                 }
@@ -93,12 +93,12 @@ INLINE void weigh(int bits, int heads, const uint32_t *values, int words, int sl
 
 typedef void (*weigh_function)(const uint32_t *values, int words, int slots, const float *weights, float *sums,
                                int stride, const char *next);
-#define WEIGH(bits, heads)                                                                                           \
-    NOINLINE void weigh_##bits##_##heads(const uint32_t *values, int words, int slots, const float *weights,        \
+#define WEIGH(name, id, bits, scale, products, heads)                                                                \
+    NOINLINE void weigh_##name##_##heads(const uint32_t *values, int words, int slots, const float *weights,        \
                                          float *sums, int stride, const char *next) {                               \
-        weigh(bits, heads, values, words, slots, weights, sums, stride, next);                                      \
+        weigh(id, heads, values, words, slots, weights, sums, stride, next);                                        \
     }
-FOR_WIDTHS(WEIGH, 1) FOR_WIDTHS(WEIGH, 2) FOR_WIDTHS(WEIGH, 3) FOR_WIDTHS(WEIGH, 4)
+KVQ_WIDTHS(WEIGH, 1) KVQ_WIDTHS(WEIGH, 2) KVQ_WIDTHS(WEIGH, 3) KVQ_WIDTHS(WEIGH, 4)
 static const weigh_function WEIGH_OF[][DECODE_HEADS] = TABLE_OF(weigh);
 
 #endif

@@ -13,8 +13,8 @@ typedef struct {
     int words;
 } slot_codes;
 
-static slot_codes slot_at(const kvq_page *page, int of_keys, size_t vector_row, int slot, int head_dim) {
-    const int words = words_per_vector(of_keys ? page->key_bits : page->value_bits, head_dim);
+INLINE slot_codes slot_at(const kvq_page *page, int of_keys, size_t vector_row, int slot, int head_dim) {
+    const int words = words_per_vector(of_keys ? page->key_precision : page->value_precision, head_dim);
     const uint32_t *codes = of_keys ? page->keys : page->values;
     const uint16_t *scales = of_keys ? page->key_scales : page->value_scales;
     const size_t row = vector_row * page->capacity;
@@ -22,14 +22,14 @@ static slot_codes slot_at(const kvq_page *page, int of_keys, size_t vector_row, 
     return (slot_codes){(uint32_t *)codes + first, (uint16_t *)scales + row + slot, of_keys ? TILE : 1, words};
 }
 
-static void put(slot_codes to, const uint32_t *words, uint16_t scale, int bits) {
+static void put(slot_codes to, const uint32_t *words, uint16_t scale, int precision) {
     for (int j = 0; j < to.words; j++) to.first[j * to.step] = words[j];
-    if (bits != 16) *to.scale = scale;
+    if (has_scale(precision)) *to.scale = scale;
 }
 
 static void read_window(slot_codes from, float *x) {
     const float scale = half_scalar(*from.scale);
-    uint32_t words[512];
+    uint32_t words[MOST_WORDS];
     for (int j = 0; j < from.words; j++) words[j] = from.first[j * from.step];
     for (int j = 0; j < from.words; j++) {
         x[j] = (float)(int16_t)words[j] * scale;
@@ -37,28 +37,41 @@ static void read_window(slot_codes from, float *x) {
     }
 }
 
-/* Token t's key or value of one layer and KV head, number `row` of all vectors, takes its slot of the window. */
-static void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
+/* One vector, whose values are storable as kvq_movable has it. In a pass nobody has looked yet: there a value that is
+ * refused, as the store will do it when the pass is over, leaves zeros. */
+INLINE void encode_storable(int precision, const float *x, int head_dim, uint32_t *words, uint16_t *scale) {
+    if (!encode_vectors(precision, x, 1, head_dim, words, scale)) return;
+    memset(words, 0, sizeof *words * words_per_vector(precision, head_dim));
+    *scale = 0;
+}
+
+/* Token t's key or value of one layer and KV head, number `row` of all vectors, takes its slot of the window.
+ * of_keys is a constant wherever this is inlined. */
+INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
     const int d = move->head_dim;
     const float *new = (of_keys ? move->keys : move->values) + (row * move->tokens + t) * d;
     const kvq_move_step *step = move->step + t;
     const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
-    float x[1024];
-    uint32_t words[512];
+    float x[MOST_CHANNELS];
+    uint32_t words[MOST_WORDS];
     uint16_t scale = 0;
     if (step->page >= 0) {
         const kvq_page *page = move->page + step->page;
-        const int bits = of_keys ? page->key_bits : page->value_bits;
+        const int precision = of_keys ? page->key_precision : page->value_precision;
         read_window(held, x);
-        encode_vectors(bits, x, 1, d, words, &scale);
-        put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, bits);
+        encode_storable(precision, x, d, words, &scale);
+        put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);
     }
-    encode_vectors(WINDOW_BITS, new, 1, d, words, &scale);
-    put(held, words, scale, WINDOW_BITS);
+    encode_storable(KVQ_WINDOW, new, d, words, &scale);
+    put(held, words, scale, KVQ_WINDOW);
 }
 
+static void move_value(const kvq_move *move, size_t row, int t) { move_vector(move, 0, row, t); }
+static void move_key(const kvq_move *move, size_t row, int t) { move_vector(move, 1, row, t); }
+
 static void move_token(const kvq_move *move, size_t row, int t) {
-    for (int of_keys = 0; of_keys < 2; of_keys++) move_vector(move, of_keys, row, t);
+    move_value(move, row, t);
+    move_key(move, row, t);
 }
 
 /* A key's words lie a cache line apart and were last used a whole forward pass ago. */
@@ -67,15 +80,16 @@ static void expect(slot_codes at) {
 }
 
 static void move_tokens(const kvq_move *move) {
-    const int vectors = move->layers * move->kv_heads, d = move->head_dim;
+    const size_t vectors = (size_t)move->layers * move->kv_heads;
+    const int d = move->head_dim;
     const kvq_move_step *first = move->step;
     for (int of_keys = 0; of_keys < 2; of_keys++)
-        for (int i = 0; i < vectors; i++) {
+        for (size_t i = 0; i < vectors; i++) {
             if (i + 1 < vectors) {
                 expect(slot_at(move->window, of_keys, i + 1, first->window_slot, d));
                 if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
             }
-            for (int t = 0; t < move->tokens; t++) move_vector(move, of_keys, i, t);
+            for (int t = 0; t < move->tokens; t++) (of_keys ? move_key : move_value)(move, i, t);
         }
 }
 

@@ -5,28 +5,16 @@
 
 #include <float.h>
 
-#include "kernel.h"
+#include "../kernel.h"
+#include "tiles.h"
 #include "vector.h"
-
-#define TILE_VECTORS (TILE / LANES)
-
-/* How many tiles share a load of an integer query: as many as there are registers for their sums. */
-#if defined(DOT_KERNEL) && LANES == 16
-#define DOT_TILES 2
-#else
-#define DOT_TILES 1
-#endif
-#define SCORE_VECTORS (DOT_TILES * TILE_VECTORS)
-#ifdef HALF_REGISTERS
-#include "half_avx512.h"
-#endif
 
 INLINE const uint32_t *key_tile(const kvq_page *page, size_t vector_row, int words, int tile) {
     return page->keys + (vector_row * (page->capacity / TILE) + page->begin / TILE + tile) * words * TILE;
 }
 
 /* Scores of one tile of keys, before the keys' scales, by float arithmetic: acc[head][vector of tokens]. */
-INLINE void tile_scores(int bits, int heads, const uint32_t *tile, int words, const float *query, int stride,
+INLINE void tile_scores(int precision, int heads, const uint32_t *tile, int words, const float *query, int stride,
                         vf acc[][SCORE_VECTORS]) {
     for (int g = 0; g < heads; g++)
         for (int v = 0; v < TILE_VECTORS; v++) acc[g][v] = splat(0);
@@ -34,20 +22,41 @@ INLINE void tile_scores(int bits, int heads, const uint32_t *tile, int words, co
         vu word[TILE_VECTORS];
         for (int v = 0; v < TILE_VECTORS; v++) word[v] = load_u(tile + j * TILE + v * LANES);
         UNROLL
-        for (int i = 0; i < codes_of(bits); i++)
+        for (int i = 0; i < codes_of(precision); i++)
             for (int v = 0; v < TILE_VECTORS; v++) {
-                vf x = level(bits, word[v], i);
+                vf x = level(precision, word[v], i);
                 for (int g = 0; g < heads; g++) acc[g][v] += x * query[g * stride + i * words + j];
             }
     }
 }
 
 #ifdef DOT_KERNEL
-/* The same by integer dot products for a few tiles: the query in parts, the codes as bytes offset by DOT_OFFSET. */
-INLINE void tile_scores_integer(int bits, int heads, int tiles, const uint32_t *tile, int words,
+/* An instruction set with integer dot products defines DOT_KERNEL, and
+ *   dot(sum, codes, query)     sum + the products of the four bytes of each lane with those of query
+ *   dot_codes_<name>(word, s)  step s of each word as four bytes, dot_offset_<name> more than their levels (or parts of
+ *                              levels), for every precision that such products take */
+INLINE vu dot_codes(int precision, vu word, int s) {
+    switch (precision) {
+#define DOT_CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return dot_codes_##name(word, s);)
+        KVQ_WIDTHS(DOT_CODES, )
+#undef DOT_CODES
+    default: return (vu){0};
+    }
+}
+INLINE int32_t dot_offset(int precision) {
+    switch (precision) {
+#define DOT_OFFSET(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return dot_offset_##name;)
+        KVQ_WIDTHS(DOT_OFFSET, )
+#undef DOT_OFFSET
+    default: return 0;
+    }
+}
+
+/* The same by integer dot products for a few tiles: the query in parts, the codes as bytes. */
+INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint32_t *tile, int words,
                                 const kvq_integer_query *integer, const int32_t *query, int stride,
                                 vf acc[][SCORE_VECTORS]) {
-    const int steps = 8 / bits, vectors = tiles * TILE_VECTORS;
+    const int steps = 8 / bits_of(precision), vectors = tiles * TILE_VECTORS;
     vi sum[DECODE_HEADS][QUERY_PARTS][SCORE_VECTORS];
     for (int g = 0; g < heads; g++)
         for (int part = 0; part < QUERY_PARTS; part++)
@@ -58,7 +67,7 @@ INLINE void tile_scores_integer(int bits, int heads, int tiles, const uint32_t *
             word[v] = load_u(tile + (v / TILE_VECTORS * words + j) * TILE + v % TILE_VECTORS * LANES);
         UNROLL
         for (int s = 0; s < steps; s++) {
-            for (int v = 0; v < vectors; v++) codes[v] = dot_codes(bits, word[v], s);
+            for (int v = 0; v < vectors; v++) codes[v] = dot_codes(precision, word[v], s);
             for (int g = 0; g < heads; g++)
                 for (int part = 0; part < QUERY_PARTS; part++) {
                     const int32_t q = query[g * stride + (part * steps + s) * words + j];
@@ -67,11 +76,11 @@ INLINE void tile_scores_integer(int bits, int heads, int tiles, const uint32_t *
         }
     }
     for (int g = 0; g < heads; g++) {
-        const float scale = bits == 2 ? integer[g].scale * (1.0f / 3) : integer[g].scale;
+        const float scale = integer[g].scale * (1.0f / parts_of(precision));
         for (int v = 0; v < vectors; v++) {
             vf total = splat(0);
             for (int part = 0; part < QUERY_PARTS; part++)
-                total = total * QUERY_BASE + to_float(sum[g][part][v] - DOT_OFFSET(bits) * integer[g].sums[part]);
+                total = total * QUERY_BASE + to_float(sum[g][part][v] - dot_offset(precision) * integer[g].sums[part]);
             acc[g][v] = total * scale;
         }
     }
@@ -79,28 +88,28 @@ INLINE void tile_scores_integer(int bits, int heads, int tiles, const uint32_t *
 #endif
 
 /* Scores of a few tiles from slot t of a page on; `top` are the largest ones so far, lane by lane. */
-INLINE void few_scores(int bits, int heads, int tiles, const kvq_task *task, const kvq_page *page, size_t vector_row,
+INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task, const kvq_page *page, size_t vector_row,
                        int head, int t, int slots, const float *query, float *scores, vf *top) {
-    const int words = words_per_vector(bits, task->pass->head_dim);
+    const int words = words_per_vector(precision, task->pass->head_dim);
     const uint16_t *scales = page->key_scales + vector_row * page->capacity + page->begin;
     const uint32_t *tile = key_tile(page, vector_row, words, t / TILE);
     vf acc[DECODE_HEADS][SCORE_VECTORS];
 #ifdef DOT_KERNEL
-    if (bits <= 8) {
+    if (parts_of(precision)) {
         const int d = task->pass->head_dim, stride = integer_words_all(d);
-        const int32_t *parts = task->words + (size_t)head * stride + integer_words_start(bits, d);
-        tile_scores_integer(bits, heads, tiles, tile, words, task->integer + head, parts, stride, acc);
+        const int32_t *parts = task->words + (size_t)head * stride + integer_words_start(precision, d);
+        tile_scores_integer(precision, heads, tiles, tile, words, task->integer + head, parts, stride, acc);
     } else
 #endif
 #ifdef HALF_REGISTERS
-    if (bits == 16) {
+    if (precision == KVQ_HALF) {
         half_tile_scores(heads, tile, words, query, acc);
     } else
 #endif
-        tile_scores(bits, heads, tile, words, query, task->padded_dim, acc);
+        tile_scores(precision, heads, tile, words, query, task->padded_dim, acc);
     for (int v = 0; v < tiles * TILE_VECTORS; v++) {
         vf scale = splat(1);
-        if (bits != 16) scale = load_halves(scales + t + v * LANES);
+        if (has_scale(precision)) scale = load_halves(scales + t + v * LANES);
         float *to = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
         for (int g = 0; g < heads; g++) store_f(to + g * TILE, acc[g][v] * scale);
     }
@@ -116,33 +125,33 @@ INLINE void few_scores(int bits, int heads, int tiles, const kvq_task *task, con
 }
 
 /* Scores of `heads` query heads over a page. `next` is what is read after it. */
-INLINE void page_scores(int bits, int heads, const kvq_task *task, const kvq_page *page, size_t vector_row, int head,
+INLINE void page_scores(int precision, int heads, const kvq_task *task, const kvq_page *page, size_t vector_row, int head,
                         int slots, float *scores, vf *top, const char *next) {
-    const int words = words_per_vector(bits, task->pass->head_dim), most = bits <= 8 ? DOT_TILES : 1;
+    const int words = words_per_vector(precision, task->pass->head_dim), most = DOT_TILES > 1 && parts_of(precision) ? DOT_TILES : 1;
     const float *query = task->query + (size_t)head * task->padded_dim;
 #ifdef HALF_REGISTERS
-    float pairs[DECODE_HEADS * (1024 + 2 * LANES)];
-    if (bits == 16) pair_channels(heads, query, task->padded_dim, words, pairs), query = pairs;
+    float pairs[DECODE_HEADS * (MOST_CHANNELS + 2 * LANES)];
+    if (precision == KVQ_HALF) pair_channels(heads, query, task->padded_dim, words, pairs), query = pairs;
 #endif
     int t = 0;
     for (; t + most * TILE <= slots; t += most * TILE) {
         prefetch(next + (size_t)t * words * 4, most * words * TILE * 4);
-        few_scores(bits, heads, most, task, page, vector_row, head, t, slots, query, scores, top);
+        few_scores(precision, heads, most, task, page, vector_row, head, t, slots, query, scores, top);
     }
     if (most == 1 || t == slots) return;
     prefetch(next + (size_t)t * words * 4, words * TILE * 4);
-    few_scores(bits, heads, 1, task, page, vector_row, head, t, slots, query, scores, top);
+    few_scores(precision, heads, 1, task, page, vector_row, head, t, slots, query, scores, top);
 }
 
 /* A function for each precision and number of heads: both are constants in it. */
 typedef void (*scores_function)(const kvq_task *task, const kvq_page *page, size_t vector_row, int head, int slots,
                                 float *scores, vf *top, const char *next);
-#define SCORES(bits, heads)                                                                                          \
-    NOINLINE void scores_##bits##_##heads(const kvq_task *task, const kvq_page *page, size_t vector_row, int head,  \
+#define SCORES(name, id, bits, scale, products, heads)                                                               \
+    NOINLINE void scores_##name##_##heads(const kvq_task *task, const kvq_page *page, size_t vector_row, int head,  \
                                           int slots, float *scores, vf *top, const char *next) {                    \
-        page_scores(bits, heads, task, page, vector_row, head, slots, scores, top, next);                           \
+        page_scores(id, heads, task, page, vector_row, head, slots, scores, top, next);                             \
     }
-FOR_WIDTHS(SCORES, 1) FOR_WIDTHS(SCORES, 2) FOR_WIDTHS(SCORES, 3) FOR_WIDTHS(SCORES, 4)
+KVQ_WIDTHS(SCORES, 1) KVQ_WIDTHS(SCORES, 2) KVQ_WIDTHS(SCORES, 3) KVQ_WIDTHS(SCORES, 4)
 static const scores_function SCORES_OF[][DECODE_HEADS] = TABLE_OF(scores);
 
 #endif

@@ -5,15 +5,15 @@
 
 #include <math.h>
 
-#include "kernel.h"
+#include "../kernel.h"
 #include "vector.h"
 
 /* The rows of integer words are short: four at a time. */
 typedef int32_t v4 __attribute__((vector_size(16)));
 
-/* Words of one width from the parts of a query, see integer_words. */
-INLINE void integer_rows(int bits, int d, const int32_t *part, int32_t *to) {
-    const int steps = 8 / bits, n = words_per_vector(bits, d);
+/* Words for one precision from the parts of a query, see integer_words. */
+INLINE void integer_rows(int precision, int d, const int32_t *part, int32_t *to) {
+    const int steps = 8 / bits_of(precision), n = words_per_vector(precision, d);
     for (int s = 0; s < steps; s++, to += n)
         for (int j = 0; j < n; j += 4) {
             v4 word = {0};
@@ -27,11 +27,11 @@ INLINE void integer_rows(int bits, int d, const int32_t *part, int32_t *to) {
         }
 }
 
-/* A query q [padded] as integers, in the words of every width that occurs (bit b of `widths` for b bits). */
+/* A query q [padded] as integers, in the words for every precision that occurs, see kvq_key_widths. */
 INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
                           int32_t *words) {
     const float largest = 127 * QUERY_BASE * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
-    int32_t parts[QUERY_PARTS][1024 + 32];
+    int32_t parts[QUERY_PARTS][MOST_CHANNELS + 32];
     vf top = splat(0);
     for (int c = 0; c < padded; c += LANES) top = max_f(top, (vf)((vu)load_f(q + c) & 0x7fffffff));
     const float peak = max_lanes(top);
@@ -55,10 +55,10 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
         memset(parts[part] + padded, 0, sizeof(int32_t) * 16);
     }
     for (int part = 0; part < QUERY_PARTS; part++) {
-#define ROWS(b) integer_rows(b, d, parts[part], words + integer_words_start(b, d) + part * integer_words(b, d))
-        if (widths >> 8 & 1) ROWS(8);
-        if (widths >> 4 & 1) ROWS(4);
-        if (widths >> 2 & 1) ROWS(2);
+#define ROWS(name, id, bits, scale, products, with)            \
+    KVQ_IF_WHOLE(products, if (widths >> NUMBER_##name & 1) \
+        integer_rows(id, d, parts[part], words + integer_words_start(id, d) + part * integer_words(id, d));)
+        KVQ_WIDTHS(ROWS, )
 #undef ROWS
     }
 }

@@ -5,8 +5,11 @@
 
 #include <immintrin.h>
 
-#include "kernel.h"
-#include "vector.h"
+#include "../kernel.h"
+#include "../templates/tiles.h"
+#include "../templates/vector.h"
+
+#define HALF_REGISTERS
 
 INLINE vf load_16_halves(const uint32_t *words) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)words)); }
 

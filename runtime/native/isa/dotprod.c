@@ -3,21 +3,21 @@
 #include "neon.h"
 
 #define DOT_KERNEL
-#define DOT_OFFSET(bits) 0 /* both sides are signed */
+enum { dot_offset_INT8 = 0, dot_offset_INT4 = 0, dot_offset_CODEBOOK = 0 }; /* both sides are signed */
 
-INLINE vu dot_codes(int bits, vu word, int s) {
-    if (bits == 8) return word;
-    if (bits == 4) {
-        uint8x16_t codes = (uint8x16_t)((word >> (4 * s)) & 0x0f0f0f0fu);
-        return (vu)vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(8));
-    }
+INLINE vu dot_codes_INT8(vu word, int s) { return (void)s, word; }
+INLINE vu dot_codes_INT4(vu word, int s) {
+    uint8x16_t codes = (uint8x16_t)((word >> (4 * s)) & 0x0f0f0f0fu);
+    return (vu)vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(8));
+}
+INLINE vu dot_codes_CODEBOOK(vu word, int s) {
     const int8x16_t levels = {-10, -3, 3, 10};
     return (vu)vqtbl1q_s8(levels, (uint8x16_t)((word >> (2 * s)) & 0x03030303u));
 }
 INLINE vi dot(vi sum, vu codes, int32_t query) {
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(query)));
 }
-#include "body.h"
+#include "../templates/body.h"
 
 #if defined(__APPLE__)
 static int has_dotprod(void) { return 1; }

@@ -101,7 +101,7 @@ static int prefill_item(const kvq_task *task, size_t item) {
         block.keys = kvq_part(start, &used, sizeof(float) * d * KEY_BLOCK);
         block.values = kvq_part(start, &used, sizeof(float) * (KEY_BLOCK * depth + LANES));
         if (filled) break;
-        if (!(memory = malloc(used + 64))) return -1;
+        if (!(memory = malloc(used + 64))) return KVQ_NO_MEMORY;
         start = memory + (64 - (uintptr_t)memory % 64) % 64; /* parts start on cache lines, as vectors have to */
     }
     memset(q.rows + (size_t)rows * depth, 0, sizeof(float) * (count - rows) * depth);

@@ -3,12 +3,8 @@
 #include <immintrin.h>
 
 #define LANES 16
-#include "types.h"
-
-#define DOT_KERNEL
-#define DOT_OFFSET(bits) ((bits) == 8 ? 128 : (bits) == 4 ? 8 : 10)
-#define DOT_VALUES
-#define HALF_REGISTERS
+#include "../templates/types.h"
+#include "vnni.h"
 
 INLINE vf avx512_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #define max_f avx512_max
@@ -54,18 +50,17 @@ INLINE vf avx512_exp(vf x) {
 }
 #define exp_f avx512_exp
 
-INLINE vu dot_codes(int bits, vu word, int s) {
-    if (bits == 8) return word ^ 0x80808080u;
-    if (bits == 4) return (word >> (4 * s)) & 0x0f0f0f0fu;
-    const __m512i levels = _mm512_set1_epi32(20 << 24 | 13 << 16 | 7 << 8 | 0);
-    return (vu)_mm512_shuffle_epi8(levels, (__m512i)((word >> (2 * s)) & 0x03030303u));
+INLINE vu dot_codes_CODEBOOK(vu word, int s) {
+    return (vu)_mm512_shuffle_epi8(_mm512_set1_epi32(CODEBOOK_THIRDS), (__m512i)CODEBOOK_CODES(word, s));
 }
 INLINE vi dot(vi sum, vu codes, int32_t query) {
     const __m512i all = _mm512_set1_epi32(query);
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(all));
     return sum;
 }
-#include "body.h"
+#include "half_avx512.h"
+#include "dot_values.h"
+#include "../templates/body.h"
 
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

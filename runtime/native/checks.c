@@ -1,0 +1,120 @@
+/* What the exported functions refuse, before anything is read or written: what is behind them takes its arguments as they
+ * are. A page's row is looked at once a call, its tokens never. */
+#include "drivers.h"
+
+#define MOST_LAYERS (1 << 16) /* and heads: sizes of all that is made for a pass then stay within 64 bits */
+
+const char *kvq_error_text(int32_t error) {
+    switch (error) {
+#define TEXT(name, number, text) case number: return text;
+        KVQ_ERRORS(TEXT)
+#undef TEXT
+    default: return "";
+    }
+}
+
+int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale) {
+    return width_number(precision) >= 0 && bits_of(precision) == bits && has_scale(precision) == !!scale;
+}
+
+static int counts(int32_t n) { return n >= 1 && n <= MOST_LAYERS; }
+static int whole(int32_t slots) { return slots >= 0 && slots % TILE == 0; }
+
+static int check_shape(int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t tokens) {
+    const int fits = counts(layers) && counts(kv_heads) && head_dim >= 1 && head_dim <= MOST_CHANNELS && tokens >= 0;
+    return fits ? 0 : KVQ_MISFIT_SHAPE;
+}
+
+/* One row of a page table. */
+static int check_page(const kvq_page *page) {
+    const int keys = page->key_precision, values = page->value_precision;
+    if (width_number(keys) < 0 || width_number(values) < 0) return KVQ_UNKNOWN_PRECISION;
+    if (!whole(page->capacity) || !whole(page->begin) || !whole(page->end)) return KVQ_MISFIT_PAGE;
+    if (page->end < page->begin || page->end > page->capacity || page->end - page->begin > CHUNK_SLOTS)
+        return KVQ_MISFIT_PAGE;
+    if (page->period < 1 || page->period > page->capacity || page->count < 0 || page->count > page->period ||
+        page->first < 0 || page->first >= page->period)
+        return KVQ_MISFIT_PAGE;
+    if (!page->keys || !page->values) return KVQ_NO_DATA;
+    if ((has_scale(keys) && !page->key_scales) || (has_scale(values) && !page->value_scales)) return KVQ_NO_DATA;
+    return 0;
+}
+
+static int check_pages(const kvq_page *page, int32_t pages) {
+    if (pages < 0) return KVQ_MISFIT_PAGE;
+    if (pages && !page) return KVQ_NO_DATA;
+    for (int p = 0; p < pages; p++) {
+        const int refused = check_page(page + p);
+        if (refused) return refused;
+    }
+    return 0;
+}
+
+/* A move's window, and the first `steps` of its steps; its pages are right. */
+static int check_steps(const kvq_move *move, int steps) {
+    if (steps && (!move->window || !move->step)) return KVQ_NO_DATA;
+    for (int t = 0; t < steps; t++) {
+        const kvq_move_step *step = move->step + t;
+        if (step->window_slot < 0 || step->window_slot >= move->window->period) return KVQ_MISFIT_MOVE;
+        if (step->page < -1 || step->page >= move->pages) return KVQ_MISFIT_MOVE;
+        if (step->page < 0) continue;
+        if (step->page_slot < 0 || step->page_slot >= move->page[step->page].capacity) return KVQ_MISFIT_MOVE;
+    }
+    return 0;
+}
+
+static int check_window(const kvq_page *window) {
+    const int refused = check_page(window);
+    if (refused) return refused;
+    const int is_window = window->key_precision == KVQ_WINDOW && window->value_precision == KVQ_WINDOW;
+    return is_window && !window->begin ? 0 : KVQ_MISFIT_MOVE;
+}
+
+int kvq_check_moved_values(const kvq_move *move) {
+    if (!move) return KVQ_NO_DATA;
+    const int refused = check_shape(move->layers, move->kv_heads, move->head_dim, move->tokens);
+    if (refused) return refused;
+    if (!kvq_choose_kernel(move->kernel)) return KVQ_NO_KERNEL;
+    return move->tokens && (!move->keys || !move->values) ? KVQ_NO_DATA : 0;
+}
+
+int kvq_check_move(const kvq_move *move, int steps) {
+    int refused = kvq_check_moved_values(move);
+    if (!refused) refused = check_pages(move->page, move->pages);
+    if (!refused && move->window) refused = check_window(move->window);
+    return refused ? refused : check_steps(move, steps);
+}
+
+/* What a pass does stepwise. */
+static int check_stepwise(const kvq_pass *pass) {
+    const kvq_move *move = pass->stepwise;
+    const int same = move->layers == pass->layers && move->kv_heads == pass->kv_heads &&
+                     move->head_dim == pass->head_dim && move->tokens == pass->tokens;
+    if (!same) return KVQ_MISFIT_SHAPE;
+    if (move->keys != pass->keys || move->values != pass->values || move->page != pass->page) return KVQ_MISFIT_MOVE;
+    return move->pages > pass->pages ? KVQ_MISFIT_MOVE : kvq_check_move(move, pass->tokens - 1);
+}
+
+int kvq_check_pass(const kvq_pass *pass) {
+    if (!pass) return KVQ_NO_DATA;
+    int refused = check_shape(pass->layers, pass->kv_heads, pass->head_dim, pass->tokens);
+    if (refused) return refused;
+    if (!counts(pass->heads) || pass->heads % pass->kv_heads) return KVQ_MISFIT_SHAPE;
+    if (!kvq_choose_kernel(pass->kernel)) return KVQ_NO_KERNEL;
+    refused = check_pages(pass->page, pass->pages);
+    return refused || !pass->stepwise || pass->tokens < 2 ? refused : check_stepwise(pass);
+}
+
+int kvq_check_rows(const kvq_pass *pass, int32_t layer, const kvq_rows *rows) {
+    if (layer < 0 || layer >= pass->layers) return KVQ_MISFIT_SHAPE;
+    if (!rows || (pass->tokens && !(rows->query && rows->key && rows->value && rows->out))) return KVQ_NO_DATA;
+    return 0;
+}
+
+int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                     const uint32_t *words, const uint16_t *scales) {
+    if (width_number(precision) < 0) return KVQ_UNKNOWN_PRECISION;
+    if (check_shape(1, 1, head_dim, 1)) return KVQ_MISFIT_SHAPE;
+    if (!kvq_choose_kernel(kernel)) return KVQ_NO_KERNEL;
+    return vectors && (!x || !words || (has_scale(precision) && !scales)) ? KVQ_NO_DATA : 0;
+}

@@ -1,0 +1,43 @@
+/* What the drivers, the C files beside this one, do for each other. */
+#ifndef KVQ_DRIVERS_H
+#define KVQ_DRIVERS_H
+
+#include "kernel.h"
+
+/* The instruction set of that number, -1: the best one; null where this machine cannot run it. */
+const kvq_kernel *kvq_choose_kernel(int32_t i);
+
+/* Whether what an exported function is given fits: 0 or an error, see checks.c. Of a pass that is its page table and what
+ * it does stepwise, too. */
+int kvq_check_pass(const kvq_pass *pass);
+int kvq_check_rows(const kvq_pass *pass, int32_t layer, const kvq_rows *rows);
+int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                     const uint32_t *words, const uint16_t *scales);
+int kvq_check_move(const kvq_move *move, int steps);
+int kvq_check_moved_values(const kvq_move *move);
+
+/* As kvq_attend, for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where
+ * rows points; it may be null. Its head_dim is even. */
+int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                           kvq_parallel parallel, void *context);
+/* The row of a pass with one token; as kvq_prepare_and_attend. */
+int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
+/* The rows of a pass with `stepwise`; as kvq_attend. */
+int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
+
+/* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
+int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
+/* The precisions that the keys of a pass are stored at: bit n of the result for width_number n. */
+unsigned kvq_key_widths(const kvq_pass *pass);
+/* Copy a new token's key and value of one head to where the pass wants them. */
+void kvq_keep_token(const kvq_task *task, int kv_head, int token);
+
+/* Every head of x [heads, head_dim] rotated in place, by kernel (-1: the best); head_dim is a power of two. */
+void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim);
+/* out [n] = silu(x[0 .. n)) * x[n .. 2n), by kernel (-1: the best). */
+void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
+/* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
+void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
+                  float *normed);
+
+#endif
