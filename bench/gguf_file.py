@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from kvq.bench.shapes import Assets
 from kvq.bench.weights import EMBEDDING, BundleWeights
-from kvq.exporter.quantize import QuantizedMatrix
+from kvq.exporter.weights.quantize import QuantizedMatrix
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

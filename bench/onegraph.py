@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kvq.bench.shapes import Assets
 from kvq.bench.weights import EMBEDDING, BundleWeights, rotary_frequencies
-from kvq.exporter.graph import CONTRIB, Graph, WeightFile
+from kvq.exporter.graphs.builder import CONTRIB, Graph
+from kvq.exporter.weights.file import WeightFile
 
 # Cache type and bytes per head vector by bits; 4 bits are two to a byte.
 CACHE_TYPES = {32: TensorProto.FLOAT, 8: TensorProto.INT8, 4: TensorProto.UINT8}

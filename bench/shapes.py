@@ -104,7 +104,7 @@ def assets(shape: str, root: Path, exact: bool = False) -> Assets:
 def _exporter_digest() -> str:
     """Changes with every change of the exporter: a bundle of an older one is not measured by mistake."""
     root = Path(str(importlib.resources.files("kvq.exporter")))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(root.glob("*.py")))).hexdigest()[:8]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))).hexdigest()[:8]
 
 
 def make_bundle(made: Assets) -> None:

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from kvq.bench.shapes import Assets
-from kvq.exporter.quantize import QuantizedMatrix
+from kvq.exporter.weights.quantize import QuantizedMatrix
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 
 EMBEDDING = "model.embed_tokens.weight"

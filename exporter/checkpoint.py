@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvq.exporter.architectures.llama import Llama
+from kvq.exporter.architectures import Model, describe
 from kvq.exporter.sources import open_source
 from kvq.exporter.sources.base import Blocks, Source, short
 from kvq.runtime.bundle.manifest import Architecture
@@ -25,7 +25,7 @@ class Checkpoint:
     """
 
     source: Source
-    model: Llama
+    model: Model
 
     @property
     def name(self) -> str:
@@ -45,10 +45,8 @@ class Checkpoint:
         """
         return self._finite(name, self.source.read(name))
 
-    def stacked(self, names: list[str]) -> np.ndarray | None:
-        """Parameters concatenated along the first axis; None if the model has none of these names (biases)."""
-        if not all(name in self.source.shapes for name in names):
-            return None
+    def stacked(self, names: list[str]) -> np.ndarray:
+        """Parameters concatenated along the first axis."""
         return np.concatenate([self.tensor(name) for name in names])
 
     def stacked_blocks(self, names: list[str]) -> Blocks | None:
@@ -105,4 +103,4 @@ def load_checkpoint(reference: str | Path) -> Checkpoint:
         UnsupportedArchitectureError: an architecture or a variant of one that kvq does not implement.
     """
     source = open_source(str(reference))
-    return Checkpoint(source, Llama.of(source))
+    return Checkpoint(source, describe(source))

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from kvq.exporter.calibration import calibration_ids, calibration_text, mean_keys
+from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
-from kvq.exporter.graph import WeightFile
-from kvq.exporter.matrices import LAYER_BITS
+from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
+from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.rotation import head_rotation
-from kvq.exporter.segments import ACCURACY_LEVEL, SegmentOptions, SegmentWriter
+from kvq.exporter.weights.file import WeightFile
+from kvq.exporter.weights.matrices import LAYER_BITS
 from kvq.models.shipped import attach
-from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import BundleError, CheckpointError
 from kvq.runtime.files import sync_folder, write_atomically
@@ -77,7 +78,7 @@ def export(
         out: the bundle's folder; must not exist unless `overwrite`.
         weights: "auto": what the checkpoint holds in blocks that are multiplied as they are stays as it is, the rest
             takes 8 bits. "int8" and "int4": of that many bits. "fp32": all decoded.
-        activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `SegmentOptions`.
+        activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `GraphOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
@@ -90,13 +91,7 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    for option, value, known in (
-        ("weights", weights, LAYER_BITS),
-        ("activations", activations, ACCURACY_LEVEL),
-        ("block", block, (16, 32, 64, 128, 256)),
-    ):
-        if value not in known:
-            raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known))}")
+    _check_options(weights=weights, activations=activations, block=block)
     begun = time.perf_counter()
     out = Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -106,13 +101,11 @@ def export(
         tokenizer = checkpoint.tokenizer_json()
         notes: list[str] = []
         ids = _calibration(checkpoint.name, tokenizer, center, calibration, notes)
-        shape = checkpoint.architecture
-        rotation_name, rotation = head_rotation(shape.head_dim, rotate)
+        rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
         if rotate and rotation_name == "none":
-            notes.append(f"no rotation: head_dim {shape.head_dim} is not a power of two")
-        means = np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
+            notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
         fold = not _keeps_values(checkpoint, weights)
-        options = SegmentOptions(weights, activations, block, rotation, means, fold)
+        options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
@@ -125,9 +118,23 @@ def export(
     return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
 
 
+def _check_options(**options: Any) -> None:
+    """Raise CheckpointError for a value that an option does not have."""
+    known = {"weights": LAYER_BITS, "activations": ACCURACY_LEVEL, "block": (16, 32, 64, 128, 256)}
+    for option, value in options.items():
+        if value not in known[option]:
+            raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
+
+
+def _no_means(checkpoint: Checkpoint) -> np.ndarray:
+    """Means of keys that are not centred, or not yet, float32 [layers, kv_heads, head_dim]."""
+    shape = checkpoint.architecture
+    return np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
+
+
 def _write_graphs(
     checkpoint: Checkpoint,
-    options: SegmentOptions,
+    options: GraphOptions,
     kv: dict[str, Any],
     name: str,
     folder: Path,
@@ -144,7 +151,7 @@ def _write_graphs(
     layers = checkpoint.architecture.layers
     total = 10 * (layers + 4)
     with WeightFile(folder) as file:
-        writer = SegmentWriter(checkpoint, options, folder, file)
+        writer = GraphWriter(checkpoint, options, folder, file)
         segments = []
         for segment in writer.segments():
             segments.append(segment)
@@ -165,17 +172,16 @@ def _write_graphs(
             uncertainty=uncertainty,
             special_tokens=source.special_tokens(),
             source=source.describe(),
-            files=_files(folder),
         )
         if ids is not None:
-            write_text(folder, MANIFEST, manifest.to_json())
+            write_text(folder, MANIFEST, replace(manifest, files=NewBundle.files(folder)).to_json())
             half = 5 * (layers + 1)
 
             def measured(done: int, count: int) -> None:
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
             # The same graphs once more, with the means that the first ones have measured.
-            writer.center(mean_keys(Bundle(folder), ids, measured))
+            writer.center(mean_keys(NewBundle(folder), ids, measured))
             list(writer.segments()), writer.decoder()
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
@@ -210,9 +216,10 @@ def _calibration(
 
 def _keeps_values(checkpoint: Checkpoint, weights: str) -> bool:
     """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
-    layers, bits = range(checkpoint.architecture.layers), LAYER_BITS[weights]
-    names = [f"model.layers.{i}.self_attn.{part}.weight" for i in layers for part in ("v_proj", "o_proj")]
-    return bits > 0 and all((found := checkpoint.source.blocks(n)) is not None and found.bits <= bits for n in names)
+    bits, attends = LAYER_BITS[weights], [layer.attend for layer in checkpoint.model.layers]
+    names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
+    held = [checkpoint.source.block_bits(name) for name in names]
+    return bits > 0 and all(found is not None and found <= bits for found in held)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,120 +1,230 @@
-"""What a bundle really computes, as a Hugging Face model.
+"""What a bundle really computes, in torch.
 
-Quantization changes the weights and rotation moves them around. Undoing the second but not the
-first gives the transformers model that the bundle must agree with, up to rounding: the
-reference for tests and for training a controller on the weights that will run. Everything is
-read back from the graphs, so no checkpoint is needed.
+Quantization changes the weights and rotation moves them around. The twin undoes the second but not the first, and
+runs the graphs of the bundle node by node: so it needs no checkpoint, and knows nothing of layers that the graphs
+do not say. It is what the bundle must agree with up to the rounding of activations and of the cache: the reference
+for tests and for training a controller on the weights that will run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from kvq.exporter.architectures.llama import EMBEDDING, HEAD
-from kvq.exporter.quantize import QuantizedMatrix
 from kvq.exporter.rotation import head_rotation, rotate_inputs, rotate_outputs
+from kvq.exporter.weights.quantize import QuantizedMatrix
 from kvq.runtime.bundle.bundle import Bundle
 
-
-def effective_model(bundle: Bundle) -> LlamaForCausalLM:
-    """transformers' model with the bundle's dequantized, un-rotated weights, in float32."""
-    manifest, shape = bundle.manifest, bundle.manifest.architecture
-    tensors: dict[str, np.ndarray] = {}
-    for name in [*manifest.segments, manifest.head]:
-        tensors |= _tensors(_graph(bundle, name), shape.hidden)
-    head, first = _graph(bundle, manifest.head), _graph(bundle, manifest.segments[0])
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.context,
-        rms_norm_eps=_attribute(head, "SimplifiedLayerNormalization", "epsilon"),
-        tie_word_embeddings=HEAD not in tensors,
-        attention_bias=any(name.endswith("o_proj.bias") for name in tensors),
-        mlp_bias=any(name.endswith("down_proj.bias") for name in tensors),
-    )
-    model = LlamaForCausalLM(config).eval()
-    rotary = model.model.rotary_emb
-    frequencies, rotary.attention_scaling = _rotary(first)
-    rotary.inv_freq = rotary.original_inv_freq = torch.from_numpy(frequencies)
-    rotated = manifest.kv["rotation"] != "none" and manifest.kv.get("values", "folded") == "folded"
-    rotation = head_rotation(shape.head_dim, rotated)[1] if rotated else np.eye(shape.head_dim, dtype=np.float32)
-    state = {name: parameter.detach() for name, parameter in model.state_dict().items()}
-    for name, tensor in tensors.items():
-        prefix, _, last = name.rpartition(".")
-        kind = last if last == "bias" else "weight"
-        parts = (prefix.rpartition(".")[2] if last == "bias" else last).split("+")
-        if not parts[0].endswith("_proj"):
-            if name in state:
-                state[name] = torch.as_tensor(np.array(tensor))
-            continue
-        layer = prefix.rpartition(".")[0] if last == "bias" else prefix
-        sizes = [len(state[f"{layer}.{part}.weight"]) for part in parts]
-        for part, values in zip(parts, np.split(tensor, np.cumsum(sizes)[:-1]), strict=True):
-            if part == "v_proj":
-                values = rotate_outputs(values, rotation.T)
-            elif part == "o_proj" and kind == "weight":
-                values = rotate_inputs(values, rotation.T)
-            state[f"{layer}.{part}.{kind}"] = torch.as_tensor(np.array(values))
-    if config.tie_word_embeddings:
-        state[HEAD] = state[EMBEDDING]
-    model.load_state_dict(state)
-    return model
+# attend(layer, queries, keys, values) -> what attention makes of the values; float32 [batch, heads, tokens, head_dim]
+# each, of keys and values kv_heads; queries and keys after the rotary embedding, nothing rotated or centred.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+PRODUCTS = ("Gemm", "MatMulNBits")
 
 
-def stored_mean_keys(bundle: Bundle) -> np.ndarray:
-    """The vectors that a bundle's segments subtract from rotated keys, float32 [layers, kv_heads, head_dim]."""
-    shape = bundle.manifest.architecture
-    means = np.zeros((shape.layers, shape.kv_heads, shape.head_dim), np.float32)
-    for layer, name in enumerate(bundle.manifest.segments[: shape.layers]):
-        found = _tensors(_graph(bundle, name), shape.hidden).get(f"model.layers.{layer}.mean_keys")
-        if found is not None:  # zero means are left out of the graph
-            means[layer] = found[shape.heads :]
-    return means
+class Node(NamedTuple):
+    """A node of a graph.
+
+    kind: of operator.
+    inputs, outputs: names.
+    attributes: by name.
+    done: names that no later node takes.
+    """
+
+    kind: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any]
+    done: list[str]
 
 
-def _graph(bundle: Bundle, name: str) -> onnx.GraphProto:
-    return onnx.load(bundle.path / name, load_external_data=True).graph
+class Scores(NamedTuple):
+    """What the twin says of texts: logits float32 [batch, tokens, vocab]."""
+
+    logits: Tensor
 
 
-def _attribute(graph: onnx.GraphProto, kind: str, name: str) -> float:
-    """An attribute of the first node of a kind."""
-    node = next(node for node in graph.node if node.op_type == kind)
-    return next(onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name)
+class Twin:
+    """A bundle's weights and graphs in torch, float32, differentiable.
+
+    Attributes:
+        shape: of the model.
+        rotation: float32 [head_dim, head_dim] of every head in the cache; the identity if there is none.
+        mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of rotated keys.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self.shape = manifest.architecture
+        arrays: dict[str, np.ndarray] = {}
+        self._decoder, self._head = (_read(bundle, name, arrays) for name in (manifest.decoder, manifest.head))
+        rotation = head_rotation(self.shape.head_dim, manifest.kv["rotation"] != "none")[1]
+        attentions = [node for node in self._decoder if node.kind == "Attention"]
+        self.rotation = torch.from_numpy(rotation)
+        self.mean_keys = torch.from_numpy(np.stack([arrays[node.inputs[3]] for node in attentions]))
+        products = (node for node in (*self._decoder, *self._head) if node.kind in PRODUCTS)
+        matrices = {node.inputs[1]: _matrix(node, arrays) for node in products}
+        for node in attentions:
+            if node.attributes["rotate"] == 1:  # of queries and keys only: that of the values is in the weights
+                self._unrotate(node, rotation, matrices, arrays)
+        self._matrices = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
+        taken = {name for node in (*self._decoder, *self._head) if node.kind not in PRODUCTS for name in node.inputs}
+        # Sizes and places, which are of 64 bits, are taken as numbers.
+        self._constants = {
+            name: array.tolist() if array.dtype == np.int64 else torch.from_numpy(array)
+            for name, array in arrays.items()
+            if name in taken
+        }
+
+    def __call__(self, ids: Tensor) -> Scores:
+        """Logits of int64 ids [batch, tokens], without a cache between layers."""
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        return Scores(self.logits(self.residual(ids, attend)))
+
+    def residual(self, ids: Tensor, attend: Attend) -> Tensor:
+        """Residual stream behind the last layer, float32 [batch, tokens, hidden], of int64 ids [batch, tokens]."""
+        (batch, tokens), shape = ids.shape, self.shape
+        positions = torch.arange(tokens, device=ids.device).repeat(batch)
+        values: dict[str, Any] = {"ids": ids.flatten(), "positions": positions}
+
+        def attention(node: Node, qkv: Tensor, cosine: Tensor, sine: Tensor, _: Tensor) -> Tensor:
+            heads = qkv.view(batch, tokens, -1, shape.head_dim).transpose(1, 2)
+            query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+            cosine, sine = (x.view(batch, 1, tokens, -1).repeat(1, 1, 1, 2) for x in (cosine, sine))
+            query, key = (_rotary(x, cosine, sine) for x in (query, key))
+            mixed = attend(node.attributes["layer"], query, key, value)
+            return mixed.transpose(1, 2).reshape(batch * tokens, -1)
+
+        self._run(self._decoder, values, attention)
+        return values["residual_out"].view(batch, tokens, -1)
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """The head: residual [..., hidden] -> logits [..., vocab].
+
+        Of its graph, norm and matrix count: what may stand between them rounds activations, as others do unseen.
+        """
+        norm = next(node for node in self._head if node.kind == "SimplifiedLayerNormalization")
+        product = next(node for node in self._head if node.kind in PRODUCTS)
+        normed = _norm(residual, self._constants[norm.inputs[1]], norm.attributes["epsilon"])
+        return linear(normed, self._matrices[product.inputs[1]])
+
+    def to(self, device: str) -> Twin:
+        """Move everything there."""
+        self.rotation, self.mean_keys = self.rotation.to(device), self.mean_keys.to(device)
+        for held in (self._matrices, self._constants):
+            held.update({name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
+        return self
+
+    def _unrotate(
+        self, attention: Node, rotation: np.ndarray, matrices: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
+    ) -> None:
+        """Take a layer's rotation of values out of the weights on both sides of its attention."""
+        start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
+        before = next(node for node in self._decoder if attention.inputs[0] in node.outputs)
+        if before.kind == "Add":
+            bias = arrays[before.inputs[1]]
+            bias[start:] = rotate_outputs(bias[start:], rotation.T)
+            before = next(node for node in self._decoder if before.inputs[0] in node.outputs)
+        after = next(node for node in self._decoder if attention.outputs[0] in node.inputs)
+        weights = matrices[before.inputs[1]]
+        weights[start:] = rotate_outputs(weights[start:], rotation.T)
+        matrices[after.inputs[1]] = rotate_inputs(matrices[after.inputs[1]], rotation.T)
+
+    def _run(self, nodes: list[Node], values: dict[str, Any], attention: Callable[..., Tensor]) -> None:
+        """Run nodes on `values`, which takes what they yield and loses what none takes any more."""
+        for node in nodes:
+            if node.kind in PRODUCTS:
+                found: Any = linear(values[node.inputs[0]], self._matrices[node.inputs[1]])
+            else:
+                inputs = [values[name] if name in values else self._constants[name] for name in node.inputs]
+                operator = attention if node.kind == "Attention" else OPERATORS[node.kind]
+                found = operator(node, *inputs)
+            values.update(zip(node.outputs, found if len(node.outputs) > 1 else (found,), strict=True))
+            for name in node.done:
+                values.pop(name, None)
 
 
-def _rotary(segment: onnx.GraphProto) -> tuple[np.ndarray, float]:
-    """Frequencies float32 [head_dim // 2] and the factor on cosine and sine, from the first segment."""
-    constants = {t.name: t for t in segment.initializer}
-    producer = {output: node for node in segment.node for output in node.output}
-    cosine = next(node for node in segment.node if node.op_type == "Cos")
-    factors = [node.input[1] for node in segment.node if node.op_type == "Mul" and node.input[0] == cosine.output[0]]
-    frequencies = numpy_helper.to_array(constants[producer[cosine.input[0]].input[1]])
-    scale = float(numpy_helper.to_array(constants[factors[0]])) if factors else 1.0
-    return np.array(frequencies, np.float32).ravel(), scale
+def effective_model(bundle: Bundle) -> Twin:
+    """The torch twin of a bundle, with its dequantized, un-rotated weights.
+
+    Raises:
+        NotImplementedError: a graph has an operator that the twin does not know.
+    """
+    return Twin(bundle)
 
 
-def _tensors(graph: onnx.GraphProto, hidden: int) -> dict[str, np.ndarray]:
-    """Weights of one graph by name, float32; quantized ones decoded."""
-    found = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    # Bits and row length of a product's codes; an embedding that is only looked up has no such node.
-    products = {
-        node.input[1]: {attribute.name: attribute.i for attribute in node.attribute}
-        for node in graph.node
-        if node.op_type == "MatMulNBits"
-    }
-    for codes_name in [name for name in found if name.endswith(".codes")]:
-        name = codes_name.removesuffix(".codes")
-        codes, scales = found.pop(codes_name), found.pop(f"{name}.scales")
-        product = products.get(codes_name, {"bits": 8, "block_size": codes.shape[2], "K": hidden})
-        matrix = QuantizedMatrix(codes, scales, product["bits"], product["block_size"], product["K"])
-        found[name] = matrix.dequantize()
-    return found
+def _read(bundle: Bundle, name: str, arrays: dict[str, np.ndarray]) -> list[Node]:
+    """Nodes of a graph; its constants go into `arrays`, which may be changed."""
+    graph = onnx.load(bundle.path / name, load_external_data=True).graph
+    arrays |= {t.name: np.array(numpy_helper.to_array(t)) for t in graph.initializer if t.name not in arrays}
+    last = {taken: at for at, node in enumerate(graph.node) for taken in node.input}
+    nodes = []
+    for at, node in enumerate(graph.node):
+        if node.op_type not in {*OPERATORS, *PRODUCTS, "Attention"} and name == bundle.manifest.decoder:
+            raise NotImplementedError(f"{name} has the operator {node.op_type}; add it to OPERATORS of {__name__}")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        done = [taken for taken in dict.fromkeys(node.input) if last[taken] == at]
+        nodes.append(Node(node.op_type, list(node.input), list(node.output), attributes, done))
+    return nodes
+
+
+def _matrix(node: Node, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The matrix of a product, float32 [n, k]."""
+    if node.kind == "Gemm":
+        return arrays[node.inputs[1]]
+    codes, scales = (arrays[name] for name in node.inputs[1:3])
+    a = node.attributes
+    return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"]).dequantize()
+
+
+def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """RMS norm of the last axis."""
+    return gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon))
+
+
+def _add_norm(node: Node, x: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, _norm(total, gain, node.attributes["epsilon"])
+
+
+def _swiglu(node: Node, x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return silu(gate.contiguous()) * up  # torch rounds the ends of rows that are not contiguous in another way
+
+
+def _slice(node: Node, x: Tensor, start: list[int], stop: list[int], axis: list[int]) -> Tensor:
+    return x.narrow(axis[0], start[0], stop[0] - start[0])
+
+
+def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of x [batch, heads, tokens, head_dim], halves convention; the others [batch, 1, ...]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cosine + turned * sine
+
+
+# Of the decoder, but for products and attention: node and its inputs -> what it yields.
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": lambda node, x, y: x + y,
+    "AddNorm": _add_norm,
+    "Cast": lambda node, x: x.float(),
+    "Cos": lambda node, x: x.cos(),
+    "Gather": lambda node, table, ids: table[ids],
+    "Identity": lambda node, x: x,
+    "Mul": lambda node, x, y: x * y,
+    "Reshape": lambda node, x, shape: x.reshape(shape),
+    "SimplifiedLayerNormalization": lambda node, x, gain: _norm(x, gain, node.attributes["epsilon"]),
+    "Sin": lambda node, x: x.sin(),
+    "Slice": _slice,
+    "Sub": lambda node, x, y: x - y,
+    "SwiGLU": _swiglu,
+}

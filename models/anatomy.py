@@ -16,7 +16,7 @@ import click
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.rotation import head_rotation
@@ -73,7 +73,7 @@ def describe(keys: np.ndarray, values: np.ndarray, attention: np.ndarray, rotati
 def main(checkpoint, text, tokens, as_json) -> None:
     """Print statistics of CHECKPOINT's cache and attention on the first tokens of TEXT."""
     loaded = load_checkpoint(checkpoint)
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     rotation = head_rotation(loaded.architecture.head_dim)[1]
     ids = Tokenizer.from_str(loaded.tokenizer_json()).encode("\n\n".join(documents(text))).ids[:tokens]
     model.set_attn_implementation("eager")  # the other kernels do not return attention rows

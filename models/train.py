@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq.exporter.export import export
-from kvq.exporter.matrices import LAYER_BITS
+from kvq.exporter.weights.matrices import LAYER_BITS
 from kvq.models.corpus import documents, pack, train_tokenizer
 from kvq.models.family import SHAPES, config
 from kvq.runtime.files import atomic_file, write_atomically

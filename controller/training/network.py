@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from kvq.controller.training.samples import Samples
-from kvq.exporter.graph import Graph
+from kvq.exporter.graphs.builder import Graph
 from kvq.runtime.bundle.manifest import Architecture
 
 PAPER_INPUTS = ("entropy", "rarity", "attention_variance", "confidence")

@@ -17,12 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, silu
-from transformers import LlamaForCausalLM
 
-from kvq.exporter.reference import effective_model, stored_mean_keys
-from kvq.exporter.rotation import head_rotation
+from kvq.exporter.reference import Twin, effective_model
 from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.precision.codecs import Codec, CodecSet
 
@@ -50,35 +48,30 @@ class Pass(NamedTuple):
 
 @dataclass
 class ParallelModel:
-    """A bundle's weights in torch, with the cache between its layers laid open.
+    """A bundle's torch twin, with the cache between its layers laid open.
 
     Attributes:
-        model: transformers' Llama with the bundle's dequantized, un-rotated weights.
-        rotation: float32 [head_dim, head_dim] of every head.
-        mean_keys: float32 [layers, kv_heads, head_dim] subtracted from rotated keys.
+        twin: the bundle's graphs with its dequantized, un-rotated weights.
         recent: newest tokens, besides the query's own, that are read in full precision.
     """
 
-    model: LlamaForCausalLM
-    rotation: Tensor
-    mean_keys: Tensor
+    twin: Twin
     recent: int = 16
 
     @classmethod
     def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
-        """The torch twin of a bundle."""
-        model = effective_model(bundle)
-        model.requires_grad_(False)
-        model.to(torch.device(device))  # type: ignore[arg-type]
-        head_dim = bundle.manifest.architecture.head_dim
-        rotation = head_rotation(head_dim, bundle.manifest.kv["rotation"] != "none")[1]
-        means = stored_mean_keys(bundle)
-        return cls(model, torch.from_numpy(rotation).to(device), torch.from_numpy(means).to(device), recent)
+        """The twin of a bundle."""
+        return cls(effective_model(bundle).to(device), recent)
+
+    @property
+    def shape(self) -> Architecture:
+        """Shape of the model."""
+        return self.twin.shape
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.rotation.device
+        return self.twin.rotation.device
 
     def _as_kept(self, x: Tensor) -> Tensor:
         """x as the window rounds it, if there is one."""
@@ -91,25 +84,13 @@ class ParallelModel:
             ids: the texts.
             read: what later tokens see of a layer's keys and values; None is the exact cache.
         """
-        net, config = self.model.model, self.model.config
-        tokens = ids.shape[1]
-        x = embedding(ids, net.embed_tokens.weight)
-        places = torch.arange(tokens, device=ids.device)
-        cosine, sine = net.rotary_emb(x, places[None])
+        shape, rotation, tokens = self.shape, self.twin.rotation, ids.shape[1]
         blocks = [_Block.of(start, min(start + ROWS, tokens), self.recent, ids) for start in range(0, tokens, ROWS)]
-        keys, values = [], []
-        variance = x.new_zeros(ids.shape)
-        for index, layer in enumerate(net.layers):
-            normed = _norm(x, layer.input_layernorm)
-            attention = layer.self_attn
+        keys, values, squares = [], [], []
 
-            def heads(projection: torch.nn.Linear, normed: Tensor = normed) -> Tensor:
-                y = linear(normed, projection.weight, projection.bias)
-                return y.view(*ids.shape, -1, config.head_dim).transpose(1, 2)
-
-            query = _rotary(heads(attention.q_proj), cosine, sine) @ self.rotation
-            key = _rotary(heads(attention.k_proj), cosine, sine) @ self.rotation - self.mean_keys[index][:, None]
-            value = heads(attention.v_proj) @ self.rotation
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, value = query @ rotation, value @ rotation
+            key = key @ rotation - self.twin.mean_keys[layer][:, None]
             keys.append(key)
             values.append(value)
             if read is None:
@@ -118,20 +99,15 @@ class ParallelModel:
                 # A query's own key and value are exact; the window's, and what passes through it on its
                 # way to a codec, are rounded to the window's 16 bits.
                 window = (self._as_kept(key), self._as_kept(value))
-                seen = read(index, *window)
-            mixed, squares = _attention(query * config.head_dim**-0.5, (key, value), window, seen, blocks)
-            if index + 1 == len(net.layers):
-                length = places + 1.0
-                variance = squares.mean(1) / length - 1 / length**2
-            mixed = mixed.view(len(ids), -1, tokens, config.head_dim) @ self.rotation.T
-            mixed = mixed.transpose(1, 2).reshape(*ids.shape, -1)
-            x = x + linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
-            normed = _norm(x, layer.post_attention_layernorm)
-            gate = linear(normed, layer.mlp.gate_proj.weight, layer.mlp.gate_proj.bias)
-            up = linear(normed, layer.mlp.up_proj.weight, layer.mlp.up_proj.bias)
-            x = x + linear(silu(gate) * up, layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
-        logits = linear(_norm(x, net.norm), self.model.lm_head.weight)
-        return Pass(logits, variance, x, torch.stack(keys, 1), torch.stack(values, 1))
+                seen = read(layer, *window)
+            mixed, row_squares = _attention(query * shape.head_dim**-0.5, (key, value), window, seen, blocks)
+            squares.append(row_squares)
+            return mixed.view(len(ids), -1, tokens, shape.head_dim) @ rotation.T
+
+        residual = self.twin.residual(ids, attend)
+        length = torch.arange(tokens, device=ids.device) + 1.0
+        variance = squares[-1].mean(1) / length - 1 / length**2
+        return Pass(self.twin.logits(residual), variance, residual, torch.stack(keys, 1), torch.stack(values, 1))
 
 
 class _Block(NamedTuple):
@@ -197,17 +173,6 @@ def _attention(
         out = out.view(*shape, head_dim) + share * (exact[1] - window[1])[:, :, None, part]
         mixed.append(out.flatten(1, 2))
     return torch.cat(mixed, 2), torch.cat(squares, 2)
-
-
-def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    return norm(x)
-
-
-def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of x [batch, heads, tokens, head_dim], halves convention."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cosine[:, None] + turned * sine[:, None]
 
 
 def roundtrip(x: Tensor, bits: int) -> Tensor:

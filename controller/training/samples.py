@@ -78,7 +78,7 @@ def collect(
     Raises:
         CalibrationError: the text is shorter than one window, or gives fewer than two.
     """
-    context = model.model.config.max_position_embeddings
+    context = model.shape.context
     lengths = sorted({min(n, context) for n in LENGTHS})
     available = count_tokens(encode, text)
     lengths = [n for n in lengths if available >= 4 * n] or lengths[:1]
@@ -120,7 +120,7 @@ def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch
             x[0].square().mean(-1).clamp_min(1e-12).log().flatten(0, 1).T.cpu() for x in (found.keys, found.values)
         ]
     count = len(ids)
-    vocab = model.model.config.vocab_size
+    vocab = model.shape.vocab
     paper = [
         entropy.cpu().numpy(),
         RarityCounter(vocab).rarity(ids),

@@ -1,1 +1,34 @@
-"""What a layer computes, one file an architecture."""
+"""What a layer computes, one file a family of models: a new one is a new module here with an ``ARCHITECTURES`` dict."""
+
+from __future__ import annotations
+
+import sys
+
+from kvq.exporter.architectures.checks import check_parameters
+from kvq.exporter.architectures.description import Family, Model
+from kvq.exporter.sources.base import Source
+from kvq.runtime.discovery import discover
+from kvq.runtime.errors import UnsupportedArchitectureError
+
+# By model_type of config.json.
+ARCHITECTURES: dict[str, Family] = discover(sys.modules[__name__], "ARCHITECTURES")
+
+
+def describe(source: Source) -> Model:
+    """The description of a source's model, whose parameters are all there.
+
+    Raises:
+        CheckpointError: a configuration that is not valid, or parameters that do not fit it.
+        UnsupportedArchitectureError: a family, or a variant of one, that kvq does not implement.
+    """
+    kind = source.config.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"{source.name} is of model_type {kind!r:.60}; kvq exports these only: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    model = ARCHITECTURES[kind].describe(source)
+    check_parameters(model, source)
+    return model
+
+
+__all__ = ["ARCHITECTURES", "Family", "Model", "describe"]

@@ -75,6 +75,10 @@ class Source(ABC):
             CheckpointError: its data cannot be read.
         """
 
+    def block_bits(self, name: str) -> int | None:
+        """Bits of the codes of `blocks(name)`, without reading them; None where there are no such blocks."""
+        return None
+
     def blocks(self, name: str) -> Blocks | None:
         """A parameter as the file holds it, if that is a form that is multiplied as it is; else None."""
         return None

@@ -1,4 +1,4 @@
-"""A GGUF file of a Llama-architecture model, as llama.cpp's converter writes it."""
+"""A GGUF file, as llama.cpp's converter writes it, of a family whose description says how."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
+from kvq.exporter.architectures import ARCHITECTURES
 from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Blocks, Source, positive, positive_number, short
 from kvq.exporter.sources.gguf_header import Tensor, read_header
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
-# Of a layer: GGUF's name -> Hugging Face's.
-LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Computed from the configuration or carried in it, so no parameter.
 NO_PARAMETERS = {"rope_freqs.weight"}
 IN_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(weight|bias)")
@@ -70,62 +64,77 @@ class GgufFile(Source):
                 f"{path.name} is one part of a split model; give a single file: llama-gguf-split --merge makes one"
             )
         architecture = self.fields.get("general.architecture")
-        if architecture != "llama":
+        known = {f.gguf.architecture: (kind, f.gguf) for kind, f in ARCHITECTURES.items() if f.gguf is not None}
+        if not isinstance(architecture, str) or architecture not in known:
             raise UnsupportedArchitectureError(
-                f"{path.name} is of architecture {architecture!r:.60}; kvq exports the Llama architecture only"
+                f"{path.name} is of architecture {architecture!r:.60}; kvq exports these only:"
+                f" {', '.join(sorted(known))}"
             )
+        self._model_type, self._dialect = known[architecture]
         self._tensors: dict[str, Tensor] = {}
         for theirs, tensor in tensors.items():
             if theirs in NO_PARAMETERS:
                 continue
             self._tensors[self._renamed(theirs)] = tensor
             if tensor.type not in TYPES:
-                known = ", ".join(sorted(t.name for t in TYPES))
+                types = ", ".join(sorted(t.name for t in TYPES))
                 raise UnsupportedArchitectureError(
-                    f"{path.name} stores {theirs!r:.60} as {tensor.type.name}; known: {known}"
+                    f"{path.name} stores {theirs!r:.60} as {tensor.type.name}; known: {types}"
                 )
         self._factors = tensors.get("rope_freqs.weight")
         self.config = self._config()
 
     def _renamed(self, theirs: str) -> str:
         """Hugging Face's name of a tensor."""
+        dialect = self._dialect
         if layer := IN_LAYER.fullmatch(theirs):
             number, kind, part = layer.groups()
-            if kind in LAYER:
-                return f"model.layers.{int(number)}.{LAYER[kind]}.{part}"
+            if kind in dialect.layer:
+                return f"model.layers.{int(number)}.{dialect.layer[kind]}.{part}"
         stem, _, part = theirs.rpartition(".")
-        if stem in WHOLE and part in ("weight", "bias"):
-            return f"{WHOLE[stem]}.{part}"
+        if stem in dialect.whole and part in ("weight", "bias"):
+            return f"{dialect.whole[stem]}.{part}"
         raise UnsupportedArchitectureError(
-            f"{self.path.name} has a tensor {theirs!r:.60}, which a Llama does not; kvq exports the Llama architecture"
-            " only"
+            f"{self.path.name} has a tensor {theirs!r:.60}, which a model of the architecture {dialect.architecture}"
+            " does not; kvq exports models of its tensors only"
         )
+
+    def _key(self, key: str) -> str:
+        """A key of the architecture's own."""
+        return f"{self._dialect.architecture}.{key}"
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        """The value of such a key."""
+        return self.fields.get(self._key(key), default)
 
     def _config(self) -> dict[str, Any]:
         """The fields of config.json."""
-        config: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
+        config: dict[str, Any] = {"model_type": self._model_type, **self._dialect.config}
         for key, (field, kind, needed) in CONFIG.items():
-            value = self.fields.get(f"llama.{key}")
+            value = self._field(key)
             if value is None and not needed:
                 continue
             if value is None:
-                raise CheckpointError(f"{self.path.name} lacks llama.{key}; download it again, or convert it again")
-            what = f"{self.path.name} has llama.{key}"
+                raise CheckpointError(
+                    f"{self.path.name} lacks {self._key(key)}; download it again, or convert it again"
+                )
+            what = f"{self.path.name} has {self._key(key)}"
             config[field] = positive(value, what) if kind is int else positive_number(value, what)
         layers = config["num_hidden_layers"]
         surplus = [name for name in self._tensors if name.startswith("model.layers.") and _layer(name) >= layers]
         if surplus:
             raise CheckpointError(
-                f"{self.path.name} has {surplus[0]}, but {layers} layers by llama.block_count; download it again"
+                f"{self.path.name} has {surplus[0]}, but {layers} layers by {self._key('block_count')}; download it"
+                " again"
             )
         for field, part in (("attention_bias", ".self_attn."), ("mlp_bias", ".mlp.")):
             config[field] = any(part in name and name.endswith(".bias") for name in self._tensors)
         for key in ("expert_count", "expert_used_count"):
-            if self.fields.get(f"llama.{key}"):
+            if self._field(key):
                 raise UnsupportedArchitectureError(f"{self.path.name} is a mixture of experts; kvq supports one only")
-        if self.fields.get("llama.attention.causal") is False:
+        if self._field("attention.causal") is False:
             raise UnsupportedArchitectureError(
-                f"{self.path.name} has llama.attention.causal=False; kvq supports models that look back only"
+                f"{self.path.name} has {self._key('attention.causal')}=False; kvq supports models that look back only"
             )
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding.shape) != 2:
@@ -136,11 +145,11 @@ class GgufFile(Source):
         config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         heads = config["num_attention_heads"]
         head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
-        if self.fields.get("llama.attention.value_length", head_dim) != head_dim:
+        if self._field("attention.value_length", head_dim) != head_dim:
             raise UnsupportedArchitectureError(
                 f"{self.path.name} has keys and values of other sizes; kvq supports equal ones"
             )
-        if self.fields.get("llama.rope.dimension_count", head_dim) != head_dim:
+        if self._field("rope.dimension_count", head_dim) != head_dim:
             raise UnsupportedArchitectureError(
                 f"{self.path.name} rotates only part of a head; kvq supports rotary embedding of the whole head only"
             )
@@ -150,9 +159,9 @@ class GgufFile(Source):
 
     def _rope_scaling(self, context: int, head_dim: int) -> dict[str, Any] | None:
         """`rope_scaling` of config.json as llama.cpp reads the fields; factors of frequencies as kvq's own kind."""
-        field = self.fields.get
-        kind = field("llama.rope.scaling.type", "linear")
-        factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear")) or 1
+        field = self._field
+        kind = field("rope.scaling.type", "linear")
+        factor = field("rope.scaling.factor", field("rope.scale_linear")) or 1
         if kind == "none" or (kind == "linear" and factor == 1):
             scaling = None
         elif kind == "yarn":
@@ -160,17 +169,18 @@ class GgufFile(Source):
                 "rope_type": kind,
                 "factor": positive_number(factor, f"{self.path.name} has rope.scaling.factor"),
             }
-            scaling["original_max_position_embeddings"] = field("llama.rope.scaling.original_context_length", context)
+            scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length", context)
             # llama.cpp multiplies with it, transformers takes it instead of its own.
             attention = positive_number(
-                field("llama.rope.scaling.attn_factor", 1.0), f"{self.path.name} has rope.scaling.attn_factor"
+                field("rope.scaling.attn_factor", 1.0), f"{self.path.name} has rope.scaling.attn_factor"
             )
             scaling["attention_factor"] = attention * (1 + 0.1 * math.log(max(1, factor)))
             for key in ("beta_fast", "beta_slow"):
-                scaling[key] = field(f"llama.rope.scaling.yarn_{key}")
-            if field("llama.rope.scaling.yarn_log_multiplier"):
+                scaling[key] = field(f"rope.scaling.yarn_{key}")
+            if field("rope.scaling.yarn_log_multiplier"):
                 raise UnsupportedArchitectureError(
-                    f"{self.path.name} has llama.rope.scaling.yarn_log_multiplier; kvq supports YaRN without it only"
+                    f"{self.path.name} has {self._key('rope.scaling.yarn_log_multiplier')}; kvq supports YaRN without"
+                    " it only"
                 )
         else:
             scaling = {"rope_type": kind, "factor": factor}
@@ -178,8 +188,8 @@ class GgufFile(Source):
             return scaling
         if scaling is not None:
             raise UnsupportedArchitectureError(
-                f"{self.path.name} has rope_freqs.weight and llama.rope.scaling.type {kind!r:.60}; kvq supports"
-                " one of them only"
+                f"{self.path.name} has rope_freqs.weight and {self._key('rope.scaling.type')} {kind!r:.60}; kvq"
+                " supports one of them only"
             )
         if self._factors.shape != (head_dim // 2,) or self._factors.type not in FLOATS:
             raise CheckpointError(
@@ -223,10 +233,14 @@ class GgufFile(Source):
                 f"{name} of {self.path.name} cannot be read ({short(error)}); download the file again"
             ) from None
 
-    def blocks(self, name: str) -> Blocks | None:
+    def block_bits(self, name: str) -> int | None:
         tensor = self._tensors[name]
-        if tensor.type not in EXACT or len(tensor.shape) != 2:
+        return EXACT[tensor.type][0] if tensor.type in EXACT and len(tensor.shape) == 2 else None
+
+    def blocks(self, name: str) -> Blocks | None:
+        if self.block_bits(name) is None:
             return None
+        tensor = self._tensors[name]
         bits, block = EXACT[tensor.type]
         n, k = tensor.shape
         values = self._decoded(tensor, name).reshape(n, k // block, block)
@@ -236,14 +250,14 @@ class GgufFile(Source):
             exact = codes * scales[..., None] == values
         zero = 1 << (bits - 1)
         if not exact.all() or codes.min() < -zero or codes.max() >= zero:
-            return None  # such as scales so small that products are rounded
+            return None  # scales that are no number, which whoever reads the values refuses
         found = Blocks((codes + zero).astype(np.uint8).reshape(n, k), scales, bits, block)
         order = self._row_order(name, n)
         return found if order is None else found.rows(order)
 
     def _row_order(self, name: str, rows: int) -> np.ndarray | None:
         """Where rows of queries and keys stand: GGUF interleaves the halves of a head for its rotary embedding."""
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = self._dialect.interleaved.get(name.split(".")[-2])
         if heads is None:
             return None
         count = self.config.get(heads) or self.config["num_attention_heads"]

@@ -25,8 +25,8 @@ from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.cli import export as export_command
 from kvq.exporter.export import Summary, export
-from kvq.exporter.quantize import packed
 from kvq.exporter.reference import effective_model
+from kvq.exporter.weights.quantize import packed
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, WEIGHTS
 from kvq.runtime.errors import UnsupportedArchitectureError

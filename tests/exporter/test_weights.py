@@ -17,13 +17,13 @@ from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
-from kvq.exporter.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
-from kvq.exporter.reference import effective_model
+from kvq.exporter.reference import Twin, effective_model
+from kvq.exporter.weights.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.compute.head import Head
 from kvq.runtime.machine.threads import configure
-from tests.tools.checkpoints import TINY, family_checkpoint, save_checkpoint
+from tests.tools.checkpoints import TINY, family_checkpoint, in_transformers, save_checkpoint
 
 BLOCKS = [16, 32, 64, 128]
 WIDTHS = [16, 65, 172, 256]  # less than a block, odd, no multiple of a block, whole blocks
@@ -201,7 +201,7 @@ def bundle_logits(bundle: Bundle) -> np.ndarray:
     return session.append(IDS, all_logits=True)
 
 
-def torch_logits(model: LlamaForCausalLM) -> np.ndarray:
+def torch_logits(model: LlamaForCausalLM | Twin) -> np.ndarray:
     with torch.inference_mode():
         return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
 
@@ -212,8 +212,9 @@ def test_bundle_equals_transformers_on_the_dequantized_weights(
     checkpoint: Checkpoint, weights: str, block: int, tmp_path: Path
 ) -> None:
     bundle = exported(checkpoint, tmp_path / "bundle", weights=weights, activations="fp32", block=block)
-    effective = torch_logits(effective_model(bundle))
+    effective = torch_logits(in_transformers(bundle, checkpoint.source.path))
     assert np.abs(bundle_logits(bundle) - effective).max() <= 1e-3
+    assert np.abs(torch_logits(effective_model(bundle)) - effective).max() <= 1e-5
     # The quantization shows: agreeing with the unquantized model instead would be a mistake.
     assert np.abs(effective - torch_logits(hf_model(checkpoint))).max() > 1e-2
 
@@ -223,8 +224,8 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
     fields = TINY | {"tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True}
     checkpoint = load_checkpoint(str(save_checkpoint(tmp_path / "checkpoint", fields)))
     bundle = exported(checkpoint, tmp_path / "bundle", weights="int4", activations="fp32", block=32)
-    effective, original = effective_model(bundle).state_dict(), hf_model(checkpoint).state_dict()
-    assert effective.keys() == original.keys()
+    model = in_transformers(bundle, checkpoint.source.path)
+    effective, original = model.state_dict(), hf_model(checkpoint).state_dict()
     for name, tensor in original.items():
         if tensor.ndim == 1:
             assert torch.allclose(effective[name], tensor, rtol=0, atol=1e-6), name  # v_proj.bias was rotated and back
@@ -234,7 +235,9 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
             assert np.array_equal(effective[name].numpy(), wanted), name
         else:
             assert 0 < (effective[name] - tensor).norm() / tensor.norm() < 0.15, name
-    assert np.abs(bundle_logits(bundle) - torch_logits(effective_model(bundle))).max() <= 1e-3
+    twin = torch_logits(effective_model(bundle))
+    assert np.abs(torch_logits(model) - twin).max() <= 1e-5
+    assert np.abs(bundle_logits(bundle) - twin).max() <= 1e-3
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvq.exporter.architectures.llama import EMBEDDING, HEAD
 from kvq.exporter.checkpoint import Checkpoint
-from kvq.exporter.graph import WeightFile
-from kvq.exporter.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
-from kvq.runtime.errors import CheckpointError
+from kvq.exporter.weights.file import WeightFile
+from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
 
 # Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is;
 # "auto" leaves that in its own bits and takes 8 for the rest.
@@ -52,6 +50,7 @@ class Matrices:
 
     def __init__(self, checkpoint: Checkpoint, file: WeightFile, weights: str, block: int) -> None:
         self._checkpoint, self._file, self._weights, self._block = checkpoint, file, weights, block
+        self._tables = (checkpoint.model.embedding, checkpoint.model.head)
         self._stored: dict[str, StoredMatrix] = {}
 
     @property
@@ -62,8 +61,8 @@ class Matrices:
     def describe(self) -> dict[str, Any]:
         """What a manifest says of them, once the graphs are written."""
         names = {0: "fp32", 4: "int4", 8: "int8"}
-        layers = {matrix.bits for name, matrix in self._stored.items() if name not in (EMBEDDING, HEAD)}
-        head = self._stored[EMBEDDING if self._checkpoint.model.tied else HEAD]
+        layers = {matrix.bits for name, matrix in self._stored.items() if name not in self._tables}
+        head = self._stored[self._checkpoint.model.head]
         return {
             "layers": names[layers.pop()] if len(layers) == 1 else "mixed",
             "head": names[head.bits],
@@ -88,8 +87,6 @@ class Matrices:
         exact = quantized is not None or (not bits and change is None)
         if quantized is None:
             matrix = self._checkpoint.stacked(parts)
-            if matrix is None:
-                raise CheckpointError(f"{self._checkpoint.name} has no weights {parts[0]}; check the checkpoint")
             matrix = matrix if change is None else change(matrix)
             if not bits:
                 self._file.add(name, matrix)
@@ -109,5 +106,5 @@ class Matrices:
         blocks = self._checkpoint.stacked_blocks(parts)
         if blocks is None or blocks.bits > bits:
             return None
-        keeps = self._weights == "auto" and parts[0] not in (EMBEDDING, HEAD)  # looked up in 8 bits
+        keeps = self._weights == "auto" and parts[0] not in self._tables  # looked up in 8 bits
         return packed(blocks if keeps else blocks.as_form(bits, blocks.block))

@@ -1,0 +1,195 @@
+"""Steps of a description -> nodes of a graph, in two forms.
+
+In a segment, attention is left to the caller: segment i takes the residual stream and the attention output of
+layer i - 1 and yields the residual stream and layer i's queries, keys and values. In the decoder, attention and
+what stands between the products are operators of the native library: four nodes a layer that are seventeen in
+the segments. All tensors are [tokens, features]; "tokens" is the only free dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import TensorProto
+
+from kvq.exporter.architectures.description import Add, Attend, Norm, Project, Step, SwiGLU
+from kvq.exporter.checkpoint import Checkpoint
+from kvq.exporter.graphs.builder import CONTRIB, KVQ, Graph
+from kvq.exporter.graphs.options import GraphOptions
+from kvq.exporter.graphs.products import Products
+from kvq.exporter.rotation import rotate_inputs, rotate_outputs
+
+
+def gain(graph: Graph, checkpoint: Checkpoint, step: Norm) -> str:
+    """A norm's gain as a constant of a graph."""
+    return graph.weight(step.gain, checkpoint.tensor(step.gain))
+
+
+def norm(graph: Graph, checkpoint: Checkpoint, step: Norm, x: str) -> str:
+    """RMS norm of x."""
+    weights = gain(graph, checkpoint, step)
+    return graph.op("SimplifiedLayerNormalization", x, weights, axis=-1, epsilon=step.epsilon, stash_type=1)
+
+
+class Layers(ABC):
+    """Builds the layers of a graph, step by step.
+
+    Args:
+        graph: to build.
+        checkpoint: whose layers.
+        products: with its matrices.
+        options: how.
+
+    Attributes:
+        residual: name of the residual stream [tokens, hidden] as it is after the steps so far.
+        value: name of what the last step yields.
+    """
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, products: Products, options: GraphOptions) -> None:
+        self.graph, self.checkpoint, self.products, self.options = graph, checkpoint, products, options
+        self.shape = checkpoint.architecture
+        self.residual = self.value = self.cosine = self.sine = ""
+
+    def embed(self) -> None:
+        """Token ids and positions -> residual stream, cosine and sine of the rotary angles [tokens, head_dim // 2]."""
+        graph, model = self.graph, self.checkpoint.model
+        ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
+        positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
+        self.residual = self.value = self.products.embedding(graph, ids)
+        column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
+        angles = graph.op("Mul", column, graph.constant(model.inv_freq[None], np.float32))
+        parts = []
+        for kind in ("Cos", "Sin"):
+            part = graph.op(kind, angles)
+            if model.rope_scale != 1.0:
+                part = graph.op("Mul", part, graph.constant(model.rope_scale, np.float32))
+            parts.append(part)
+        self.cosine, self.sine = parts
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Put steps into the graph, in order."""
+        for step in steps:
+            match step:
+                case Norm():
+                    self.value = norm(self.graph, self.checkpoint, step, self.value)
+                case Project():
+                    self.value = self.products.project(self.graph, self.value, step)
+                case SwiGLU():
+                    self.value = self.swiglu()
+                case Add():
+                    self.residual = self.value = self.graph.op("Add", self.residual, self.value)
+
+    @abstractmethod
+    def swiglu(self) -> str:
+        """silu of the value's first half times its second."""
+
+    def project_inputs(self, step: Attend) -> str:
+        """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
+        change = self._rotate_values if self.options.folds else None
+        return self.products.project(self.graph, self.value, step.inputs, change)
+
+    def project_output(self, step: Attend, attention: str) -> str:
+        """Projection of attention's output [tokens, heads * head_dim]."""
+        change = self._unrotate if self.options.folds else None
+        return self.products.project(self.graph, attention, step.output, change)
+
+    def _rotate_values(self, stacked: np.ndarray) -> np.ndarray:
+        """Rotate the value rows at the end of a stacked weight or bias."""
+        start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
+        return np.concatenate([stacked[:start], rotate_outputs(stacked[start:], self.options.rotation)])
+
+    def _unrotate(self, x: np.ndarray) -> np.ndarray:
+        return rotate_inputs(x, self.options.rotation) if x.ndim == 2 else x  # a bias is added after
+
+
+class Segment(Layers):
+    """The steps from one layer's attention to the next one's."""
+
+    def begin(self, before: Attend) -> None:
+        """Take the residual stream and what attention made of the layer before."""
+        self.residual = self.graph.input("residual", "tokens", self.shape.hidden)
+        attention = self.graph.input("attention", "tokens", self.shape.heads * self.shape.head_dim)
+        if self.options.rotates_values:
+            attention = self._rotated(attention, self.shape.heads)
+        self.value = self.project_output(before, attention)
+
+    def take_angles(self) -> None:
+        """Take cosine and sine of the rotary angles, which the first segment yields."""
+        names = ("cosine", "sine")
+        self.cosine, self.sine = (self.graph.input(name, "tokens", self.shape.head_dim // 2) for name in names)
+
+    def attend(self, step: Attend, layer: int) -> None:
+        """Projections, rotary embedding, rotation, centring -> the outputs query_key and value."""
+        graph, shape = self.graph, self.shape
+        both, mean_keys = shape.heads + shape.kv_heads, self.options.mean_keys[layer]
+        sizes = [both * shape.head_dim, shape.kv_heads * shape.head_dim]
+        query_key, value = graph.split(self.project_inputs(step), sizes)
+        query_key = graph.op(
+            "RotaryEmbedding",
+            graph.op("Reshape", query_key, graph.constant([1, -1, both * shape.head_dim])),
+            graph.constant([0]),  # row i of cosine and sine belongs to token i
+            self.cosine,
+            self.sine,
+            domain=CONTRIB,
+        )
+        query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
+        if self.options.rotates:
+            query_key = graph.op("MatMul", query_key, graph.weight("rotation", self.options.rotation))
+        if mean_keys.any():
+            mean = np.zeros((both, shape.head_dim), np.float32)
+            mean[shape.heads :] = mean_keys
+            query_key = graph.op("Sub", query_key, graph.weight(f"model.layers.{layer}.mean_keys", mean))
+        graph.output(query_key, "query_key", "tokens", both, shape.head_dim)
+        if self.options.rotates_values:
+            value = self._rotated(value, shape.kv_heads)
+        value = graph.op("Reshape", value, graph.constant([-1, shape.kv_heads, shape.head_dim]))
+        graph.output(value, "value", "tokens", shape.kv_heads, shape.head_dim)
+
+    def swiglu(self) -> str:
+        gate, up = self.graph.split(self.value, [self.shape.ffn, self.shape.ffn])
+        # QuickGelu with alpha 1 is SiLU.
+        return self.graph.op("Mul", self.graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
+
+    def _rotated(self, x: str, heads: int) -> str:
+        """Every head of x [tokens, heads * head_dim] rotated; the rotation is its own inverse."""
+        graph, head_dim = self.graph, self.shape.head_dim
+        split = graph.op("Reshape", x, graph.constant([-1, heads, head_dim]))
+        rotated = graph.op("MatMul", split, graph.weight("rotation", self.options.rotation))
+        return graph.op("Reshape", rotated, graph.constant([-1, heads * head_dim]))
+
+
+class Decoder(Layers):
+    """All layers in one graph."""
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Put steps into the graph, in order; a sum and the norm of it are one operator."""
+        at = 0
+        while at < len(steps):
+            match steps[at : at + 2]:
+                case [Add(), Norm() as following]:
+                    self._add_norm(following)
+                    at += 2
+                case [step, *_]:
+                    super().run([step])
+                    at += 1
+
+    def attend(self, step: Attend, layer: int) -> None:
+        """Projections, and between them what the library does for attention."""
+        graph, options = self.graph, self.options
+        # Under a name of its own if there is one: graphs are written once before means are known.
+        centered = "mean_key" if options.mean_keys[layer].any() else "no_mean_key"
+        mean = graph.weight(f"model.layers.{layer}.{centered}", options.mean_keys[layer])
+        # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
+        rotate = int(options.rotates) + 2 * int(options.rotates_values)
+        inputs = (self.project_inputs(step), self.cosine, self.sine, mean)
+        self.value = self.project_output(step, graph.op("Attention", *inputs, domain=KVQ, layer=layer, rotate=rotate))
+
+    def swiglu(self) -> str:
+        return self.graph.op("SwiGLU", self.value, domain=KVQ)
+
+    def _add_norm(self, step: Norm) -> None:
+        weights = gain(self.graph, self.checkpoint, step)
+        inputs = (self.residual, self.value, weights)
+        self.residual, self.value = self.graph.ops("AddNorm", 2, *inputs, domain=KVQ, epsilon=step.epsilon)

@@ -1,0 +1,48 @@
+"""How the graphs of a bundle are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# MatMulNBits' accuracy_level: 0 keeps activations in float32, 4 quantizes them to int8 on the fly.
+ACCURACY_LEVEL = {"fp32": 0, "int8": 4, "int16-head": 4}
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How graphs are written.
+
+    Attributes:
+        weights: "fp32", "auto", "int8" or "int4", see `kvq.exporter.weights.matrices.LAYER_BITS`.
+        activations: in products with quantized weights, "int8" (fast), "fp32" (exact), or "int16-head": int8, but
+            two bytes a value in front of the head.
+        block: elements per scale of a quantized matrix.
+        rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
+        mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
+        fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
+            else as they come, which leaves weights that a source holds in blocks as they are.
+    """
+
+    weights: str
+    activations: str
+    block: int
+    rotation: np.ndarray
+    mean_keys: np.ndarray
+    fold_values: bool = True
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the rotation is one."""
+        return not np.array_equal(self.rotation, np.eye(len(self.rotation)))
+
+    @property
+    def folds(self) -> bool:
+        """Whether values are rotated inside the weights."""
+        return self.rotates and self.fold_values
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether values are rotated as they come."""
+        return self.rotates and not self.fold_values

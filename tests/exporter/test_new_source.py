@@ -1,0 +1,102 @@
+"""A format that kvq does not know, added as docs/adding.md says: one file, and one line that names its suffix."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kvq.exporter import sources
+from kvq.exporter.export import export
+from kvq.runtime.bundle.manifest import WEIGHTS
+from kvq.runtime.errors import CheckpointError
+
+NPZ = """
+import hashlib
+import json
+import zipfile
+
+import numpy as np
+
+from kvq.exporter.sources.base import Source, short
+from kvq.runtime.errors import CheckpointError
+
+
+class NpzFile(Source):
+    def __init__(self, path):
+        self.path, self.name = path, path.stem
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self._arrays = dict(arrays)
+            self.config = json.loads(str(self._arrays.pop("config")))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path.name} cannot be read ({short(error)}); check that it is complete") from None
+
+    @property
+    def shapes(self):
+        return {name: array.shape for name, array in self._arrays.items()}
+
+    def read(self, name):
+        return np.ascontiguousarray(self._arrays[name], np.float32)
+
+    def tokenizer_json(self):
+        return None
+
+    def chat_template(self):
+        return None
+
+    def special_tokens(self):
+        return {}
+
+    def eos_token_ids(self):
+        return [self.config["eos_token_id"]]
+
+    @property
+    def digest(self):
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+"""
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The file in place, for one test."""
+    folder = tmp_path / "added"
+    folder.mkdir()
+    (folder / "npz.py").write_text(NPZ)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(folder)])
+    monkeypatch.setitem(sources.FILES, ".npz", ("npz", "NpzFile"))
+    yield
+    sys.modules.pop(f"{sources.__name__}.npz", None)
+
+
+@pytest.fixture
+def file(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint in that format."""
+    config = np.array((tiny_checkpoint / "config.json").read_text())
+    np.savez(tmp_path / "tiny.npz", config=config, **load_file(tiny_checkpoint / "model.safetensors"))
+    return tmp_path / "tiny.npz"
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_its_bundle_is_that_of_a_folder(weights: str, file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ours = export(file, tmp_path / "ours", weights=weights, center=False).manifest
+    folder = export(tiny_checkpoint, tmp_path / "folder", weights=weights, center=False).manifest
+    for name in (WEIGHTS, *ours.segments, ours.decoder, ours.head):
+        assert ours.files[name] == folder.files[name], name
+    assert ours.architecture == folder.architecture
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    assert ours.eos_token_ids == folder.eos_token_ids == [config["eos_token_id"]]
+    assert ours.source["name"] == "tiny"
+
+
+def test_a_damaged_file_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:
+    data = file.read_bytes()
+    for kept in (0, 10, len(data) // 2):
+        file.write_bytes(data[:kept])
+        with pytest.raises(CheckpointError, match=r"tiny\.npz cannot be read"):
+            export(file, tmp_path / "bundle")
