@@ -9,7 +9,7 @@ products need, and the error grows by less than 1e-5 of itself.
 The stored scale is not the least-squares one. That one makes every vector 12 % too short, and what
 attention adds up over many tokens keeps this error while the others average out. At the unbiased
 scale the stored vector's projection on the exact one is the exact one, with a slightly larger error;
-four fifths of the way to it, a vector is 2 % too short (docs/decisions.md has the divergences).
+four fifths of the way to it, a vector is 2 % too short (docs/measurements.md has the divergences).
 Scales are in units of the inner level: then neither exceeds the largest value, and what fits a half
 can be stored.
 """
