@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from types import SimpleNamespace as Load  # what the clients do: the options of the same names
 from typing import Any
 
 import click
@@ -53,24 +54,11 @@ class Turn:
     tokens: int = 0
 
 
-@dataclass
-class Load:
-    """What the clients do."""
-
-    clients: int
-    seconds: float
-    conversations: int
-    turns: int
-    max_tokens: int
-    policy: str
-    chunk: int
-
-
 class ServerProcess:
-    """`kvq serve` on a free port, for as long as the block lasts."""
+    """`kvq serve` on a free port."""
 
     def __init__(self, *arguments: str) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         command = [sys.executable, "-m", "kvq", "serve", "--port", "0", "-q", *arguments]
         self.process = subprocess.Popen(command, stderr=self._log)
         self.port = int(self._wait_for(r"listening on http://127\.0\.0\.1:(\d+)")[1])
@@ -93,10 +81,8 @@ class ServerProcess:
         stats = json.loads(connection.getresponse().read())
         return stats | {"peak_rss_nbytes": resident_bytes(self.process.pid, peak=True)}
 
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End it."""
         self.process.terminate()
         self.process.wait()
         self._log.close()
@@ -120,20 +106,18 @@ def pieces(connection: http.client.HTTPConnection, body: dict[str, Any]) -> Iter
 
 def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) -> None:
     """Send the request of a turn and note what comes back."""
-    body = {
-        "messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "temperature": TEMPERATURE,
-        "policy": load.policy, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+    body = {"messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "policy": load.policy}
+    body |= {"temperature": TEMPERATURE, "stream": True, "stream_options": {"include_usage": True}}
     begun = last = time.perf_counter()
     for chunk in pieces(connection, body):
-        if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+        if chunk["choices"] and (text := chunk["choices"][0]["delta"].get("content")):
             now = time.perf_counter()
             if turn.text:
                 turn.gaps.append(now - last)
             else:
                 turn.first = now - begun
             last = now
-            turn.text += chunk["choices"][0]["delta"]["content"]
+            turn.text += text
         elif usage := chunk["usage"]:
             turn.prompt_tokens, turn.tokens = usage["prompt_tokens"], usage["completion_tokens"]
             turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
@@ -141,7 +125,6 @@ def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) ->
 
 def client(number: int, port: int, load: Load, sentences: list[str], end: float) -> list[Turn]:
     """Turns in the conversations of one client until the time is over."""
-    done: list[Turn] = []
     generator = np.random.default_rng(number)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
 
@@ -149,6 +132,7 @@ def client(number: int, port: int, load: Load, sentences: list[str], end: float)
         at = int(generator.integers(0, len(sentences) - count))
         return " ".join(sentences[at : at + count])
 
+    done: list[Turn] = []
     opened: list[list[dict[str, str]]] = [[] for _ in range(load.conversations)]
     while True:
         for i in range(load.conversations):
@@ -178,12 +162,12 @@ def wrong_texts(turns: list[Turn], model: str | None, load: Load) -> int:
     """How many responses are not what the library alone says to the same messages."""
     loaded = kvq.load(model)
     template = loaded.chat_template
+    same: dict[str, Any] = {"max_tokens": load.max_tokens, "temperature": TEMPERATURE}
+    same |= {"stop": template.stop, "stop_tokens": template.stop_tokens}
     wrong = 0
     for turn in turns:
-        responses = loaded.session(load.policy, prefill_chunk=load.chunk).generate(
-            template.encode(turn.messages), max_tokens=load.max_tokens, temperature=TEMPERATURE, seed=turn.seed,
-            stop=template.stop, stop_tokens=template.stop_tokens,
-        )  # fmt: skip
+        session = loaded.session(load.policy, prefill_chunk=load.chunk)
+        responses = session.generate(template.encode(turn.messages), seed=turn.seed, **same)
         wrong += "".join(response.text for response in responses) != turn.text
     return wrong
 
@@ -214,16 +198,16 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
 @click.option("--chunk", default=128, show_default=True, help="as of kvq serve")
 @click.option("--kv-memory-total", default="10MB", show_default=True)
 @click.option("--record", type=FILE, help="write the responses there and do not check them now")
-@click.option("--check", type=click.Path(path_type=Path, exists=True), help="check the responses of a --record")
+@click.option("--check", type=click.File(), help="check the responses of a --record")
 def main(model, kv_memory_total, record, check, **options) -> None:
     """Put load on a server, print the figures as JSON, and check every text."""
     if check is not None:
-        saved = json.loads(check.read_text())
+        saved = json.load(check)
         load, done = Load(**saved["load"]), [Turn(**turn) for turn in saved["turns"]]
     else:
         load = Load(**options)
         limits = ["--kv-memory-total", kv_memory_total, "--concurrency", str(load.clients), "--chunk", str(load.chunk)]
-        with ServerProcess(*limits, *(["-m", model] if model else [])) as server:
+        with closing(ServerProcess(*limits, *(["-m", model] if model else []))) as server:
             done, took = run_load(server, load)
             click.echo(json.dumps(report(done, took, server.stats()), indent=1))
         if record is not None:

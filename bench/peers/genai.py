@@ -12,8 +12,6 @@ import numpy as np
 from kvq.bench.arm import Arm
 from kvq.runtime.bundle.manifest import WEIGHTS
 
-WHEN = ("past", "present")
-
 
 class GenaiArm(Arm):
     """`Generator.append_tokens`, with past and present sharing one buffer.
@@ -46,15 +44,15 @@ class GenaiArm(Arm):
         """genai_config.json: the graph's file, what its inputs are called, the model's shape."""
         fields = self.assets.fields
         shape = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-        names = [(when, f"{when}_{side}_names", f"{when}_{side[0]}_%d") for when in WHEN for side in ("key", "value")]
-        past, present = ({key: name for when, key, name in names if when == asked} for asked in WHEN)
+        inputs = {"input_ids": "ids", "past_sequence_length": "seqlens_k", "current_sequence_length": "total"}
+        sides = ("key", "value")
+        past, present = ({f"{when}_{x}_names": f"{when}_{x[0]}_%d" for x in sides} for when in ("past", "present"))
         decoder = {
             "session_options": {"log_id": "kvq", "intra_op_num_threads": self.threads, "provider_options": []},
             "filename": file,
             "head_size": self.assets.head_dim,
             **{name: fields[name] for name in shape},
-            "inputs": {"input_ids": "ids", "past_sequence_length": "seqlens_k", "current_sequence_length": "total"}
-            | past,
+            "inputs": inputs | past,
             "outputs": {"logits": "logits"} | present,
         }
         context, tokens = fields["max_position_embeddings"], ("vocab_size", "bos_token_id", "eos_token_id")
