@@ -2,10 +2,9 @@
 
     python -m kvq.bench.serve --clients 8 --seconds 120 --kv-memory-total 10MB
 
-A server of its own on a free loopback port; every client keeps several conversations open and takes
-a turn in one after the other, so that idle ones have to leave memory. Afterwards every response is
-generated once more by the library alone, from an empty session, and compared. Times are taken in
-the clients, which run on the same machine.
+A server of its own on a free loopback port; every client keeps several conversations open and takes a turn in one after
+the other, so that idle ones have to leave memory. Afterwards every response is generated once more by the library
+alone, from an empty session, and compared. Times are taken in the clients, which run on the same machine.
 """
 
 from __future__ import annotations
@@ -17,18 +16,28 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
+from types import SimpleNamespace as Load  # what the clients do: the options of the same names
 from typing import Any
 
 import click
 import numpy as np
 
+import kvq
+from kvq.bench.machine import resident_bytes
+from kvq.bench.options import FILE, HELP
+from kvq.bench.report.tables import write_json
+
 TIMEOUT_S = 600
 TEMPERATURE = 0.8
+SHOWN = (
+    "reused", "evictions", "restores", "dropped_files", "kv_limit_nbytes", "kv_peak_nbytes", "file_nbytes",
+    "peak_rss_nbytes",
+)  # fmt: skip
 
 
 @dataclass
@@ -45,24 +54,11 @@ class Turn:
     tokens: int = 0
 
 
-@dataclass
-class Load:
-    """What the clients do."""
-
-    clients: int
-    seconds: float
-    conversations: int
-    turns: int
-    max_tokens: int
-    policy: str
-    chunk: int
-
-
 class ServerProcess:
-    """`kvq serve` on a free port, for as long as the block lasts."""
+    """`kvq serve` on a free port."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+    def __init__(self, *arguments: str) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         command = [sys.executable, "-m", "kvq", "serve", "--port", "0", "-q", *arguments]
         self.process = subprocess.Popen(command, stderr=self._log)
         self.port = int(self._wait_for(r"listening on http://127\.0\.0\.1:(\d+)")[1])
@@ -83,13 +79,10 @@ class ServerProcess:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         connection.request("GET", "/stats")
         stats = json.loads(connection.getresponse().read())
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        return stats | {"peak_rss_nbytes": int(peak[1]) * 1024 if peak else None}
+        return stats | {"peak_rss_nbytes": resident_bytes(self.process.pid, peak=True)}
 
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End it."""
         self.process.terminate()
         self.process.wait()
         self._log.close()
@@ -113,27 +106,25 @@ def pieces(connection: http.client.HTTPConnection, body: dict[str, Any]) -> Iter
 
 def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) -> None:
     """Send the request of a turn and note what comes back."""
-    body = {
-        "messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "temperature": TEMPERATURE,
-        "policy": load.policy, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+    body = {"messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "policy": load.policy}
+    body |= {"temperature": TEMPERATURE, "stream": True, "stream_options": {"include_usage": True}}
     begun = last = time.perf_counter()
     for chunk in pieces(connection, body):
-        if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+        if chunk["choices"] and (text := chunk["choices"][0]["delta"].get("content")):
             now = time.perf_counter()
             if turn.text:
                 turn.gaps.append(now - last)
             else:
                 turn.first = now - begun
             last = now
-            turn.text += chunk["choices"][0]["delta"]["content"]
+            turn.text += text
         elif usage := chunk["usage"]:
             turn.prompt_tokens, turn.tokens = usage["prompt_tokens"], usage["completion_tokens"]
             turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def client(number: int, port: int, load: Load, sentences: list[str], end: float, done: list[Turn]) -> None:
-    """Conversations of one client until the time is over; finished turns are put into `done`."""
+def client(number: int, port: int, load: Load, sentences: list[str], end: float) -> list[Turn]:
+    """Turns in the conversations of one client until the time is over."""
     generator = np.random.default_rng(number)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
 
@@ -141,14 +132,13 @@ def client(number: int, port: int, load: Load, sentences: list[str], end: float,
         at = int(generator.integers(0, len(sentences) - count))
         return " ".join(sentences[at : at + count])
 
+    done: list[Turn] = []
     opened: list[list[dict[str, str]]] = [[] for _ in range(load.conversations)]
     while True:
         for i in range(load.conversations):
             if time.perf_counter() > end:
-                return
-            if len(opened[i]) >= 2 * load.turns + 1:
-                opened[i] = []
-            if not opened[i]:
+                return done
+            if not opened[i] or len(opened[i]) >= 2 * load.turns + 1:
                 opened[i] = [{"role": "system", "content": some(int(generator.integers(4, 16)))}]
             opened[i].append({"role": "user", "content": some(1)})
             turn = Turn(list(opened[i]), int(generator.integers(1 << 31)))
@@ -161,38 +151,23 @@ def run_load(server: ServerProcess, load: Load) -> tuple[list[Turn], float]:
     """All turns of all clients, and the seconds they took."""
     text = importlib.resources.files("kvq.exporter").joinpath("calibration.txt").read_text(encoding="utf-8")
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
-    done: list[Turn] = []
-    failures: list[BaseException] = []
     begun = time.perf_counter()
-
-    def one(number: int) -> None:
-        try:
-            client(number, server.port, load, sentences, begun + load.seconds, done)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(load.clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return done, time.perf_counter() - begun
+    with ThreadPoolExecutor(load.clients) as pool:
+        shared = (server.port, load, sentences, begun + load.seconds)
+        clients = [pool.submit(client, number, *shared) for number in range(load.clients)]
+    return [turn for one in clients for turn in one.result()], time.perf_counter() - begun
 
 
 def wrong_texts(turns: list[Turn], model: str | None, load: Load) -> int:
     """How many responses are not what the library alone says to the same messages."""
-    import kvq
-
     loaded = kvq.load(model)
     template = loaded.chat_template
+    same: dict[str, Any] = {"max_tokens": load.max_tokens, "temperature": TEMPERATURE}
+    same |= {"stop": template.stop, "stop_tokens": template.stop_tokens}
     wrong = 0
     for turn in turns:
-        responses = loaded.session(load.policy, prefill_chunk=load.chunk).generate(
-            template.encode(turn.messages), max_tokens=load.max_tokens, temperature=TEMPERATURE, seed=turn.seed,
-            stop=template.stop, stop_tokens=template.stop_tokens,
-        )  # fmt: skip
+        session = loaded.session(load.policy, prefill_chunk=load.chunk)
+        responses = session.generate(template.encode(turn.messages), seed=turn.seed, **same)
         wrong += "".join(response.text for response in responses) != turn.text
     return wrong
 
@@ -212,13 +187,7 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
     } | {name: stats[name] for name in SHOWN}
 
 
-SHOWN = (
-    "reused", "evictions", "restores", "dropped_files", "kv_limit_nbytes", "kv_peak_nbytes", "file_nbytes",
-    "peak_rss_nbytes",
-)  # fmt: skip
-
-
-@click.command()
+@click.command(context_settings=HELP)
 @click.option("--model", help="bundle; the embedded model if not given")
 @click.option("--clients", default=8, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="how long the load lasts")
@@ -228,23 +197,21 @@ SHOWN = (
 @click.option("--policy", default="k8v4", show_default=True, help="one without a budget")
 @click.option("--chunk", default=128, show_default=True, help="as of kvq serve")
 @click.option("--kv-memory-total", default="10MB", show_default=True)
-@click.option("--record", type=click.Path(path_type=Path), help="write the responses there and do not check them now")
-@click.option("--check", type=click.Path(path_type=Path, exists=True), help="check the responses of a --record")
-def main(
-    model, clients, seconds, conversations, turns, max_tokens, policy, chunk, kv_memory_total, record, check
-) -> None:
+@click.option("--record", type=FILE, help="write the responses there and do not check them now")
+@click.option("--check", type=click.File(), help="check the responses of a --record")
+def main(model, kv_memory_total, record, check, **options) -> None:
     """Put load on a server, print the figures as JSON, and check every text."""
     if check is not None:
-        saved = json.loads(check.read_text())
+        saved = json.load(check)
         load, done = Load(**saved["load"]), [Turn(**turn) for turn in saved["turns"]]
     else:
-        load = Load(clients, seconds, conversations, turns, max_tokens, policy, chunk)
-        arguments = ["--kv-memory-total", kv_memory_total, "--concurrency", str(clients), "--chunk", str(chunk)]
-        with ServerProcess(arguments + (["-m", model] if model else [])) as server:
+        load = Load(**options)
+        limits = ["--kv-memory-total", kv_memory_total, "--concurrency", str(load.clients), "--chunk", str(load.chunk)]
+        with closing(ServerProcess(*limits, *(["-m", model] if model else []))) as server:
             done, took = run_load(server, load)
             click.echo(json.dumps(report(done, took, server.stats()), indent=1))
         if record is not None:
-            record.write_text(json.dumps({"load": vars(load), "turns": [vars(turn) for turn in done]}))
+            write_json({"load": vars(load), "turns": [vars(turn) for turn in done]}, record)
             return
     wrong = wrong_texts(done, model, load)
     click.echo(f"{wrong} of {len(done)} texts differ from those of the library alone")

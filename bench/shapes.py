@@ -1,8 +1,7 @@
 """Random-weight models in SmolLM's shapes, made once and kept in a cache folder.
 
-Every arm runs the same model. `assets` makes a bundle with int4 weights, and a Hugging Face
-checkpoint of exactly the values those weights stand for; files of other formats are derived
-from the two by the arms that need them, next to them in the same folder.
+Every arm runs the same model: a bundle with int4 weights, and a Hugging Face checkpoint of exactly the values those
+weights stand for. Files of other formats are derived from the two by the arms that need them, in the same folder.
 """
 
 from __future__ import annotations
@@ -15,26 +14,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvq.models.family import config
+from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 
 LONGEST = 8192  # tokens of context that can be measured
 ROOM = 256  # tokens after it, for decode steps
-RECIPE = 1  # raised when a file in the cache is made differently, so that old ones are not used
-
+RECIPE = 2  # raised when a file in the cache is made differently, so that old ones are not used
 
 # As wide as a test needs: whole blocks of 64, grouped heads, two layers.
 TINY: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512,
+}  # fmt: skip
 BENCH_SHAPES = ("smollm-135m", "smollm-360m", "smollm-1.7b")
 
 
@@ -63,6 +58,16 @@ class Assets:
         """Hugging Face folder with the float32 values of the bundle's weights, the rotation of values included."""
         return self.folder / "checkpoint"
 
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return Manifest.from_json((self.bundle / MANIFEST).read_text(encoding="utf-8"))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.fields["hidden_size"] // self.fields["num_attention_heads"]
+
     @property
     def parameters(self) -> int:
         """Weights of all products; a tied embedding counts once."""
@@ -75,8 +80,7 @@ class Assets:
     @property
     def values_per_token(self) -> int:
         """Cached numbers a token has, keys and values of all layers."""
-        head_dim = self.fields["hidden_size"] // self.fields["num_attention_heads"]
-        return 2 * self.fields["num_hidden_layers"] * self.fields["num_key_value_heads"] * head_dim
+        return 2 * self.fields["num_hidden_layers"] * self.fields["num_key_value_heads"] * self.head_dim
 
 
 def default_cache() -> Path:
@@ -84,8 +88,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "bench"
 
 
-def assets(shape: str, root: Path, exact: bool = False) -> Assets:
-    """The files of a shape, which may not exist yet; `exact` as in `Assets`.
+def assets(shape: str, root: Path) -> Assets:
+    """The files of a shape, which may not exist yet.
 
     Args:
         shape: a name of `kvq.models.family`, or "tiny".
@@ -97,14 +101,10 @@ def assets(shape: str, root: Path, exact: bool = False) -> Assets:
     fields = config("smollm-135m", **TINY) if shape == "tiny" else config(shape)
     # SmolLM's own initialisation: attention that tells tokens apart, activations of order one.
     fields |= {"max_position_embeddings": LONGEST + ROOM, "initializer_range": fields["hidden_size"] ** -0.5}
-    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{_exporter_digest()}", fields, exact)
-
-
-@cache
-def _exporter_digest() -> str:
-    """Changes with every change of the exporter: a bundle of an older one is not measured by mistake."""
-    root = Path(str(importlib.resources.files("kvq.exporter")))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))).hexdigest()[:8]
+    # Changes with every change of the exporter: a bundle of an older one is not measured by mistake.
+    code = sorted(Path(str(importlib.resources.files("kvq.exporter"))).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
+    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{digest[:8]}", fields)
 
 
 def make_bundle(made: Assets) -> None:

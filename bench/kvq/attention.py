@@ -1,19 +1,20 @@
 """Attention alone over a session's packed cache, beside a plain read of the same bytes.
 
-Both take the layers, or the pages, of one cache in as many threads, so what separates them is arithmetic: a
-ratio of one means that attention is as fast as memory.
+Both take the layers, or the pages, of one cache in as many threads, so what separates them is arithmetic: a ratio of
+one means that attention is as fast as memory.
 """
 
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from kvq.bench.arm import taken
 from kvq.runtime.session.session import Session
 
 REPEATS = 7
@@ -25,31 +26,31 @@ def attention_beside_read(session: Session, threads: int) -> dict[str, Any]:
     Returns:
         {"attention_ms", "attention_gb_per_s", "read_gb_per_s" (plain), "attention_of_read" (their ratio)}.
     """
-    store = session.store
-    if session.backend.name != "native" or not store.length:
+    if session.backend.name != "native" or not session.store.length:
         return {}
+    pages = [page for bucket in session.store.buckets.values() for page in bucket.pages]
+    sides = [side for page in pages for side in (page.keys, page.values)]
+    arrays = [array for side in sides for array in (side.codes, side.scales) if array.nbytes]
+    words = [array.reshape(-1).view(np.uint64) for array in arrays]
+
+    def read_part(number: int) -> int:
+        return sum(int(np.bitwise_or.reduce(array)) & 1 for array in words[number::threads])
+
     with ThreadPoolExecutor(threads) as pool:
         attention = _best(pool, _attention_parts(session, threads))
-        read = _best(pool, _read_parts(session, threads))
-    nbytes = store.used_nbytes
-    held = sum(array.nbytes for array in _arrays(session))
+        read = _best(pool, [partial(read_part, number) for number in range(threads)])
+    speed, read_speed = session.store.used_nbytes / attention, sum(array.nbytes for array in arrays) / read
     return {
         "attention_ms": 1e3 * attention,
-        "attention_gb_per_s": nbytes / attention / 1e9,
-        "read_gb_per_s": held / read / 1e9,
-        "attention_of_read": (nbytes / attention) / (held / read),
+        "attention_gb_per_s": speed / 1e9,
+        "read_gb_per_s": read_speed / 1e9,
+        "attention_of_read": speed / read_speed,
     }
 
 
 def _best(pool: ThreadPoolExecutor, parts: list[Callable[[], Any]]) -> float:
     """Seconds of the fastest pass over all parts, one thread each."""
-    best = float("inf")
-    for _ in range(REPEATS):
-        begun = time.perf_counter()
-        for done in [pool.submit(part) for part in parts]:
-            done.result()
-        best = min(best, time.perf_counter() - begun)
-    return best
+    return min(taken(lambda: list(pool.map(lambda part: part(), parts))) for _ in range(REPEATS))
 
 
 def _attention_parts(session: Session, threads: int) -> list[Callable[[], None]]:
@@ -80,20 +81,3 @@ def _attention_parts(session: Session, threads: int) -> list[Callable[[], None]]
         return run
 
     return [part(range(i, shape.layers, threads)) for i in range(threads)]
-
-
-def _arrays(session: Session) -> list[np.ndarray]:
-    """Codes and scales of all pages."""
-    pages = [page for bucket in session.store.buckets.values() for page in bucket.pages]
-    sides = [side for page in pages for side in (page.keys, page.values)]
-    return [array for side in sides for array in (side.codes, side.scales) if array.nbytes]
-
-
-def _read_parts(session: Session, threads: int) -> list[Callable[[], int]]:
-    """For each thread a read of its share of the pages' arrays."""
-    words = [array.reshape(-1).view(np.uint64) for array in _arrays(session)]
-
-    def part(mine: list[np.ndarray]) -> Callable[[], int]:
-        return lambda: sum(int(np.bitwise_or.reduce(array)) & 1 for array in mine)
-
-    return [part(words[i::threads]) for i in range(threads)]

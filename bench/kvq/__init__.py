@@ -1,0 +1,1 @@
+"""kvq's own arms and what is measured of them besides."""

@@ -1,0 +1,164 @@
+"""llama.cpp through llama-cpp-python's binding of its C interface, and the bundle's model as a GGUF file.
+
+A bundle's int4 block of 64 is two Q4_0 blocks of 32 with the same scale, its int8 block two of Q8_0; all that changes
+is that scales are rounded to half precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvq.bench.arm import Arm
+
+if TYPE_CHECKING:
+    from kvq.exporter.weights.quantize import QuantizedMatrix
+
+QK = 32  # values per block of Q4_0, Q8_0 and the quantized caches
+CACHE_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}
+
+
+@dataclass
+class LlamaArm(Arm):
+    """`llama_decode` called directly, without the binding's Python layers; flash attention on.
+
+    Weights are Q4_0, which llama.cpp repacks for this machine's instructions when it loads them, and Q8_0 for embedding
+    and head, with the bundle's numbers.
+
+    Attributes:
+        cache: type of keys and values: f16, q8_0 or q4_0.
+    """
+
+    cache: str
+    context = None
+
+    runtime = "llama.cpp"
+    settings = "Q4_0 weights, Q8_0 embedding and head, {cache} cache, flash attention"
+    packages = ("llama_cpp", "gguf", "onnx")
+    distributions = ("llama-cpp-python",)
+    value_bytes_each = 2.2
+
+    @property
+    def folder(self) -> Path:
+        return self.assets.folder / "gguf"
+
+    def make(self, folder: Path) -> None:
+        """Write the model; it has no vocabulary: token ids only."""
+        from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+        from kvq.bench.weights import BundleWeights
+
+        weights, fields = BundleWeights(self.assets), self.assets.fields
+        shape = weights.shape
+        names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape.layers)
+        writer = GGUFWriter(folder / "model.gguf", "llama")
+        writer.add_name(self.assets.folder.name)
+        writer.add_context_length(shape.context)
+        writer.add_embedding_length(shape.hidden)
+        writer.add_block_count(shape.layers)
+        writer.add_feed_forward_length(shape.ffn)
+        writer.add_head_count(shape.heads)
+        writer.add_head_count_kv(shape.kv_heads)
+        writer.add_rope_dimension_count(shape.head_dim)
+        writer.add_rope_freq_base(fields["rope_theta"])
+        writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
+        writer.add_vocab_size(shape.vocab)
+        writer.add_tokenizer_model("no_vocab")
+        for name, vector in weights.vectors().items():
+            writer.add_tensor(names.get_name(name, (".weight",)), vector)
+        for name, matrix in weights.parts():
+            if heads := {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(name.split(".")[-2]):
+                # For llama.cpp's rotary embedding, which pairs neighbouring channels instead of halves.
+                rows = np.arange(len(matrix.codes)).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+                matrix = matrix._replace(codes=matrix.codes[rows], scales=matrix.scales[rows])
+            kind, blocks = gguf_blocks(matrix)
+            writer.add_tensor(names.get_name(name, (".weight",)), blocks, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def load(self) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        llama_cpp.llama_backend_init()
+        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds a bare pointer
+        llama_cpp.llama_log_set(self._silence, None)
+        file = self.folder / "model.gguf"
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {file}")
+
+    def open(self) -> None:
+        api = self.api
+        if self.context:
+            api.llama_free(self.context)
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx = self.capacity
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.type_k = parameters.type_v = getattr(api, f"GGML_TYPE_{self.cache.upper()}")
+        parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.context = api.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp makes no context with a {self.cache} cache")
+        self._token = (api.llama_token * 1)()
+
+    def _decode(self, tokens: Any, count: int) -> None:
+        if status := self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, count)):
+            raise RuntimeError(f"llama_decode answered {status}")
+
+    def feed(self, ids: np.ndarray) -> None:
+        batch = self.api.llama_n_batch(self.context)
+        for at in range(0, len(ids), batch):
+            part = ids[at : at + batch].tolist()
+            self._decode((self.api.llama_token * len(part))(*part), len(part))
+        self.api.llama_synchronize(self.context)
+
+    def step(self, token: int) -> None:
+        self._token[0] = token
+        self._decode(self._token, 1)
+        self.api.llama_get_logits_ith(self.context, -1)  # waits for the computation
+
+    def logits(self) -> np.ndarray:
+        pointer = self.api.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(pointer, (self.assets.fields["vocab_size"],)).copy()
+
+    def kv_bytes(self) -> int:
+        return self._cached(self.api.llama_n_ctx(self.context))
+
+    def cache_read_bytes(self) -> int:
+        return self._cached(self.length)
+
+    def _cached(self, tokens: int) -> int:
+        return self.assets.values_per_token * tokens // QK * CACHE_BLOCK_BYTES[self.cache]
+
+    def weight_bytes(self) -> int:
+        return int(self.api.llama_model_size(self.model))
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"system": " ".join(self.api.llama_print_system_info().decode().split())}
+
+
+def gguf_blocks(matrix: QuantizedMatrix) -> tuple[Any, np.ndarray]:
+    """A matrix's GGML type and bytes, uint8 [n, bytes per row]: each block a half-precision scale and its codes."""
+    from gguf import GGMLQuantizationType
+
+    n, codes = len(matrix.codes), matrix.codes
+    if matrix.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)  # the even element is in the low half
+    codes = codes.reshape(n, -1, QK)
+    if codes.shape[1] * QK != matrix.k:
+        raise ValueError(f"rows of {matrix.k} weights are not whole blocks of {matrix.block}")
+    scales = np.repeat(matrix.scales, matrix.block // QK, axis=1).astype(np.float16)
+    if matrix.bits == 4:  # element i and i + 16 share a byte
+        codes, kind = codes[..., :16] | (codes[..., 16:] << 4), GGMLQuantizationType.Q4_0
+    else:
+        codes, kind = codes ^ 128, GGMLQuantizationType.Q8_0  # from an offset of 128 to two's complement
+    return kind, np.concatenate([scales[..., None].view(np.uint8), codes], axis=-1).reshape(n, -1)
+
+
+ARMS = {f"llama-{cache}": LlamaArm(cache) for cache in CACHE_BLOCK_BYTES}

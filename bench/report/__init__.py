@@ -1,0 +1,1 @@
+"""Results: rows in JSON files, tables, a plot, and the page of the documentation."""
