@@ -61,6 +61,7 @@ class NativeMover:
         self._steps = (MoveStep * 0)()
 
     def takes(self, window: RecentWindow, keys: np.ndarray, values: np.ndarray) -> bool:
+        """Whether C can move these tokens, float32 [layers, kv_heads, tokens, head_dim]; otherwise numpy has to."""
         self._point_at(keys, values)
         return window.capacity > 0 and self._fit and bool(self._library.kvq_movable(self._move))
 

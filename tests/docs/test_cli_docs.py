@@ -13,7 +13,7 @@ import pytest
 
 from kvq.runtime.cli.docs import document, entered, pages
 from kvq.runtime.cli.main import COMMANDS, group
-from tests.cli.test_cli import command, kvq, run
+from tests.tools.command_line import command, kvq, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,15 +15,8 @@ import kvq
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import references
-from tests.cli.test_cli import assert_one_line_error  # fmt: skip
-from tests.cli.test_cli import kvq as command
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVQ_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "home"
+from tests.tools.command_line import assert_one_line_error
+from tests.tools.command_line import kvq as command
 
 
 @pytest.fixture
