@@ -14,9 +14,16 @@ BARE = {"ABC", "Enum", "Generic", "IntEnum", "NamedTuple", "Protocol", "StrEnum"
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
+def sets(node: Definition) -> bool:
+    """Whether this is the setter of a property."""
+    return any(ast.unparse(decorator).endswith(".setter") for decorator in node.decorator_list)
+
+
 def public(body: list[ast.stmt]) -> Iterator[Definition]:
-    """Definitions of a module or class, without those whose names begin with an underscore."""
-    return (node for node in body if isinstance(node, Definition) and not node.name.startswith("_"))
+    """Definitions of a module or class, without setters and those whose names begin with an underscore."""
+    for node in body:
+        if isinstance(node, Definition) and not (node.name.startswith("_") or sets(node)):
+            yield node
 
 
 def bases(node: ast.ClassDef) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 
 import kvq
 from kvq.runtime.cli.main import EXTRA_OF
+from tests.tools.tree import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TEXTS = {".md", ".py", ".toml", ".txt", ".sh", ".yml", ".yaml", ".html", ".c", ".h"}

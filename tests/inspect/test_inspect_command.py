@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +18,7 @@ from kvq.runtime.text.cells import visible
 from tests.tools.command_line import HEAVY, LOADED, assert_one_line_error, python
 from tests.tools.command_line import kvq as command_line
 from tests.tools.inspected import HOSTILE, TEXT, plain
+from tests.tools.tree import DOCS
 
 
 def inspect(model, *arguments, **options) -> subprocess.CompletedProcess:
@@ -199,10 +199,9 @@ def test_a_terminal_without_unicode_does_not_crash(tiny_bundle):
 
 
 def test_the_documentation_names_the_files_it_shows_and_its_program_runs(capsys):
-    folder = Path(__file__).resolve().parents[2] / "docs"
-    source = (folder / "inspect.md").read_text()
+    source = (DOCS / "inspect.md").read_text()
     for image in re.findall(r"!\[.*?\]\((.*?)\)", source):
-        assert (folder / image).stat().st_size < 150_000
+        assert (DOCS / image).stat().st_size < 150_000
     assert all(policy in POLICIES for policy in re.findall(r"-p (\w+)", source))
     (program,) = re.findall(r"```python\n(.*?)```", source, re.DOTALL)
     exec(program, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -12,10 +12,6 @@ from tokenizers import Tokenizer
 
 from kvq.models.corpus import train_tokenizer
 from kvq.models.family import config
-from tests.tools.packages import needs
-
-if TYPE_CHECKING:
-    import torch
 
 # Odd in every respect: head_dim 8, ungrouped and grouped heads, ffn no multiple of a block.
 TINY: dict[str, Any] = {
@@ -110,11 +106,3 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return folder
-
-
-def reference_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """transformers' logits for ids, float32 [tokens, vocab]."""
-    torch = needs("torch")
-    model = needs("transformers").LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0]
