@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import kvq
 from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.runtime.session.model import Model
@@ -41,6 +42,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the fp32 bundle of `tiny_checkpoint`, rotated and centred. Read only."""
     return export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundle") / "tiny", weights="fp32").path
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Model:
+    """The model that comes with kvq, which has trained controllers; make a session per test."""
+    return kvq.load("kvq-books")
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def test_nobody_is_told_to_install_another_project():
     assert not named, "the distribution is kvq-run: " + "; ".join(named)
 
 
-@pytest.mark.parametrize("extra", ["export", "hub", "plot", "server"])
+@pytest.mark.parametrize("extra", ["export", "hub", "plot", "server", "test"])
 def test_an_extra_without_training_brings_no_torch(extra):
     assert not HEAVY & (requirements(extra) | {re.match(r"[\w-]+", name)[0] for name in PROJECT["dependencies"]})
 

@@ -74,12 +74,11 @@ def stored_bytes(session) -> list[bytes]:
     ],
     ids=str,
 )  # fmt: skip
-def test_looking_at_features_changes_no_stored_byte(policy, options):
-    model = kvq.load()
-    ids = model.encode(TEXT * 2)
-    plain = model.session(policy, **options)
+def test_looking_at_features_changes_no_stored_byte(embedded, policy, options):
+    ids = embedded.encode(TEXT * 2)
+    plain = embedded.session(policy, **options)
     plain.append(ids)
-    looked_at = model.session(policy, **options)
+    looked_at = embedded.session(policy, **options)
     before = looked_at.policy
     features = kvq.runtime.inspect.inspection._run(looked_at, ids)
     assert looked_at.policy is before
@@ -119,13 +118,12 @@ def test_features_are_those_of_their_formulas(tiny_model):
 @pytest.mark.parametrize(
     ("policy", "options"), [("rule", {}), ("mixed", {"recent": 0, "sink": 3}), (None, {"kv_bits": 3.5})]
 )
-def test_a_session_is_inspected_as_its_text_is(policy, options):
-    model = kvq.load()
-    session = model.session(policy, **options)
-    session.append(model.encode(TEXT))
+def test_a_session_is_inspected_as_its_text_is(embedded, policy, options):
+    session = embedded.session(policy, **options)
+    session.append(embedded.encode(TEXT))
     before, tokens = stored_bytes(session), list(session.tokens)
     found = inspect_session(session)
-    expected = inspect_text(model, TEXT, policy, **options)
+    expected = inspect_text(embedded, TEXT, policy, **options)
     assert found.tokens == expected.tokens
     assert found.totals == expected.totals
     assert (stored_bytes(session), session.tokens) == (before, tokens)

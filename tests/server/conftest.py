@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-import kvq
 from tests.tools.serving import served
 
 
-@pytest.fixture(scope="package")
-def model():
-    """The model that `kvq serve` serves."""
-    return kvq.load()
+@pytest.fixture(scope="session")
+def model(embedded):
+    """The model that `kvq serve` serves, to ask it without a server."""
+    return embedded
 
 
 @pytest.fixture(scope="package")

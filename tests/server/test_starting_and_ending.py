@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import openai
 import pytest
 
+from tests.tools.command_line import kvq
 from tests.tools.serving import LONG, served
 
 
@@ -69,15 +68,9 @@ def test_key_origin_and_log():
             assert hidden not in log.replace("%0Akvq:%20forged", "")
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "kvq", "serve", *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_what_keeps_a_server_from_starting_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = command("--port", str(taken.getsockname()[1]))
+        done = kvq("serve", "--port", str(taken.getsockname()[1]))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("kvq: cannot listen on 127.0.0.1")
     assert done.stderr.count("\n") == 1
@@ -89,7 +82,7 @@ def test_what_keeps_a_server_from_starting_is_one_line():
         (["--queue", "-1"], "Invalid value", 2),
         (["--api-key", ""], "not empty", 2),
     ):
-        done = command("--port", "0", *arguments)
+        done = kvq("serve", "--port", "0", *arguments)
         assert done.returncode == code, done.stderr
         assert words in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
