@@ -7,8 +7,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
+import kvq
 from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.runtime.session.model import Model
@@ -20,7 +20,9 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-torch.set_num_threads(1)  # the tensors are small; waiting for other threads would cost more
+
+# Random weights say anything, special tokens too; what tests of conversations have these say is text.
+SEED = 8
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,13 +35,19 @@ def no_models_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the TINY checkpoint with a tokenizer. Read only: copy it to change it."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", TINY)
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", TINY, seed=SEED)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the fp32 bundle of `tiny_checkpoint`, rotated and centred. Read only."""
     return export(str(tiny_checkpoint), tmp_path_factory.mktemp("bundle") / "tiny", weights="fp32").path
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Model:
+    """The model that comes with kvq, which has trained controllers; make a session per test."""
+    return kvq.load("kvq-books")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,38 +79,31 @@ def measure(
     there = {"rule", "random", *model.bundle.manifest.controllers}
     policies = {name: make_policy(name, model.bundle) for name in SCORED if name in arms and name in there}
     results: dict[tuple[str, float | None], list[Outcome]] = {}
-
-    def rows() -> list[dict[str, Any]]:
-        return [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
-
+    rows: list[dict[str, Any]] = []
     for number, ids in enumerate(texts):
         if progress:
             progress(number, len(texts), f"context {context}")
         # A generator for each arm: what is drawn for one does not depend on which others are measured.
         mixing, shuffling = (np.random.default_rng([number, of]) for of in range(2))
-        expected = reference(scorer, ids)
+        run = partial(outcome, scorer, ids, reference(scorer, ids))
         damage = meter(ids) if meter else None
-
-        def add(arm: str, requested: float | None, *how: Any, ids: np.ndarray = ids, expected: np.ndarray = expected):  # type: ignore[no-untyped-def]
-            done = outcome(scorer, ids, expected, *how)
-            results.setdefault((arm, requested), []).append(done)
-            return done
-
-        for name in FIXED:
-            if name in arms:
-                add(name, None, make_policy(name))
+        done: list[tuple[str, float | None, Outcome]]
+        done = [(name, None, run(make_policy(name))) for name in FIXED if name in arms]
         for budget in budgets:
             if "static" in arms:
-                add("static", budget, Given(static_mix(space, budget, mixing)))
+                done.append(("static", budget, run(Given(static_mix(space, budget, mixing)))))
             for name, policy in policies.items():
-                done = add(name, budget, policy, budget)
+                done.append((name, budget, run(policy, budget)))
                 if name == "adaptive" and "shuffled" in arms:
-                    add("shuffled", budget, Given(shuffled(space, done.bits, shuffling)))
+                    done.append(("shuffled", budget, run(Given(shuffled(space, done[-1][2].bits, shuffling)))))
             if meter is not None and damage is not None:
-                add("oracle", budget, Given(oracle(space, budget, damage, meter.classes)))
+                done.append(("oracle", budget, run(Given(oracle(space, budget, damage, meter.classes)))))
+        for arm, requested, one in done:
+            results.setdefault((arm, requested), []).append(one)
+        rows = [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
         if each:
-            each(rows())
-    return rows()
+            each(rows)
+    return rows
 
 
 def _row(arm: str, requested: float | None, context: int, space: Bytes, found: list[Outcome]) -> dict[str, Any]:

@@ -95,6 +95,35 @@ def features_of(samples: Samples, feature_set: str) -> np.ndarray:
     return np.concatenate([place, samples.norms, samples.residual], axis=1, dtype=np.float32)
 
 
+def _paper_columns(graph: Graph) -> list[str]:
+    """Inputs of the paper's network in a graph, float32 [tokens, 1] each."""
+    column, columns = graph.constant([-1, 1]), []
+    for feature in PAPER_INPUTS:
+        x = graph.op("Reshape", graph.input(feature, "tokens"), column)
+        if feature == "attention_variance":
+            x = graph.op("Log", graph.op("Add", x, graph.constant(VARIANCE_FLOOR, np.float32)))
+        columns.append(x)
+    return columns
+
+
+def _columns(graph: Graph, shape: Architecture) -> list[str]:
+    """Inputs of the other networks in a graph: place, norms and residual, float32 [tokens, ...] each.
+
+    The log of a mean is that of the sum less a constant: the norms are log(head_dim) too large, which goes into the
+    normalisation.
+    """
+    column = graph.constant([-1, 1])
+    positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
+    residual = graph.input("residual", "tokens", shape.hidden)
+    place = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), column)
+    logs = graph.op("Log", graph.op("Add", place, graph.constant(1.0, np.float32)))
+    sides = [graph.input(side, shape.layers, shape.kv_heads, "tokens", shape.head_dim) for side in ("keys", "values")]
+    squares = graph.op("ReduceSumSquare", graph.op("Concat", *sides, axis=0), graph.constant([-1]), keepdims=0)
+    floored = graph.op("Add", squares, graph.constant(NORM_FLOOR * shape.head_dim, np.float32))
+    rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([2 * shape.layers * shape.kv_heads, -1]))
+    return [logs, graph.op("Transpose", rows, perm=[1, 0]), residual]
+
+
 def write_onnx(
     net: Controller, feature_set: str, shape: Architecture, prices: np.ndarray | None, folder: Path, name: str
 ) -> str:
@@ -112,30 +141,12 @@ def write_onnx(
     """
     graph = Graph(name, _Inline())  # type: ignore[arg-type]
     state = {key: value.detach().cpu().numpy().copy() for key, value in net.state_dict().items()}
-    column = graph.constant([-1, 1])
     if feature_set == "paper":
-        columns = []
-        for feature in PAPER_INPUTS:
-            x = graph.op("Reshape", graph.input(feature, "tokens"), column)
-            if feature == "attention_variance":
-                x = graph.op("Log", graph.op("Add", x, graph.constant(VARIANCE_FLOOR, np.float32)))
-            columns.append(x)
+        columns = _paper_columns(graph)
     else:
-        positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
-        residual = graph.input("residual", "tokens", shape.hidden)
-        place = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), column)
-        columns = [graph.op("Log", graph.op("Add", place, graph.constant(1.0, np.float32)))]
-        sides = [
-            graph.input(side, shape.layers, shape.kv_heads, "tokens", shape.head_dim) for side in ("keys", "values")
-        ]
-        squares = graph.op("ReduceSumSquare", graph.op("Concat", *sides, axis=0), graph.constant([-1]), keepdims=0)
-        # The log of the mean is that of the sum less a constant, which goes into the normalisation.
-        floored = graph.op("Add", squares, graph.constant(NORM_FLOOR * shape.head_dim, np.float32))
+        columns = _columns(graph, shape)
         norms = 2 * shape.layers * shape.kv_heads
-        rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([norms, -1]))
-        columns.append(graph.op("Transpose", rows, perm=[1, 0]))
         state["mean"][1 : 1 + norms] += np.float32(np.log(shape.head_dim))
-        columns.append(residual)
     x = graph.op("Concat", *columns, axis=1)
     if net.table is not None:
         ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)

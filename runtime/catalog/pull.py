@@ -35,6 +35,7 @@ class Job:
     progress: Progress | None = None
 
     def say(self, text: str) -> None:
+        """Tell whoever listens what takes time now."""
         if self.notice:
             self.notice(text)
 

@@ -80,10 +80,12 @@ class Entry:
 
     @property
     def wheel(self) -> Wheel | None:
+        """The first source in a package index; None without one."""
         return next((source for source in self.sources if isinstance(source, Wheel)), None)
 
     @property
     def hub(self) -> Hub | None:
+        """The first source on the hub; None without one."""
         return next((source for source in self.sources if isinstance(source, Hub)), None)
 
 

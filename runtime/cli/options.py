@@ -102,6 +102,7 @@ def _offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of models that begin so, for the shell; where there are none it looks for folders."""
     from kvq.runtime.catalog.references import known_names
 
     named = [CompletionItem(name) for name in known_names() if name.startswith(incomplete)]
@@ -109,6 +110,7 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 
 def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of policies that begin so, for the shell."""
     from kvq import POLICIES
 
     return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]

@@ -113,17 +113,10 @@ def run(
         if kept is not None:
             kept.close(session)
             result["session"] = kept.as_dict()
-    template = conversation.template if conversation else None
-    empty = why_empty(result["text"], last, loaded, template, generation)
-    if as_json:
-        result |= {"prompt": text, "template": conversation is not None, "empty": empty}
-        click.echo(json.dumps(result | {"stats": session.stats().as_dict()}, ensure_ascii=False))
-    elif empty and (say or result["finish_reason"] == "stop"):  # who asks for one token and quiet knows
-        click.echo(f"kvq: {empty}", err=True)
-    if say:
-        say(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}")
-        if kept is not None:
-            say(kept.closed(session))
+    empty = why_empty(result["text"], last, loaded, conversation.template if conversation else None, generation)
+    tell(result | {"prompt": text, "template": conversation is not None, "empty": empty}, session, as_json, say)
+    if kept is not None and say:
+        say(kept.closed(session))
     if interrupt.asked:
         sys.exit(130)
 
@@ -175,6 +168,16 @@ def show(
     tokens = 0 if last is None else last.index + 1
     seconds = round(time.perf_counter() - begun, 3)
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, "seconds": seconds}, last
+
+
+def tell(result: dict[str, Any], session: Session, as_json: bool, say: Callable[[str], None] | None) -> None:
+    """What a run came to: one JSON object on stdout, or on stderr why there is no text, and the statistics."""
+    if as_json:
+        click.echo(json.dumps(result | {"stats": session.stats().as_dict()}, ensure_ascii=False))
+    elif result["empty"] and (say or result["finish_reason"] == "stop"):  # who asks for one token and quiet knows
+        click.echo(f"kvq: {result['empty']}", err=True)
+    if say:
+        say(f"{result['finish_reason']} after {result['tokens']} tokens | {session.stats().line()}")
 
 
 EMPTY = 'the prompt is empty: give it as an argument (kvq-run "Once upon a time"), with --file, or on stdin'

@@ -36,6 +36,7 @@ class Bound:
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def run(self) -> None:
+        """Run the graph once, on what the inputs hold now; the outputs are overwritten."""
         self._session.run_with_iobinding(self._binding)
 
 

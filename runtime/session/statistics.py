@@ -15,6 +15,7 @@ class Clock:
     bytes_read: int = 0  # weights and cache that the steps had to read
 
     def add(self, tokens: int, seconds: float, bytes_read: int) -> None:
+        """Count one more piece of work."""
         self.tokens += tokens
         self.seconds += seconds
         self.bytes_read += bytes_read

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,25 +16,9 @@ import kvq
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.catalog import checkpoints, references
 from kvq.runtime.errors import HubError
-from tests.cli.test_cli import assert_one_line_error, command
-from tests.cli.test_cli import kvq as process
-from tests.tools.shelf import GGUF, Shelf, here, one_line, tree, without
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGPIPE)
-    monkeypatch.setenv("KVQ_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.delenv("KVQ_MODEL", raising=False)
-    yield tmp_path / "home"
-    signal.signal(signal.SIGPIPE, handler)  # which the command line has set
-
-
-@pytest.fixture
-def shelf(tmp_path, monkeypatch, tiny_bundle):
-    return Shelf(tmp_path / "shelf", tiny_bundle, monkeypatch)
-
+from tests.tools.command_line import assert_one_line_error, command
+from tests.tools.command_line import kvq as process
+from tests.tools.shelf import GGUF, here, one_line, tree, without
 
 HINT = "kvq: using kvq-books, an offline model trained on novels; kvq pull smollm2-135m-instruct fetches a real one"
 SHORT = ["run", "-n", "1", "Hello"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,36 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.command_line import GENERATED, HEAVY, LOADED, assert_one_line_error, command, kvq, python, run
+
 # Beside the interpreter, wherever the environment is; not every installation has scripts.
 SCRIPT = Path(sys.executable).parent / "kvq-run"
-GENERATED = ["-n", "12", "-t", "0", "--ignore-eos"]
-
-
-def kvq(*arguments, input: str | bytes | None = "", env: dict | None = None) -> subprocess.CompletedProcess:
-    """Run ``kvq`` with the arguments; output as text."""
-    return command([sys.executable, "-m", "kvq", *map(os.fsdecode, arguments)], input, env)
-
-
-def command(arguments: list, input: str | bytes | None = "", env: dict | None = None) -> subprocess.CompletedProcess:
-    data = input.encode() if isinstance(input, str) else input
-    done = subprocess.run(arguments, input=data, capture_output=True, env={**os.environ, **(env or {})}, timeout=120)
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    return done
-
-
-def run(model, *arguments, **options) -> subprocess.CompletedProcess:
-    return kvq("run", "--model", str(model), *GENERATED, *arguments, **options)
-
-
-def assert_one_line_error(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("kvq: ")
-    assert done.stderr.endswith("\n")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -222,17 +195,6 @@ def test_layout_single_names_the_option_it_does_not_take():
     done = kvq("export", "checkpoint", "out", "--layout", "single", "--weights", "int8")
     assert done.returncode == 2
     assert "--layout single takes no --weights" in done.stderr
-
-
-def python(code: str) -> str:
-    """stdout of a fresh interpreter."""
-    done = command([sys.executable, "-c", code])
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-LOADED = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "optimum", "safetensors", "huggingface_hub"}
 
 
 def test_help_lists_the_commands_and_imports_no_model_code():

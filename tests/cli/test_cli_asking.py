@@ -11,9 +11,9 @@ import pytest
 
 from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import Conversation
-from tests.cli.test_cli import assert_one_line_error, command, kvq, run
 from tests.tools.chats import chat_bundle
 from tests.tools.checkpoints import small_tokenizer
+from tests.tools.command_line import assert_one_line_error, command, kvq, run
 
 # As `run` and `ask` set them, with the defaults of the command line.
 GREEDY = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from tests.cli.test_cli import assert_one_line_error, kvq
+from tests.tools.command_line import assert_one_line_error, kvq
 
 CHAT = ["chat", "-n", "12", "-t", "0", "--ignore-eos"]
 

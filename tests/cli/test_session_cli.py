@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from kvq.composition import open_bundle
-from tests.cli.test_cli import assert_one_line_error, kvq, run
+from tests.tools.command_line import assert_one_line_error, kvq, run
 
 SEEDED = ["-t", "1.1", "-s", "3"]
 
@@ -69,7 +69,6 @@ def test_a_document_read_once_is_asked_many_questions(tiny_bundle, tmp_path, pat
     assert answers[0].stdout == answers[2].stdout != answers[1].stdout
     assert answers[0].stderr.splitlines()[-1] == f"{path} was left as it is"
     # The same text in one go, through the library.
-
     session = open_bundle(tiny_bundle).session("int8", recent=4)
     session.append(session.model.encode(document.read_text().rstrip("\n")))
     text = "".join(r.text for r in session.generate(" Who", max_tokens=12, temperature=0, ignore_eos=True))

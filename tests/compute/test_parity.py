@@ -23,7 +23,9 @@ from kvq.exporter.export import export
 from kvq.exporter.single import export_single
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.session.model import Model
-from tests.tools.checkpoints import TINY, family_checkpoint, reference_logits, save_checkpoint
+from tests.tools.checkpoints import TINY, family_checkpoint, save_checkpoint
+from tests.tools.packages import needs
+from tests.tools.references import reference_logits
 
 PREFILL, DECODE = 100, 64
 IDS = np.random.default_rng(7).integers(0, 512, PREFILL + DECODE)
@@ -124,6 +126,7 @@ def test_rotation_and_centring_change_the_stored_bytes_but_not_the_logits(
 @pytest.fixture(scope="module")
 def single_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSession:
     """optimum's export of the tiny checkpoint, made by the command line."""
+    needs("optimum.exporters.onnx")
     folder = tmp_path_factory.mktemp("single") / "tiny"
     command = [sys.executable, "-m", "kvq", "export", str(tiny_checkpoint), str(folder), "--layout", "single"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -172,4 +175,5 @@ def test_single_file_export_continues_from_its_cache(
 def test_single_file_export_works_in_a_process_that_has_loaded_a_bundle(
     tiny_model: Model, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    needs("optimum.exporters.onnx")
     assert (export_single(str(tiny_checkpoint), tmp_path / "single") / "model.onnx").is_file()

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,17 +17,20 @@ import kvq
 from kvq.controller.cli import train_controller
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import Policy, make_policy
-from kvq.controller.training.network import features_of
-from kvq.controller.training.parallel import ParallelModel
-from kvq.controller.training.samples import collect
 from kvq.controller.training.texts import windows
-from kvq.controller.training.train import Recipe, fit, store, train_controllers
 from kvq.exporter.calibration import calibration_text
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.errors import BundleError, CalibrationError, PolicyError
 from kvq.runtime.inspect.inspection import stored_tokens
 from tests.tools.checkpoints import TINY
+from tests.tools.packages import needs
+
+torch = needs("torch")
+from kvq.controller.training.network import features_of
+from kvq.controller.training.parallel import ParallelModel
+from kvq.controller.training.samples import collect
+from kvq.controller.training.train import Recipe, fit, store, train_controllers
 
 TEXT = calibration_text()
 QUICK = {"tokens": 1500, "epochs": 2}

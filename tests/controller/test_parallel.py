@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from kvq.controller.policies import Policy
-from kvq.controller.training.damage import WIDTHS, exact_damage, probe_damage
-from kvq.controller.training.parallel import ParallelModel, hard_reader, mixture_reader, roundtrip
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.precision.codecs import CODECS
 from tests.tools.checkpoints import TINY
+from tests.tools.packages import needs
+
+torch = needs("torch")
+from kvq.controller.training.damage import WIDTHS, exact_damage, probe_damage
+from kvq.controller.training.parallel import ParallelModel, hard_reader, mixture_reader, roundtrip
 
 CLASSES = [(2, 2), (4, 2), (4, 4), (8, 4)]
 

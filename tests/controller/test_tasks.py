@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvq.controller.evaluation.cli import evaluate
-from tests.tools.checkpoints import reference_logits
+from tests.tools.references import reference_logits
 
 ITEMS = [
     {"query": "The captain looked at the", "choices": ["sea", "window of the house", "old man"], "gold": 0},

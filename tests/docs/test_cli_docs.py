@@ -6,16 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
 
 from kvq.runtime.cli.docs import document, entered, pages
 from kvq.runtime.cli.main import COMMANDS, group
-from tests.cli.test_cli import command, kvq, run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.command_line import command, kvq, run
+from tests.tools.tree import ROOT
 
 
 def leaves(found: click.Command, context: click.Context, path: str = ""):

@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import torch
 from click.testing import CliRunner
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
@@ -25,14 +24,14 @@ from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.cli import export as export_command
 from kvq.exporter.export import Summary, export
-from kvq.exporter.reference import effective_model
 from kvq.exporter.weights.quantize import packed
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, WEIGHTS
 from kvq.runtime.errors import UnsupportedArchitectureError
 from kvq.runtime.session.model import Model
-from tests.tools.checkpoints import TINY, reference_logits, save_checkpoint, small_tokenizer
+from tests.tools.checkpoints import TINY, save_checkpoint, small_tokenizer
 from tests.tools.gguf_files import GGUF_TINY, Raw, theirs, write_dequantized, write_gguf
+from tests.tools.references import effective_model, logits_of, reference_logits
 
 IDS = np.random.default_rng(5).integers(0, 512, 48)
 PREFILL = 40
@@ -131,8 +130,7 @@ def test_blocks_are_carried_over_exactly(types: str, tied: bool, checkpoints: di
     for backend, chunk in itertools.product(BACKENDS, [PREFILL, 7]):
         assert pair.off(through_the_cache(model, backend, chunk)) <= 1e-3
         assert pair.off(through_the_cache(model, backend, chunk, prefill="stepwise")) <= 1e-3
-    with torch.inference_mode():
-        assert pair.off(effective_model(Bundle(summary.path))(torch.tensor(IDS)[None]).logits[0].numpy()) <= 1e-4
+    assert pair.off(logits_of(effective_model(Bundle(summary.path)), IDS).numpy()) <= 1e-4
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -173,8 +171,7 @@ def test_other_types_cost_what_eight_bits_cost(types: str, checkpoints: dict[boo
     assert summary.manifest.weights["exact"] == (3 if types == "mixture" else 0)
     error = np.square(at_once(summary) - pair.logits).mean() / np.square(pair.logits).mean()
     assert 0 < error < 1e-3
-    with torch.inference_mode():
-        twin = effective_model(Bundle(summary.path))(torch.tensor(IDS)[None]).logits[0].numpy()
+    twin = logits_of(effective_model(Bundle(summary.path)), IDS).numpy()
     assert np.abs(at_once(summary) - twin).max() <= 1e-3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import LlamaForCausalLM
 
 from kvq.composition import open_bundle
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
-from kvq.exporter.reference import Twin, effective_model
 from kvq.exporter.weights.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.compute.head import Head
 from kvq.runtime.machine.threads import configure
-from tests.tools.checkpoints import TINY, family_checkpoint, in_transformers, save_checkpoint
+from tests.tools.checkpoints import TINY, family_checkpoint, save_checkpoint
+from tests.tools.packages import needs
+from tests.tools.references import effective_model, in_transformers, logits_of, reference_logits, reference_model
 
 BLOCKS = [16, 32, 64, 128]
 WIDTHS = [16, 65, 172, 256]  # less than a block, odd, no multiple of a block, whole blocks
@@ -186,11 +186,6 @@ def checkpoint(
     return load_checkpoint(str(family_checkpoint(folder, request.param, layers=1, vocab=2048)))
 
 
-def hf_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """transformers' model of a checkpoint folder, float32."""
-    return LlamaForCausalLM.from_pretrained(checkpoint.source.path, dtype=torch.float32).eval()
-
-
 def exported(checkpoint: Checkpoint, folder: Path, **options: Any) -> Bundle:
     return Bundle(export(checkpoint, folder, **options).path)
 
@@ -201,22 +196,17 @@ def bundle_logits(bundle: Bundle) -> np.ndarray:
     return session.append(IDS, all_logits=True)
 
 
-def torch_logits(model: LlamaForCausalLM | Twin) -> np.ndarray:
-    with torch.inference_mode():
-        return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
-
-
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_bundle_equals_transformers_on_the_dequantized_weights(
     checkpoint: Checkpoint, weights: str, block: int, tmp_path: Path
 ) -> None:
     bundle = exported(checkpoint, tmp_path / "bundle", weights=weights, activations="fp32", block=block)
-    effective = torch_logits(in_transformers(bundle, checkpoint.source.path))
+    effective = logits_of(in_transformers(bundle, checkpoint.source.path), IDS).numpy()
     assert np.abs(bundle_logits(bundle) - effective).max() <= 1e-3
-    assert np.abs(torch_logits(effective_model(bundle)) - effective).max() <= 1e-5
+    assert np.abs(logits_of(effective_model(bundle), IDS).numpy() - effective).max() <= 1e-5
     # The quantization shows: agreeing with the unquantized model instead would be a mistake.
-    assert np.abs(effective - torch_logits(hf_model(checkpoint))).max() > 1e-2
+    assert np.abs(effective - reference_logits(checkpoint.source.path, IDS).numpy()).max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -225,7 +215,9 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
     checkpoint = load_checkpoint(str(save_checkpoint(tmp_path / "checkpoint", fields)))
     bundle = exported(checkpoint, tmp_path / "bundle", weights="int4", activations="fp32", block=32)
     model = in_transformers(bundle, checkpoint.source.path)
-    effective, original = model.state_dict(), hf_model(checkpoint).state_dict()
+    effective, original = model.state_dict(), reference_model(checkpoint.source.path).state_dict()
+    torch = needs("torch")
+    assert effective.keys() == original.keys()
     for name, tensor in original.items():
         if tensor.ndim == 1:
             assert torch.allclose(effective[name], tensor, rtol=0, atol=1e-6), name  # v_proj.bias was rotated and back
@@ -235,8 +227,8 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
             assert np.array_equal(effective[name].numpy(), wanted), name
         else:
             assert 0 < (effective[name] - tensor).norm() / tensor.norm() < 0.15, name
-    twin = torch_logits(effective_model(bundle))
-    assert np.abs(torch_logits(model) - twin).max() <= 1e-5
+    twin = logits_of(effective_model(bundle), IDS).numpy()
+    assert np.abs(logits_of(model, IDS).numpy() - twin).max() <= 1e-5
     assert np.abs(bundle_logits(bundle) - twin).max() <= 1e-3
 
 
@@ -318,5 +310,6 @@ def test_a_tied_embedding_is_stored_once(weights: str, tmp_path: Path) -> None:
     table = 4 * values if weights == "fp32" else values + 4 * values // 64  # int8 codes and a float32 scale per block
     padding = 2 * 4096
     assert table <= sizes[False] - sizes[True] <= table + padding
-    layer = sum(p.numel() for n, p in hf_model(load_checkpoint(str(path))).named_parameters() if "layers" in n)
+    shapes = load_checkpoint(str(path)).source.shapes
+    layer = sum(math.prod(shape) for name, shape in shapes.items() if "layers" in name)
     assert sizes[True] <= table + 4 * layer + 10 * 4096  # one table, one layer in fp32 or less, pages begun

@@ -1,12 +1,9 @@
 """Nobody imports upwards: the floor plan of `layers` is kept, and a plan that is broken is found."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.house.layers import broken
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.tree import ROOT
 
 
 def test_nobody_imports_upwards():

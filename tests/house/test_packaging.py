@@ -10,8 +10,8 @@ import pytest
 
 import kvq
 from kvq.runtime.cli.main import EXTRA_OF
+from tests.tools.tree import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TEXTS = {".md", ".py", ".toml", ".txt", ".sh", ".yml", ".yaml", ".html", ".c", ".h"}
@@ -69,7 +69,7 @@ def test_nobody_is_told_to_install_another_project():
     assert not named, "the distribution is kvq-run: " + "; ".join(named)
 
 
-@pytest.mark.parametrize("extra", ["export", "hub", "plot", "server"])
+@pytest.mark.parametrize("extra", ["export", "hub", "plot", "server", "test"])
 def test_an_extra_without_training_brings_no_torch(extra):
     assert not HEAVY & (requirements(extra) | {re.match(r"[\w-]+", name)[0] for name in PROJECT["dependencies"]})
 

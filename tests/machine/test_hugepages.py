@@ -11,7 +11,7 @@ import kvq
 from kvq.runtime.errors import BackendError
 from kvq.runtime.machine import hugepages
 from kvq.runtime.machine.hugepages import HUGE_PAGE, LEAST_CUT, SLAB
-from tests.cli.test_cli import assert_one_line_error, run
+from tests.tools.command_line import assert_one_line_error, run
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=8)
 

@@ -14,7 +14,7 @@ from kvq.runtime.errors import NonFiniteError, PolicyError
 from kvq.runtime.inspect.inspection import stored_tokens
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
-from tests.cli.test_cli import assert_one_line_error, run
+from tests.tools.command_line import assert_one_line_error, run
 from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_tokens, seeds
 
 IDS = np.random.default_rng(3).integers(1, 512, 200).tolist()

@@ -11,8 +11,8 @@ import kvq
 from kvq.runtime.errors import PolicyError, SessionError
 from kvq.runtime.server.responses import extension
 from kvq.runtime.session.header import open_session_file
-from tests.cli.test_cli import kvq as command
-from tests.cli.test_cli import run
+from tests.tools.command_line import kvq as command
+from tests.tools.command_line import run
 from tests.tools.serving import served
 
 IDS = [5, 9, 100, 7, 8, 200, 3] * 10

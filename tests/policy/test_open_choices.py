@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvq
 from kvq.controller.policies import TokenFeatures, make_policy
 from kvq.controller.policies.rule import RulePolicy
 from kvq.runtime.inspect.inspection import inspect_session, stored_tokens
@@ -23,11 +22,6 @@ STEPS = st.lists(
     min_size=2,
     max_size=10,
 )
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return kvq.load()
 
 
 class EveryStep(RulePolicy):

@@ -7,23 +7,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
 import kvq
 from kvq.exporter.calibration import calibration_text
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
-from kvq.exporter.reference import effective_model
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.session.model import Model
 from tests.tools.real import NAME
+from tests.tools.references import effective_model, logits_of
 from tests.tools.shared_data import shared_file
+from tests.tools.tree import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 # The model is weak: asked plainly it is as likely to begin in French.
 QUESTION = "What is the capital of France? Answer in one sentence."
 ANSWER = "The capital of France is Paris."
@@ -81,13 +84,12 @@ def windows(model: Model) -> list[list[int]]:
     return [ids[at : at + 256] for at in range(0, 1024, 256)]
 
 
-def divergence(model: Model, twin: torch.nn.Module, texts: list[list[int]]) -> float:
+def divergence(model: Model, twin: LlamaForCausalLM, texts: list[list[int]]) -> float:
     """Mean KL in nats from transformers' predictions to the runtime's, through a cache of 16 bits."""
     found = []
     for ids in texts:
-        with torch.inference_mode():
-            wanted = twin(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        logits = torch.from_numpy(model.session("fp16", prefill_chunk=256).append(ids, all_logits=True))
+        wanted = logits_of(twin, ids).double().log_softmax(-1)
+        logits = wanted.new_tensor(model.session("fp16", prefill_chunk=256).append(ids, all_logits=True))
         found.append(float((wanted.exp() * (wanted - logits.double().log_softmax(-1))).sum(-1).mean()))
     return float(np.mean(found))
 

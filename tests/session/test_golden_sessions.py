@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-import kvq
 from kvq.runtime.errors import BackendError
 from kvq.runtime.native.library import kernels
 from tests.golden.make import FOLDER, content_digest
@@ -20,16 +19,11 @@ except BackendError:  # no native library here
     READERS = ["numpy"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return kvq.load()
-
-
-def load(model, name, reader, monkeypatch):
+def load(embedded, name, reader, monkeypatch):
     if reader == "numpy":
-        return model.load_session(FOLDER / f"{name}.kvq", backend="numpy")
+        return embedded.load_session(FOLDER / f"{name}.kvq", backend="numpy")
     monkeypatch.setenv("KVQ_NATIVE_ISA", reader)
-    session = model.load_session(FOLDER / f"{name}.kvq", backend="native")
+    session = embedded.load_session(FOLDER / f"{name}.kvq", backend="native")
     assert session.stats().backend_detail == reader
     return session
 
@@ -37,10 +31,10 @@ def load(model, name, reader, monkeypatch):
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("reader", READERS)
 def test_every_instruction_set_reads_the_same_and_goes_on_with_the_same_text(
-    model, name, reader, monkeypatch, tmp_path
+    embedded, name, reader, monkeypatch, tmp_path
 ):
     expected = GOLDEN[name]
-    session = load(model, name, reader, monkeypatch)
+    session = load(embedded, name, reader, monkeypatch)
     assert (session.tokens, session.pending) == (expected["tokens"], expected["pending"])
     assert content_digest(session) == expected["content_sha256"]
     assert session.metadata == {"title": "Golden, größer als ASCII", "pages": [1, 2.5, None, True]}
@@ -53,7 +47,7 @@ def test_every_instruction_set_reads_the_same_and_goes_on_with_the_same_text(
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_bytes_are_where_docs_sessions_says_and_little_endian(model, name):
+def test_the_bytes_are_where_docs_sessions_says_and_little_endian(embedded, name):
     """Read without any of kvq's code: ids, positions, and the values of the tokens at 8 and 2 bits."""
     header, payload = split(FOLDER / f"{name}.kvq")
     shape = header["architecture"]

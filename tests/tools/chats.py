@@ -1,12 +1,12 @@
-"""Chat templates as published models have them, and small bundles that carry one."""
+"""Chat templates as published models have them, small bundles that carry one, and what is asked of conversations."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from kvq.exporter.export import export
 
@@ -52,18 +52,62 @@ SPECIAL = {
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "rewriting": REWRITING}
 
 
-def chat_tokenizer(tokenizer: Tokenizer, name: str) -> PreTrainedTokenizerFast:
-    """transformers' tokenizer with the template and the special tokens it needs."""
-    special = SPECIAL[name]
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.add_special_tokens(special)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1])
-    wrapped.chat_template = TEMPLATES[name]
-    return wrapped
+GREEDY = {"temperature": 0.0, "max_tokens": 9}
+USER, ASSISTANT, SYSTEM = ({"role": role, "content": role} for role in ("user", "assistant", "system"))
+
+
+def with_special(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """The tokenizer with the special tokens that a template needs."""
+    found = Tokenizer.from_str(tokenizer.to_str())
+    found.add_special_tokens(SPECIAL[name])
+    return found
+
+
+def special_of(name: str) -> dict[str, str]:
+    """Special tokens by the names that a template knows them by."""
+    return {"bos_token": SPECIAL[name][0], "eos_token": SPECIAL[name][1]}
+
+
+def save_tokenizer(tokenizer: Tokenizer, name: str, folder: Path) -> None:
+    """Tokenizer and template in the files that transformers saves them in."""
+    with_special(tokenizer, name).save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / file).write_text(json.dumps(special_of(name), indent=2))
 
 
 def chat_bundle(checkpoint: Path, tokenizer: Tokenizer, name: str, folder: Path) -> Path:
-    """A bundle of the checkpoint with that template, by way of files as transformers saves them."""
+    """A bundle of the checkpoint with that template, by way of a Hugging Face folder."""
     shutil.copytree(checkpoint, folder / "checkpoint")
-    chat_tokenizer(tokenizer, name).save_pretrained(folder / "checkpoint")
+    save_tokenizer(tokenizer, name, folder / "checkpoint")
     return export(str(folder / "checkpoint"), folder / name, weights="fp32").path
+
+
+def said(replies) -> str:
+    """The text of a reply."""
+    return "".join(response.text for response in replies)
+
+
+def cached(conversation) -> str:
+    """The text in the cache, and sampled but not yet in it."""
+    session = conversation.session
+    text = session.model.tokenizer.decode([*session.tokens, *session.pending], skip_special_tokens=False)
+    return text.replace("\ufffd", "")  # of characters that random weights leave incomplete
+
+
+def counted(session) -> list[int]:
+    """Lengths of everything the session feeds to the model from now on, as a list that grows."""
+    fed, step = [], session._step
+
+    def counting(ids, *rest):
+        fed.append(len(ids))
+        step(ids, *rest)
+
+    session._step = counting
+    return fed
+
+
+def spelled(conversation, question: str) -> str:
+    """What the cache must spell when the reply to a question begins: the template over all messages."""
+    messages = [*conversation.messages, {"role": "user", "content": question}]
+    return conversation.template.render(messages).replace("\ufffd", "")

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
-from onnx import numpy_helper
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvq.exporter.rotation import head_rotation, rotate_inputs, rotate_outputs
-from kvq.exporter.weights.quantize import QuantizedMatrix
 from kvq.models.corpus import train_tokenizer
 from kvq.models.family import config
-from kvq.runtime.bundle.bundle import Bundle
 
 # Odd in every respect: head_dim 8, ungrouped and grouped heads, ffn no multiple of a block.
 TINY: dict[str, Any] = {
@@ -33,6 +27,18 @@ TINY: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+# What transformers takes where a config.json says nothing; it writes all of it.
+DEFAULTS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "dtype": "float32",
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "model_type": "llama",
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+}
 
 
 def small_tokenizer(vocab_size: int = 512) -> Tokenizer:
@@ -42,22 +48,49 @@ def small_tokenizer(vocab_size: int = 512) -> Tokenizer:
     return train_tokenizer(iter([calibration_text()]), vocab_size)
 
 
+def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a Llama by Hugging Face name; `fields` as in config.json, with none left out."""
+    hidden, ffn, head_dim = fields["hidden_size"], fields["intermediate_size"], fields["head_dim"]
+    q, kv = fields["num_attention_heads"] * head_dim, fields["num_key_value_heads"] * head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (fields["vocab_size"], hidden)}
+    for layer in range(fields["num_hidden_layers"]):
+        for part, products, biased in (
+            ("self_attn", attention, fields["attention_bias"]), ("mlp", mlp, fields["mlp_bias"]),
+        ):  # fmt: skip
+            for name, shape in products.items():
+                found[f"model.layers.{layer}.{part}.{name}.weight"] = shape
+                if biased:
+                    found[f"model.layers.{layer}.{part}.{name}.bias"] = shape[:1]
+        found[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
+        found[f"model.layers.{layer}.post_attention_layernorm.weight"] = (hidden,)
+    found["model.norm.weight"] = (hidden,)
+    if not fields["tie_word_embeddings"]:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    return found
+
+
 def save_checkpoint(folder: Path, fields: dict[str, Any], *, seed: int = 0, tokenizer: bool = True) -> Path:
-    """Write config.json, model.safetensors and (if wanted) tokenizer.json; returns the folder."""
-    torch.manual_seed(seed)
-    # SmolLM's own initialisation. With transformers' default of 0.02 a narrow model attends to all
-    # tokens alike, and a mistake in the rotary embedding or in the mask would hardly show.
-    fields = {"initializer_range": fields["hidden_size"] ** -0.5} | fields
-    fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
-    model = LlamaForCausalLM(LlamaConfig(**fields)).eval()
-    # transformers initialises norms to one and biases to zero: mistakes in either would not show.
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif "embed" in name:
-                parameter.mul_(2.0)
-    model.save_pretrained(folder)
+    """Write the files of a checkpoint, with tokenizer.json if wanted; returns the folder.
+
+    Matrices are Gaussian, with SmolLM's standard deviation: with transformers' 0.02 a narrow model attends to all
+    tokens alike, and a mistake in the rotary embedding or in the mask would hardly show.
+    """
+    fields = DEFAULTS | {"head_dim": fields["hidden_size"] // fields["num_attention_heads"]} | fields
+    deviation, rng = fields["hidden_size"] ** -0.5, np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes(fields).items():
+        values = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:  # norms near one and biases near zero, not at it: mistakes in either would not show
+            tensors[name] = np.float32(name.endswith("norm.weight")) + np.float32(0.1) * values
+        else:
+            tensors[name] = values * np.float32(deviation * (2 if "embed" in name else 1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    ends = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if name in fields}
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         small_tokenizer(min(512, fields["vocab_size"])).save(str(folder / "tokenizer.json"))
     return folder
@@ -73,54 +106,3 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return folder
-
-
-def reference_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """transformers' logits for ids, float32 [tokens, vocab]."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0]
-
-
-def in_transformers(bundle: Bundle, folder: Path) -> LlamaForCausalLM:
-    """transformers' model of a checkpoint folder with the weights of its bundle, dequantized and un-rotated."""
-    manifest = bundle.manifest
-    tensors: dict[str, np.ndarray] = {}
-    for name in [*manifest.segments, manifest.head]:
-        graph = onnx.load(bundle.path / name, load_external_data=True).graph
-        tensors |= _dequantized(graph, manifest.architecture.hidden)
-    rotated = manifest.kv["rotation"] != "none" and manifest.kv["values"] == "folded"
-    back = head_rotation(manifest.architecture.head_dim, rotated)[1].T
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        if name in state:
-            state[name] = torch.as_tensor(tensor)
-        elif "_proj" in name:  # several matrices, or their biases, in one
-            layer, _, parts = name.removesuffix(".bias").rpartition(".")
-            kind = "bias" if name.endswith(".bias") else "weight"
-            for part in parts.split("+"):
-                wanted = f"{layer}.{part}.{kind}"
-                values, tensor = np.split(tensor, [len(state[wanted])])
-                if part == "v_proj":
-                    values = rotate_outputs(values, back)
-                elif part == "o_proj" and kind == "weight":
-                    values = rotate_inputs(values, back)
-                state[wanted] = torch.as_tensor(values)
-            assert not len(tensor), name
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    return model
-
-
-def _dequantized(graph: onnx.GraphProto, hidden: int) -> dict[str, np.ndarray]:
-    """Constants of a graph by name; quantized matrices decoded."""
-    found = {t.name: np.array(numpy_helper.to_array(t)) for t in graph.initializer}
-    # Bits and row length of a product's codes; an embedding that is only looked up has no such node.
-    products = {node.input[1]: {a.name: a.i for a in node.attribute} for node in graph.node if len(node.input) > 1}
-    for name in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
-        codes, scales = found.pop(f"{name}.codes"), found.pop(f"{name}.scales")
-        of = {"bits": 8, "block_size": codes.shape[2], "K": hidden} | products.get(f"{name}.codes", {})
-        found[name] = QuantizedMatrix(codes, scales, of["bits"], of["block_size"], of["K"]).dequantize()
-    return found

@@ -17,6 +17,13 @@ import httpx
 import openai
 
 START_S = 120
+LONG = (
+    "The harbour lay in the first light of a grey morning, and the boats that had gone out in the night were coming"
+    " home one after another, heavy and slow. On the quay the women were waiting with their baskets. Nobody spoke much."
+    " The captain of the largest boat stood at the rail and counted the houses on the hill, as he did every time. "
+)
+QUESTION = [{"role": "user", "content": "Where is the captain?"}]
+JSON = {"content-type": "application/json"}
 
 
 class Served:
@@ -99,3 +106,8 @@ def served(*arguments: str | Path, ready: bool = True, env: dict[str, str] | Non
         server._reader.join()
         server.process.stdout.close()
         server.process.stderr.close()
+
+
+def library(model, prompt, policy=None, **options):
+    """The text that the library alone generates."""
+    return "".join(r.text for r in model.session(policy).generate(prompt, **options))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
-
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from kvq.runtime.files import atomic_file, write_atomically
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.tree import ROOT
 
 
 def names(folder):

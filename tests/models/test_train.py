@@ -1,22 +1,21 @@
-"""The training recipe: corpus, packing, schedule, determinism and resuming."""
+"""The training recipe: schedule, determinism, resuming, and the way from a text to a bundle."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvq
 from kvq.exporter.calibration import calibration_text
-from kvq.models.corpus import END_OF_TEXT, documents, pack
-from kvq.models.evaluate import strided_windows
+from kvq.models.corpus import END_OF_TEXT
 from kvq.models.family import SHAPES, config
+from tests.tools.checkpoints import TINY
+from tests.tools.packages import needs
+
+torch, transformers = needs("torch"), needs("transformers")
 from kvq.models.train import Recipe, batch, main, make_loss, train
-from tests.tools.checkpoints import TINY, small_tokenizer
 
 RECIPE = Recipe(
     steps=6, tokens_per_step=256, lengths=((0.0, 32), (0.5, 64)), warmup_steps=2, learning_rate=1e-2, checkpoint_steps=2
@@ -30,7 +29,9 @@ def ids():
 
 def model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"})
+    )
 
 
 def run(ids, out, recipe):
@@ -86,39 +87,11 @@ def test_schedule_warms_up_and_decays_and_lengthens():
     assert [recipe.length(step) for step in (0, 499, 500, 899, 900, 999)] == [512, 512, 1024, 1024, 2048, 2048]
 
 
-def test_packing_keeps_every_document(tmp_path):
-    texts = ["First document, with ünïcode.", "Second one.\n\nTwo paragraphs."]
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text(f"\n{END_OF_TEXT}\n".join(texts) + f"\n{END_OF_TEXT}\n\n", encoding="utf-8")
-    assert list(documents(corpus)) == texts
-    tokenizer = small_tokenizer()
-    count = pack(documents(corpus), tokenizer, tmp_path / "ids")
-    packed = np.fromfile(tmp_path / "ids", np.uint16)
-    assert len(packed) == count
-    assert tokenizer.decode(packed.tolist(), skip_special_tokens=False) == "".join(t + END_OF_TEXT for t in texts)
-
-
-def test_tokenizer_round_trips_any_text():
-    tokenizer = small_tokenizer()
-    text = "Zażółć 12345 漢字 🦙\t\r\n \x00\x7f"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert isinstance(tokenizer, Tokenizer)
-    assert tokenizer.token_to_id(END_OF_TEXT) == 0
-
-
-@pytest.mark.parametrize(("count", "context", "stride"), [(1, 8, 4), (7, 8, 4), (8, 8, 4), (100, 8, 4), (101, 16, 5)])
-def test_strided_windows_score_every_token_once(count, context, stride):
-    scored = []
-    for start, stop, first in strided_windows(count, context, stride):
-        assert stop - start <= context
-        assert first - start >= min(first, context - stride)
-        scored += range(first, stop)
-    assert scored == list(range(1, count))
-
-
 def test_every_family_member_is_a_llama_with_heads_of_64():
     for name in SHAPES:
-        fields = LlamaConfig(**{k: v for k, v in config(name).items() if k not in ("model_type", "architectures")})
+        fields = transformers.LlamaConfig(
+            **{k: v for k, v in config(name).items() if k not in ("model_type", "architectures")}
+        )
         assert fields.head_dim == 64
         assert json.dumps(config(name))
 

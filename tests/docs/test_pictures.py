@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from matplotlib import image
 
 from kvq.bench.table import write_plot
 from kvq.controller.evaluation.report import ORDER, STYLES, plot
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+from tests.tools.tree import DOCS
 
 
 def rows(pattern: str) -> list[dict]:

@@ -15,21 +15,15 @@ import kvq
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import references
-from tests.cli.test_cli import assert_one_line_error  # fmt: skip
-from tests.cli.test_cli import kvq as command
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KVQ_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "home"
+from tests.tools.command_line import assert_one_line_error
+from tests.tools.command_line import kvq as command
+from tests.tools.packages import needs
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, tiny_bundle, tiny_checkpoint):
     """snapshot_download from a folder, laid out as huggingface_hub's cache: links to blobs. Records its calls."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    huggingface_hub = needs("huggingface_hub")
     calls = []
 
     def snapshot_download(repo_id, *, allow_patterns, local_files_only=False):
@@ -196,7 +190,7 @@ def test_list_shows_embedded_and_fetched_models(own_home, tiny_bundle):
 
 
 def test_offline_on_the_command_line_is_one_line(own_home):
-    pytest.importorskip("huggingface_hub")
+    needs("huggingface_hub")
     for arguments, env in ((["--offline"], {}), ([], {"HF_HUB_OFFLINE": "1"}), ([], {"KVQ_OFFLINE": "1"})):
         done = command("run", "-m", "someone/nothing", *arguments, "Hello", env=env)
         assert_one_line_error(done, "someone/nothing is not on this machine", "--offline or HF_HUB_OFFLINE")

@@ -7,25 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvq
-from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import KEY, Conversation, has_template
-from tests.chat.test_chat import ASSISTANT, GREEDY, USER, cached, counted, said, spelled
-from tests.tools.chats import SPECIAL, TEMPLATES, chat_bundle
-from tests.tools.checkpoints import small_tokenizer
+from tests.tools.chats import ASSISTANT, GREEDY, SPECIAL, TEMPLATES, USER, cached, counted, said, spelled
 
 LEASE = "The rent is 640 pounds,\nand due on the third. Pets are allowed, but no parrots."
 NAMES = [*TEMPLATES, "plain"]
 marks = [mark for each in SPECIAL.values() for mark in each]
 words = st.sampled_from([*marks, "the", " rent", "640", "\n", "\n\n", " ", "é", "😀", ".", "\ufdd0", "<|im", "_end|>"])
 texts = st.lists(words, max_size=8).map("".join)
-
-
-@pytest.fixture(scope="module")
-def every(tiny_checkpoint, tiny_model, tmp_path_factory):
-    """Models by the name of their template; "plain" has none."""
-    folder, base = tmp_path_factory.mktemp("chat"), small_tokenizer(490)
-    found = {name: open_bundle(chat_bundle(tiny_checkpoint, base, name, folder / f"of-{name}")) for name in TEMPLATES}
-    return {**found, "plain": tiny_model}
 
 
 def message(role: str, content: str) -> dict[str, str]:

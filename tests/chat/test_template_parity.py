@@ -1,0 +1,73 @@
+"""Chat templates beside transformers': text and ids, and the files that an export reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvq.exporter.sources.huggingface import HuggingFaceFolder
+from kvq.runtime.text.template import ChatTemplate
+from tests.tools.chats import ASSISTANT, SPECIAL, SYSTEM, TEMPLATES, USER, save_tokenizer, special_of, with_special
+from tests.tools.packages import needs
+
+transformers = needs("transformers")
+
+texts = st.text(max_size=40) | st.sampled_from(["", " ", "\n\n x \n", "{{ 7 * 7 }}", "{% raw %}", "Ünïcödé 😀", "<b>&"])
+
+
+@pytest.fixture(scope="module")
+def pairs(base):
+    """Template name -> (kvq's, transformers')."""
+    found = {}
+    for name in TEMPLATES:
+        tokenizer, (bos, eos, *_) = with_special(base, name), SPECIAL[name]
+        reference = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+        reference.chat_template = TEMPLATES[name]
+        found[name] = ChatTemplate(TEMPLATES[name], tokenizer, special_of(name)), reference
+    return found
+
+
+conversations = st.builds(
+    lambda system, contents: (
+        [{"role": "system", "content": text} for text in system]
+        + [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
+    ),
+    st.lists(texts, max_size=1),
+    st.lists(texts, min_size=1, max_size=5),
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(messages=conversations, prompt=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_text_and_ids_are_those_of_transformers(pairs, name, messages, prompt):
+    ours, reference = pairs[name]
+    text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    assert ours.render(messages, prompt) == text
+    if not any(special in message["content"] for special in ours._specials for message in messages):
+        assert ours.encode(messages, prompt) == reference.apply_chat_template(messages, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_exporter_carries_template_and_special_tokens_over(models, pairs, name):
+    carried = models[name].chat_template
+    reference = pairs[name][1]
+    messages = [SYSTEM, USER, ASSISTANT, USER]
+    assert not carried.builtin
+    assert carried.encode(messages) == reference.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_export_reads_what_transformers_saves(tiny_checkpoint, base, pairs, name, tmp_path):
+    """The files beside a checkpoint that all other tests use, which are written without transformers, say the same."""
+    ours, theirs = (shutil.copytree(tiny_checkpoint, tmp_path / folder) for folder in ("ours", "theirs"))
+    save_tokenizer(base, name, ours)
+    pairs[name][1].save_pretrained(theirs)
+    ours, theirs = HuggingFaceFolder(ours, "x"), HuggingFaceFolder(theirs, "x")
+    assert theirs.chat_template() == ours.chat_template() == TEMPLATES[name]
+    assert theirs.special_tokens() == ours.special_tokens() == special_of(name)
+    assert json.loads(theirs.tokenizer_json()) == json.loads(ours.tokenizer_json())

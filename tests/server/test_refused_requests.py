@@ -1,0 +1,125 @@
+"""Requests that would be misunderstood, bodies that are none, and what a web page could send: refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from tests.tools.serving import JSON, QUESTION
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temprature": 1}, "unknown field 'temprature'"),
+        ({"n": 2}, "n is not supported"),
+        ({"n": True}, "n is not supported"),
+        ({"echo": True}, "echo is not supported"),
+        ({"logit_bias": {"5": 10}}, "logit_bias is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"max_tokens": 0}, "max_tokens must be an integer"),
+        ({"max_tokens": 10**9}, "max_tokens is at most 1500"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"stop": ["a"] * 5}, "at most 4"),
+        ({"stop": [""]}, "none of them empty"),
+        ({"logprobs": 6}, "at most 5"),
+        ({"stream_options": {}}, "only for stream=true"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"policy": "nonsense"}, "unknown policy 'nonsense'"),
+        ({"policy": "int4", "kv_bits": 3}, "cannot follow a budget"),
+        ({"kv_bits": 0.1}, "below what is possible"),
+        ({"prompt": ""}, "non-empty string"),
+        ({"prompt": ["a", "b"]}, "several prompts"),
+        ({"prompt": [1, 99999]}, "token ids must be"),
+        ({"prompt": [10**30]}, "token ids must be"),
+        ({"prompt": "\ud800"}, "text or token ids"),
+        ({"\ud800": 1}, "unknown field"),
+        ({"prompt": "word " * 5000}, "at most 2048"),
+        ({"model": 5}, "model must be a string"),
+    ],
+    ids=str,
+)
+def test_a_completion_request_that_would_be_misunderstood_is_refused_by_name(server, change, words):
+    answer = server.post("/v1/completions", content=json.dumps({"prompt": "Hello"} | change), headers=JSON)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"messages": []}, "non-empty list"),
+        ({"messages": ["x"]}, "messages[0] must be an object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text parts only"),
+        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"top_logprobs": 3}, "needs logprobs=true"),
+        ({"logprobs": 3}, "logprobs must be true or false"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+        ({"prompt": "x"}, "unknown field 'prompt'"),
+    ],
+    ids=str,
+)
+def test_a_chat_request_that_would_be_misunderstood_is_refused_by_name(server, change, words):
+    answer = server.post("/v1/chat/completions", {"messages": QUESTION} | change)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[1]", 400, "must be a JSON object"),
+        (b"\xff", 400, "not JSON"),
+        (b'{"temperature": NaN}', 400, "not a JSON number"),
+        (b"[" * 100_000, 400, "not JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+        (b" " * 4_000_001, 413, "larger than"),
+    ],
+    ids=["cut", "list", "bytes", "nan", "deep", "long number", "large"],
+)
+def test_bodies_that_are_none(server, body, status, words):
+    answer = server.post("/v1/completions", content=body, headers=JSON)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_body_without_length_is_bounded_too(server):
+    answer = server.post("/v1/completions", content=(b" " * 10**6 for _ in range(5)), headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_requests_that_a_web_page_could_send_unasked_are_refused(server):
+    answer = server.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    answer = server.get("/v1/models", headers={"host": "evil.example:80"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+    answer = server.get("/v1/models", headers={"origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+    preflight = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+    assert httpx.options(server.url + "/v1/completions", headers=preflight).status_code == 405
+
+
+def test_paths_and_methods(server):
+    assert server.get("/v1/nothing").status_code == 404
+    assert server.get("/v1/completions").status_code == 405
+    assert server.post("/v1/embeddings", {}).json()["error"]["type"] == "not_found_error"
+
+
+def test_a_wrong_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError, match="this server has 'kvq-books'"):
+        client.completions.create(model="gpt", prompt="x")

@@ -1,0 +1,103 @@
+"""`kvq serve` as a process: it answers while it loads, ends with a signal, keeps keys out of its log."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.tools.command_line import kvq
+from tests.tools.serving import LONG, served
+
+
+def test_the_port_answers_while_the_model_loads(tmp_path):
+    with served("--session-dir", tmp_path, ready=False) as server:
+        codes = []
+        while not codes or codes[-1] != 200:
+            health = server.get("/health")
+            codes.append(health.status_code)
+            if health.status_code == 503:
+                assert health.json()["status"] == "loading"
+                answer = server.post("/v1/completions", {"prompt": "x"})
+                if answer.status_code != 200:
+                    assert answer.json()["error"]["code"] == "loading"
+                    assert answer.headers["retry-after"]
+        assert codes[0] == 503
+        assert server.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_ends_streams_with_an_error_event_and_the_process_with_0(by, tmp_path):
+    with served("--session-dir", tmp_path) as server:
+        body = {"prompt": LONG, "max_tokens": 1000, "stream": True, "temperature": 1.5}
+        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            assert next(lines).startswith("data: {")
+            server.process.send_signal(by)
+            last = list(lines)[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.end(by) == 0
+        assert not any("Traceback" in line for line in server.lines)
+        assert server.process.stdout.read() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_key_origin_and_log():
+    secret = "a secret the log must not have"
+    with served("--cors-origin", "http://app.example", "--max-body", "10kB", env={"KVQ_API_KEY": "k-1"}) as server:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            server.client("k-2").models.list()
+        assert refused.value.code == "invalid_api_key"
+        assert server.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert server.get("/health").status_code == 200
+        assert server.client("k-1").models.list().data
+        assert server.client("k-1").completions.create(model="kvq-books", prompt=secret, max_tokens=2)
+        preflight = {"origin": "http://app.example", "access-control-request-method": "POST"}
+        answer = httpx.options(server.url + "/v1/completions", headers=preflight)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "http://app.example")
+        assert server.get("/%0Akvq: forged?x=" + secret.replace(" ", "+")).status_code == 401
+        assert server.end() == 0
+        log = "\n".join(server.lines)
+        assert "POST /v1/completions 200" in log
+        for hidden in (secret, "k-1", "k-2", "forged"):
+            assert hidden not in log.replace("%0Akvq:%20forged", "")
+
+
+def test_what_keeps_a_server_from_starting_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = kvq("serve", "--port", str(taken.getsockname()[1]))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("kvq: cannot listen on 127.0.0.1")
+    assert done.stderr.count("\n") == 1
+    for arguments, words, code in (
+        (["-m", "nothing-here"], "no model 'nothing-here'", 1),
+        (["-p", "nonsense"], "unknown policy", 2),
+        (["--kv-memory-total", "1kB"], "may take", 1),
+        (["--kv-memory-total", "lots"], "is not a size", 2),
+        (["--queue", "-1"], "Invalid value", 2),
+        (["--api-key", ""], "not empty", 2),
+    ):
+        done = kvq("serve", "--port", "0", *arguments)
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_warning_where_others_can_reach_it_without_a_key():
+    with served("--host", "0.0.0.0", ready=False) as server:
+        assert any("without a key" in line for line in server.lines)
+        server.process.kill()
+
+
+def test_a_request_has_its_time():
+    with served("--timeout", "0.5", "--max-tokens", "2000") as server:
+        begun = time.monotonic()
+        answer = server.post("/v1/completions", {"prompt": LONG, "max_tokens": 1500, "temperature": 1.5})
+        if answer.status_code != 200:  # a fast machine is done in time
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+        assert time.monotonic() - begun < 120
