@@ -98,7 +98,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def error_of(status: int) -> Exception:
-    """What an error of kvq.h, below 0, stands for: a `BackendError` that says what is wrong and what to do, with exceptions
+    """What an error of kvq.h, below 0, stands for: a `BackendError` that says what is wrong and what to do; exceptions
     of their own for want of memory (MemoryError) and for values that nothing can store (NonFiniteError).
     """
     kinds: dict[int, type[Exception]] = {NO_MEMORY: MemoryError, REFUSED_VALUE: NonFiniteError}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from kvq.bench.table import write_plot
+from kvq.bench.report.plot import write_plot
 from kvq.controller.evaluation.report import ORDER, STYLES, plot
 from tests.tools.tree import DOCS
 
