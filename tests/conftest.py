@@ -21,8 +21,9 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-# Random weights say anything, special tokens too; what tests of conversations have these say is text.
-SEED = 8
+# Random weights say anything: one word for ever, or special tokens, which no conversation of a real model has within a
+# reply. These say text, and different things to different prompts.
+SEED = 20
 
 
 @pytest.fixture(scope="session", autouse=True)

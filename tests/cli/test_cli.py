@@ -27,7 +27,7 @@ def greedy(tiny_bundle):
 def expected_text(tiny_model):
     """The text the greedy run has to print, by the library."""
     responses = tiny_model.session().generate(
-        "Hello", max_tokens=12, temperature=0, ignore_eos=True, top_k=40, top_p=0.95, repetition_penalty=1.1
+        "Hello", max_tokens=12, temperature=0, ignore_eos=True, top_k=40, top_p=0.95
     )
     return "".join(response.text for response in responses)
 
