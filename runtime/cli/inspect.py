@@ -54,7 +54,7 @@ def inspect(
       cat chapter.txt | kvq inspect --json
     """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
-    from kvq.runtime.inspect.views import page, plot, terminal
+    from kvq.runtime.inspect.views import plot, report, terminal
 
     if png_file:
         import matplotlib  # noqa: F401 # a missing package is said before the model runs
@@ -70,7 +70,7 @@ def inspect(
             prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory,
         )  # fmt: skip
     if html_file:
-        write_atomically(html_file, page.html(inspection))
+        write_atomically(html_file, report.html(inspection))
     if png_file:
         write_atomically(png_file, plot.png(inspection))
     if as_json:
