@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import OFFLINE
+from kvq.runtime.cli.options import OFFLINE, in_a_folder
 from kvq.runtime.errors import PromptError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), callback=in_a_folder)
 @click.option(
     "-w",
     "--weights",

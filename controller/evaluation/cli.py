@@ -11,8 +11,9 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
-from kvq.runtime.cli.options import OFFLINE, OUTPUT, load_model, options
+from kvq.runtime.cli.options import OFFLINE, OUTPUT, options
 from kvq.runtime.files import write_atomically
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvq.controller.policies import Policy
-from kvq.runtime.inspect.inspection import stored_tokens
+from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.session.model import Model
 
 

@@ -6,10 +6,7 @@ import fnmatch
 import hashlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog.home import claimed, exports, kept, place, staged
 from kvq.runtime.catalog.hub import CHECKPOINT_FILES
-from kvq.runtime.catalog.wheel import POLL_S, Progress
+from kvq.runtime.catalog.process import Progress, finished
 from kvq.runtime.errors import BundleError, CheckpointError, HubError
 from kvq.runtime.extras import install, missing
 from kvq.runtime.files import write_atomically
@@ -60,23 +57,15 @@ def export(source: Path, folder: Path, name: str, notice: Notice | None, progres
         notice(f"exporting {name}, once")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("KVQ_")}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    with tempfile.TemporaryFile() as errors:
-        command = [*EXPORT, str(source), str(folder), "--name", name]
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        try:
-            while process.poll() is None:
-                if progress:
-                    progress(f"exporting {name}", _written(folder), None)
-                time.sleep(POLL_S)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        errors.seek(0)
-        lines = errors.read().decode(errors="replace").strip().splitlines()
-    if process.returncode:
+
+    def look() -> None:
+        if progress:
+            progress(f"exporting {name}", _written(folder), None)
+
+    command = [*EXPORT, str(source), str(folder), "--name", name]
+    code, said = finished(command, environment, look, errors_alone=True)
+    if code:
+        lines = said.strip().splitlines()
         raise CheckpointError(lines[-1].removeprefix("kvq: ") if lines else f"exporting {name} failed")
     Bundle(folder)
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kvq.models.family import SHAPES
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import hub, wheel
 from kvq.runtime.catalog.checkpoints import check_exporter, export, is_checkpoint, usable
 from kvq.runtime.catalog.home import claimed, kept, models, place, staged
-from kvq.runtime.catalog.registry import Entry, Hub, Wheel, registry
-from kvq.runtime.catalog.wheel import Progress, UnavailableError
+from kvq.runtime.catalog.process import Progress
+from kvq.runtime.catalog.registry import Entry, Hub, Shape, Wheel, registry
+from kvq.runtime.catalog.wheel import UnavailableError
 from kvq.runtime.errors import BundleError, HubError
 
 
@@ -92,17 +92,17 @@ def _fetch(job: Job, found: Path) -> None:
 
 
 def _check_shape(job: Job, found: Path) -> None:
-    """Refuse a bundle that cannot be the model of that name, where its shape is known."""
-    wanted = SHAPES.get(job.name.lower().removesuffix("-instruct")) if job.entry else None
-    if wanted is None:
+    """Refuse a bundle that cannot be the model of that name, where the registry knows its shape."""
+    needs = job.entry.shape if job.entry else None
+    if needs is None:
         return
     shape = Bundle(found).manifest.architecture
-    has = (shape.layers, shape.hidden, shape.vocab)
-    needs = (wanted["num_hidden_layers"], wanted["hidden_size"], wanted["vocab_size"])
+    has = Shape(shape.layers, shape.hidden, shape.vocab)
     if has != needs:
         raise BundleError(
-            f"this is not {job.name}: it has {has[0]} layers of {has[1]} and {has[2]} tokens, not {needs[0]} of"
-            f" {needs[1]} and {needs[2]}; kvq name FOLDER NAME keeps a bundle under a name of its own"
+            f"this is not {job.name}: it has {has.layers} layers of {has.hidden} and {has.vocab} tokens, not"
+            f" {needs.layers} of {needs.hidden} and {needs.vocab}; kvq name FOLDER NAME keeps a bundle under a name of"
+            " its own"
         )
 
 

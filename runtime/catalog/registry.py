@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvq.runtime.errors import BundleError
 
@@ -16,6 +16,7 @@ FORMAT = "kvq-registry"
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
 MOST_NBYTES = 1 << 40
+MOST_UNITS = 1 << 30  # layers, or whatever else a shape counts
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # No extras, markers, URLs or options: what pip is asked for is one version of one package.
@@ -57,6 +58,14 @@ class Hub:
     nbytes: int | None = None
 
 
+class Shape(NamedTuple):
+    """What a model of a name must have: layers, width of the hidden states, tokens of the vocabulary."""
+
+    layers: int
+    hidden: int
+    vocab: int
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model of the registry.
@@ -66,12 +75,14 @@ class Entry:
         about: one line.
         licence: SPDX identifier.
         sources: in the order they are tried.
+        shape: None where it is not known.
     """
 
     name: str
     about: str
     licence: str
     sources: tuple[Wheel | Hub, ...]
+    shape: Shape | None = None
 
     @property
     def nbytes(self) -> int | None:
@@ -133,7 +144,16 @@ def _entry(item: dict[str, Any]) -> Entry:
     if not isinstance(sources, list) or not sources:
         raise ValueError(f"{name} has no sources")
     about, licence = (_line(item[key], f"{key} of {name}") for key in ("about", "licence"))
-    return Entry(name, about, licence, tuple(_source(source, name) for source in sources))
+    return Entry(name, about, licence, tuple(_source(source, name) for source in sources), _shape(item, name))
+
+
+def _shape(item: dict[str, Any], name: str) -> Shape | None:
+    if "shape" not in item:
+        return None
+    found = item["shape"]
+    if not isinstance(found, dict):
+        raise ValueError(f"shape of {name} is {found!r}")
+    return Shape(*(_count(found[key], f"{key} of {name}", MOST_UNITS) for key in Shape._fields))
 
 
 def _source(item: dict[str, Any], name: str) -> Wheel | Hub:
@@ -166,6 +186,10 @@ def _line(value: object, what: str) -> str:
 
 
 def _nbytes(value: object, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST_NBYTES:
+    return _count(value, what, MOST_NBYTES)
+
+
+def _count(value: object, what: str, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
         raise ValueError(f"{what} is {value!r}")
     return value

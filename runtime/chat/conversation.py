@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
+from kvq.runtime.chat.feeds import Feed, feed_of, said, shared
 from kvq.runtime.chat.turns import KEY, Document, Turn, from_metadata, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.session.generation import Progress, Response
 from kvq.runtime.session.sampling import SamplingOptions
-from kvq.runtime.text.template import REPLY
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -22,23 +21,6 @@ BREAK = "\n\n"
 # What a question may begin with. The tokens of a document that all of them leave as they are can be cached before
 # the question is known; "" closes the turn at once.
 BEGINNINGS = ("", "What", "what", " what", "1", ".", '"', "\n", "\n\n\nWhat", "\t", "é", "日", "😀")
-
-
-@dataclass(frozen=True)
-class Feed:
-    """How a question gets into the cache.
-
-    Attributes:
-        length: tokens of the cache that stay.
-        pending: of `Session.pending`, what stays.
-        ids: what is appended.
-        rewritten: whether the template has changed what precedes, so that part of it is processed again.
-    """
-
-    length: int
-    pending: list[int]
-    ids: list[int]
-    rewritten: bool = False
 
 
 class Conversation:
@@ -114,11 +96,11 @@ class Conversation:
             before = self.messages[0]["content"] if self.messages else ""
             messages, document = [{"role": "system", "content": _joined(before, text)}], Document("")
             questions = list(BEGINNINGS)
-        feeds = [self._feed(messages, document, question) for question in questions]
+        feeds = [feed_of(self.session, messages, self.turns, document, question) for question in questions]
         held = self.session.tokens
         whole = [[*held[: feed.length], *feed.pending, *feed.ids] for feed in feeds]
-        ids = whole[0][: _shared(*whole)]
-        same = _shared(held, ids)
+        ids = whole[0][: shared(*whole)]
+        same = shared(held, ids)
         self._check_room(same, len(ids) - same, "the document")
         self._cut(same, [])
         if feeds[0].rewritten:
@@ -163,26 +145,22 @@ class Conversation:
         """
         document = self.document
         question = text if document is None else _joined(document.text, text)
-        feed = self._feed(self.messages, document, question)
+        feed = feed_of(self.session, self.messages, self.turns, document, question)
         if document is None:
             turn = Turn(None if feed.rewritten else feed.length, feed.pending, 0)
         else:  # of which most is cached
             fed = [*feed.pending, *feed.ids]
-            same = min(_shared(self.session.tokens[feed.length :], fed), len(fed) - 1)
+            same = min(shared(self.session.tokens[feed.length :], fed), len(fed) - 1)
             start = None if feed.rewritten else feed.length
             turn = Turn(start, feed.pending, 0, len(document.text), feed.length + same)
             feed = Feed(turn.read, [], fed[same:], feed.rewritten)
         turn.prompt = feed.length + len(feed.pending) + len(feed.ids)
         self._check_room(feed.length + len(feed.pending), len(feed.ids), "the question", spare=1)
-        responses = self.session.generate(
-            feed.ids[self._leading(feed) :],
-            max_tokens=max_tokens,
-            stop=[*self.template.stop, *stop],
-            stop_tokens=[*(() if ignore_eos else self.template.stop_tokens), *stop_tokens],
-            ignore_eos=ignore_eos,
-            progress=None if progress is None else _behind(progress, self._leading(feed), len(feed.ids)),
+        leading = self._leading(feed)
+        responses = self._responses(
+            feed.ids[leading:], _behind(progress, leading, len(feed.ids)), max_tokens, stop, stop_tokens, ignore_eos,
             **sampling,
-        )
+        )  # fmt: skip
         return self._reply({"role": "user", "content": question}, turn, feed, responses, cancelled, progress)
 
     def resume(
@@ -202,17 +180,31 @@ class Conversation:
         """
         if not self.turns or self.document:
             raise PromptError("there is no reply to go on with: ask a question")
-        if self._said(len(self.session.tokens), self.session.pending)[2].strip("\ufffd"):
+        session, reply = self.session, self.messages[-1]["content"]
+        if said(session, self.turns[-1], reply, len(session.tokens), session.pending).beyond.strip("\ufffd"):
             raise PromptError("the last reply has come to its end: ask the next question")
-        responses = self.session.generate(
-            None,
+        return self._told(self._responses(None, None, max_tokens, stop, stop_tokens, ignore_eos, **sampling))
+
+    def _responses(
+        self,
+        ids: Sequence[int] | None,
+        progress: Progress | None,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        stop_tokens: Sequence[int],
+        ignore_eos: bool,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Response]:
+        """As `Session.generate`; what ends a reply in the chat template ends this one too."""
+        return self.session.generate(
+            ids,
             max_tokens=max_tokens,
             stop=[*self.template.stop, *stop],
             stop_tokens=[*(() if ignore_eos else self.template.stop_tokens), *stop_tokens],
             ignore_eos=ignore_eos,
+            progress=progress,
             **sampling,
         )
-        return self._told(responses)
 
     def _leading(self, feed: Feed) -> int:
         """How many tokens of a long question go ahead in whole chunks, with a look at `cancelled` after each."""
@@ -238,7 +230,7 @@ class Conversation:
         try:
             for at in range(0, self._leading(feed), session.prefill_chunk):
                 chunk = feed.ids[at : at + session.prefill_chunk]
-                session.append(chunk, progress=None if progress is None else _behind(progress, at, len(feed.ids)))
+                session.append(chunk, progress=_behind(progress, at, len(feed.ids)))
                 if cancelled is not None and cancelled():
                     return
             for response in told:
@@ -251,13 +243,13 @@ class Conversation:
 
     def _told(self, responses: Iterator[Response]) -> Generator[Response, None, None]:
         """Pass responses on, and keep what they say in the last message, however they end."""
-        said = [self.messages[-1]["content"]]
+        pieces = [self.messages[-1]["content"]]
         try:
             for response in responses:
-                said.append(response.text)
+                pieces.append(response.text)
                 yield response
         finally:
-            self.messages[-1]["content"] = "".join(said)
+            self.messages[-1]["content"] = "".join(pieces)
             self._remember()
 
     def undo(self) -> None:
@@ -318,64 +310,6 @@ class Conversation:
                 " drop turns, shorten it, or begin a new conversation"
             )
 
-    def _feed(self, messages: list[dict[str, str]], document: Document | None, question: str) -> Feed:
-        """What to append for a question: only what follows the last reply, wherever the template allows it.
-
-        With a document that the question begins with, as if nothing of it had been cached.
-        """
-        session, template = self.session, self.template
-        asked = {"role": "user", "content": question}
-        start, pending = len(session.tokens), session.pending
-        if document is not None:
-            start, pending = document.start, document.pending
-        if self.turns and start:
-            rest = self._after_last_reply(messages, asked)
-            if rest is not None:
-                return self._join(rest, start, pending)
-        ids = template.encode([*messages, asked])
-        same = 0 if document else min(_shared(session.tokens, ids), len(ids) - 1)
-        return Feed(same, [], ids[same:], rewritten=bool(self.turns))
-
-    def _after_last_reply(self, messages: list[dict[str, str]], question: dict[str, str]) -> str | None:
-        """The text between the last reply and the next, with guards; None if the template rewrites what precedes."""
-        *before, reply = messages
-        prompt = self.template.render_guarded(before)
-        text = self.template.render_guarded([*before, {**reply, "content": REPLY}, question])
-        if not text.startswith(prompt):
-            return None
-        blank, found, rest = text[len(prompt) :].partition(REPLY)
-        return rest if found and not blank.strip() and rest else None
-
-    def _said(self, start: int, pending: list[int]) -> tuple[list[int], str, str]:
-        """The last reply as it stands before `start` and in `pending`.
-
-        Returns:
-            its tokens that were shown, their text, and the text of those behind them: of an end-of-turn token above
-            all, of what a stop string has cut, or of bytes of a character that the end has cut.
-        """
-        said = [*self.session.tokens[self.turns[-1].prompt : start], *pending]
-        reply = self.messages[-1]["content"]
-        decode = self.tokenizer.decode
-        shown = len(said)
-        while not reply.startswith(text := decode(said[:shown], skip_special_tokens=False)):
-            shown -= 1
-        return said[:shown], text, decode(said[shown:], skip_special_tokens=False) if shown < len(said) else ""
-
-    def _join(self, rest: str, start: int, pending: list[int]) -> Feed:
-        """How `rest` follows the cached reply, of which the model may have said more than was shown."""
-        shown, text, beyond = self._said(start, pending)
-        prompt = self.turns[-1].prompt
-        rest = self.messages[-1]["content"][len(text) :] + rest
-        if not beyond.strip("\ufffd"):
-            length, kept = start, list(pending)
-        elif rest.startswith(beyond) and len(rest) > len(beyond):
-            length, kept, rest = start, list(pending), rest[len(beyond) :]
-        elif prompt + len(shown) >= start:  # not cached yet, so there is nothing to take out of the cache
-            length, kept = start, shown[start - prompt :]
-        else:
-            length, kept = prompt + len(shown), []
-        return Feed(length, kept, self.template.encode_guarded(rest, beginning=False))
-
 
 def has_template(model: Model) -> bool:
     """Whether the model's bundle has a chat template of its own: it was trained on conversations."""
@@ -387,12 +321,6 @@ def _joined(document: str, text: str) -> str:
     return BREAK.join(part for part in (document, text) if part)
 
 
-def _shared(first: Sequence[int], *others: Sequence[int]) -> int:
-    """How many ids all begin with."""
-    most = min(map(len, (first, *others)))
-    return next((at for at in range(most) if any(other[at] != first[at] for other in others)), most)
-
-
-def _behind(progress: Progress, before: int, total: int) -> Progress:
+def _behind(progress: Progress | None, before: int, total: int) -> Progress | None:
     """Progress of a part of the tokens, as that of all of them."""
-    return lambda done, _: progress(min(before + done, total), total)
+    return None if progress is None else lambda done, _: progress(min(before + done, total), total)

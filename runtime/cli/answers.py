@@ -1,54 +1,90 @@
-"""What people see besides an answer's text: how far its prompt has been read, and why there is none."""
+"""An answer on its way to the user: its text as it comes, and why there is none."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvq.runtime.cli.interrupt import Interrupt
+from kvq.runtime.cli.progress import Bar
 
 if TYPE_CHECKING:
     from kvq.runtime.session.generation import Response
     from kvq.runtime.session.model import Model
     from kvq.runtime.text.template import ChatTemplate
 
-# Fewer tokens are read before a bar could be looked at.
-LEAST_TOKENS = 256
-SECONDS_BETWEEN = 0.1
-WIDTH = 24
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of a generation.
 
-class Bar:
-    """A line on a terminal's stderr that grows with the tokens read, and is gone before text comes.
-
-    Called as `Session.append`'s progress.
-
-    Args:
-        shown: whether the user wants it; it is drawn on a terminal only.
+    Attributes:
+        text: all of it.
+        last: the last response; None if there was none.
+        seconds: it took.
+        interrupted: Ctrl-C has ended it.
     """
 
-    def __init__(self, shown: bool = True) -> None:
-        self._shown = shown and sys.stderr.isatty()
-        self._drawn = 0  # characters on the line
-        self._last = 0.0
+    text: str
+    last: Response | None
+    seconds: float
+    interrupted: bool
 
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self._shown or total <= LEAST_TOKENS or now < self._last + SECONDS_BETWEEN:
-            return
-        self._last = now
-        part = done * WIDTH // total
-        line = f"reading [{'#' * part}{'-' * (WIDTH - part)}] {done:,} of {total:,} tokens"
-        sys.stderr.write("\r" + line.ljust(self._drawn))
-        sys.stderr.flush()
-        self._drawn = len(line)
+    @property
+    def tokens(self) -> int:
+        """How many were generated."""
+        return 0 if self.last is None else self.last.index + 1
 
-    def clear(self) -> None:
-        """Leave the line empty and the cursor at its beginning, as it was."""
-        if self._drawn:
-            sys.stderr.write("\r" + " " * self._drawn + "\r")
-            sys.stderr.flush()
-            self._drawn = 0
+    @property
+    def finish_reason(self) -> str | None:
+        """As in `Response`, or "interrupted"; None if it did not come to an end."""
+        if self.interrupted:
+            return "interrupted"
+        return None if self.last is None else self.last.finish_reason
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason,
+            "seconds": round(self.seconds, 3),
+        }  # fmt: skip
+
+
+def show(responses: Iterator[Response], bar: Bar, interrupt: Interrupt, *, echo: bool = True, strip: bool) -> Answer:
+    """Take the responses of a generation, and write their text to stdout as it comes.
+
+    Args:
+        responses: a generator, which is closed whatever happens.
+        bar: of the prompt; cleared when the text begins.
+        interrupt: ends it between two tokens.
+        echo: without, nothing is written.
+        strip: leave out the blanks that the text begins with.
+    """
+    begun = time.perf_counter()
+    pieces: list[str] = []
+    last, interrupted = None, False
+    try:
+        for last in responses:
+            bar.clear()
+            interrupt.arm()  # before any text is shown
+            pieces.append(last.text.lstrip() if strip and not any(pieces) else last.text)
+            if echo:
+                click.echo(pieces[-1], nl=False)
+                sys.stdout.flush()
+            if interrupt.asked and last.finish_reason is None:
+                interrupted = True
+                break
+    finally:
+        bar.clear()
+        responses.close()  # type: ignore[attr-defined] # a generator: ends its turn
+        if echo and pieces:
+            click.echo()
+    return Answer("".join(pieces), last, time.perf_counter() - begun, interrupted)
 
 
 def why_empty(

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import click
 
 from kvq.runtime.cli.main import group
-from kvq.runtime.cli.options import TWINS
+from kvq.runtime.cli.twins import TWINS
 
 INTRODUCTION = """\
 # Command line
 
-`kvq COMMAND -h` prints what stands here; this page is written by `python -m kvq.runtime.cli.docs > docs/cli.md`.
+`kvq COMMAND -h` prints what stands here; this file is written by `python -m kvq.runtime.cli.docs > docs/cli.md`.
 
-Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a known error, told in one line, 2 wrong usage or
-a wrong value of an option, 130 interrupted; a closed pipe ends a command quietly. `kvq-run` is `kvq run`.
+Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a known error, 2 wrong usage or a wrong value
+of an option, both told in one line, 130 interrupted; a closed pipe ends a command quietly. `kvq-run` is `kvq run`.
 
 {twins} One name
 holds for all commands that have the flag:
@@ -31,14 +31,14 @@ def entered(command: click.Command, name: str, parent: click.Context | None = No
     return click.Context(command, parent, name, terminal_width=80, max_content_width=80, **command.context_settings)
 
 
-def pages(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    """(name, help) of a command and its subcommands."""
+def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
+    """(name, help text) of a command and its subcommands."""
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             subcommand = command.get_command(context, name)
             if subcommand is not None:
-                yield from pages(subcommand, entered(subcommand, name, context))
+                yield from helps(subcommand, entered(subcommand, name, context))
 
 
 def twins(command: click.Command, context: click.Context) -> set[str]:
@@ -57,7 +57,7 @@ def document() -> str:
     context = entered(group, "kvq")
     names = textwrap.fill(", ".join(f"`{name}`" for name in sorted(twins(group, context))), 120)
     parts = [INTRODUCTION.format(twins=TWINS, names=names)]
-    for name, text in pages(group, context):
+    for name, text in helps(group, context):
         parts.append(f"## {name}\n\n```\n{text.rstrip()}\n```\n")
     return "\n".join(parts)
 

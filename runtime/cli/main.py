@@ -45,6 +45,10 @@ EXTRA_OF = {
 }
 
 
+# What click raises where a command that needs arguments has none; older versions have no name for it.
+NO_ARGUMENTS: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is used."""
 
@@ -54,7 +58,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        from kvq.runtime.cli.options import with_twins
+        from kvq.runtime.cli.twins import with_twins
 
         module, attribute = COMMANDS[cmd_name][0].split(":")
         return with_twins(getattr(importlib.import_module(module), attribute))
@@ -82,8 +86,8 @@ def main() -> None:
 
 def run_main() -> None:
     """Entry point of ``kvq-run``."""
-    from kvq.runtime.cli.options import with_twins
     from kvq.runtime.cli.run import run
+    from kvq.runtime.cli.twins import with_twins
 
     guarded(lambda: with_twins(run).main(prog_name="kvq-run", standalone_mode=False))
 
@@ -103,8 +107,10 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         command()
     except click.UsageError as error:
-        _naming_its_variable(error).show()
-        _exit(2)
+        if isinstance(error, NO_ARGUMENTS):  # its message is the help
+            error.show()
+            _exit(2)
+        _exit(2, *_usage(error))
     except (BackendError, BudgetError, PolicyError, SamplingError) as error:  # the value of an option
         _exit(2, str(error))
     except (KvqError, click.ClickException) as error:
@@ -133,17 +139,20 @@ def _standard_streams() -> None:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that lacks a character
 
 
-def _naming_its_variable(error: click.UsageError) -> click.UsageError:
-    """The error, saying that a wrong value came from the environment, where it did."""
-    parameter = error.param if isinstance(error, click.BadParameter) else None
-    if not isinstance(parameter, click.Option) or parameter.name is None or error.ctx is None:
-        return error
-    if error.ctx.get_parameter_source(parameter.name) is not click.core.ParameterSource.ENVIRONMENT:
-        return error
-    return click.BadParameter(f"{error.message.rstrip('.')} (from {parameter.envvar}).", error.ctx, parameter)
+def _usage(error: click.UsageError) -> tuple[str, str]:
+    """What to tell of wrong usage, and who tells it: where a wrong value came from, and where to look up the right."""
+    from kvq.runtime.cli.twins import variable
+
+    hints = []
+    if isinstance(error, click.BadParameter) and (name := variable(error.ctx, error.param)):
+        hints.append(f"from {name}")
+    if error.ctx is not None:
+        hints.append(f"see {error.ctx.command_path} --help")
+    message = error.format_message().rstrip(".")
+    return f"{message} ({'; '.join(hints)})" if hints else message, "Error"
 
 
-def _exit(code: int, message: str = "") -> None:
+def _exit(code: int, message: str = "", who: str = "kvq") -> None:
     if message:
-        click.echo("kvq: " + " ".join(message.split()), err=True)
+        click.echo(f"{who}: {' '.join(message.split())}", err=True)
     sys.exit(code)

@@ -1,9 +1,4 @@
-"""Options that commands share, their environment twins, and help in sections.
-
-Every flag has an environment twin, named after its longest form whatever the command: --kv-bits is
-KVQ_KV_BITS. A flag beats the variable. `with_twins` gives them to a command; the command group
-calls it, so a new command has them without doing anything.
-"""
+"""Options that commands share, and help in sections."""
 
 from __future__ import annotations
 
@@ -11,23 +6,20 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from kvq.runtime.cli.twins import variable
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.session.sampling import DEFAULTS
 
-if TYPE_CHECKING:
-    from kvq.runtime.session.model import Model
-
 SETTINGS = {"help_option_names": ["-h", "--help"]}
-TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
 
 
 class Option(click.Option):
-    """A click option with a section of the help page, and aliases that the page leaves out."""
+    """A click option with a section of the help, and aliases that the help leaves out."""
 
     def __init__(self, *arguments: Any, section: str = "Options", **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
@@ -45,7 +37,7 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help page lists options by section."""
+    """A command whose help lists options by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -73,14 +65,18 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        return nbytes(value) if isinstance(value, str) else value
+        try:
+            return nbytes(value) if isinstance(value, str) else value
+        except BudgetError as error:
+            name = variable(ctx, param)
+            raise BudgetError(f"{error} (from {name})" if name else str(error)) from None
 
 
 SIZE = Size()
 
 
 def option(*names: str, section: str, **attributes: Any) -> Callable:
-    """As click.option, in a section of the help page."""
+    """As click.option, in a section of the help."""
     return click.option(*names, cls=Option, section=section, **attributes)
 
 
@@ -111,9 +107,9 @@ def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 def complete_policy(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of policies that begin so, for the shell."""
-    from kvq import POLICIES
+    import kvq
 
-    return [CompletionItem(name) for name in sorted(POLICIES) if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in sorted(kvq.POLICIES) if name.startswith(incomplete)]
 
 
 OFFLINE = option("--offline", is_flag=True, expose_value=False, callback=_offline, section="Model",
@@ -171,31 +167,24 @@ CACHE = [
 ]  # fmt: skip
 
 
+# Arguments of `Model.session`: the names of `CACHE`.
+SESSION_SETTINGS = ("policy", "kv_bits", "kv_memory", "recent", "sink", "prefill", "backend")
+
+
+def session_settings(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Model.session`, taken out of a command's parameters, which has all of `CACHE`."""
+    return {name: parameters.pop(name) for name in SESSION_SETTINGS}
+
+
+def generation_options(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Options of `Session.generate` of a command's parameters, which are those of `SAMPLING`."""
+    most = parameters["max_tokens"]
+    return {**parameters, "max_tokens": None if most == -1 else most}
+
+
 def given(ctx: click.Context) -> set[str]:
     """Names of the options that the user has set, by flag or variable."""
     return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
-
-
-def load_model(model: str | None, threads: int | None, quiet: bool | None = None) -> Model:
-    """The model that -m names, else the default; what takes time is told on stderr, and,
-    unless --quiet, what its sessions want known.
-
-    With `quiet`, nothing is said of how to get a model; None is as the command's --quiet or --json says.
-    """
-    import kvq  # onnxruntime and the rest load only now: --help stays quick
-
-    if quiet is None:
-        context = click.get_current_context(silent=True)
-        quiet = context is not None and bool(context.params.get("quiet") or context.params.get("as_json"))
-    if model is None and quiet:
-        from kvq.runtime.catalog.references import default_model
-
-        model, _ = default_model()
-    loaded = kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
-    context = click.get_current_context(silent=True)
-    if context is not None and context.params.get("quiet"):
-        loaded.notice = None
-    return loaded
 
 
 def nbytes(text: str) -> float:
@@ -211,35 +200,12 @@ def nbytes(text: str) -> float:
     return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
 
 
-def with_twins(command: click.Command) -> click.Command:
-    """Give every option of a command, and of its subcommands, its environment twin; the help page says so."""
-    for parameter in command.params:
-        if (
-            isinstance(parameter, click.Option)
-            and parameter.envvar is None
-            and parameter.name not in ("help", "version")
-        ):
-            parameter.envvar = twin(parameter)
-    if isinstance(command, click.Group):
-        for subcommand in command.commands.values():
-            with_twins(subcommand)
-    elif command.epilog is None:
-        command.epilog = TWINS
-    return command
-
-
-def twin(parameter: click.Option) -> str | None:
-    """Name of an option's environment variable; None for one without a long form."""
-    long = [name for name in parameter.opts if name.startswith("--")]
-    return "KVQ_" + long[0][2:].upper().replace("-", "_") if long else None
-
-
-def _in_a_folder(_context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+def in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """An output path whose folder is there: known now, and not after an hour of work."""
     if path is not None and not path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {path.parent}; make it first")
     return path
 
 
-# Of an option that names a file to write.
-OUTPUT: dict[str, Any] = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_folder}
+# Of an option that names a file to write: its folder has to be there.
+OUTPUT: dict[str, Any] = {"type": click.Path(dir_okay=False, path_type=Path), "callback": in_a_folder}

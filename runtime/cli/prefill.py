@@ -8,9 +8,22 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.answers import Bar
-from kvq.runtime.cli.options import CACHE, MODEL, RAW, SETTINGS, SYSTEM, Command, given, load_model, option, options
-from kvq.runtime.cli.run import read_prompt
+from kvq.runtime.cli.loading import load_model
+from kvq.runtime.cli.options import (
+    CACHE,
+    MODEL,
+    OUTPUT,
+    RAW,
+    SETTINGS,
+    SYSTEM,
+    Command,
+    given,
+    option,
+    options,
+    session_settings,
+)
+from kvq.runtime.cli.progress import Bar
+from kvq.runtime.cli.questions import read_prompt
 from kvq.runtime.cli.sessions import refuse_turns
 from kvq.runtime.errors import SessionError
 
@@ -21,7 +34,7 @@ from kvq.runtime.errors import SessionError
     "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    **OUTPUT,
     metavar="SESSION",
     section="Basics",
     help="The session file to make.",
@@ -42,8 +55,7 @@ from kvq.runtime.errors import SessionError
 @options(CACHE)
 @click.pass_context
 def prefill(
-    ctx, file, out, overwrite, role, system, raw, quiet, model, policy, kv_bits, kv_memory, recent, sink, prefill,
-    backend, threads,
+    ctx, file, out, overwrite, role, system, raw, quiet, model, threads, **parameters
 ) -> None:  # fmt: skip
     """Read the text FILE (- is stdin) and keep what the model has made of it in a session file.
 
@@ -65,9 +77,7 @@ def prefill(
         raise SessionError(f"{out} exists already; choose another name or pass --overwrite")
     text = read_prompt(None, file)
     loaded = load_model(model, threads)
-    session = loaded.session(
-        policy, recent=recent, sink=sink, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory
-    )
+    session = loaded.session(**session_settings(parameters))
     turns = has_template(loaded) and not raw
     if not turns and system is not None:
         refuse_turns("--system", loaded, raw)

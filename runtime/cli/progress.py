@@ -1,4 +1,4 @@
-"""A line of progress on a terminal's stderr; nothing at all where stderr is no terminal."""
+"""Progress on a terminal's stderr; nothing at all where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,46 @@ import click
 
 WIDTH = 24  # of the bar
 EVERY_S = 0.1
+# Fewer tokens are read before a bar could be looked at.
+LEAST_TOKENS = 256
+
+
+def drawn(done: int, total: int) -> str:
+    """A bar of `WIDTH` characters in brackets."""
+    filled = WIDTH * min(done, total) // total
+    return f"[{'#' * filled}{'-' * (WIDTH - filled)}]"
+
+
+class Bar:
+    """A line that grows with the tokens read, and is gone before text comes.
+
+    Called as `Session.append`'s progress.
+
+    Args:
+        shown: whether the user wants it; it is drawn on a terminal only.
+    """
+
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown and sys.stderr.isatty()
+        self._columns = 0  # characters on the line
+        self._last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._shown or total <= LEAST_TOKENS or now < self._last + EVERY_S:
+            return
+        self._last = now
+        text = f"reading {drawn(done, total)} {done:,} of {total:,} tokens"
+        sys.stderr.write("\r" + text.ljust(self._columns))
+        sys.stderr.flush()
+        self._columns = len(text)
+
+    def clear(self) -> None:
+        """Leave the line empty and the cursor at its beginning, as it was."""
+        if self._columns:
+            sys.stderr.write("\r" + " " * self._columns + "\r")
+            sys.stderr.flush()
+            self._columns = 0
 
 
 @contextmanager
@@ -44,5 +84,4 @@ def line(what: str, done: int, total: int | None, seconds: float) -> str:
     """What the terminal shows."""
     if total is None:
         return f"{what}  {done / 1e6:.1f} MB written, {seconds:.0f} s"
-    filled = WIDTH * min(done, total) // total
-    return f"{what}  [{'#' * filled}{'-' * (WIDTH - filled)}]  {done / 1e6:.1f} of {total / 1e6:.1f} MB"
+    return f"{what}  {drawn(done, total)}  {done / 1e6:.1f} of {total / 1e6:.1f} MB"

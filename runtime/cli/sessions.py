@@ -1,12 +1,9 @@
-"""``--session FILE``: what a command does with a session file, and with Ctrl-C while it holds one."""
+"""``--session FILE``: what a command does with a session file."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -63,9 +60,11 @@ class SessionFile:
             return model.session(**settings)
         changed = {name: value for name, value in settings.items() if name in given and name not in FIXED}
         session = model.load_session(self.path, **changed)
-        held = {"recent": session.store.window.capacity, "sink": session.store.sink}
+        stats, context = session.stats(), model.architecture.context
+        held = {"recent": stats.recent, "sink": stats.sink}
+        wanted = {"recent": min(settings["recent"], context), "sink": settings["sink"]}  # as a new session has them
         for name in FIXED:
-            if name in given and settings[name] != held[name]:
+            if name in given and wanted[name] != held[name]:
                 raise SessionError(
                     f"{self.path} was made with --{name} {held[name]}, which cannot become {settings[name]}: leave"
                     f" --{name} out, or start another session"
@@ -134,37 +133,3 @@ def refuse_turns(name: str, model: Model, raw: bool, begun: bool = False) -> NoR
     if raw:
         why = "--raw leaves out the chat template"
     raise PromptError(f"{why}, and with it there are no turns for {name}: leave {name} out")
-
-
-class Interrupt:
-    """Ctrl-C while a session is held: from `arm` on, the first one only asks to end at the next token.
-
-    Before that, and a second time, it interrupts as usual: a half-read prompt is not worth keeping.
-
-    Attributes:
-        asked: whether the user has asked to end.
-    """
-
-    def __init__(self, enabled: bool) -> None:
-        self.asked = False
-        self._enabled = enabled and threading.current_thread() is threading.main_thread()
-        self._armed = False
-        self._before: Any = None
-
-    def __enter__(self) -> Interrupt:
-        if self._enabled:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self._armed:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def arm(self) -> None:
-        """The prompt has been read: what is in the session from now on is worth keeping."""
-        self._armed = self._enabled

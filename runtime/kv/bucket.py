@@ -110,3 +110,9 @@ class Bucket:
         twin.pages, twin.count = list(self.pages), self.count
         twin.nbytes = self.nbytes - sum(page.nbytes for page in self.ahead)
         return twin
+
+    @property
+    def growing(self) -> Page | None:
+        """The page that more tokens go to or that grows for them; None where there is none, or the last one is full."""
+        last = self.pages[-1] if self.pages else None
+        return None if last is None or last.count == PAGE_TOKENS else last

@@ -264,6 +264,40 @@ class KVStore:
         }
         return rows
 
+    @property
+    def recent(self) -> int:
+        """Newest tokens kept at 16 bits: the length of the window, in tokens."""
+        return self.window.capacity
+
+    @property
+    def bucketed(self) -> int:
+        """Tokens that have left the recent window, in tokens."""
+        return self.length - self.window.count
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Pairs that it has buckets of, in order."""
+        return list(self.buckets)
+
+    @property
+    def empty_nbytes(self) -> int:
+        """Bytes of such a store without tokens: those of its window."""
+        return self.window.nbytes
+
+    @property
+    def fork_nbytes(self) -> int:
+        """Most bytes that a fork comes to have of its own before it grows."""
+        return self.window.nbytes + self.growing_nbytes()
+
+    def growing_nbytes(self, shared: bool = False) -> int:
+        """Bytes of the pages that more tokens go to or that grow for them.
+
+        Args:
+            shared: of those alone that forks share: an append copies them.
+        """
+        pages = [page for bucket in self.buckets.values() if (page := bucket.growing) is not None]
+        return sum(page.nbytes for page in pages if page.shared or not shared)
+
 
 def distinct_nbytes(stores: Collection[KVStore]) -> int:
     """Bytes held by all arrays of some stores, shared pages counted once."""

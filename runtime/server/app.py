@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import kvq
-from kvq.runtime.errors import ContextError, RequestError
+from kvq.runtime.errors import ContextError, KvqError, RequestError
 from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
@@ -97,7 +97,7 @@ class Api:
         """Counts since the start, for operators and benchmarks."""
         _, pool = self.scheduler.ready()
         active, waiting = self.scheduler.counts()
-        memory, disk = pool.kept()
+        memory, disk = pool.prefixes.counts()
         return JSONResponse(
             {
                 "active": active,
@@ -106,12 +106,12 @@ class Api:
                 "sessions_on_disk": disk,
                 "kv_limit_nbytes": pool.limit,
                 "kv_nbytes": pool.known_nbytes,
-                "kv_peak_nbytes": pool.counts.peak_nbytes,
-                "file_nbytes": pool.file_nbytes(),
-                "reused": pool.counts.hits,
-                "evictions": pool.counts.evictions,
-                "restores": pool.counts.restores,
-                "dropped_files": pool.counts.dropped_files,
+                "kv_peak_nbytes": pool.peak_nbytes,
+                "file_nbytes": pool.prefixes.file_nbytes(),
+                "reused": pool.hits,
+                "evictions": pool.prefixes.evictions,
+                "restores": pool.prefixes.restores,
+                "dropped_files": pool.prefixes.dropped_files,
             }
         )
 
@@ -264,5 +264,5 @@ def make_app(api: Api) -> Starlette:
 
     return Starlette(
         routes=api.routes(),
-        exception_handlers={kvq.KvqError: known, HTTPException: unknown_path, Disconnected: gone},
+        exception_handlers={KvqError: known, HTTPException: unknown_path, Disconnected: gone},
     )

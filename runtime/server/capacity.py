@@ -20,25 +20,25 @@ class Capacity:
 
     Args:
         session: any session of the settings; only its policy, budget and shapes are looked at.
+
+    Attributes:
+        policy, budget: the session's, for others of these settings.
     """
 
     def __init__(self, session: Session) -> None:
         self.policy, self.budget = session.policy, session.budget
-        self.kv_bits, self.kv_memory = session.kv_bits, session.kv_memory
-        geometry = session.store.geometry
+        store, context = session.store, session.model.architecture.context
         chosen = {Pair(int(k), int(v)) for k, v in _choices(session)}
-        self._token_bytes = {pair: geometry.token_bytes(pair) for pair in chosen}
-        self._sink_bytes = geometry.token_bytes(EXACT)
-        self._window = session.store.window.nbytes
-        self._recent = session.store.window.capacity
-        self._sink = min(session.store.sink, session.model.architecture.context)
-        self._room = page_room(session.model.architecture.context + 1)
+        self._token_bytes = {pair: store.geometry.token_bytes(pair) for pair in chosen}
+        self._sink_bytes = store.geometry.token_bytes(EXACT)
+        self._empty, self._recent, self._sink = store.empty_nbytes, store.recent, min(store.sink, context)
+        self._room = page_room(context + 1)
 
     def most_nbytes(self, length: int) -> int:
         """Most bytes of a store that holds up to `length` tokens, on its own."""
         stored = min(max(0, length - self._recent), len(self._room) - 1)
         widest = max(self._token_bytes.values())
-        most = self._window
+        most = self._empty
         if EXACT not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
             sunk = min(stored, self._sink)
             most += self._sink_bytes * int(self._room[sunk])
@@ -56,25 +56,12 @@ class Capacity:
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
         each = dict(self._token_bytes)
-        if store.length - store.window.count < self._sink:  # sink tokens are still to leave the window
+        if store.bucketed < self._sink:  # sink tokens are still to leave the window
             each[EXACT] = self._sink_bytes
         widest = max(each.values())
         pages = PAGE_TOKENS * (widest if tokens == 1 else sum(each.values()))
         pages += widest * (tokens - 1)
-        return open_nbytes(store, shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
-
-
-def open_nbytes(store: KVStore, shared: bool = False) -> int:
-    """Bytes of the pages that more tokens go to or that grow for them, or of those of them that are shared: an append
-    copies these.
-    """
-    last = [bucket.pages[-1] for bucket in store.buckets.values() if bucket.pages]
-    return sum(page.nbytes for page in last if page.count < PAGE_TOKENS and (page.shared or not shared))
-
-
-def fork_nbytes(store: KVStore) -> int:
-    """Most bytes that a fork comes to have of its own before it grows."""
-    return store.window.nbytes + open_nbytes(store)
+        return store.growing_nbytes(shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
 
 
 def _choices(session: Session) -> np.ndarray:

@@ -108,10 +108,10 @@ class EventStream(Response):
                 if isinstance(event, BaseException):
                     yield part + _sse(error_body(event))
                     return
-                body = self._reply.chunk(event)
+                body = self._reply.frame(event)
                 part += b"" if body is None else _sse(body)
                 if event.done is not None:
-                    usage = self._reply.usage_chunk(event.done)
+                    usage = self._reply.usage_frame(event.done)
                     yield part + (b"" if usage is None else _sse(usage)) + b"data: [DONE]\n\n"
                     return
             if part:

@@ -9,49 +9,25 @@ are never reused: in a chunk they see each other unrounded, so their stored byte
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-import kvq
-from kvq.runtime.errors import KvqError, RequestError
-from kvq.runtime.server.capacity import Capacity, fork_nbytes, open_nbytes
+from kvq.runtime.errors import RequestError
+from kvq.runtime.server.capacity import Capacity
+from kvq.runtime.server.prefixes import Prefix, Prefixes
 from kvq.runtime.server.protocol import Settings
+from kvq.runtime.session.session import kv_nbytes
 from kvq.runtime.session.statistics import size
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
 
-MOST_KEPT = 1024  # prefixes, in memory and on disk together: every request is compared with all of them
 MOST_SETTINGS = 64
-
-
-@dataclass(eq=False)
-class Prefix:
-    """A kept session. Its tokens never change, so a file written once stays good.
-
-    Attributes:
-        settings, tokens: what the session holds; int64 [length].
-        session: None while it is on disk only.
-        path, file_nbytes: of the file, if one was written.
-        nbytes: of the store when it was last in memory.
-        used: turn of the pool's clock at the last use.
-        branches: different texts go on from here, so a longer one does not replace it.
-    """
-
-    settings: Settings
-    tokens: np.ndarray
-    session: Session | None
-    nbytes: int
-    path: Path | None = None
-    file_nbytes: int = 0
-    used: int = 0
-    branches: bool = False
 
 
 @dataclass(eq=False)
@@ -65,7 +41,7 @@ class Lease:
         branch: the boundary up to which an earlier prompt goes the same way and then another.
         most_nbytes: what its store can grow to.
         parent: the longest kept prefix of the prompt.
-        state: bytes of the store and of its shared open pages, when all bytes were last counted.
+        state: bytes of the store and of its shared growing pages, when all bytes were last counted.
     """
 
     settings: Settings
@@ -79,18 +55,6 @@ class Lease:
     state: tuple[int, int] = (0, 0)
 
 
-@dataclass
-class PoolCounts:
-    """What happened so far."""
-
-    hits: int = 0
-    evictions: int = 0
-    restores: int = 0
-    dropped_files: int = 0
-    peak_nbytes: int = 0
-
-
-@dataclass
 class SessionPool:
     """All sessions of a server. One thread uses it.
 
@@ -102,25 +66,29 @@ class SessionPool:
         chunk: tokens of a prefill chunk.
         backend: as in `Model.session`.
         log: told in one line when a file cannot be written or read.
+
+    Attributes:
+        prefixes: the kept sessions.
+        hits: requests that began with one of them.
+        known_nbytes: of all stores; too much where something was let go since.
+        peak_nbytes: the largest that it was.
     """
 
-    model: Model
-    limit: int | None
-    folder: Path | None
-    disk_limit: int
-    chunk: int
-    backend: str | None
-    log: Callable[[str], None]
-    counts: PoolCounts = field(default_factory=PoolCounts)
-
-    def __post_init__(self) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="kvq-serve-", dir=self.folder)
-        self._prefixes: list[Prefix] = []
+    def __init__(
+        self,
+        model: Model,
+        limit: int | None,
+        folder: Path | None,
+        disk_limit: int,
+        chunk: int,
+        backend: str | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self.model, self.limit, self.chunk, self.backend = model, limit, chunk, backend
+        self.prefixes = Prefixes(model, backend, folder, disk_limit, log)
         self._leases: list[Lease] = []
         self._capacities: dict[Settings, Capacity] = {}
-        self._clock = 0
-        self.known_nbytes = 0  # of all stores; too much where something was let go since
-        self._files = 0
+        self.hits = self.known_nbytes = self.peak_nbytes = 0
 
     # -- what a request may take ------------------------------------------------------------------
 
@@ -168,7 +136,7 @@ class SessionPool:
         if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
             return None
         last = (len(ids) - 1) // self.chunk * self.chunk  # at least one token is left to give logits
-        common = [(prefix, _common(prefix.tokens, ids)) for prefix in self._prefixes if prefix.settings == settings]
+        common = [(prefix, prefix.shared(ids)) for prefix in self.prefixes.of(settings)]
         # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
         parted = (shared for prefix, shared in common if shared < len(prefix.tokens))
         branch = min(max(parted, default=0) // self.chunk * self.chunk, last)
@@ -177,7 +145,7 @@ class SessionPool:
         for parent in sorted(fitting, key=lambda prefix: len(prefix.tokens), reverse=True):
             session = self._fork_of(parent)
             if session is not None:
-                self.counts.hits += 1
+                self.hits += 1
                 parent.branches |= len(parent.tokens) == branch
                 break
         if session is None:
@@ -201,11 +169,13 @@ class SessionPool:
 
     def _fork_of(self, prefix: Prefix) -> Session | None:
         """A fork of a kept session, restored if need be; None if its file is gone or there is no room."""
-        self._touch(prefix)
-        if prefix.session is None and not self._restore(prefix):
-            return None
+        self.prefixes.touch(prefix)
+        if prefix.session is None:
+            if not self._make_room(prefix.nbytes, spare=prefix) or not self.prefixes.restore(prefix):
+                return None
+            self._count()
         session = prefix.session
-        if session is None or not self._make_room(fork_nbytes(session.store), spare=prefix):
+        if session is None or not self._make_room(session.store.fork_nbytes, spare=prefix):
             return None
         return session.fork()
 
@@ -215,7 +185,7 @@ class SessionPool:
 
     def appended(self, lease: Lease) -> None:
         """After an append."""
-        state = (lease.session.store.nbytes, open_nbytes(lease.session.store, shared=True))
+        state = (lease.session.store.nbytes, lease.session.store.growing_nbytes(shared=True))
         if state != lease.state:
             lease.state = state
             self._count()
@@ -227,25 +197,22 @@ class SessionPool:
             return
         lease.boundaries.remove(length)
         tokens = np.asarray(lease.session.tokens, np.int64)
-        for prefix in self._prefixes:
-            if prefix.settings == lease.settings and np.array_equal(prefix.tokens, tokens):
-                self._touch(prefix)
+        for prefix in self.prefixes.of(lease.settings):
+            if np.array_equal(prefix.tokens, tokens):
+                self.prefixes.touch(prefix)
                 prefix.branches |= length == lease.branch
                 return
-        if not self._make_room(fork_nbytes(lease.session.store)):
+        if not self._make_room(lease.session.store.fork_nbytes):
             return
         session = lease.session.fork()
         session.last_logits = None  # as many bytes as some tokens, and never looked at
-        lease.state = (0, 0)  # its open pages are shared now
+        lease.state = (0, 0)  # its growing pages are shared now
         kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)
         parent, lease.parent = lease.parent, kept
-        if parent is not None and not parent.branches and parent in self._prefixes:
-            self._forget(parent)
-        self._prefixes.append(kept)
-        self._touch(kept)
+        if parent is not None and not parent.branches and parent in self.prefixes:
+            self.prefixes.forget(parent)
+        self.prefixes.add(kept)
         self._count()
-        if len(self._prefixes) > MOST_KEPT:
-            self._forget(min(self._prefixes, key=lambda p: p.used))
 
     def end(self, lease: Lease) -> None:
         """The request is over; what it has appended beyond the kept lengths is forgotten."""
@@ -253,29 +220,18 @@ class SessionPool:
 
     def close(self) -> None:
         """Remove all files."""
-        self._prefixes.clear()
-        self._temporary.cleanup()
+        self.prefixes.close()
 
     # -- bytes ------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
         """Bytes of all KV stores, shared pages counted once."""
-        kept = [prefix.session for prefix in self._prefixes if prefix.session is not None]
-        return kvq.kv_nbytes([*kept, *(lease.session for lease in self._leases)])
-
-    def file_nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(prefix.file_nbytes for prefix in self._prefixes)
-
-    def kept(self) -> tuple[int, int]:
-        """Prefixes in memory, and on disk only."""
-        inside = sum(prefix.session is not None for prefix in self._prefixes)
-        return inside, len(self._prefixes) - inside
+        return kv_nbytes([*self.prefixes.sessions(), *(lease.session for lease in self._leases)])
 
     def _count(self) -> None:
         """Count all bytes, after any may have been added."""
         self.known_nbytes = self.nbytes()
-        self.counts.peak_nbytes = max(self.counts.peak_nbytes, self.known_nbytes)
+        self.peak_nbytes = max(self.peak_nbytes, self.known_nbytes)
 
     def _make_room(self, nbytes: int, spare: Prefix | None = None) -> bool:
         """Save the least recently used idle sessions until so many bytes are free; False if that is not enough."""
@@ -285,67 +241,5 @@ class SessionPool:
             self.known_nbytes = self.nbytes()
             if self.known_nbytes + nbytes <= self.limit:
                 return True
-            idle = [p for p in self._prefixes if p.session is not None and p is not spare]
-            if not idle:
+            if not self.prefixes.evict(spare):
                 return False
-            self._evict(min(idle, key=lambda p: p.used))
-
-    def _touch(self, prefix: Prefix) -> None:
-        self._clock += 1
-        prefix.used = self._clock
-
-    # -- files ------------------------------------------------------------------------------------
-
-    def _evict(self, prefix: Prefix) -> None:
-        """Out of memory; into a file if the disk's bound allows it."""
-        session, prefix.session = prefix.session, None
-        self.counts.evictions += 1
-        if session is None or prefix.path is not None:
-            return
-        self._files += 1
-        path = Path(self._temporary.name) / f"{self._files}.kvq"
-        try:
-            session.save(path)
-            prefix.path, prefix.file_nbytes = path, path.stat().st_size
-        except (OSError, KvqError) as error:
-            self.log(f"an idle session cannot be saved ({error}); its conversation will be processed anew")
-            path.unlink(missing_ok=True)
-            self._forget(prefix)
-            return
-        while self.file_nbytes() > self.disk_limit:
-            oldest = min((p for p in self._prefixes if p.path is not None), key=lambda p: p.used)
-            self.counts.dropped_files += 1
-            self._drop_file(oldest)
-
-    def _restore(self, prefix: Prefix) -> bool:
-        """Back into memory; False if there is no room, or the file is gone or damaged, which is forgotten then."""
-        if prefix.path is None or not self._make_room(prefix.nbytes, spare=prefix):
-            return False
-        try:
-            session = self.model.load_session(prefix.path, backend=self.backend)
-        except (OSError, KvqError) as error:
-            self.log(f"a saved session cannot be restored ({error}); its conversation is processed anew")
-            self._forget(prefix)
-            return False
-        prefix.session = session
-        self.counts.restores += 1
-        self._count()
-        return True
-
-    def _drop_file(self, prefix: Prefix) -> None:
-        if prefix.path is not None:
-            prefix.path.unlink(missing_ok=True)
-        prefix.path, prefix.file_nbytes = None, 0
-        if prefix.session is None:
-            self._prefixes.remove(prefix)
-
-    def _forget(self, prefix: Prefix) -> None:
-        prefix.session = None
-        self._drop_file(prefix)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common beginning."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length

@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI API: whole ones and the chunks of a stream."""
+"""Response bodies of the OpenAI API: whole ones and the frames of a stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvq.runtime.server.scheduler import Done, Step
 from kvq.runtime.server.tokens import Scored, TokenTexts, chat_logprobs, completion_logprobs
 from kvq.runtime.session.statistics import Stats
 
-# The API knows no end of the context window; the extension block does.
+# The API knows no end of the context; the extension block does.
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 
 
@@ -55,23 +55,23 @@ class Reply:
         }
 
     def opening(self) -> dict[str, Any] | None:
-        """The first chunk of a chat stream, which names the role; completions have none."""
+        """The first frame of a chat stream, which names the role; completions have none."""
         if not self.request.chat:
             return None
-        return self._chunk([self._choice({"role": "assistant", "content": ""}, None, None)])
+        return self._framed([self._choice({"role": "assistant", "content": ""}, None, None)])
 
-    def chunk(self, step: Step) -> dict[str, Any] | None:
-        """The chunk for a token; None if it has nothing to tell. The last one says what ran."""
+    def frame(self, step: Step) -> dict[str, Any] | None:
+        """The frame of a token; None if it has nothing to tell. The last one says what ran."""
         logprobs = self._logprobs([step])
         text, finish = step.response.text, step.response.finish_reason
         if not text and logprobs is None and finish is None:
             return None
         content = ({"content": text} if text else {}) if self.request.chat else text
-        body = self._chunk([self._choice(content, logprobs, finish)])
+        body = self._framed([self._choice(content, logprobs, finish)])
         return body if step.done is None else body | {"kvq": extension(step.done.stats, finish)}
 
-    def usage_chunk(self, done: Done) -> dict[str, Any] | None:
-        """The chunk after the last one, if usage was asked for."""
+    def usage_frame(self, done: Done) -> dict[str, Any] | None:
+        """The frame after the last one, if usage was asked for."""
         return self._common | {"choices": [], "usage": self._usage(done)} if self.request.include_usage else None
 
     def whole(self, steps: list[Step], done: Done) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Reply:
         choice = self._choice(content, logprobs, finish)
         return self._common | {"choices": [choice], "usage": self._usage(done), "kvq": extension(done.stats, finish)}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _framed(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._common | {"choices": choices}
         return body | {"usage": None} if self.request.include_usage else body
 

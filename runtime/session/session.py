@@ -98,6 +98,9 @@ class Session:
         self._timer: Timer | None = None
         self._prefill, self._decode = Clock(), Clock()
         model.tell(self.note)
+        for name, value in (("recent", recent), ("sink", sink)):
+            if value > shape.context:
+                model.tell(f"{name} {value} is more than the context of {shape.context} tokens: all stay at 16 bits")
 
     @property
     def policy(self) -> Policy:

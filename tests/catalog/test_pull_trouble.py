@@ -173,7 +173,8 @@ def test_a_living_pull_keeps_its_folder_while_others_sweep(shelf, own_home, tiny
 
 def test_another_model_is_not_taken_for_one_whose_shape_is_known(shelf, own_home, capsys, tmp_path):
     """No digest is known of what the hub has, but the number of layers is."""
-    shelf.entries.append(shelf.entries[1] | {"name": "smollm2-360m"})
+    shape = {"layers": 32, "hidden": 960, "vocab": 49152}
+    shelf.entries.append(shelf.entries[1] | {"name": "smollm2-360m", "shape": shape})
     shelf.write()
     given = tmp_path / "Other.gguf"
     given.write_bytes(GGUF)

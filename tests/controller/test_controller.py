@@ -22,7 +22,7 @@ from kvq.exporter.calibration import calibration_text
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.errors import BundleError, CalibrationError, PolicyError
-from kvq.runtime.inspect.inspection import stored_tokens
+from kvq.runtime.kv.records import stored_tokens
 from tests.tools.checkpoints import TINY
 from tests.tools.packages import needs
 

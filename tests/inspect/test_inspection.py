@@ -10,7 +10,8 @@ import pytest
 import kvq
 from kvq.controller.policies.static import StaticPolicy
 from kvq.runtime.errors import ContextError, PolicyError, PromptError
-from kvq.runtime.inspect.inspection import inspect_session, inspect_text, stored_tokens
+from kvq.runtime.inspect.inspection import inspect_session, inspect_text
+from kvq.runtime.kv.records import stored_tokens
 from tests.tools.inspected import TEXT
 
 

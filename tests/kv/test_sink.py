@@ -14,7 +14,8 @@ from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.runtime.cli.docs import entered
 from kvq.runtime.cli.main import group
-from kvq.runtime.inspect.inspection import inspect_text, stored_tokens
+from kvq.runtime.inspect.inspection import inspect_text
+from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.session.model import Model

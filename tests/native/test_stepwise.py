@@ -11,7 +11,7 @@ import kvq
 from kvq.controller.policies import Policy
 from kvq.runtime.compute.backends import BACKENDS, make_backend
 from kvq.runtime.errors import NonFiniteError, PolicyError
-from kvq.runtime.inspect.inspection import stored_tokens
+from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 from tests.tools.command_line import assert_one_line_error, run

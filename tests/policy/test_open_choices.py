@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvq.controller.policies import TokenFeatures, make_policy
 from kvq.controller.policies.rule import RulePolicy
-from kvq.runtime.inspect.inspection import inspect_session, stored_tokens
+from kvq.runtime.inspect.inspection import inspect_session
+from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.chooser import MOST_OPEN
 from kvq.runtime.precision.codecs import CODECS

@@ -7,7 +7,6 @@ import functools
 import queue
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,7 +179,7 @@ def test_no_response_depends_on_what_was_answered_before_or_beside_it(tiny_model
         assert not runner.log
         if limit is not None:
             assert max(runner.all_nbytes) <= limit
-            assert runner.pool.counts.peak_nbytes <= limit
+            assert runner.pool.peak_nbytes <= limit
     finally:
         runner.close()
 
@@ -189,13 +188,13 @@ def test_idle_sessions_go_to_disk_and_come_back(tiny_model):
     kind = KINDS[0]
     limit = Capacity(blank(tiny_model, kind)).most_nbytes(120) * 5 // 2
     runner = Runner(tiny_model, limit)
-    folder = Path(runner.pool._temporary.name)
+    folder = runner.pool.prefixes.folder
     chats = [text(seed, 100) for seed in range(4)]
     for _ in range(2):
         for ids in chats:
             assert runner.run(ids, kind)[0] == alone(tiny_model, ids, kind)
-    assert runner.pool.counts.evictions >= 4
-    assert runner.pool.counts.restores >= 3
+    assert runner.pool.prefixes.evictions >= 4
+    assert runner.pool.prefixes.restores >= 3
     assert max(runner.all_nbytes) <= limit
     assert list(folder.iterdir())
     runner.close()
@@ -208,9 +207,9 @@ def test_files_stay_within_their_bound(tiny_model):
     runner = Runner(tiny_model, limit, disk=100_000)
     for seed in range(6):
         runner.run(text(seed, 100), kind)
-        files = Path(runner.pool._temporary.name).iterdir()
+        files = runner.pool.prefixes.folder.iterdir()
         assert sum(file.stat().st_size for file in files) <= 100_000
-    assert runner.pool.counts.dropped_files > 0
+    assert runner.pool.prefixes.dropped_files > 0
     assert runner.run(text(0, 100), kind) == (alone(tiny_model, text(0, 100), kind), 0)
     runner.close()
 
@@ -222,7 +221,7 @@ def test_a_damaged_file_is_told_and_its_conversation_processed_anew(tiny_model):
     chats = [text(seed, 100) for seed in range(3)]
     for ids in chats:
         runner.run(ids, kind)
-    for file in Path(runner.pool._temporary.name).iterdir():
+    for file in runner.pool.prefixes.folder.iterdir():
         file.write_bytes(file.read_bytes()[:-10])
     for ids in chats:
         assert runner.run(ids, kind)[0] == alone(tiny_model, ids, kind)

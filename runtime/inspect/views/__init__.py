@@ -1,1 +1,1 @@
-"""An inspection to look at: shaded text for a terminal, a page, a plot."""
+"""An inspection to look at: shaded text for a terminal, an HTML report, a plot."""

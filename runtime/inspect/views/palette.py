@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kvq.runtime.inspect.inspection import InspectedToken
+from kvq.runtime.inspect.records import InspectedToken
 from kvq.runtime.precision.table import Pair
 
 Color = tuple[int, int, int]  # sRGB, 0 to 255
@@ -17,7 +17,7 @@ ON_DARK: list[Color] = [(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 13
 ON_LIGHT: list[Color] = [(255, 255, 204), (199, 233, 180), (127, 205, 187), (65, 182, 196), (44, 127, 184), (8, 29, 88)]
 
 
-def step(bits: Pair) -> float:
+def level(bits: Pair) -> float:
     """Place of a pair between all 2 bits, 0.0, and all 16 bits, 1.0, by its mean bits.
 
     Logarithmic, bent so that 2 to 4 bits, where most tokens are, take nearly half of the range.
@@ -27,7 +27,7 @@ def step(bits: Pair) -> float:
 
 def shade(bits: Pair, ramp: Sequence[Color]) -> Color:
     """Colour of a pair on a ramp."""
-    at = step(bits) * (len(ramp) - 1)
+    at = level(bits) * (len(ramp) - 1)
     low = min(int(at), len(ramp) - 2)
     return tuple(round(a + (b - a) * (at - low)) for a, b in zip(ramp[low], ramp[low + 1], strict=True))  # type: ignore[return-value]
 

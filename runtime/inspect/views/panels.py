@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvq.runtime.inspect.inspection import InspectedToken
+from kvq.runtime.inspect.records import InspectedToken
 
 LONG = 400  # tokens of a text from which on single ones are too narrow to see
 RUNS = 150  # means along a longer text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from io import BytesIO
 
-from kvq.runtime.inspect.inspection import Inspection
+from kvq.runtime.inspect.records import Inspection
 from kvq.runtime.inspect.views.panels import about, means, panels, run_length
 from kvq.runtime.text.cells import visible
 

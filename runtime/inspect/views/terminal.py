@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple, TextIO
 
-from kvq.runtime.inspect.inspection import Inspection, Total
+from kvq.runtime.inspect.records import Inspection, Total
 from kvq.runtime.inspect.views.palette import ON_DARK, ink, shade, shown_bits
 from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.statistics import size
@@ -134,8 +134,8 @@ def table(inspection: Inspection, color: bool) -> str:
     lines = []
     for row in rows:
         swatch = swatches.get(row[0], " " * 5) if color else ""
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append((swatch + "  ".join(cells)).rstrip())
+        fields = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append((swatch + "  ".join(fields)).rstrip())
     window = "underlined" if color else f"marked {WINDOW_MARK}"
     model = visible(inspection.model)
     about = [f"{stats.tokens} tokens cached in {size(stats.kv_nbytes)} | {stats.policy_text} | model {model}"]

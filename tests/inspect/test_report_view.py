@@ -16,7 +16,7 @@ import kvq
 from kvq.controller.policies import TokenFeatures
 from kvq.controller.policies.static import StaticPolicy
 from kvq.runtime.inspect.inspection import inspect_text
-from kvq.runtime.inspect.views import page, palette, panels, plot
+from kvq.runtime.inspect.views import palette, panels, plot, report
 from kvq.runtime.precision.table import Pair
 from kvq.runtime.text.cells import visible
 from tests.tools.inspected import EVERY_PAIR, TEXT, any_text
@@ -92,7 +92,7 @@ KNOWN_TAGS = set(
 @pytest.mark.parametrize("which", ["mixed", "hostile"])
 def test_a_page_is_whole_loads_nothing_and_runs_nothing(which, request):
     inspection = request.getfixturevalue(which)
-    source = page.html(inspection)
+    source = report.html(inspection)
     found = Page(source)
     assert not found.open  # every element closed, in order
     assert {tag for tag, _ in found.found} <= KNOWN_TAGS
@@ -109,14 +109,14 @@ def test_a_page_is_whole_loads_nothing_and_runs_nothing(which, request):
 @settings(deadline=None, max_examples=40)
 @given(text=any_text | st.text("<>&\"'/!-[]{};= \n\u202e\x1bas", min_size=1, max_size=30))
 def test_the_text_of_a_page_is_the_text(tiny_model, text):
-    found = Page(page.html(inspect_text(tiny_model, text, "mixed", features=False)))
+    found = Page(report.html(inspect_text(tiny_model, text, "mixed", features=False)))
     assert not found.open
     assert found.text == visible(text).replace("\n", "\u21b5\n")
     assert {tag for tag, _ in found.found} <= KNOWN_TAGS
 
 
 def test_every_token_can_be_pointed_at_and_read_in_the_table(mixed):
-    source = page.html(mixed)
+    source = report.html(mixed)
     found = Page(source)
     tips = [attributes["data-tip"] for _, attributes in found.found if "data-tip" in attributes]
     assert len(tips) == len(mixed.cells())
@@ -134,7 +134,7 @@ def test_every_token_can_be_pointed_at_and_read_in_the_table(mixed):
 
 def test_names_that_others_chose_are_escaped(tiny_model):
     name = '<b>"bold"</b>\u202e'
-    source = page.html(inspect_text(tiny_model, "Hello", StaticPolicy(name, 4, 4)))
+    source = report.html(inspect_text(tiny_model, "Hello", StaticPolicy(name, 4, 4)))
     assert "<b>" not in source
     assert "\u202e" not in source
     assert "&lt;b&gt;&quot;bold&quot;" in source
@@ -168,7 +168,7 @@ def test_long_texts_are_drawn_as_means():
     root = ElementTree.fromstring(panels.svg(found.tokens))
     kinds = [part.get("class") for part in root if part.tag == "path" and part.get("class") != "axis"]
     assert kinds == ["area", "line"] + ["line single", "line"] * 4
-    assert "means over 4 tokens" in page.html(found)
+    assert "means over 4 tokens" in report.html(found)
 
 
 @pytest.mark.parametrize("text", ["a", "Hello", TEXT])

@@ -1,12 +1,12 @@
-"""An inspection as one HTML page that loads nothing, runs no script and prints in black and white."""
+"""An inspection as an HTML report that loads nothing, runs no script and prints in black and white."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-from kvq.runtime.inspect.inspection import InspectedToken, Inspection
-from kvq.runtime.inspect.views.palette import ON_DARK, ON_LIGHT, Color, ink, shade, shown_bits, step
+from kvq.runtime.inspect.records import InspectedToken, Inspection
+from kvq.runtime.inspect.views.palette import ON_DARK, ON_LIGHT, Color, ink, level, shade, shown_bits
 from kvq.runtime.inspect.views.panels import about as about_means
 from kvq.runtime.inspect.views.panels import svg
 from kvq.runtime.policy.base import FEATURE_NAMES
@@ -69,7 +69,7 @@ svg .window { fill: var(--ink); opacity: .07; }
 
 
 def html(inspection: Inspection) -> str:
-    """The page. Every piece of the text in it is made visible first and escaped then."""
+    """The report. Every piece of the text in it is made visible first and escaped then."""
     stats = inspection.stats
     pairs = sorted({token.chosen for token in inspection.tokens}, reverse=True)
     name, policy = (escape(visible(part)) for part in (inspection.model, stats.policy_text))
@@ -112,7 +112,7 @@ def _shades(pairs: Sequence[Pair]) -> str:
         parts = []
         for bits in pairs:
             ground = shade(bits, ramp)
-            height = f"{1 + 7 * step(bits):.0f}px"
+            height = f"{1 + 7 * level(bits):.0f}px"
             parts.append(f".{bits} {{ --shade: {_hex(ground)}; --on: {_hex(ink(ground))}; --height: {height}; }}")
         return "\n".join(parts)
 
@@ -153,10 +153,10 @@ def _totals(inspection: Inspection) -> str:
     return f'<div class="scroll"><table>{head}{"".join(rows)}{_row(whole, kind="total")}</table></div>'
 
 
-def _row(cells: Sequence[str], tag: str = "td", kind: str = "") -> str:
-    """A table row; the cells are HTML."""
+def _row(fields: Sequence[str], tag: str = "td", kind: str = "") -> str:
+    """A table row; the fields are HTML."""
     opening = f'<tr class="{kind}">' if kind else "<tr>"
-    return opening + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
+    return opening + "".join(f"<{tag}>{field}</{tag}>" for field in fields) + "</tr>\n"
 
 
 def _cell(cell: Sequence[InspectedToken]) -> str:
@@ -188,8 +188,8 @@ def _every_token(inspection: Inspection, featured: bool) -> str:
     head = ["position", "text", "id", "now", "stored as", "bytes", *(TITLES[name] for name in names)]
     rows = [_row(head, "th")]
     for token in inspection.tokens:
-        cells = [str(token.position), escape(_quoted(token)), str(token.id), str(token.bits), str(token.chosen)]
-        cells += [str(token.nbytes), *(f"{getattr(token.features, name):.4g}" for name in names)]
-        rows.append(_row(cells))
+        fields = [str(token.position), escape(_quoted(token)), str(token.id), str(token.bits), str(token.chosen)]
+        fields += [str(token.nbytes), *(f"{getattr(token.features, name):.4g}" for name in names)]
+        rows.append(_row(fields))
     table = f'<div class="scroll"><table class="all">{"".join(rows)}</table></div>'
     return f"<details><summary>Show {len(inspection.tokens):,} rows</summary>{table}</details>"
