@@ -10,7 +10,7 @@ import sys
 import click
 import pytest
 
-from kvq.runtime.cli.docs import document, entered, pages
+from kvq.runtime.cli.docs import document, entered, helps
 from kvq.runtime.cli.main import COMMANDS, group
 from tests.tools.command_line import command, kvq, run
 from tests.tools.tree import ROOT
@@ -84,7 +84,7 @@ def test_a_wrong_value_names_the_variable_it_came_from(tiny_bundle):
 
 
 def test_help_pages_are_80_columns_wide_with_examples_and_the_twins():
-    for name, text in pages(group, CONTEXT):
+    for name, text in helps(group, CONTEXT):
         assert max(map(len, text.splitlines())) <= 80, name
     for path, found in leaves(group, CONTEXT):
         text = found.get_help(entered(found, path, CONTEXT))
