@@ -98,8 +98,8 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def error_of(status: int) -> Exception:
-    """What an error of kvq.h, below 0, stands for: a `BackendError` that says what is wrong and what to do; exceptions
-    of their own for want of memory (MemoryError) and for values that nothing can store (NonFiniteError).
+    """What an error of kvq.h, below 0, stands for, in one line with what to do: a `BackendError`, but MemoryError for
+    want of memory and NonFiniteError for values that nothing can store.
     """
     kinds: dict[int, type[Exception]] = {NO_MEMORY: MemoryError, REFUSED_VALUE: NonFiniteError}
     text = load().kvq_error_text(status).decode() or f"error {status} of {FILE.name}; install kvq again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, MutableSequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from kvq.runtime.native.table import as_buffer, page_row, window_rows
 from kvq.runtime.precision.table import Pair
 
 
-def write_steps(to: MutableSequence[MoveStep], moves: list[Move], pages: list[Page]) -> None:
+def write_steps(to: ctypes.Array[MoveStep], moves: list[Move], pages: list[Page]) -> None:
     """The moves as C has them; pages: those of the rows that the steps count by."""
     number = {id(page): i for i, page in enumerate(pages)} | {id(None): -1}
     for step, (slot, page, page_slot) in zip(to, moves, strict=True):
@@ -41,7 +41,8 @@ class NativeMover:
         self._window_rows = self._page_rows = as_buffer(b"")
         self._steps = (MoveStep * 0)()
 
-    def takes(self, window: RecentWindow, gone: Iterable[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
+    def takes(self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
+        """See `Mover`; of `gone` it takes the precisions that the library knows."""
         self._point_at(keys, values)
         if not window.capacity or not self._fit or not all(self._known.issuperset(pair) for pair in gone):
             return False

@@ -156,9 +156,13 @@ def test_pairs_are_named_as_they_come(make):
 
 
 def test_a_pass_goes_back_to_native_when_no_such_page_is_left(make, monkeypatch):
-    numpy_passes = []
-    run_other = NativePass._run_other
-    monkeypatch.setattr(NativePass, "_run_other", lambda *arguments: (numpy_passes.append(1), run_other(*arguments))[1])
+    numpy_passes, run_other = [], NativePass._run_other
+
+    def counted(*arguments):
+        numpy_passes.append(1)
+        run_other(*arguments)
+
+    monkeypatch.setattr(NativePass, "_run_other", counted)
     session = make("late")
     session.append(IDS[:70])
     assert not numpy_passes

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,16 @@ def recipe() -> dict[str, Any]:
     values: dict[str, Any] = {"Path": Path}
     exec(compile(tree, "setup.py", "exec"), values)
     return values
+
+
+def c_sources() -> set[str]:
+    """All C files and headers of the library, from the root; those that setup.py compiles are among them."""
+    found = {str(path.relative_to(ROOT)) for path in NATIVE.rglob("*.[ch]")}
+    made = recipe()
+    compiled = {f"runtime/native/{file}" for file in made["COMMON"] | made["X86"] | made["ARM"]}
+    assert compiled <= found
+    assert compiled == {name for name in found if name.endswith(".c")}
+    return found
 
 
 def compiled_check(folder: Path, compiler: str, kernels: str, *flags: str, link: tuple[str, ...] = ()) -> Path:
@@ -176,8 +187,23 @@ def test_without_a_compiler_a_wheel_is_made_that_runs_on_numpy(source_tree, tmp_
     assert re.search(r"kvq: the native library was not built \(.+\); attention will run on numpy", said), said
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert {f"kvq/{name}" for name in c_sources()} <= set(names)
     assert "kvq/runtime/native/library.py" in names
     assert not any(name.endswith(".so") for name in names)
+
+
+def test_a_source_distribution_holds_all_of_the_library_s_sources(source_tree, tmp_path):
+    if not has_setuptools():
+        pytest.skip("setuptools of the version that pyproject.toml asks for is not installed")
+    tree = shutil.copytree(source_tree, tmp_path / "tree")
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert c_sources() <= names
 
 
 def test_a_required_library_that_cannot_be_built_is_an_error(source_tree, tmp_path):

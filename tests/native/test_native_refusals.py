@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import re
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx
 import pytest
 
 from kvq.runtime.compute.backends import make_backend
-from kvq.runtime.errors import BackendError
+from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.native import library
 from tests.native.test_native import IDS, KERNELS
 from tests.native.test_native_operators import session_of
@@ -127,6 +128,99 @@ def test_a_foreign_graph_with_inputs_of_wrong_sizes_reads_nothing(tiny_model, na
     assert_still_works(session, forward)
 
 
+# What the library itself refuses, before it reads anything, has a number there and a name here.
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kernel", 99, "cannot run that instruction set; unset KVQ_NATIVE_ISA"),
+        ("kv_heads", 3, "do not fit"),
+        ("head_dim", 1025, "do not fit"),
+        ("heads", 0, "do not fit"),
+    ],
+)
+def test_a_pass_that_cannot_be_is_refused_before_it_runs(native_pass, field, value, message):
+    session, forward = native_pass
+    true = getattr(forward._pass, field)
+    setattr(forward._pass, field, value)
+    with pytest.raises(BackendError, match=message) as error:
+        forward.forward(np.array(IDS[20:22]), session.store)
+    one_line(error)
+    setattr(forward._pass, field, true)
+    assert_still_works(session, forward)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("key_precision", 3, "no kernels for; use KVQ_BACKEND=numpy"),
+        ("value_precision", 0, "no kernels for"),
+        ("capacity", 24, "slots do not fit"),
+        ("begin", 1, "slots do not fit"),
+        ("count", 1 << 20, "slots do not fit"),
+        ("period", 0, "slots do not fit"),
+        ("values", 0, "address is missing"),
+    ],
+)
+def test_a_row_of_the_page_table_that_cannot_be_is_refused(native_pass, column, value, message):
+    session, forward = native_pass
+    forward._table.update(session.store)
+    rows = forward._table.rows
+    true = rows[column].copy()
+    rows[column][-1] = value
+    forward._pass.page, forward._pass.pages = forward._table.address, len(rows)
+    with pytest.raises(BackendError, match=message) as error:
+        library.check(library.load().kvq_set_pass(forward._pass))
+    one_line(error)
+    # An operator that runs all the same says why there is no pass.
+    with pytest.raises(Exception, match=message):
+        forward._graph.run()
+    library.load().kvq_set_pass(None)
+    rows[column] = true
+    assert_still_works(session, forward)
+
+
+def test_what_stops_an_operator_is_told_by_its_own_name(native_pass):
+    """Rotary embedding takes the channels of a head in pairs, which a pass alone does not ask for."""
+    session, forward = native_pass
+    odd = library.Pass(1, 1, 1, 7, 2, 0, -1, 1)
+    feed = {"qkv": (2, 21), "cosine": (2, 3), "sine": (2, 3), "mean_key": (1, 7)}
+    graph, loaded = foreign_graph(0), library.load()
+    assert loaded.kvq_set_pass(ctypes.byref(odd)) == 0
+    with pytest.raises(Exception, match="do not fit"):
+        graph.run(None, {name: np.ones(size, np.float32) for name, size in feed.items()})
+    with pytest.raises(BackendError, match="do not fit"):
+        library.check(loaded.kvq_set_pass(None))
+    assert loaded.kvq_set_pass(None) == 0  # told once
+    assert_still_works(session, forward)
+
+
+@pytest.mark.parametrize("status", [*range(-8, 0), -99])
+def test_every_error_has_a_line_of_its_own(status):
+    kinds = {-1: MemoryError, -8: NonFiniteError}
+    with pytest.raises(kinds.get(status, BackendError)) as error:
+        library.check(status)
+    assert len(one_line(error)) > 30
+    assert library.check(-status) == -status
+
+
+def test_limits_and_errors_are_those_of_the_header():
+    header = (library.FILE.parent / "kvq.h").read_text()
+    for name, value in (("KVQ_ABI", library.ABI), ("CHUNK_SLOTS", library.CHUNK_SLOTS),
+                        ("MOST_CHANNELS", library.MOST_CHANNELS)):  # fmt: skip
+        assert int(re.search(rf"#define {name} +(\d+)", header)[1]) == value
+    errors = {name: int(number) for name, number in re.findall(r"X\((\w+), (-\d+), \"", header)}
+    assert errors["NO_MEMORY"] == library.NO_MEMORY
+    assert errors["REFUSED_VALUE"] == library.REFUSED_VALUE
+    assert sorted(errors.values()) == list(range(-len(errors), 0))
+
+
 # What a library that is missing, broken or of another version leads to.
 
 
@@ -141,11 +235,6 @@ def use_library(monkeypatch):
     monkeypatch.delenv("KVQ_BACKEND", raising=False)
     yield use
     library.load.cache_clear()
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_a_missing_library_says_what_to_do(tiny_model, use_library, monkeypatch, tmp_path):

@@ -44,41 +44,34 @@ static void prefetch_scales(const kvq_page *page, size_t vector_row, int of_keys
     prefetch((const char *)(scales + page->begin), sizeof(uint16_t) * slots_of(page));
 }
 
-INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk, int head, char *partial,
-                         const char *after) {
-    const kvq_pass *pass = task->pass;
-    const size_t vector_row = (size_t)task->layer * pass->kv_heads + kv_head;
-    const int begin = task->chunk[chunk], end = task->chunk[chunk + 1];
-    float scores[DECODE_HEADS * CHUNK_SLOTS + LANES], maximum[DECODE_HEADS];
-    vf top[DECODE_HEADS];
-    softmax_sums softmax[DECODE_HEADS];
+/* Scores of some query heads over a chunk, page by page, TILE of each head side by side; `top` are the largest ones. */
+INLINE void chunk_scores(int heads, const kvq_task *task, size_t vector_row, int begin, int end, int head,
+                         float *scores, vf *top) {
     int at = 0;
     for (int g = 0; g < heads; g++) top[g] = splat(-FLT_MAX);
     for (int p = begin; p < end; p++) {
-        const kvq_page *page = pass->page + p;
+        const kvq_page *page = task->pass->page + p;
         const int slots = slots_of(page);
         if (slots <= 0) continue;
         const int last = p + 1 == end;
-        const char *next = codes_at(task, pass->page + (last ? begin : p + 1), vector_row, !last);
+        const char *next = codes_at(task, task->pass->page + (last ? begin : p + 1), vector_row, !last);
         if (!last) prefetch_scales(page + 1, vector_row, 1);
         prefetch_scales(page, vector_row, 0);
         SCORES_OF[width_number(page->key_precision)][heads - 1](task, page, vector_row, head, slots, scores + at * heads,
                                                                 top, next);
         at += slots;
     }
+}
 
-    for (int g = 0; g < heads; g++) {
-        maximum[g] = max_lanes(top[g]);
-        softmax[g] = (softmax_sums){splat(0), splat(0), splat(0)};
-    }
-    memset(partial, 0, heads * partial_bytes(task));
-    float *sums = (float *)(partial + sizeof(kvq_partial)), *weights = scores;
+/* The values of a chunk, weighted: scores become weights on the way. `after` is what is read when they are done. */
+INLINE void chunk_values(int heads, const kvq_task *task, size_t vector_row, int begin, int end, float *weights,
+                         const float *maximum, softmax_sums *softmax, float *sums, const char *after) {
     const int stride = (int)(partial_bytes(task) / sizeof(float));
     for (int p = begin, count; p < end; p += count) {
-        const kvq_page *page = pass->page + p;
-        const int words = words_per_vector(page->value_precision, pass->head_dim);
-        const int together = dot_values_fit(page->value_precision, words); /* all neighbours of this precision at once,
-                                                                            * whatever empty pages lie between */
+        const kvq_page *page = task->pass->page + p;
+        const int words = words_per_vector(page->value_precision, task->pass->head_dim);
+        /* all neighbours of this precision at once, whatever empty pages of others lie between */
+        const int together = dot_values_fit(page->value_precision, words);
         int slots = 0;
         for (int g = 0; g < heads; g++) softmax[g].scaled_squares = splat(0);
         for (count = 0; p + count < end && (together || count == 0); count++) {
@@ -103,6 +96,23 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
         WEIGH_OF[width_number(page->value_precision)][heads - 1](values, words, slots, weights, sums, stride, next);
         weights += slots * heads;
     }
+}
+
+INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk, int head, char *partial,
+                         const char *after) {
+    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + kv_head;
+    const int begin = task->chunk[chunk], end = task->chunk[chunk + 1];
+    float scores[DECODE_HEADS * CHUNK_SLOTS + LANES], maximum[DECODE_HEADS];
+    vf top[DECODE_HEADS];
+    softmax_sums softmax[DECODE_HEADS];
+    chunk_scores(heads, task, vector_row, begin, end, head, scores, top);
+    for (int g = 0; g < heads; g++) {
+        maximum[g] = max_lanes(top[g]);
+        softmax[g] = (softmax_sums){splat(0), splat(0), splat(0)};
+    }
+    memset(partial, 0, heads * partial_bytes(task));
+    chunk_values(heads, task, vector_row, begin, end, scores, maximum, softmax,
+                 (float *)(partial + sizeof(kvq_partial)), after);
     for (int g = 0; g < heads; g++) {
         kvq_partial *result = (kvq_partial *)(partial + g * partial_bytes(task));
         result->maximum = maximum[g];
