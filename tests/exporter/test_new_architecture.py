@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFValueType as Value
 from safetensors.numpy import load_file, save_file
 
+from kvq.composition import open_bundle
 from kvq.exporter import architectures
 from kvq.exporter.architectures.description import Add, Attend, Layer, Norm, Project
 from kvq.exporter.architectures.llama import GGUF, llama
@@ -24,7 +25,6 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.discovery import discover
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
-from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, edit_config, save_checkpoint, small_tokenizer
 from tests.tools.gguf_files import Raw, write_gguf
 
@@ -152,7 +152,7 @@ def reference(weights: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
 
 
 def through_the_cache(bundle: Path, backend: str) -> np.ndarray:
-    session = Model(Bundle(bundle)).session("fp16", recent=128, prefill_chunk=7, backend=backend)
+    session = open_bundle(bundle).session("fp16", recent=128, prefill_chunk=7, backend=backend)
     logits = [session.append(IDS[:PREFILL], all_logits=True)]
     return np.concatenate(logits + [session.append([token])[None] for token in IDS[PREFILL:]])
 
