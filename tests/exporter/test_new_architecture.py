@@ -26,47 +26,12 @@ from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.discovery import discover
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from tests.tools.checkpoints import TINY, edit_config, save_checkpoint, small_tokenizer
+from tests.tools.examples import examples
 from tests.tools.gguf_files import Raw, write_gguf
 
 # What somebody would write: parameters and fields of other names, queries, keys and values in one matrix with a bias,
 # no bias behind attention, and a norm before and behind it.
-TOY = """
-from kvq.exporter.architectures.checks import FIELDS, epsilon_of, refuse_variants, shape_of
-from kvq.exporter.architectures.description import Add, Attend, Family, Layer, Model, Norm, Project, SwiGLU
-from kvq.exporter.architectures.rope import frequencies
-
-
-def toy(source):
-    config, name = source.config, source.name
-    refuse_variants(config, name, {"activation": "silu"})
-    shape = shape_of(config, name, FIELDS | {"hidden": "width", "ffn": "inner_width", "layers": "depth"})
-    epsilon, hidden = epsilon_of(config, name, "epsilon"), shape.hidden
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-
-    def layer(index):
-        prefix = f"trunk.{index}"
-        return Layer.of(
-            Norm(f"{prefix}.before.gain", hidden, epsilon),
-            Attend(
-                Project((f"{prefix}.mix.all",), (queries + 2 * keys,), hidden, bias=True),
-                Project((f"{prefix}.mix.out",), (hidden,), queries),
-            ),
-            Norm(f"{prefix}.behind.gain", hidden, epsilon),
-            Add(),
-            Norm(f"{prefix}.inner.gain", hidden, epsilon),
-            Project((f"{prefix}.open", f"{prefix}.gate"), (shape.ffn, shape.ffn), hidden),
-            SwiGLU(),
-            Project((f"{prefix}.shut",), (hidden,), shape.ffn),
-            Add(),
-        )
-
-    inv_freq, rope_scale = frequencies(config, shape.head_dim, shape.context, name)
-    layers = tuple(layer(index) for index in range(shape.layers))
-    return Model(shape, "words.weight", layers, Norm("last.gain", hidden, epsilon), "says.weight", inv_freq, rope_scale)
-
-
-ARCHITECTURES = {"toy": Family(toy)}
-"""
+TOY = examples()["exporter/architectures/toy.py"]
 CONFIG: dict[str, Any] = {
     "model_type": "toy", "width": 64, "inner_width": 96, "depth": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 128, "epsilon": 1e-5,

@@ -15,51 +15,9 @@ from kvq.exporter import sources
 from kvq.exporter.export import export
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.errors import CheckpointError
+from tests.tools.examples import examples
 
-NPZ = """
-import hashlib
-import json
-import zipfile
-
-import numpy as np
-
-from kvq.exporter.sources.base import Source, short
-from kvq.runtime.errors import CheckpointError
-
-
-class NpzFile(Source):
-    def __init__(self, path):
-        self.path, self.name = path, path.stem
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                self._arrays = dict(arrays)
-            self.config = json.loads(str(self._arrays.pop("config")))
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{path.name} cannot be read ({short(error)}); check that it is complete") from None
-
-    @property
-    def shapes(self):
-        return {name: array.shape for name, array in self._arrays.items()}
-
-    def read(self, name):
-        return np.ascontiguousarray(self._arrays[name], np.float32)
-
-    def tokenizer_json(self):
-        return None
-
-    def chat_template(self):
-        return None
-
-    def special_tokens(self):
-        return {}
-
-    def eos_token_ids(self):
-        return [self.config["eos_token_id"]]
-
-    @property
-    def digest(self):
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-"""
+NPZ = examples()["exporter/sources/npz.py"]
 
 
 @pytest.fixture(autouse=True)

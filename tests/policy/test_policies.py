@@ -17,6 +17,7 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.catalog.references import DEFAULT_MODEL, embedded_models
 from kvq.runtime.errors import PolicyError
 from kvq.runtime.policy.features import RarityCounter, attention_variance
+from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import WIDTHS, examples, seeds
 
@@ -102,7 +103,7 @@ def test_the_static_policies_use_the_width_in_their_name(name, pair):
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("v", WIDTHS)
 def test_every_pair_of_widths_can_be_asked_for_by_name(k, v):
-    policy = make_policy(f"k{k}v{v}")
+    policy = make_policy(str(Pair(k, v)))
     assert policy.choose(features_for(policy, 0, 3)).tolist() == [[k, v]] * 3
 
 

@@ -73,8 +73,9 @@ def encoded(bits, x):
     return codes, scales, out.astype(np.float64)
 
 
-def test_all_four_widths_have_a_codec_that_knows_its_width():
-    assert {bits: codec.bits for bits, codec in CODECS.items()} == {bits: bits for bits in WIDTHS}
+def test_every_codec_stands_under_the_id_of_its_precision():
+    assert {id_: codec.precision.id for id_, codec in CODECS.items()} == {id_: id_ for id_ in WIDTHS}
+    assert {bits: CODECS[bits].bits for bits in (2, 4, 8, 16)} == {bits: bits for bits in (2, 4, 8, 16)}
 
 
 def test_every_pair_of_4_bit_codes_survives_packing():
@@ -124,7 +125,7 @@ def test_encoded_arrays_have_the_stated_shapes_and_bytes(bits, head_dim, tokens)
     codes, scales = codec.encode(np.ones((3, 2, tokens, head_dim), np.float32))
     assert codes.dtype == np.uint8
     assert codes.shape == (3, 2, tokens, codec.code_bytes(head_dim))
-    assert codec.code_bytes(head_dim) == -(-head_dim * bits // 32) * 4  # whole words
+    assert codec.code_bytes(head_dim) == -(-head_dim * codec.bits // 32) * 4  # whole words
     assert scales.dtype == np.float16
     assert scales.shape == (3, 2, tokens, int(codec.has_scale))
     assert codes.nbytes + scales.nbytes == 6 * tokens * codec.vector_bytes(head_dim)

@@ -14,7 +14,7 @@ from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.codecs.uniform import WindowCodec
 from kvq.runtime.precision.table import Geometry
 
-WIDTHS = (2, 4, 8, 16)
+WIDTHS = tuple(sorted(CODECS))  # ids of all precisions: a new codec is tested at once
 HEAD_DIMS = (8, 16, 24, 64, 80, 128)
 ODD_COUNTS = (0, 1, 7, 15, 16, 17, 63, 65)
 
