@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from kvq.bench.table import write_plot
+from kvq.bench.report.plot import write_plot
 from kvq.controller.evaluation.report import ORDER, STYLES, plot
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
