@@ -18,12 +18,13 @@ from kvq.bench.shapes import Assets, made_folder, make_bundle
 class Arm(ABC):
     """One way to run the model; its constructor takes the options that tell arms of one class apart.
 
-    `prepare` runs once in a process that is thrown away and may write files next to the bundle; `load` and what
-    follows run in the process that is measured. Of `feed` and `step` the time is taken: they do exactly the work a
-    decode loop needs, token ids in, logits of the next token out.
+    `prepare` runs in a process that is thrown away and may write files next to the bundle; `load` and what follows run
+    in the process that is measured. Of `feed` and `step` the time is taken: they do exactly the work a decode loop
+    needs, token ids in, logits of the next token out.
 
-    Class attributes:
-        runtime, settings: what runs and how, for people; {names} in the settings are attributes.
+    Class attributes ({names} in texts stand for attributes):
+        runtime, settings: what runs and how, for people.
+        files: name of the folder of files that it reads besides bundle and checkpoint, which `make` makes; or empty.
         packages: modules it needs besides kvq's own dependencies.
         distributions: those whose versions are told.
         exact: it can run with float32 activations, and is checked so.
@@ -41,6 +42,7 @@ class Arm(ABC):
 
     runtime: ClassVar[str]
     settings: ClassVar[str]
+    files: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     distributions: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
@@ -55,16 +57,7 @@ class Arm(ABC):
     capacity: int
     length: int
 
-    @property
-    def folder(self) -> Path | None:
-        """Of the files it reads besides bundle and checkpoint, which `make` makes; None: there are none."""
-        return None
-
-    def prepare(self) -> None:
-        """Make the files this arm reads, unless they exist."""
-        if self.folder and not self.folder.is_dir():
-            with made_folder(self.folder) as folder:
-                self.make(folder)
+    # -- what an arm does its own way -----------------------------------------------------------------
 
     def make(self, folder: Path) -> None:
         """Write the files of `folder`."""
@@ -113,15 +106,76 @@ class Arm(ABC):
         """What ran: backend, settings and more; plain JSON values."""
         return {"backend": self.runtime, "settings": self.settings.format(**vars(self))}
 
+    # -- what is asked of it in its process, see `kvq.bench.child` ------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Of the files that `make` makes."""
+        return self.assets.folder / (self.files.format(**vars(self)) + "-exact" * self.assets.exact)
+
+    def prepare(self) -> None:
+        """Make the files this arm reads, unless they exist."""
+        make_bundle(self.assets)
+        if self.files and not self.folder.is_dir():
+            with made_folder(self.folder) as folder:
+                self.make(folder)
+
+    def check(self, prompt: list[int], steps: list[int], out: str) -> None:
+        """Write the logits after the prompt and after each step to `out`, float32 [1 + steps, vocab]."""
+        self.prefill(prompt, len(steps))
+        rows = [self.logits().copy()]
+        for token in steps:
+            self.steps([token])
+            rows.append(self.logits().copy())
+        np.save(out, np.stack(rows))
+
+    def prefill(self, ids: list[int], room: int) -> dict[str, Any]:
+        """Start over with these tokens and room for more; {"seconds"}."""
+        self.capacity, self.length, self._prompt = len(ids) + room, 0, len(ids)
+        self.open()
+        seconds = taken(self.feed, np.asarray(ids, np.int64))
+        self.length = len(ids)
+        policy = self.policy_seconds()
+        self._shares = {} if policy is None else {"policy_prefill_share": policy / seconds}
+        return {"seconds": seconds}
+
+    def steps(self, ids: list[int]) -> dict[str, Any]:
+        """Decode steps; {"seconds": of each, "policy_seconds": of each, or none}."""
+        seconds, policy = [], []
+        for token in ids:
+            before = self.policy_seconds()
+            seconds.append(taken(self.step, token))
+            if before is not None:
+                policy.append((self.policy_seconds() or 0.0) - before)
+            self.length += 1
+            self.rest(self.length - self._prompt)
+        return {"seconds": seconds, "policy_seconds": policy}
+
+    def report(self) -> dict[str, Any]:
+        """Bytes and description."""
+        numbers = ("kv_bytes", "cache_read_bytes", "weight_bytes")
+        report = {name: getattr(self, name)() for name in numbers} | {"peak_rss_bytes": resident_bytes(peak=True)}
+        return report | {"versions": versions(*self.distributions), **self.describe(), **self._shares}
+
+    # -- what is asked of it before -------------------------------------------------------------------
+
     def missing(self) -> str | None:
         """Why the arm cannot run here, or None."""
-        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        absent = [name for name in self.packages if not installed(name)]
         return f"not installed: {', '.join(absent)}" if absent else None
 
     def resident_bytes(self, assets: Assets, context: int) -> int:
         """Upper estimate of the process's memory with that many tokens cached."""
         values = assets.values_per_token * context * self.value_bytes_each
         return int(assets.parameters * self.weight_bytes_each + values + 400e6)
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package it is in
+        return False
 
 
 @cache
@@ -137,67 +191,11 @@ def arms() -> dict[str, Arm]:
     return discover(kvq.bench.kvq, "ARMS") | discover(kvq.bench.peers, "ARMS")
 
 
-class ArmServer:
-    """The requests to an arm's process, see `kvq.bench.child`.
-
-    Args:
-        arm: its name.
-        assets: fields of the `Assets`.
-        threads, backend: as in `Arm`.
-    """
-
-    def __init__(self, arm: str, assets: dict[str, Any], threads: int, backend: str | None) -> None:
-        self.arm = arms()[arm]
-        self.arm.assets = Assets(Path(assets["folder"]), assets["fields"], assets["exact"])
-        self.arm.threads, self.arm.backend = threads, backend
-        self._details: dict[str, Any] = {}
-
-    def prepare(self) -> None:
-        """Make the files the arm reads."""
-        make_bundle(self.arm.assets)
-        self.arm.prepare()
-
-    def load(self) -> None:
-        """Load the weights."""
-        self.arm.load()
-
-    def check(self, prompt: list[int], steps: list[int], out: str) -> None:
-        """Write the logits after the prompt and after each step to `out`, float32 [1 + steps, vocab]."""
-        self.prefill(prompt, len(steps))
-        rows = [self.arm.logits().copy()]
-        for token in steps:
-            self.steps([token])
-            rows.append(self.arm.logits().copy())
-        np.save(out, np.stack(rows))
-
-    def prefill(self, ids: list[int], room: int) -> dict[str, Any]:
-        """Start over with these tokens and room for more; {"seconds"}."""
-        self._prompt = len(ids)
-        self.arm.capacity, self.arm.length = len(ids) + room, 0
-        self.arm.open()
-        seconds = taken(self.arm.feed, np.asarray(ids, np.int64))
-        self.arm.length = len(ids)
-        if (policy := self.arm.policy_seconds()) is not None:
-            self._details = {"policy_prefill_share": policy / seconds}
-        return {"seconds": seconds}
-
-    def steps(self, ids: list[int]) -> dict[str, Any]:
-        """Decode steps; {"seconds": of each, "policy_seconds": of each, or none}."""
-        seconds, policy = [], []
-        for token in ids:
-            before = self.arm.policy_seconds()
-            seconds.append(taken(self.arm.step, token))
-            if before is not None:
-                policy.append((self.arm.policy_seconds() or 0.0) - before)
-            self.arm.length += 1
-            self.arm.rest(self.arm.length - self._prompt)
-        return {"seconds": seconds, "policy_seconds": policy}
-
-    def report(self) -> dict[str, Any]:
-        """Bytes and description."""
-        numbers = ("kv_bytes", "cache_read_bytes", "weight_bytes")
-        report = {name: getattr(self.arm, name)() for name in numbers} | {"peak_rss_bytes": resident_bytes(peak=True)}
-        return report | {"versions": versions(*self.arm.distributions), **self.arm.describe(), **self._details}
+def arm(name: str, folder: str, fields: dict[str, Any], exact: bool, threads: int, backend: str | None) -> Arm:
+    """An arm ready to be asked: name, fields of its `Assets`, attributes as in `Arm`."""
+    made = arms()[name]
+    made.assets, made.threads, made.backend = Assets(Path(folder), fields, exact), threads, backend
+    return made
 
 
 def taken(work, *arguments) -> float:

@@ -2,8 +2,8 @@
 
     python -P child.py TARGET JOB
 
-TARGET is a class, as module:name, or as file.py:name where kvq is another checkout's, of which this file must not
-import anything. It is made of JOB, a JSON object of keyword arguments. {"do": "name", ...} calls its method of that
+TARGET makes an object, as module:name, or as file.py:name where kvq is another checkout's, of which this file must not
+import anything. JOB is a JSON object of its keyword arguments. {"do": "name", ...} calls the object's method of that
 name; an error is answered with {"error": "..."} and ends the process. Standard output belongs to the protocol alone:
 what libraries print goes to standard error.
 """

@@ -22,8 +22,8 @@ from kvq.bench.options import FILE, HELP, Refused, cache_option, counts, json_op
 from kvq.bench.report.page import decode_table
 from kvq.bench.report.plot import write_plot
 from kvq.bench.report.tables import write_json
-from kvq.bench.schedule import Plan, Run
-from kvq.bench.shapes import BENCH_SHAPES, LONGEST, ROOM, default_cache
+from kvq.bench.schedule import Run
+from kvq.bench.shapes import BENCH_SHAPES, LONGEST, ROOM
 from kvq.runtime.compute.backends import BACKENDS
 
 ALL = ",".join(known_arms())
@@ -52,8 +52,8 @@ def main(shape, context, arms, threads, backend, steps, rounds, prefills, cache,
     if prefills < 1:
         raise Refused(f"prefills must be at least 1, got {prefills}")
     kernels = backend[0] if backend else None
-    plan = Plan(shape[0], arms, context, threads, cache or default_cache(), kernels, steps, rounds, prefills)
-    run = Run(plan, lambda line: click.echo(line, err=True))
+    grid = (shape[0], arms, context, threads, cache, kernels)
+    run = Run(*grid, steps, rounds, prefills, lambda line: click.echo(line, err=True))
     try:
         measure(run, json_file)
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def measure(run: Run, json_file) -> None:
     """Measure and print context by context; a long run that is broken off leaves the rows it has in the file."""
     run.prepare()
     about = machine(*{name: None for arm in known_arms().values() for name in arm.distributions})
-    for context in run.plan.contexts:
+    for context in run.contexts:
         before = len(run.rows)
         run.measure(context)
         for row in run.rows:  # one file is a list of rows, so each says what it was measured on

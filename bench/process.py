@@ -28,8 +28,8 @@ class Child:
     """A process of its own for an object, see `kvq.bench.child`; it ends with the block.
 
     Args:
-        target: the object's class, as module:name or file.py:name.
-        job: keyword arguments it is made with, JSON values.
+        target: what makes the object, as module:name or file.py:name.
+        job: keyword arguments for that, JSON values.
         threads: of libraries that read OMP_NUM_THREADS.
         checkout: folder whose kvq is imported; None is this one's.
     """

@@ -22,7 +22,7 @@ import kvq
 from kvq.bench.arm import taken
 from kvq.bench.options import HELP, cache_option, counts, json_option
 from kvq.bench.report.tables import Columns, Results, Row, number
-from kvq.bench.shapes import assets, default_cache, make_bundle
+from kvq.bench.shapes import assets, make_bundle
 from kvq.runtime.session.statistics import size
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -89,7 +89,7 @@ def main(tokens, models, cache, json_file) -> None:
         for name in models:
             reference = name
             if name == "smollm-135m":
-                made = assets(name, cache or default_cache())
+                made = assets(name, cache)
                 make_bundle(made)
                 reference = str(made.bundle)
             model = kvq.load(reference)

@@ -10,8 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from kvq.bench.floor import read_bandwidth
 from kvq.bench.machine import available_bytes
 from kvq.bench.process import Child, ChildError
 from kvq.bench.report.tables import Row, quarters
-from kvq.bench.shapes import Assets, assets
+from kvq.bench.shapes import assets
 
 PREFILL_TOKENS = 10240  # of all counted fillings of an arm's cache together, or of one if that is more
 PAUSE = 0.1  # seconds before each turn: threads that spin after their work come to rest
@@ -43,8 +42,8 @@ def in_turn(names: Iterable[str], turn: int, out: Container[str] = ()) -> Iterat
 
 
 @dataclass
-class Plan:
-    """What is measured.
+class Run:
+    """One run over a grid of arms and contexts.
 
     Attributes:
         shape, arms, contexts (tokens), threads: the grid.
@@ -53,6 +52,10 @@ class Plan:
         steps: decode steps per burst; the first of each is not counted, its data has left the caches.
         rounds: counted bursts per arm; one more comes before them and is not counted.
         prefills: most counted fillings of each arm's cache; as many as `PREFILL_TOKENS` allow.
+        say: called with a line of progress.
+        rows: one per arm, context and group.
+        skipped: arm -> why it was not measured.
+        wrong: arms among them whose results were not those of their reference.
     """
 
     shape: str
@@ -64,48 +67,24 @@ class Plan:
     steps: int = 8
     rounds: int = 8
     prefills: int = 20
+    say: Callable[[str], None] = print
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
 
-    @cached_property
-    def assets(self) -> Assets:
-        """Files of the shape."""
-        return assets(self.shape, self.cache)
-
-    @property
-    def room(self) -> int:
-        """Tokens decoded after the context."""
-        return self.steps * (self.rounds + 1)
+    def __post_init__(self) -> None:
+        self.assets = assets(self.shape, self.cache)
+        self._references: dict[tuple[str, bool], np.ndarray] = {}
+        self._checks: dict[str, Row] = {}
+        self._vocab = self.assets.fields["vocab_size"]
+        self._room = self.steps * (self.rounds + 1)
+        self._ids = np.random.default_rng(0).integers(0, self._vocab, max(self.contexts) + self._room).tolist()
 
     def child(self, arm: str, backend: str | None = None, exact: bool = False) -> Child:
         """A process for one arm; `exact` as in `kvq.bench.shapes.Assets`."""
-        files = {"folder": str(self.assets.folder), "fields": self.assets.fields, "exact": exact}
-        job = {"arm": arm, "assets": files, "threads": self.threads, "backend": backend or self.backend}
-        return Child("kvq.bench.arm:ArmServer", job, self.threads)
-
-
-class Run:
-    """One run over a plan's grid.
-
-    Args:
-        plan: what to measure.
-        say: called with a line of progress.
-
-    Attributes:
-        rows: one per arm, context and group.
-        skipped: arm -> why it was not measured.
-        wrong: arms among them whose results were not those of their reference.
-    """
-
-    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
-        self.plan = plan
-        self.say = say
-        self.rows: list[Row] = []
-        self.skipped: dict[str, str] = {}
-        self.wrong: list[str] = []
-        self._references: dict[tuple[str, bool], np.ndarray] = {}
-        self._checks: dict[str, Row] = {}
-        self._vocab = plan.assets.fields["vocab_size"]
-        longest = max(plan.contexts) + plan.room
-        self._ids = np.random.default_rng(0).integers(0, self._vocab, longest).tolist()
+        job = {"name": arm, "folder": str(self.assets.folder), "fields": self.assets.fields, "exact": exact}
+        job |= {"threads": self.threads, "backend": backend or self.backend}
+        return Child("kvq.bench.arm:arm", job, self.threads)
 
     @contextmanager
     def _skipping(self, arm: str) -> Iterator[None]:
@@ -121,14 +100,14 @@ class Run:
 
     def prepare(self) -> None:
         """Find out what can run, make the files, check the results: in processes that end before anything is timed."""
-        for arm in self.plan.arms:
+        for arm in self.arms:
             if reason := arms()[arm].missing():
                 self._skip(arm, reason)
                 continue
             self.say(f"{arm}: preparing and checking")
             with self._skipping(arm):
                 self._check(arm)
-                with self.plan.child(arm) as child:
+                with self.child(arm) as child:
                     child.ask("prepare")
 
     def _check(self, arm: str) -> None:
@@ -161,9 +140,9 @@ class Run:
     def _logits(self, arm: str, backend: str | None, exact: bool) -> np.ndarray:
         """Logits of the check's tokens, float32 [rows, vocab]."""
         prompt, steps = check_ids(self._vocab)
-        with self.plan.child(arm, backend, exact) as child:  # for itself: files are made with other numbers of threads
+        with self.child(arm, backend, exact) as child:  # for itself: files are made with other numbers of threads
             child.ask("prepare")
-        with tempfile.TemporaryDirectory(prefix="kvq-bench-") as folder, self.plan.child(arm, backend, exact) as child:
+        with tempfile.TemporaryDirectory(prefix="kvq-bench-") as folder, self.child(arm, backend, exact) as child:
             child.ask("load")
             child.ask("check", prompt=prompt.tolist(), steps=steps.tolist(), out=f"{folder}/logits.npy")
             return np.load(f"{folder}/logits.npy")
@@ -179,8 +158,8 @@ class Run:
 
     def _groups(self, context: int) -> list[list[str]]:
         """Arms that fit into memory together; the first arm is in every group, to compare the groups by."""
-        budget, made = SHARE_OF_MEMORY * available_bytes(), self.plan.assets
-        need = {a: arms()[a].resident_bytes(made, context) for a in self.plan.arms if a not in self.skipped}
+        budget, made = SHARE_OF_MEMORY * available_bytes(), self.assets
+        need = {a: arms()[a].resident_bytes(made, context) for a in self.arms if a not in self.skipped}
         groups: list[list[str]] = []
         for arm in need:
             if groups and sum(need[a] for a in groups[-1]) + need[arm] <= budget:
@@ -191,18 +170,18 @@ class Run:
 
     def _measure_group(self, stack: ExitStack, group: list[str], context: int, about: Row) -> None:
         """Arms that are loaded together; their processes end with the stack."""
-        bandwidth = read_bandwidth(self.plan.threads)
+        bandwidth = read_bandwidth(self.threads)
         children: dict[str, Child] = {}
         for arm in group:
             with self._skipping(arm):
                 self.say(f"{arm}: loading")
-                child = stack.enter_context(self.plan.child(arm))
+                child = stack.enter_context(self.child(arm))
                 child.ask("load")
                 children[arm] = child
         prefill = self._prefill(children, context)
         steps, idle = self._decode(children, context)
-        about |= {"shape": self.plan.shape, "context": context, "threads": self.plan.threads}
-        bandwidth = max(bandwidth, read_bandwidth(self.plan.threads))
+        about |= {"shape": self.shape, "context": context, "threads": self.threads}
+        bandwidth = max(bandwidth, read_bandwidth(self.threads))
         for arm, child in children.items():
             if arm in self.skipped:
                 continue
@@ -218,12 +197,12 @@ class Run:
         The first turn is not counted where there are others.
         """
         seconds: dict[str, list[float]] = {arm: [] for arm in children}
-        times = 1 + min(self.plan.prefills, PREFILL_TOKENS // context)
+        times = 1 + min(self.prefills, PREFILL_TOKENS // context)
         for turn in range(times):
             for arm in in_turn(children, turn, self.skipped):
                 self.say(f"{arm}: filling the cache with {context} tokens" + (f", {turn + 1} of {times}") * (times > 1))
                 with self._skipping(arm):
-                    answer = children[arm].ask("prefill", ids=self._ids[:context], room=self.plan.room)
+                    answer = children[arm].ask("prefill", ids=self._ids[:context], room=self._room)
                     seconds[arm].append(answer["seconds"])
         return {arm: taken[1:] or taken for arm, taken in seconds.items()}
 
@@ -238,15 +217,15 @@ class Run:
         """
         bursts: dict[str, list[dict[str, list[float]]]] = {arm: [] for arm in children}
         cpu, wall = dict.fromkeys(children, 0.0), dict.fromkeys(children, 0.0)
-        counted = slice(min(1, self.plan.steps - 1), None)
-        for turn in range(self.plan.rounds + 1):
-            self.say(f"round {turn} of {self.plan.rounds}")
-            at = context + turn * self.plan.steps
+        counted = slice(min(1, self.steps - 1), None)
+        for turn in range(self.rounds + 1):
+            self.say(f"round {turn} of {self.rounds}")
+            at = context + turn * self.steps
             for arm in in_turn(children, turn, self.skipped):
                 others = {a: child.cpu_seconds() for a, child in children.items() if a not in (arm, *self.skipped)}
                 begun = time.perf_counter()
                 with self._skipping(arm):
-                    answer = children[arm].ask("steps", ids=self._ids[at : at + self.plan.steps])
+                    answer = children[arm].ask("steps", ids=self._ids[at : at + self.steps])
                     passed = time.perf_counter() - begun
                     for other, before in others.items():
                         cpu[other] += children[other].cpu_seconds() - before

@@ -89,15 +89,7 @@ def default_cache() -> Path:
 
 
 def assets(shape: str, root: Path) -> Assets:
-    """The files of a shape, which may not exist yet.
-
-    Args:
-        shape: a name of `kvq.models.family`, or "tiny".
-        root: the cache folder, with a folder for each shape.
-
-    Raises:
-        KeyError: no such shape.
-    """
+    """The files of a shape of `kvq.models.family`, or "tiny", which may not exist yet; `root` has a folder for each."""
     fields = config("smollm-135m", **TINY) if shape == "tiny" else config(shape)
     # SmolLM's own initialisation: attention that tells tokens apart, activations of order one.
     fields |= {"max_position_embeddings": LONGEST + ROOM, "initializer_range": fields["hidden_size"] ** -0.5}

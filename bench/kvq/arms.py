@@ -95,6 +95,7 @@ class KvqScoredArm(KvqArm):
     def prepare(self) -> None:
         from kvq.bench.kvq.controllers import add_controllers
 
+        super().prepare()
         if self.policy != "rule":
             add_controllers(self.assets.bundle, self.threads)
 

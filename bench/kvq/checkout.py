@@ -13,13 +13,13 @@ class Fresh:
     """A process that starts for one token."""
 
     def first_token(self, model: str) -> dict[str, float]:
-        """Generate it; {"import": milliseconds of importing what loads a model}."""
+        """Generate it; milliseconds of importing what loads a model."""
         begun = time.perf_counter()
         from kvq import load
 
         imported = time.perf_counter()
         next(load(model).session().generate("Once upon a time", max_tokens=1))
-        return {"import": 1e3 * (imported - begun)}
+        return {"import, ms": 1e3 * (imported - begun)}
 
 
 class Loaded:
@@ -47,12 +47,15 @@ class Loaded:
         where = {"file": self.kvq.__file__, "backend": f"{stats.backend} {stats.backend_detail}".strip()}
         return where | {"context": self.model.architecture.context, "refused": refused}
 
-    def measure(self, policy: str, options: dict[str, Any], ids: list[int], steps: int) -> dict[str, Any]:
-        """Feed ids at once to a new session, then some of them one by one; {"prefill": s, "steps": [s of each]}."""
+    def measure(self, policy: str, options: dict[str, Any], ids: list[int], steps: int) -> dict[str, float]:
+        """Feed ids at once to a new session, then some of them one by one, of which the first is not counted.
+
+        The figure of steps is their mean, as every sixteenth one may choose precisions for sixteen tokens.
+        """
         session = self.model.session(policy, **options)
         seconds = []
         for fed in (ids, *([token] for token in ids[:steps])):
             begun = time.perf_counter()
             session.append(fed)
             seconds.append(time.perf_counter() - begun)
-        return {"prefill": seconds[0], "steps": seconds[1:]}
+        return {"prefill, tokens/s": len(ids) / seconds[0], "decode, ms/token": 1e3 * sum(seconds[2:]) / (steps - 1)}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.controller.policies import FEATURE_NAMES, Policy, TokenFeatures
+import kvq
+from kvq.controller.policies import FEATURE_NAMES, TokenFeatures
 
 if TYPE_CHECKING:
     from kvq.controller.training.samples import Samples
@@ -61,39 +62,26 @@ def add_controllers(bundle: Path, threads: int | None = None) -> None:
         store(opened, samples, recipe, net, [{"valid": 0.0}], output, 0.0)
 
 
-class _Watch(Policy):
-    """Keeps the features of one chunk."""
-
-    name = "watch"
-    needs = frozenset(FEATURE_NAMES)
-    seen: TokenFeatures
-
-    def choose(self, features: TokenFeatures) -> np.ndarray:
-        self.seen = TokenFeatures(*(np.array(field) for field in features))
-        return np.full((len(features.positions), 2), 16, np.uint8)
-
-
 def _samples(bundle: Path, threads: int | None) -> Samples:
     """Features of random tokens; no damages, which nothing here looks at."""
-    import kvq
     from kvq.controller.training.network import NORM_FLOOR
     from kvq.controller.training.samples import Samples
 
     model = kvq.load(bundle, threads=threads)
     ids = np.random.default_rng(2).integers(0, model.architecture.vocab, TOKENS)
-    watch = _Watch()
-    model.session(watch, prefill_chunk=TOKENS, prefill="chunked").append(ids)
-    seen = watch.seen
-    norms = [
-        np.log(np.square(seen.get(side)).mean(-1) + NORM_FLOOR).reshape(-1, TOKENS).T for side in ("keys", "values")
-    ]
+    session = model.session("fp16", prefill_chunk=TOKENS, prefill="chunked")
+    passes: list[TokenFeatures] = []
+    session.chooser.observer = passes.append
+    session.append(ids)
+    (seen,) = passes
+    squares = [np.square(seen.get(side)).mean(-1) for side in ("keys", "values")]
     nothing = np.zeros(TOKENS, np.int32)
     return Samples(
         text=nothing,
         ids=ids,
         positions=seen.positions,
         paper=np.stack([seen.get(name) for name in FEATURE_NAMES], axis=1),
-        norms=np.concatenate(norms, axis=1),
+        norms=np.concatenate([np.log(side + NORM_FLOOR).reshape(-1, TOKENS).T for side in squares], axis=1),
         residual=seen.get("residual").astype(np.float16),
         signed=np.zeros((1, TOKENS, 2, 0), np.float32),
         read=nothing.astype(bool),

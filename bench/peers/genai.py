@@ -22,15 +22,12 @@ class GenaiArm(Arm):
 
     runtime = "onnxruntime-genai"
     settings = "graph of ort-gqa-fp32, float32 cache, shared past and present"
+    files = "genai"
     packages = ("onnxruntime_genai", "onnx")
     distributions = ("onnxruntime-genai", "onnxruntime")
     exact = True
     tolerance = 0.01
     value_bytes_each = 4.2
-
-    @property
-    def folder(self) -> Path:
-        return self.assets.folder / ("genai-exact" if self.assets.exact else "genai")
 
     def make(self, folder: Path) -> None:
         from kvq.bench.onegraph import OneGraph

@@ -37,13 +37,10 @@ class LlamaArm(Arm):
 
     runtime = "llama.cpp"
     settings = "Q4_0 weights, Q8_0 embedding and head, {cache} cache, flash attention"
+    files = "gguf"
     packages = ("llama_cpp", "gguf", "onnx")
     distributions = ("llama-cpp-python",)
     value_bytes_each = 2.2
-
-    @property
-    def folder(self) -> Path:
-        return self.assets.folder / "gguf"
 
     def make(self, folder: Path) -> None:
         """Write the model; it has no vocabulary: token ids only."""

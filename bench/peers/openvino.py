@@ -35,14 +35,11 @@ class OpenvinoArm(Arm):
     settings = (
         "int4 weights in groups of 64, int8 embedding and head, {cache} cache, stateful, computing in {computing}"
     )
+    files = "openvino"
     packages = ("openvino", "optimum.intel", "nncf", "torch")
     distributions = ("openvino", "nncf", "optimum-intel")
     grows = True
     weight_bytes_each = 2.0
-
-    @property
-    def folder(self) -> Path:
-        return self.assets.folder / "openvino"
 
     def make(self, folder: Path) -> None:
         import nncf

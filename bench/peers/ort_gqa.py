@@ -31,14 +31,11 @@ class OrtGqaArm(Arm):
 
     runtime = "onnxruntime GroupQueryAttention"
     settings = "int{cache_bits}, one constant step per channel " + SHARED
+    files = "onegraph-{cache_bits}"
     packages = ("onnx",)
     distributions = ("onnxruntime",)
     exact = True
     value_bytes_each = 4.2
-
-    @property
-    def folder(self) -> Path:
-        return self.assets.folder / f"onegraph-{self.cache_bits}{'-exact' if self.assets.exact else ''}"
 
     def make(self, folder: Path) -> None:
         from kvq.bench.onegraph import OneGraph, cache_scales

@@ -46,15 +46,15 @@ How it is measured:
 """
 
 
-def _spread(row: Row) -> str:
-    return f"{row['ms_p25']:.2f} - {row['ms_p75']:.2f}"
-
-
 def _group(row: Row, shown: str) -> str:
     """What is shown of a row, with its group where there are several."""
     return shown + (f" (group {row['group']})" if row.get("groups", 1) > 1 else "")
 
 
+STEP: Columns = {
+    "ms/token": number("ms_per_token", ".2f"),
+    "spread": lambda row: f"{row['ms_p25']:.2f} - {row['ms_p75']:.2f}",
+}
 SPEED: Columns = {
     "floor ms": number("floor_ms", ".2f"),
     "x floor": number("over_floor", ".2f"),
@@ -68,8 +68,7 @@ MEMORY: Columns = {
 TERMINAL: Columns = {
     "arm": lambda row: row["arm"],
     "context": number("context", "d", 1),
-    "ms/token": number("ms_per_token", ".2f"),
-    "p25 - p75": _spread,
+    **STEP,
     **SPEED,
     "attention": number("attention_gb_per_s", ".1f"),
     "of read": number("attention_of_read", ".2f"),
@@ -84,7 +83,8 @@ def decode_table(rows: list[Row]) -> str:
     """A table for a terminal, with a line on what was measured."""
     bandwidth, idle = (max(row[name] for row in rows) for name in ("bandwidth_gb_per_s", "idle_cpu_share"))
     note = (
-        f"{rows[0]['shape']}, {rows[0]['threads']} threads, median of {min(row['steps'] for row in rows)} steps;"
+        f"{rows[0]['shape']}, {rows[0]['threads']} threads, median (spread: quartiles) of"
+        f" {min(row['steps'] for row in rows)} steps;"
         f" memory read at {bandwidth:.1f} GB/s; difference: of logits from those of the reference on numpy;"
         f" idle arms took {100 * idle:.1f} % of a core"
     )
@@ -131,8 +131,7 @@ def step_table(rows: list[Row]) -> list[str]:
     """A Markdown table of decode steps at one shape, context and number of threads, fastest first."""
     columns: Columns = {
         "arm": lambda row: _group(row, row["arm"]),
-        "ms/token": TERMINAL["ms/token"],
-        "spread": _spread,
+        **STEP,
         **{f"{peer} / arm": _beside(rows, peer, _step_times) for peer in PEERS},
         "policy / step": _policy,
         **SPEED,

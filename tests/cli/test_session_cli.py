@@ -96,7 +96,8 @@ def test_the_resume_benchmark_measures_what_it_has_checked(tiny_model, path):
     from kvq.bench.resume import measure
 
     row = measure(tiny_model, "fp16", 1000, path)
-    assert row[:2] == ["248", "fp16"]
+    assert (row["tokens"], row["policy"]) == (248, "fp16")
+    assert row["file_bytes"] == path.stat().st_size
     assert path.exists()
 
 
