@@ -19,7 +19,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 NATIVE = Path("runtime", "native")
-FLAGS = ["-std=gnu11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
+         "-Werror=implicit-function-declaration"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # Every kernel is one file, compiled for its instruction set; which one runs is decided on the user's machine.
 X86 = {

@@ -6,7 +6,7 @@
 /* X(name, id, bits, scale, products, with) for each precision; `with` is whatever the caller hands on.
  *   name      of its functions, level_<name> and so on: docs/native.md lists what a precision must bring
  *   id        its number in the page table, that of its codec in runtime/precision/codecs
- *   bits      of a code; whole codes fill a word of 32 bits, so 16, 8, 4, 2 or 1
+ *   bits      of a code: 16, 8, 4 or 2, so that codes fill words of 32 bits
  *   scale     SCALED where a vector has a half as its scale, else UNSCALED
  *   products  what integer dot products do with its codes: nothing (FLOATS), or they take a code's level as a byte, in
  *             WHOLES or in THIRDS */
@@ -35,9 +35,9 @@
 enum { KVQ_WIDTHS(KVQ_ID_OF, ) };
 enum { KVQ_WIDTHS(KVQ_NUMBER_OF, ) WIDTH_COUNT };
 
-/* Codes are cut out of words, and buffers for a vector's words are made for 16 bits. */
+/* Codes are cut out of words; what is padded to whole 16s has no more than 16 of them in a word. */
 #define KVQ_FITS(name, id, bits, scale, products, with) \
-    _Static_assert(32 % (bits) == 0 && (bits) <= 16, #name ": its codes do not fill words");
+    _Static_assert((bits) >= 2 && (bits) <= 16 && 32 % (bits) == 0, #name ": its codes do not fill words");
 KVQ_WIDTHS(KVQ_FITS, )
 _Static_assert(WIDTH_COUNT <= 32, "a mask of widths is an unsigned int");
 
