@@ -1,4 +1,4 @@
-"""Flags and what is said of them: environment twins, help pages, docs/cli.md, shell completion."""
+"""Flags and what is said of them: environment twins, help, docs/cli.md, shell completion."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_a_stop_string_in_the_environment_keeps_its_blanks(tiny_bundle):
 def test_a_wrong_value_names_the_variable_it_came_from(tiny_bundle):
     done = run(tiny_bundle, "Hello", env={"KVQ_THREADS": "many"})
     assert done.returncode == 2
-    assert "'many' is not a valid integer (from KVQ_THREADS)" in done.stderr
+    assert "'many' is not a valid integer (from KVQ_THREADS; see kvq run --help)\n" in done.stderr
     done = run(tiny_bundle, "--threads", "many", "Hello", env={"KVQ_THREADS": "1"})
     assert "KVQ_THREADS" not in done.stderr
 
 
-def test_help_pages_are_80_columns_wide_with_examples_and_the_twins():
+def test_help_is_80_columns_wide_with_examples_and_the_twins():
     for name, text in helps(group, CONTEXT):
         assert max(map(len, text.splitlines())) <= 80, name
     for path, found in leaves(group, CONTEXT):

@@ -1,4 +1,4 @@
-"""kvq inspect: text, page, plot and JSON of a text or of a saved session; errors in one line."""
+"""kvq inspect: text, report, plot and JSON of a text or of a saved session; errors in one line."""
 
 from __future__ import annotations
 
@@ -94,11 +94,13 @@ def test_page_and_plot_are_written_instead_of_the_text(tiny_bundle, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(made)
 
 
-def test_a_page_that_cannot_be_written_is_one_line(tiny_bundle, tmp_path):
+def test_a_report_that_cannot_be_written_is_one_line(tiny_bundle, tmp_path):
     missing = tmp_path / "no" / "page.html"
     done = inspect(tiny_bundle, "-p", "int4", "--html", str(missing), "Hello")
-    assert_one_line_error(done, "page.html", "No such file")
-    assert_one_line_error(inspect(tiny_bundle, "-p", "int4", "--html", str(tmp_path), "Hello"), "Is a directory")
+    assert_one_line_error(done, f"'--html': there is no folder {missing.parent}; make it first", code=2, who="Error")
+    assert_one_line_error(
+        inspect(tiny_bundle, "-p", "int4", "--html", str(tmp_path), "Hello"), "is a directory", code=2, who="Error"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

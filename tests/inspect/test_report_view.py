@@ -1,4 +1,4 @@
-"""An inspection as a page and as pictures: whole, escaped, loading and running nothing, the same facts."""
+"""An inspection as a report and as pictures: whole, escaped, loading and running nothing, the same facts."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ def run(model, *arguments, **options) -> subprocess.CompletedProcess:
     return kvq("run", "--model", str(model), *GENERATED, *arguments, **options)
 
 
-def assert_one_line_error(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
-    """Nothing but one line of stderr, with these words in it."""
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str, code: int = 1, who: str = "kvq") -> None:
+    """Nothing but one line of stderr, with these words in it; who: "Error" tells of wrong usage."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("kvq: ")
+    assert done.stderr.startswith(f"{who}: ")
     assert done.stderr.endswith("\n")
     assert done.stderr.count("\n") == 1
     for word in words:
