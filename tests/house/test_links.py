@@ -1,4 +1,4 @@
-"""What the documents name exists: links, files, definitions (`path/file.py:name`), modules."""
+"""What the documents name exists: links, files and what they define (`FOLDER/FILE.py:NAME`), modules."""
 
 from __future__ import annotations
 
