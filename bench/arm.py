@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kvq.bench.floor import taken
 from kvq.bench.machine import resident_bytes, versions
 from kvq.bench.shapes import Assets, made_folder, make_bundle
 
@@ -56,8 +56,6 @@ class Arm(ABC):
     backend: str | None
     capacity: int
     length: int
-
-    # -- what an arm does its own way -----------------------------------------------------------------
 
     def make(self, folder: Path) -> None:
         """Write the files of `folder`."""
@@ -105,8 +103,6 @@ class Arm(ABC):
     def describe(self) -> dict[str, Any]:
         """What ran: backend, settings and more; plain JSON values."""
         return {"backend": self.runtime, "settings": self.settings.format(**vars(self))}
-
-    # -- what is asked of it in its process, see `kvq.bench.child` ------------------------------------
 
     @property
     def folder(self) -> Path:
@@ -157,8 +153,6 @@ class Arm(ABC):
         report = {name: getattr(self, name)() for name in numbers} | {"peak_rss_bytes": resident_bytes(peak=True)}
         return report | {"versions": versions(*self.distributions), **self.describe(), **self._shares}
 
-    # -- what is asked of it before -------------------------------------------------------------------
-
     def missing(self) -> str | None:
         """Why the arm cannot run here, or None."""
         absent = [name for name in self.packages if not installed(name)]
@@ -196,10 +190,3 @@ def arm(name: str, folder: str, fields: dict[str, Any], exact: bool, threads: in
     made = arms()[name]
     made.assets, made.threads, made.backend = Assets(Path(folder), fields, exact), threads, backend
     return made
-
-
-def taken(work, *arguments) -> float:
-    """Seconds of a call."""
-    begun = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - begun

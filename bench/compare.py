@@ -4,7 +4,8 @@
 
 A and B are folders, each with its own native library built in it. Each has a process with the model loaded, and new
 processes for what a start costs; they take turns, A B B A and so on, so that both see the same state of the machine. A
-first turn is not counted. Ratios are B / A turn by turn: their median, in brackets their quartiles.
+first turn is not counted. Ratios are B / A turn by turn: their median, in brackets their quartiles; below 1 is better
+for B but for tokens/s, where above 1 is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The physical floor: how fast this machine reads memory."""
+"""The physical floor, how fast this machine reads memory, and the clock that all times are taken with."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -20,10 +22,18 @@ def read_bandwidth(threads: int, nbytes: int = ARRAY_BYTES, repeats: int = 5) ->
     array = np.ones(nbytes // 4, np.float32)
     # Long parts lose nothing to Python, short ones keep a thread that was held up from being waited for.
     parts = np.array_split(array, threads * 16)
-    best = 0.0
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            list(pool.map(lambda part: float(np.dot(part, part)), parts))
-            best = max(best, array.nbytes / (time.perf_counter() - begun))
-    return best
+    with threadpool_limits(1, user_api="blas"):
+        return array.nbytes / fastest([lambda part=part: float(np.dot(part, part)) for part in parts], threads, repeats)
+
+
+def fastest(parts: Sequence[Callable[[], object]], threads: int, repeats: int) -> float:
+    """Seconds of the best of some passes over all parts, by so many threads together."""
+    with ThreadPoolExecutor(threads) as pool:
+        return min(taken(lambda: list(pool.map(lambda part: part(), parts))) for _ in range(repeats))
+
+
+def taken(work: Callable[..., object], *arguments: Any) -> float:
+    """Seconds of a call."""
+    begun = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - begun

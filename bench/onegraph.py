@@ -111,7 +111,7 @@ class OneGraph:
         width = shape.head_dim // values
         past = [graph.input(f"past_{x}_{layer}", 1, shape.kv_heads, "past", width, dtype=kind) for x in "kv"]
         present = [f"present_{x}_{layer}" for x in "kv"]
-        size = [1, shape.kv_heads, "present", width]
+        size: list[Any] = [1, shape.kv_heads, "present", width]
         graph.outputs += [helper.make_tensor_value_info(name, kind, size) for name in present]
         inputs = [qkv, "", "", *past, *places]
         attributes: dict[str, Any] = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}

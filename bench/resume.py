@@ -19,13 +19,14 @@ import click
 import numpy as np
 
 import kvq
-from kvq.bench.arm import taken
+from kvq.bench.floor import taken
 from kvq.bench.options import HELP, cache_option, counts, json_option
 from kvq.bench.report.tables import Columns, Results, Row, number
 from kvq.bench.shapes import assets, make_bundle
 from kvq.runtime.session.statistics import size
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+MODEL, DEFAULT = "Bundle, embedded model, or smollm-135m for random weights", ("kvq-books", "smollm-135m")
 CHECKED = 8  # tokens that have to be the same
 POLICIES: dict[str, dict[str, Any]] = {"fp16": {}, "int4": {}, "adaptive": {"kv_bits": 3.25}}
 COLUMNS: Columns = {
@@ -72,14 +73,7 @@ def measure(model: kvq.Model, policy: str, tokens: int, path: Path) -> Row:
 
 @click.command(context_settings=HELP)
 @click.option("--tokens", default="512,2048", show_default=True, callback=counts("text"), help="Lengths of the text.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=("kvq-books", "smollm-135m"),
-    show_default=True,
-    help="Bundle, embedded model, or smollm-135m for random weights; can be repeated.",
-)
+@click.option("--model", "models", multiple=True, default=DEFAULT, show_default=True, help=f"{MODEL}; can be repeated.")
 @cache_option
 @json_option
 def main(tokens, models, cache, json_file) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvq.bench.arm import taken
+from kvq.bench.floor import fastest
 from kvq.runtime.session.session import Session
 
 REPEATS = 7
@@ -36,9 +35,8 @@ def attention_beside_read(session: Session, threads: int) -> dict[str, Any]:
     def read_part(number: int) -> int:
         return sum(int(np.bitwise_or.reduce(array)) & 1 for array in words[number::threads])
 
-    with ThreadPoolExecutor(threads) as pool:
-        attention = _best(pool, _attention_parts(session, threads))
-        read = _best(pool, [partial(read_part, number) for number in range(threads)])
+    attention = fastest(_attention_parts(session, threads), threads, REPEATS)
+    read = fastest([partial(read_part, number) for number in range(threads)], threads, REPEATS)
     speed, read_speed = session.store.used_nbytes / attention, sum(array.nbytes for array in arrays) / read
     return {
         "attention_ms": 1e3 * attention,
@@ -46,11 +44,6 @@ def attention_beside_read(session: Session, threads: int) -> dict[str, Any]:
         "read_gb_per_s": read_speed / 1e9,
         "attention_of_read": speed / read_speed,
     }
-
-
-def _best(pool: ThreadPoolExecutor, parts: list[Callable[[], Any]]) -> float:
-    """Seconds of the fastest pass over all parts, one thread each."""
-    return min(taken(lambda: list(pool.map(lambda part: part(), parts))) for _ in range(REPEATS))
 
 
 def _attention_parts(session: Session, threads: int) -> list[Callable[[], None]]:

@@ -50,7 +50,7 @@ class LlamaArm(Arm):
 
         weights, fields = BundleWeights(self.assets), self.assets.fields
         shape = weights.shape
-        names = get_tensor_name_map(MODEL_ARCH.LLAMA, shape.layers)
+        names: Any = get_tensor_name_map(MODEL_ARCH.LLAMA, shape.layers)
         writer = GGUFWriter(folder / "model.gguf", "llama")
         writer.add_name(self.assets.folder.name)
         writer.add_context_length(shape.context)

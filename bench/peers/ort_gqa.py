@@ -12,7 +12,7 @@ from kvq.bench.arm import Arm
 
 CHUNK = 512  # tokens per prefill run
 SHARED = f"cache, shared past and present, bound once, own spinning pool, weights on huge pages, chunks of {CHUNK}"
-CACHES: dict[int, tuple[type, int]] = {32: (np.float32, 1), 8: (np.int8, 1), 4: (np.uint8, 2)}  # values per element
+CACHES: dict[int, tuple[Any, int]] = {32: (np.float32, 1), 8: (np.int8, 1), 4: (np.uint8, 2)}  # values per element
 
 
 @dataclass

@@ -53,8 +53,8 @@ def aligned(columns: Columns, rows: Iterable[Row]) -> list[str]:
     """Lines of a table for a terminal: first and last column to the left, the others to the right."""
     lines = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    ways = [str.ljust, *[str.rjust] * (len(widths) - 2), str.ljust]
-    return ["  ".join(way(*cell) for way, *cell in zip(ways, line, widths, strict=True)).rstrip() for line in lines]
+    ways = ["<", *">" * (len(widths) - 2), "<"]
+    return ["  ".join(f"{c:{way}{w}}" for c, way, w in zip(line, ways, widths, strict=True)).rstrip() for line in lines]
 
 
 def number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
