@@ -17,6 +17,7 @@ from kvq.bench.kvq.controllers import add_controllers
 from kvq.bench.shapes import assets
 from kvq.bench.weights import BundleWeights
 from kvq.runtime.bundle.manifest import MANIFEST
+from tests.tools.packages import needs
 
 
 def test_controllers_of_the_benchmark_are_added_once_and_mix_classes(measured, cache):
@@ -46,7 +47,7 @@ def test_checkpoint_holds_the_values_of_the_bundle(cache):
 
 
 def test_gguf_blocks_decode_to_the_values_of_the_bundle(cache):
-    gguf = pytest.importorskip("gguf")
+    gguf = needs("gguf")
     from kvq.bench.peers.llama import gguf_blocks
 
     for _, matrix in BundleWeights(assets("tiny", cache)).parts():
