@@ -16,6 +16,7 @@ import pytest
 from tests.tools.examples import edit, examples
 from tests.tools.tree import ROOT
 
+pytestmark = pytest.mark.slow
 PACKAGES = ("kvq", "runtime", "controller", "exporter", "models", "bench", "tests")
 
 
@@ -94,7 +95,6 @@ def test_a_codec_is_one_file(tmp_path, tiny_bundle):
     passes(tree, "tests/precision/test_three.py")
 
 
-@pytest.mark.slow
 def test_every_test_of_codecs_takes_a_new_one(tmp_path):
     tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
     passes(tree, "tests/precision")
@@ -119,7 +119,6 @@ def test_a_backend_is_one_file(tmp_path):
     assert run(tree, code, KVQ_BACKEND="dense") == "dense\n"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the example is of x86-64")
 def test_an_instruction_set_is_one_file_and_three_names(tmp_path, tiny_bundle):
     tree = tree_with(tmp_path / "tree", "runtime/native/isa/sse4.c")
