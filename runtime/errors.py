@@ -40,7 +40,7 @@ class PromptError(KvqError):
 
 
 class ContextError(KvqError):
-    """More tokens than the model's context window holds."""
+    """More tokens than the model's context holds."""
 
 
 class SessionError(KvqError):

@@ -13,7 +13,7 @@ from typing import Any
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog import checkpoints
 from kvq.runtime.catalog.choices import choices, chosen_default
-from kvq.runtime.catalog.home import home, models
+from kvq.runtime.catalog.home import models
 from kvq.runtime.catalog.hub import offline_wanted
 from kvq.runtime.catalog.pull import Job, pull
 from kvq.runtime.catalog.registry import HUB_ID, registry
@@ -22,7 +22,6 @@ from kvq.runtime.errors import BundleError
 LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
 DEFAULT_MODEL = "kvq-books"
 SUGGESTED = "smollm2-135m-instruct"
-__all__ = ["DEFAULT_MODEL", "cached_models", "described", "embedded_models", "home", "locate", "pulled_models"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Response:
         logprob: its log-probability under the model, in nats.
         index: tokens generated before this one.
         finish_reason: None until the last response; then "stop" (end-of-text, a stop token or
-            a stop string), "length" (max_tokens) or "context" (the context window is full).
+            a stop string), "length" (max_tokens) or "context" (the context is full).
     """
 
     text: str

@@ -15,6 +15,7 @@ import kvq
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import references
+from kvq.runtime.catalog.home import home
 from tests.tools.command_line import assert_one_line_error
 from tests.tools.command_line import kvq as command
 from tests.tools.packages import needs
@@ -138,13 +139,13 @@ def test_a_folder_that_cannot_be_written_is_named(hub, monkeypatch, tmp_path):
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    assert references.home() == tmp_path / "home"
+    assert home() == tmp_path / "home"
     monkeypatch.delenv("KVQ_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert references.home() == tmp_path / "xdg" / "kvq"
+    assert home() == tmp_path / "xdg" / "kvq"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert references.home() == tmp_path / ".cache" / "kvq"
+    assert home() == tmp_path / ".cache" / "kvq"
 
 
 def test_a_folder_goes_before_a_hub_id_and_an_embedded_name_before_a_folder(hub, tmp_path, monkeypatch, tiny_bundle):
