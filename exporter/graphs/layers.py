@@ -206,9 +206,9 @@ class Decoder(Layers):
         mean = graph.weight(f"model.layers.{layer}.{centered}", options.mean_keys[layer])
         # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
         rotate = int(options.rotates) + 2 * int(options.rotates_values)
-        inputs = (self.project_inputs(step), self.cosine, self.sine, mean)
+        inputs = [self.project_inputs(step), self.cosine, self.sine, mean]
         if options.key_basis is not None:
-            inputs = (*inputs, self.weight_of_basis(layer))
+            inputs.append(self.weight_of_basis(layer))
         self.value = self.project_output(step, graph.op("Attention", *inputs, domain=KVQ, layer=layer, rotate=rotate))
 
     def swiglu(self) -> str:
