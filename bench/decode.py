@@ -30,11 +30,12 @@ ALL = ",".join(known_arms())
 SHAPE = names("shape", lambda text: (*BENCH_SHAPES, *(["tiny"] if text == "tiny" else [])))
 ARMS = names("arm", lambda text: known_arms())
 BACKEND = names("backend", lambda text: ("auto", *BACKENDS))
+SHAPES = ", ".join(BENCH_SHAPES)
 CONTEXTS = counts("context", LONGEST)
 
 
 @click.command(context_settings=HELP)
-@click.option("--shape", default="smollm-135m", show_default=True, callback=SHAPE, help=f"One of {BENCH_SHAPES}.")
+@click.option("--shape", default="smollm-135m", show_default=True, callback=SHAPE, help=f"One of {SHAPES}.")
 @click.option("--context", default="512,2048,8192", show_default=True, callback=CONTEXTS, help="Cached tokens.")
 @click.option("--arms", default=ALL, show_default=True, callback=ARMS, help="What to compare, comma-separated.")
 @threads_option

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def read_bandwidth(threads: int, nbytes: int = ARRAY_BYTES, repeats: int = 5) ->
     # Long parts lose nothing to Python, short ones keep a thread that was held up from being waited for.
     parts = np.array_split(array, threads * 16)
     with threadpool_limits(1, user_api="blas"):
-        return array.nbytes / fastest([lambda part=part: float(np.dot(part, part)) for part in parts], threads, repeats)
+        return array.nbytes / fastest([partial(np.dot, part, part) for part in parts], threads, repeats)
 
 
 def fastest(parts: Sequence[Callable[[], object]], threads: int, repeats: int) -> float:

@@ -47,8 +47,8 @@ class InspectedToken:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the features by name."""
         fields = {name: getattr(self, name) for name in ("position", "id", "text", "cell")}
-        fields |= {"key_bits": self.bits.k, "value_bits": self.bits.v}
-        fields |= {"chosen_key_bits": self.chosen.k, "chosen_value_bits": self.chosen.v}
+        fields |= dict(zip(("key_bits", "value_bits"), self.bits.bits, strict=True))
+        fields |= dict(zip(("chosen_key_bits", "chosen_value_bits"), self.chosen.bits, strict=True))
         fields |= {"in_window": self.in_window, "nbytes": self.nbytes}
         return fields if self.features is None else fields | self.features._asdict()
 

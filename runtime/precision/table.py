@@ -17,6 +17,11 @@ class Pair(NamedTuple):
     k: int
     v: int
 
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of a code of its keys, of its values; an id need not be one."""
+        return CODECS[self.k].bits, CODECS[self.v].bits
+
     def __str__(self) -> str:
         return f"k{CODECS[self.k].precision.name}v{CODECS[self.v].precision.name}"
 

@@ -28,7 +28,8 @@ class Stats:
     Attributes:
         backend, policy, threads: what ran.
         policy_reason: why it is that policy though nobody named it, where a user should know; else empty.
-        backend_detail: the instruction set of native attention; of a fallback, why it is one; else empty.
+        backend_detail: the instruction set of native attention, and what numpy has done for it; of a fallback, why it
+            is one; else empty.
         recent, sink: tokens protected at 16 bits.
         prefill: "stepwise" or "chunked", see `kvq.Session`.
         tokens: in the cache.

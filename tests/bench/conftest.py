@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from kvq.bench.shapes import assets, make_bundle
+from tests.tools.packages import needs
 
 MEASURED = ("kvq-fp16", "kvq-mixed", "kvq-adaptive", "kvq-rule", "ort-gqa-fp32", "ort-gqa-int8")
 
@@ -15,6 +16,7 @@ MEASURED = ("kvq-fp16", "kvq-mixed", "kvq-adaptive", "kvq-rule", "ort-gqa-fp32",
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Folder of the tiny shape's files, made once."""
+    needs("torch")
     folder = tmp_path_factory.mktemp("bench")
     make_bundle(assets("tiny", folder))
     return folder

@@ -17,8 +17,10 @@ from kvq.bench.kvq.controllers import add_controllers
 from kvq.bench.shapes import assets
 from kvq.bench.weights import BundleWeights
 from kvq.runtime.bundle.manifest import MANIFEST
+from tests.tools.packages import needs
 
 
+@pytest.mark.slow
 def test_controllers_of_the_benchmark_are_added_once_and_mix_classes(measured, cache):
     bundle = assets("tiny", cache).bundle
     before = (bundle / MANIFEST).read_bytes()
@@ -33,6 +35,7 @@ def test_controllers_of_the_benchmark_are_added_once_and_mix_classes(measured, c
         assert sum(tokens > 30 for tokens in held) >= 2
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_the_values_of_the_bundle(cache):
     from safetensors.numpy import load_file
 
@@ -45,8 +48,9 @@ def test_checkpoint_holds_the_values_of_the_bundle(cache):
         np.testing.assert_array_equal(stored[name], tensor)
 
 
+@pytest.mark.slow
 def test_gguf_blocks_decode_to_the_values_of_the_bundle(cache):
-    gguf = pytest.importorskip("gguf")
+    gguf = needs("gguf")
     from kvq.bench.peers.llama import gguf_blocks
 
     for _, matrix in BundleWeights(assets("tiny", cache)).parts():

@@ -17,6 +17,7 @@ from kvq.bench.process import Child, ChildError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_checkouts_are_compared_turn_by_turn(tiny_bundle, tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "kvq.bench.compare", ROOT, ROOT, "--model", tiny_bundle, "--rounds", "2"]

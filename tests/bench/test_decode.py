@@ -33,6 +33,7 @@ def run(cache, *names):
     return schedule.Run("tiny", list(names), [24], 1, cache, steps=2, rounds=1, say=lambda line: None)
 
 
+@pytest.mark.slow
 def test_rows_have_the_promised_keys_and_consistent_units(measured):
     rows = rows_of(measured)
     assert {(row["arm"], row["context"]) for row in rows} == {
@@ -56,6 +57,7 @@ def test_rows_have_the_promised_keys_and_consistent_units(measured):
         assert row["run"]["skipped"] == {}
 
 
+@pytest.mark.slow
 def test_cache_bytes_are_those_of_the_cache(measured, cache):
     values = assets("tiny", cache).values_per_token
     by_arm = {row["arm"]: row for row in rows_of(measured) if row["context"] == 48}
@@ -65,6 +67,7 @@ def test_cache_bytes_are_those_of_the_cache(measured, cache):
     assert by_arm["kvq-mixed"]["kv_bytes"] < by_arm["kvq-fp16"]["kv_bytes"]
 
 
+@pytest.mark.slow
 def test_arms_agree_and_say_with_what(measured):
     for row in rows_of(measured):
         assert row["check_difference"] <= (row["check_tolerance"] or 0.5)
@@ -74,6 +77,7 @@ def test_arms_agree_and_say_with_what(measured):
     assert by_arm["kvq-mixed"]["check_reference"] == "kvq-mixed on numpy, float32 activations"
 
 
+@pytest.mark.slow
 def test_rows_of_policies_that_look_at_tokens_say_what_that_takes(measured):
     for row in rows_of(measured):
         assert ("policy_ms" in row) == (row["arm"] in ("kvq-adaptive", "kvq-rule"))
@@ -84,6 +88,7 @@ def test_rows_of_policies_that_look_at_tokens_say_what_that_takes(measured):
             assert "3.25 bits a value in all" in row["settings"]
 
 
+@pytest.mark.slow
 def test_table_goes_to_stdout_and_progress_to_stderr(measured):
     out, err, file = measured
     assert "ms/token" in out
@@ -123,6 +128,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(arguments, words):
         assert word in line
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_not_installed_is_named_as_skipped(cache, monkeypatch):
     class Absent(KvqArm):
         packages = ("no_such_runtime", "no_such.runtime", "numpy")
@@ -136,6 +142,7 @@ def test_an_arm_that_is_not_installed_is_named_as_skipped(cache, monkeypatch):
     assert said == ["absent: skipped, not installed: no_such_runtime, no_such.runtime"]
 
 
+@pytest.mark.slow
 def test_an_arm_whose_process_dies_is_named_as_skipped(cache, monkeypatch):
     monkeypatch.setitem(arms(), "broken", KvqArm("fp16"))  # the child does not know it
     bench = run(cache, "broken")
@@ -145,6 +152,7 @@ def test_an_arm_whose_process_dies_is_named_as_skipped(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [0.02, np.nan])
+@pytest.mark.slow
 def test_a_wrong_backend_is_caught_before_it_is_timed(cache, monkeypatch, error):
     real = schedule.Run._logits
 
@@ -173,6 +181,7 @@ def test_a_wrong_arm_makes_the_exit_code_1(monkeypatch, tmp_path):
     assert "kvq-fp16: skipped, wrong" in result.output
 
 
+@pytest.mark.slow
 def test_groups_fit_into_memory_and_share_their_first_arm(cache, monkeypatch):
     bench = run(cache, "kvq-fp16", "kvq-int4", "ort-gqa-fp32", "llama-f16")
     need = arms()["kvq-fp16"].resident_bytes(bench.assets, 24)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from click.testing import CliRunner
 
 from kvq.bench.report import __main__ as report
 from kvq.bench.report import page
 
 
+@pytest.mark.slow
 def test_report_renders(measured, tmp_path):
     out = tmp_path / "performance.md"
     result = CliRunner().invoke(report.main, [str(measured[2]), "-o", str(out)])

@@ -17,6 +17,7 @@ from kvq.exporter.sources.pretokenizers import PRE_TOKENIZERS
 from kvq.exporter.sources.tokenizers import from_gguf, from_vocab_and_merges
 from kvq.runtime.errors import CheckpointError
 from tests.tools.checkpoints import small_tokenizer
+from tests.tools.packages import needs
 from tests.tools.shared_data import shared_file
 from tests.tools.tokenizer_texts import CONTROL, MANY, PARTS, TEXT, USER, assert_same, one_line
 
@@ -162,7 +163,7 @@ def test_smollm2_file_gives_the_published_tokenizer():
     file = os.environ.get("KVQ_TEST_GGUF")
     if not file:
         pytest.skip("set KVQ_TEST_GGUF to a GGUF file of SmolLM2")
-    gguf = pytest.importorskip("gguf", reason="reading a GGUF file for comparison needs the gguf package")
+    gguf = needs("gguf")
     published = json.loads(shared_file("tokenizer", "tokenizer.json").read_text())
     fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
     ours = json.loads(from_gguf(fields, file))
@@ -176,7 +177,7 @@ def test_smollm2_file_gives_the_published_tokenizer():
 
 
 def test_vocab_and_merges_give_the_ids_of_transformers(original, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     data = json.loads(original.to_str())["model"]
     merges = "\n".join(["#version: 0.2", *(m if isinstance(m, str) else " ".join(m) for m in data["merges"]), ""])
     vocab = json.dumps(data["vocab"])

@@ -14,12 +14,13 @@ from kvq.exporter.calibration import calibration_text
 from kvq.exporter.sources import pieces
 from kvq.exporter.sources.tokenizers import from_gguf, from_sentencepiece
 from kvq.runtime.errors import CheckpointError, KvqError, UnsupportedArchitectureError
+from tests.tools.packages import needs
 from tests.tools.tokenizer_texts import CONTROL, MANY, TEXT, USER, assert_same, one_line
 
 
 def train(**options: object) -> bytes:
     """A BPE tokenizer.model such as Llama's, trained on the calibration text."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="training a tokenizer.model needs sentencepiece")
+    sentencepiece = needs("sentencepiece")
     written = io.BytesIO()
     like_llama = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
@@ -76,7 +77,7 @@ def in_gguf(processor) -> Tokenizer:
 @pytest.fixture(scope="module")
 def transformers_tokenizer(model, tmp_path_factory) -> Tokenizer:
     """LlamaTokenizerFast in its legacy form: the other one adds no space before text that begins with one."""
-    transformers = pytest.importorskip("transformers")
+    transformers = needs("transformers")
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "tokenizer.model").write_bytes(model)
     return transformers.LlamaTokenizerFast.from_pretrained(folder, legacy=True).backend_tokenizer
@@ -116,7 +117,7 @@ def test_sentencepiece_in_a_gguf_file(ours, in_gguf, text):
 )
 def test_merges_are_those_of_transformers(scored):
     """Equal scores too, which a trained model does not have."""
-    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
+    convert = needs("transformers.convert_slow_tokenizer")
     vocab = {text: index for index, text in enumerate(scored)}
     ours = pieces.Pieces(list(scored), list(scored.values()), [pieces.NORMAL] * len(scored), 0, None, None)
     assert ours.merges("m") == convert.generate_merges(vocab, scored.items())

@@ -4,6 +4,7 @@ touched.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from tests.tools.examples import edit, examples
 from tests.tools.tree import ROOT
 
+pytestmark = pytest.mark.slow
 PACKAGES = ("kvq", "runtime", "controller", "exporter", "models", "bench", "tests")
 
 
@@ -94,7 +96,6 @@ def test_a_codec_is_one_file(tmp_path, tiny_bundle):
     passes(tree, "tests/precision/test_three.py")
 
 
-@pytest.mark.slow
 def test_every_test_of_codecs_takes_a_new_one(tmp_path):
     tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
     passes(tree, "tests/precision")
@@ -119,7 +120,6 @@ def test_a_backend_is_one_file(tmp_path):
     assert run(tree, code, KVQ_BACKEND="dense") == "dense\n"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the example is of x86-64")
 def test_an_instruction_set_is_one_file_and_three_names(tmp_path, tiny_bundle):
     tree = tree_with(tmp_path / "tree", "runtime/native/isa/sse4.c")
@@ -141,6 +141,19 @@ def test_every_section_has_an_example_in_our_style(tmp_path):
     files = [file for file in examples() if file.endswith(".py")]
     for command in (["check"], ["format", "--check"]):
         python(tree, "-m", "ruff", *command, "--no-cache", *files)
+
+
+@pytest.mark.parametrize("id_", [1, 29])
+def test_an_id_need_not_be_the_number_of_bits(tmp_path, id_):
+    """Shades and tables go by the bits of the codes."""
+    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
+    file = tree / "runtime/precision/codecs/three.py"
+    file.write_text(file.read_text().replace("Precision(3,", f"Precision({id_},"))
+    page = tmp_path / "page.html"
+    found = python(tree, "-m", "kvq", "inspect", "-m", "kvq-books", "-p", "k3v4", "--json", "--html", page, "One " * 60)
+    token = json.loads(found)["tokens"][10]
+    assert (token["chosen_key_bits"], token["chosen_value_bits"]) == (token["key_bits"], token["value_bits"]) == (3, 4)
+    assert "k3v4" in page.read_text()
 
 
 @pytest.mark.parametrize("id_", [4, 0, 32])

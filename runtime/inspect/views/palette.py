@@ -18,11 +18,11 @@ ON_LIGHT: list[Color] = [(255, 255, 204), (199, 233, 180), (127, 205, 187), (65,
 
 
 def level(bits: Pair) -> float:
-    """Place of a pair between all 2 bits, 0.0, and all 16 bits, 1.0, by its mean bits.
+    """Place of a pair between all 2 bits or fewer, 0.0, and all 16 bits, 1.0, by its mean bits.
 
     Logarithmic, bent so that 2 to 4 bits, where most tokens are, take nearly half of the range.
     """
-    return ((math.log2((bits.k + bits.v) / 2) - 1) / 3) ** 0.75
+    return (max(0, math.log2(sum(bits.bits) / 2) - 1) / 3) ** 0.75
 
 
 def shade(bits: Pair, ramp: Sequence[Color]) -> Color:
@@ -51,4 +51,4 @@ def _luminance(color: Color) -> float:
 
 def shown_bits(cell: Sequence[InspectedToken]) -> Pair:
     """The pair a cell is shown at: a character is only as good as the worst token it is spread over."""
-    return min((token.chosen for token in cell), key=lambda bits: (bits.k + bits.v, bits.k))
+    return min((token.chosen for token in cell), key=lambda bits: (sum(bits.bits), bits.bits))

@@ -59,7 +59,7 @@ def about(count: int) -> str:
 
 def panels(tokens: Sequence[InspectedToken]) -> list[Panel]:
     """Bits, and where the tokens have them entropy, rarity, attention variance and confidence."""
-    bits = [[float(token.chosen.k) for token in tokens], [float(token.chosen.v) for token in tokens]]
+    bits = [[float(token.chosen.bits[side]) for token in tokens] for side in (0, 1)]
     found = [Panel("bits stored as: keys line, values area", bits, 1.8, 18, [2, 4, 8, 16], True)]
     features = [token.features for token in tokens if token.features]
     if not features:
