@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ def calibration_ids(tokenizer_json: str, text: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text).ids[:MAX_TOKENS], np.int64)
 
 
+def windows(ids: np.ndarray, context: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts of a text that are read on their own, with their first place: at most `WINDOW` tokens, at least two."""
+    size = min(WINDOW, context)
+    for start in range(0, len(ids), size):
+        if len(ids) - start > 1:
+            yield start, ids[start : start + size]
+
+
+def mean_of(total: np.ndarray, count: int) -> np.ndarray:
+    """Mean of a sum; zero of nothing."""
+    return total / max(1, count)
+
+
 def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """Mean key of every KV head as the cache would hold it, float32 [layers, kv_heads, head_dim].
 
@@ -60,13 +73,9 @@ def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], No
     """
     shape = bundle.manifest.architecture
     engine, backend = Engine(bundle), make_backend()
-    window = min(WINDOW, shape.context)
     total = np.zeros((shape.layers, shape.kv_heads, shape.head_dim))
     count, passes = 0, {}
-    for start in range(0, len(ids), window):
-        part = ids[start : start + window]
-        if len(part) < 2:
-            continue
+    for start, part in windows(ids, shape.context):
         store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0, codecs=backend.codecs)
         for at in range(0, len(part), CHUNK):
             chunk = part[at : at + CHUNK]
@@ -79,4 +88,4 @@ def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], No
             if progress is not None:
                 progress(start + at + len(chunk), len(ids))
         count += len(part) - 1
-    return (total / max(1, count)).astype(np.float32)
+    return mean_of(total, count).astype(np.float32)

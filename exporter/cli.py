@@ -42,9 +42,16 @@ from kvq.runtime.errors import PromptError
 @click.option("--rotate/--no-rotate", default=True, show_default=True, help="Rotate heads by a Hadamard matrix.")
 @click.option("--center/--no-center", default=True, show_default=True, help="Subtract each head's mean key.")
 @click.option(
+    "--keys",
+    type=click.Choice(["plain", "balanced"]),
+    default="plain",
+    show_default=True,
+    help="balanced: in a basis measured on the calibration text, in which low precisions of keys cost half as much.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="UTF-8 text to measure the mean keys on; a built-in one if not given.",
+    help="UTF-8 text to measure keys on; a built-in one if not given.",
 )
 @click.option(
     "--layout",
@@ -58,7 +65,7 @@ from kvq.runtime.errors import PromptError
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.pass_context
 def export(
-    ctx, checkpoint, out, weights, activations, block, rotate, center, calibration, layout, name, overwrite
+    ctx, checkpoint, out, weights, activations, block, rotate, center, keys, calibration, layout, name, overwrite
 ) -> None:
     """Convert CHECKPOINT to a bundle in the folder OUT.
 
@@ -81,6 +88,8 @@ def export(
             raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
         if not center:
             raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    if keys == "balanced" and not center:
+        raise click.UsageError("--keys balanced centres keys too; leave --no-center out")
     from kvq.exporter.export import export as run_export
 
     with ExitStack() as stack:
@@ -101,6 +110,7 @@ def export(
             block=int(block),
             rotate=rotate,
             center=center,
+            keys=keys,
             calibration=text,
             name=name,
             overwrite=overwrite,
@@ -111,7 +121,7 @@ def export(
 
 def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
     """The one-file layout; options that only bundles have are refused rather than ignored."""
-    bundle_only = ("weights", "activations", "block", "rotate", "center", "calibration", "name", "overwrite")
+    bundle_only = ("weights", "activations", "block", "rotate", "center", "keys", "calibration", "name", "overwrite")
     given = [n for n in bundle_only if ctx.get_parameter_source(n) != click.core.ParameterSource.DEFAULT]
     if given:
         raise click.UsageError(f"--layout single takes no --{given[0]}")

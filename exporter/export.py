@@ -17,15 +17,17 @@ from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_tex
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
+from kvq.exporter.key_basis import key_basis, key_statistics
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS
 from kvq.models.shipped import attach
-from kvq.runtime.bundle.bundle import digest
+from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import BundleError, CheckpointError
 from kvq.runtime.files import sync_folder, write_atomically
 
+KEYS = ("plain", "balanced")
 # progress(done, total, what)
 Progress = Callable[[int, int, str], None]
 
@@ -66,6 +68,7 @@ def export(
     block: int = 64,
     rotate: bool = True,
     center: bool = True,
+    keys: str = "plain",
     calibration: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -82,6 +85,7 @@ def export(
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
+        keys: "plain", or "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`.
         calibration: that text; None takes a built-in one.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
@@ -91,7 +95,7 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    _check_options(weights=weights, activations=activations, block=block)
+    _check_options(weights=weights, activations=activations, block=block, keys=keys)
     begun = time.perf_counter()
     out = Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -100,13 +104,13 @@ def export(
             checkpoint = load_checkpoint(checkpoint)
         tokenizer = checkpoint.tokenizer_json()
         notes: list[str] = []
-        ids = _calibration(checkpoint.name, tokenizer, center, calibration, notes)
+        ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
         if rotate and rotation_name == "none":
             notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
         fold = not _keeps_values(checkpoint, weights)
         options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
-        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
+        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", "keys": keys}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
         manifest = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
@@ -114,13 +118,12 @@ def export(
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
             notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")
-    nbytes = sum(f.stat().st_size for f in out.iterdir())
-    return Summary(out, manifest, nbytes, time.perf_counter() - begun, notes)
+    return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
 
 
 def _check_options(**options: Any) -> None:
     """Raise CheckpointError for a value that an option does not have."""
-    known = {"weights": LAYER_BITS, "activations": ACCURACY_LEVEL, "block": (16, 32, 64, 128, 256)}
+    known = {"weights": LAYER_BITS, "activations": ACCURACY_LEVEL, "block": (16, 32, 64, 128, 256), "keys": KEYS}
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
@@ -180,8 +183,8 @@ def _write_graphs(
             def measured(done: int, count: int) -> None:
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
-            # The same graphs once more, with the means that the first ones have measured.
-            writer.center(mean_keys(NewBundle(folder), ids, measured))
+            # The same graphs once more, with what the first ones have measured.
+            writer.center(*_measured(NewBundle(folder), ids, measured))
             list(writer.segments()), writer.decoder()
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
@@ -192,13 +195,23 @@ def _write_graphs(
     return manifest
 
 
+def _measured(
+    bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `GraphWriter.center` takes: means of keys, and their basis if the bundle's are to have one."""
+    if bundle.manifest.kv["keys"] == "plain":
+        return mean_keys(bundle, ids, progress), None
+    basis, means = key_basis(key_statistics(bundle, ids, progress))
+    return means, basis
+
+
 def _calibration(
-    name: str, tokenizer: str | None, center: bool, text: str | None, notes: list[str]
+    name: str, tokenizer: str | None, center: bool, keys: str, text: str | None, notes: list[str]
 ) -> np.ndarray | None:
     """Token ids to measure mean keys on, int64 [tokens]; None where keys are not centred, which `notes` explains.
 
     Raises:
-        CheckpointError: a text that cannot be used.
+        CheckpointError: a text that cannot be used, or none for keys that need one.
     """
     if tokenizer is None:
         notes.append("no tokenizer in the checkpoint: the bundle takes token ids only")
@@ -207,6 +220,8 @@ def _calibration(
         if center:
             notes.append("keys not centred: there is no tokenizer to calibrate with")
     if tokenizer is None or not center:
+        if keys != "plain":
+            raise CheckpointError(f"keys cannot be {keys} without a tokenizer and centring; leave it out")
         return None
     ids = calibration_ids(tokenizer, calibration_text() if text is None else text)
     if len(ids) < 2:

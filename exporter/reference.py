@@ -56,7 +56,9 @@ class Twin:
     Attributes:
         shape: of the model.
         rotation: float32 [head_dim, head_dim] of every head in the cache; the identity if there is none.
-        mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of rotated keys.
+        key_basis: float32 [2, layers, kv_heads, head_dim, head_dim] that rotated queries and keys are multiplied with;
+            identities where the bundle has none.
+        mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of keys in this basis.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -70,6 +72,10 @@ class Twin:
         self.mean_keys = torch.from_numpy(np.stack([arrays[node.inputs[3]] for node in attentions]))
         products = (node for node in (*self._decoder, *self._head) if node.kind in PRODUCTS)
         matrices = {node.inputs[1]: _matrix(node, arrays) for node in products}
+        size = (self.shape.kv_heads, self.shape.head_dim, self.shape.head_dim)
+        same = np.broadcast_to(np.eye(size[1], dtype=np.float32), (2, *size))
+        bases = [arrays[node.inputs[4]] if len(node.inputs) > 4 else same for node in attentions]
+        self.key_basis = torch.from_numpy(np.stack(bases, 1))
         for node in attentions:
             if node.attributes["rotate"] == 1:  # of queries and keys only: that of the values is in the weights
                 self._unrotate(node, rotation, matrices, arrays)
@@ -96,7 +102,7 @@ class Twin:
         positions = torch.arange(tokens, device=ids.device).repeat(batch)
         values: dict[str, Any] = {"ids": ids.flatten(), "positions": positions}
 
-        def attention(node: Node, qkv: Tensor, cosine: Tensor, sine: Tensor, _: Tensor) -> Tensor:
+        def attention(node: Node, qkv: Tensor, cosine: Tensor, sine: Tensor, *_: Tensor) -> Tensor:
             heads = qkv.view(batch, tokens, -1, shape.head_dim).transpose(1, 2)
             query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
             cosine, sine = (x.view(batch, 1, tokens, -1).repeat(1, 1, 1, 2) for x in (cosine, sine))
@@ -106,6 +112,13 @@ class Twin:
 
         self._run(self._decoder, values, attention)
         return values["residual_out"].view(batch, tokens, -1)
+
+    def to_cache(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [batch, heads, tokens, head_dim] as the cache knows them: rotated, in its basis, centred."""
+        group = query.shape[1] // key.shape[1]
+        query_basis, key_basis = self.key_basis[:, layer]
+        query = query @ self.rotation @ query_basis.repeat_interleave(group, 0)
+        return query, key @ self.rotation @ key_basis - self.mean_keys[layer][:, None]
 
     def logits(self, residual: Tensor) -> Tensor:
         """The head: residual [..., hidden] -> logits [..., vocab].
@@ -120,6 +133,7 @@ class Twin:
     def to(self, device: str) -> Twin:
         """Move everything there."""
         self.rotation, self.mean_keys = self.rotation.to(device), self.mean_keys.to(device)
+        self.key_basis = self.key_basis.to(device)
         for held in (self._matrices, self._constants):
             held.update({name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
         return self

@@ -89,8 +89,8 @@ class ParallelModel:
         keys, values, squares = [], [], []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, value = query @ rotation, value @ rotation
-            key = key @ rotation - self.twin.mean_keys[layer][:, None]
+            query, key = self.twin.to_cache(layer, query, key)
+            value = value @ rotation
             keys.append(key)
             values.append(value)
             if read is None:

@@ -85,6 +85,12 @@ class Layers(ABC):
     def swiglu(self) -> str:
         """silu of the value's first half times its second."""
 
+    def weight_of_basis(self, layer: int) -> str:
+        """The matrices of a layer's queries and keys, float32 [2, kv_heads, head_dim, head_dim]."""
+        basis = self.options.key_basis
+        assert basis is not None
+        return self.graph.weight(f"model.layers.{layer}.key_basis", basis[:, layer])
+
     def project_inputs(self, step: Attend) -> str:
         """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
         change = self._rotate_values if self.options.folds else None
@@ -137,6 +143,8 @@ class Segment(Layers):
         query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
         if self.options.rotates:
             query_key = graph.op("MatMul", query_key, graph.weight("rotation", self.options.rotation))
+        if self.options.key_basis is not None:
+            query_key = self._in_basis(query_key, layer)
         if mean_keys.any():
             mean = np.zeros((both, shape.head_dim), np.float32)
             mean[shape.heads :] = mean_keys
@@ -151,6 +159,21 @@ class Segment(Layers):
         gate, up = self.graph.split(self.value, [self.shape.ffn, self.shape.ffn])
         # QuickGelu with alpha 1 is SiLU.
         return self.graph.op("Mul", self.graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
+
+    def _in_basis(self, query_key: str, layer: int) -> str:
+        """Queries and keys [tokens, heads + kv_heads, head_dim] times their matrices, head by head."""
+        graph, shape = self.graph, self.shape
+        basis = self.weight_of_basis(layer)
+        sides = graph.ops("Split", 2, basis, graph.constant([1, 1]), axis=0)
+        by_head = graph.op("Transpose", query_key, perm=[1, 0, 2])
+        parts = graph.ops("Split", 2, by_head, graph.constant([shape.heads, shape.kv_heads]), axis=0)
+        turned = []
+        for part, heads, side in zip(parts, (shape.heads, shape.kv_heads), sides, strict=True):
+            matrices = graph.op("Reshape", side, graph.constant([shape.kv_heads, shape.head_dim, shape.head_dim]))
+            rows = graph.op("Reshape", part, graph.constant([shape.kv_heads, -1, shape.head_dim]))
+            product = graph.op("MatMul", rows, matrices)
+            turned.append(graph.op("Reshape", product, graph.constant([heads, -1, shape.head_dim])))
+        return graph.op("Transpose", graph.op("Concat", *turned, axis=0), perm=[1, 0, 2])
 
     def _rotated(self, x: str, heads: int) -> str:
         """Every head of x [tokens, heads * head_dim] rotated; the rotation is its own inverse."""
@@ -183,7 +206,9 @@ class Decoder(Layers):
         mean = graph.weight(f"model.layers.{layer}.{centered}", options.mean_keys[layer])
         # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
         rotate = int(options.rotates) + 2 * int(options.rotates_values)
-        inputs = (self.project_inputs(step), self.cosine, self.sine, mean)
+        inputs = [self.project_inputs(step), self.cosine, self.sine, mean]
+        if options.key_basis is not None:
+            inputs.append(self.weight_of_basis(layer))
         self.value = self.project_output(step, graph.op("Attention", *inputs, domain=KVQ, layer=layer, rotate=rotate))
 
     def swiglu(self) -> str:

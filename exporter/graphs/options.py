@@ -21,6 +21,8 @@ class GraphOptions:
         block: elements per scale of a quantized matrix.
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
+        key_basis: float32 [2, layers, kv_heads, head_dim, head_dim] that queries and keys are multiplied with after the
+            rotation, as rows, see `kvq.exporter.key_basis`; None leaves them as they are. Mean keys are then of it.
         fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
             else as they come, which leaves weights that a source holds in blocks as they are.
     """
@@ -31,6 +33,7 @@ class GraphOptions:
     rotation: np.ndarray
     mean_keys: np.ndarray
     fold_values: bool = True
+    key_basis: np.ndarray | None = None
 
     @property
     def rotates(self) -> bool:

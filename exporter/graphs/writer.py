@@ -37,9 +37,11 @@ class GraphWriter:
         """What has been written of the weights."""
         return self._products.matrices
 
-    def center(self, mean_keys: np.ndarray) -> None:
-        """Graphs written from now on subtract these means; see `GraphOptions`."""
-        self._options = replace(self._options, mean_keys=mean_keys)
+    def center(self, mean_keys: np.ndarray, key_basis: np.ndarray | None = None) -> None:
+        """Graphs written from now on take keys to this basis, if there is one, and subtract these means; see
+        `GraphOptions`.
+        """
+        self._options = replace(self._options, mean_keys=mean_keys, key_basis=key_basis)
 
     def segments(self) -> Iterator[str]:
         """Write the layers + 1 segments one by one, yielding file names."""

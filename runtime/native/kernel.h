@@ -9,6 +9,7 @@ typedef struct {
     const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
     const float *cosine, *sine; /* [tokens, head_dim / 2] */
     const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
+    const float *basis;         /* [2, kv_heads, head_dim, head_dim], see in_basis; null: none */
     float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
     int32_t heads, kv_heads, head_dim;
     int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
@@ -50,7 +51,7 @@ typedef struct {
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
                                                      * NO_MEMORY */
-    /* heads [first, end) of one token, queries before keys: rotary embedding, rotation, centring of the keys; with a key
+    /* heads [first, end) of one token, queries before keys: rotary embedding, rotation, basis, centring of the keys; with a key
      * goes its value, where values are rotated */
     void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
     void (*rotate)(float *x, size_t heads, int head_dim);

@@ -39,6 +39,7 @@ typedef struct {
 #define GetTensorTypeAndShape(api) ORT(api, 65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
 #define KernelInfoGetAttribute_float(api) ORT(api, 85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define KernelInfoGetAttribute_int64(api) ORT(api, 86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
+#define KernelContext_GetInputCount(api) ORT(api, 88, OrtStatus *, const OrtKernelContext *, size_t *)
 #define KernelContext_GetInput(api) ORT(api, 90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
 #define KernelContext_GetOutput(api) \
     ORT(api, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)

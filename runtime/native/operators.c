@@ -69,6 +69,12 @@ static const float *floats(run *r, size_t index, int64_t wanted) {
     return r->status ? NULL : data;
 }
 
+static size_t count_of_inputs(run *r) {
+    size_t count = 0;
+    if (!r->status) r->status = KernelContext_GetInputCount(r->api)(r->context, &count);
+    return count;
+}
+
 /* The number of columns of an input that is a matrix. */
 static int64_t columns_of(run *r, size_t index) {
     const OrtApi *api = r->api;
@@ -113,8 +119,8 @@ static void turn_back(void *data, size_t token) {
 }
 
 /* kvq::Attention: over the store of the thread's session.
- *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim]
- *   -> [tokens, heads * head_dim];  attributes layer, rotate (of KVQ_ROTATE_...) */
+ *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim],
+ *   and perhaps basis [2, kv_heads, head_dim, head_dim] -> [tokens, heads * head_dim];  attributes layer, rotate (of KVQ_ROTATE_...) */
 static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const node *self = state;
     const kvq_pass *pass = current_pass;
@@ -130,6 +136,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .cosine = floats(&r, 1, tokens * (d / 2)),
         .sine = floats(&r, 2, tokens * (d / 2)),
         .mean_key = floats(&r, 3, pass->kv_heads * d),
+        .basis = count_of_inputs(&r) > 4 ? floats(&r, 4, 2 * pass->kv_heads * d * d) : NULL,
         .heads = pass->heads,
         .kv_heads = pass->kv_heads,
         .head_dim = pass->head_dim,
@@ -225,19 +232,20 @@ static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; 
 static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
 static size_t two(const OrtCustomOp *op) { (void)op; return 2; }
 static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
-static size_t four(const OrtCustomOp *op) { (void)op; return 4; }
+static size_t five(const OrtCustomOp *op) { (void)op; return 5; }
+static int last_of_five_optional(const OrtCustomOp *op, size_t i) { (void)op; return i == 4; }
 
-#define OPERATOR(get_name, inputs, outputs, run_it)                                              \
+#define OPERATOR(get_name, inputs, characteristic, outputs, run_it)                                              \
     {                                                                                            \
         .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider, \
         .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,    \
-        .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = zero,    \
+        .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = characteristic,    \
         .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,   \
         .KernelComputeV2 = run_it,                                                               \
     }
-static const OrtCustomOp ATTENTION = OPERATOR(attention_name, four, one, attention);
-static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, one, swiglu);
-static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, two, add_norm);
+static const OrtCustomOp ATTENTION = OPERATOR(attention_name, five, last_of_five_optional, one, attention);
+static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, swiglu);
+static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, add_norm);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     node *self = calloc(1, sizeof *self);

@@ -58,6 +58,28 @@ static void rotate_heads(float *x, size_t heads, int d) {
     for (size_t h = 0; h < heads; h++, x += d) d == 64 ? hadamard(x, 64) : hadamard(x, d);
 }
 
+/* x, as a row, times a matrix [d, d], in place: of a query's basis, or of a key's. */
+INLINE void in_basis(float *x, const float *matrix, int d) {
+    float row[1024];
+    memcpy(row, x, sizeof(float) * d);
+    int c = 0;
+    for (; c + 4 * LANES <= d; c += 4 * LANES) {
+        vf sum[4] = {splat(0), splat(0), splat(0), splat(0)};
+        for (int i = 0; i < d; i++) {
+            const float *m = matrix + (size_t)i * d + c;
+            const vf factor = splat(row[i]);
+            UNROLL
+            for (int j = 0; j < 4; j++) sum[j] += factor * load_f(m + j * LANES);
+        }
+        for (int j = 0; j < 4; j++) store_f(x + c + j * LANES, sum[j]);
+    }
+    for (; c < d; c++) {
+        float sum = 0;
+        for (int i = 0; i < d; i++) sum += row[i] * matrix[(size_t)i * d + c];
+        x[c] = sum;
+    }
+}
+
 static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
     const int d = p->head_dim;
     const float *x = p->qkv + (token * (p->heads + 2 * p->kv_heads) + first) * d;
@@ -66,6 +88,10 @@ static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end
     for (int h = first; h < end; h++, x += d, out += d) {
         rotary(x, cosine, sine, d / 2, out);
         if (p->rotate & KVQ_ROTATE_KEYS) rotate_heads(out, 1, d);
+        if (p->basis) {
+            const int kv_head = h < p->heads ? h / (p->heads / p->kv_heads) : p->kv_heads + h - p->heads;
+            in_basis(out, p->basis + (size_t)kv_head * d * d, d);
+        }
         if (h < p->heads) continue;
         const float *mean = p->mean_key + (size_t)(h - p->heads) * d;
         for (int c = 0; c < d; c++) out[c] -= mean[c];
