@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,44 +191,3 @@ def _codecs() -> CodecSet:
 def _straight(x: Tensor, codec: Codec) -> Tensor:
     seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy())).to(x.device)
     return x + (seen - x).detach() if x.requires_grad else seen
-
-
-def hard_reader(bits: np.ndarray | Tensor) -> Reader:
-    """Every token at its own precision: bits integer [batch, tokens, 2], key and value bits."""
-    wanted = torch.as_tensor(np.array(bits, np.int64))
-
-    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = []
-        for side, x in enumerate((keys, values)):
-            y = x.clone()
-            for width in wanted[..., side].unique().tolist():
-                chosen = (wanted[..., side] == width).to(x.device)
-                part = x.transpose(1, 2)[chosen]  # [chosen tokens, kv_heads, head_dim]
-                y.transpose(1, 2)[chosen] = roundtrip(part, width)
-            seen.append(y)
-        return seen[0], seen[1]
-
-    return read
-
-
-def mixture_reader(weights: Tensor, classes: list[tuple[int, int]]) -> Reader:
-    """Every token as a weighted mixture of what each class would store.
-
-    Args:
-        weights: [batch, tokens, classes], rows sum to one; gradients flow into them.
-        classes: (key bits, value bits) of each.
-    """
-
-    def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = []
-        for side, x in enumerate((keys, values)):
-            # x + sum of weight * (stored - x): the identity's share passes x's own gradient on.
-            y = x
-            for width in sorted({pair[side] for pair in classes}):
-                members = [i for i, pair in enumerate(classes) if pair[side] == width]
-                share = weights[..., members].sum(-1)[:, None, :, None]
-                y = y + share * (roundtrip(x.detach(), width) - x.detach())
-            seen.append(y)
-        return seen[0], seen[1]
-
-    return read

@@ -13,7 +13,8 @@ from tests.tools.packages import needs
 
 torch = needs("torch")
 from kvq.controller.training.damage import WIDTHS, exact_damage, probe_damage
-from kvq.controller.training.parallel import ParallelModel, hard_reader, mixture_reader, roundtrip
+from kvq.controller.training.parallel import ParallelModel, roundtrip
+from tests.tools.readers import hard_reader, mixture_reader
 
 CLASSES = [(2, 2), (4, 2), (4, 4), (8, 4)]
 
