@@ -9,15 +9,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.catalog.home import claimed, exports, kept, place, staged
 from kvq.runtime.catalog.hub import CHECKPOINT_FILES
-from kvq.runtime.catalog.process import Progress, finished
 from kvq.runtime.errors import BundleError, CheckpointError, HubError
 from kvq.runtime.extras import install, missing
 from kvq.runtime.files import write_atomically
+
+if TYPE_CHECKING:
+    from kvq.runtime.catalog.process import Progress
 
 Notice = Callable[[str], None]
 EXPORT = [sys.executable, "-m", "kvq", "export"]
@@ -63,6 +66,8 @@ def export(source: Path, folder: Path, name: str, notice: Notice | None, progres
             progress(f"exporting {name}", _written(folder), None)
 
     command = [*EXPORT, str(source), str(folder), "--name", name]
+    from kvq.runtime.catalog.process import finished
+
     code, said = finished(command, environment, look, errors_alone=True)
     if code:
         lines = said.strip().splitlines()

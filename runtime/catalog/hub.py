@@ -8,12 +8,15 @@ from pathlib import Path
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
-from kvq.runtime.catalog.wheel import UnavailableError
 from kvq.runtime.errors import BundleError, HubError
 from kvq.runtime.extras import install, missing
 
 # Of a checkpoint: what the exporter reads, and nothing that could hold a pickle.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+class UnavailableError(HubError):
+    """A source that cannot be reached: the next one may do."""
 
 
 def offline_wanted() -> bool:

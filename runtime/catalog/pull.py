@@ -11,9 +11,9 @@ from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import hub, wheel
 from kvq.runtime.catalog.checkpoints import check_exporter, export, is_checkpoint, usable
 from kvq.runtime.catalog.home import claimed, kept, models, place, staged
+from kvq.runtime.catalog.hub import UnavailableError
 from kvq.runtime.catalog.process import Progress
 from kvq.runtime.catalog.registry import Entry, Hub, Shape, Wheel, registry
-from kvq.runtime.catalog.wheel import UnavailableError
 from kvq.runtime.errors import BundleError, HubError
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import os
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from kvq.runtime.catalog import checkpoints
 from kvq.runtime.catalog.choices import choices, chosen_default
 from kvq.runtime.catalog.home import models
 from kvq.runtime.catalog.hub import offline_wanted
-from kvq.runtime.catalog.pull import Job, pull
 from kvq.runtime.catalog.registry import HUB_ID, registry
 from kvq.runtime.errors import BundleError
 
@@ -125,6 +123,8 @@ def locate(reference: str, *, offline: bool | None = None, notice: Callable[[str
         return found.path
     if found.origin == "checkpoint":
         return checkpoints.exported(Path(found.name), notice)
+    from kvq.runtime.catalog.pull import Job, pull  # only now: most models are here already, and it takes milliseconds
+
     return pull(Job(found.name, registry().get(found.name), _offline(offline), notice))
 
 
@@ -176,6 +176,8 @@ def known_names() -> list[str]:
 def _unknown(reference: str, damage: str) -> str:
     names = known_names()
     lower = {name.lower(): name for name in names}
+    import difflib
+
     close = [lower[name] for name in difflib.get_close_matches(reference.lower(), lower, n=3, cutoff=0.6)]
     told = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)};"
     told += f" ({damage})" if damage else ""

