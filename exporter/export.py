@@ -27,7 +27,8 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIG
 from kvq.runtime.errors import BundleError, CheckpointError
 from kvq.runtime.files import sync_folder, write_atomically
 
-KEYS = ("plain", "balanced")
+# What keys can be, and what a manifest says of them: of plain ones nothing, as ever.
+KEYS: dict[str, dict[str, str]] = {"plain": {}, "balanced": {"keys": "balanced"}}
 # progress(done, total, what)
 Progress = Callable[[int, int, str], None]
 
@@ -110,7 +111,7 @@ def export(
             notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
         fold = not _keeps_values(checkpoint, weights)
         options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
-        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", "keys": keys}
+        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
         manifest = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
@@ -199,7 +200,7 @@ def _measured(
     bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What `GraphWriter.center` takes: means of keys, and their basis if the bundle's are to have one."""
-    if bundle.manifest.kv["keys"] == "plain":
+    if "keys" not in bundle.manifest.kv:
         return mean_keys(bundle, ids, progress), None
     basis, means = key_basis(key_statistics(bundle, ids, progress))
     return means, basis

@@ -14,7 +14,7 @@ from kvq.runtime.bundle.manifest import Manifest
 
 INDEX = "controllers.json"
 # What they were trained on: keys and values as every bundle with default options holds them.
-TRAINED_KV = {"rotation": "hadamard", "centered": True, "keys": "plain"}
+TRAINED_KV = {"rotation": "hadamard", "centered": True, "keys": None}
 
 
 def shipped(sha256: str) -> tuple[Path, dict[str, dict[str, Any]]] | None:
@@ -30,7 +30,7 @@ def shipped(sha256: str) -> tuple[Path, dict[str, dict[str, Any]]] | None:
 def attach(manifest: Manifest, folder: Path) -> Manifest:
     """Copy the controllers that belong to a bundle's source into its folder; the manifest that lists them."""
     found = shipped(manifest.source.get("sha256", ""))
-    if found is None or TRAINED_KV.items() - ({"keys": "plain"} | manifest.kv).items():
+    if found is None or any(manifest.kv.get(name) != value for name, value in TRAINED_KV.items()):
         return manifest
     origin, entries = found
     files, controllers = dict(manifest.files), {}

@@ -116,9 +116,8 @@ def test_the_twin_holds_the_keys_that_the_cache_holds(bundles):
 
 
 def test_the_manifest_says_it(bundles):
-    assert {keys: json.loads((path / "kvq.json").read_text())["kv"]["keys"] for keys, path in bundles.items()} == {
-        "plain": "plain", "balanced": "balanced",
-    }  # fmt: skip
+    said = {keys: json.loads((path / "kvq.json").read_text())["kv"].get("keys") for keys, path in bundles.items()}
+    assert said == {"plain": None, "balanced": "balanced"}
 
 
 def test_balanced_keys_need_a_text_to_be_measured_on(tmp_path):

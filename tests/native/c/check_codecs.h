@@ -189,15 +189,16 @@ static void check_add_norm(void) {
         }
 }
 
-/* Rotary embedding, rotation, centring. */
+/* Rotary embedding, rotation, basis, centring. */
 static void check_prepare(int kernel) {
     static const int dims[] = {8, 24, 64, 128, 256};
-    for (int i = 0; i < 4 * LENGTH(dims); i++) {
-        const int d = dims[i / 4], half = d / 2, heads = 3, kv_heads = 2, tokens = 2, rotate = d & (d - 1) ? 0 : i % 4;
+    for (int i = 0; i < 8 * LENGTH(dims); i++) {
+        const int d = dims[i / 8], half = d / 2, heads = 4, kv_heads = 2, tokens = 2, rotate = d & (d - 1) ? 0 : i % 4;
         float *qkv = random_rows(tokens, (heads + 2 * kv_heads) * d, (heads + 2 * kv_heads) * d);
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + 2 * kv_heads) * d);
-        const kvq_prepare prepare = {qkv, cosine, sine, mean, out, heads, kv_heads, d, rotate, kernel};
+        float *basis = i / 4 % 2 ? random_rows(2 * kv_heads * d, d, d) : NULL;
+        const kvq_prepare prepare = {qkv, cosine, sine, mean, basis, out, heads, kv_heads, d, rotate, kernel};
         for (int n = tokens * (heads + kv_heads); n-- > 0;) {
             const int h = n % (heads + kv_heads);
             kvq_choose_kernel(kernel)->prepare(&prepare, n / (heads + kv_heads), h, h + 1);
@@ -208,22 +209,29 @@ static void check_prepare(int kernel) {
             for (int h = 0; h < prepared; h++) {
                 const int value = h >= heads + kv_heads, turn = value ? rotate & 2 : rotate & 1;
                 const float *x = qkv + (t * (heads + 2 * kv_heads) + h) * d;
-                double turned[256];
+                const int kv_head = h < heads ? h / (heads / kv_heads) : kv_heads + h - heads;
+                double turned[256], rotated[256];
                 for (int c = 0; c < half; c++) {
                     const double a = x[c], b = x[half + c];
                     turned[c] = value ? a : a * cosine[t * half + c] - b * sine[t * half + c];
                     turned[half + c] = value ? b : b * cosine[t * half + c] + a * sine[t * half + c];
                 }
                 for (int c = 0; c < d; c++) {
-                    double expected = turn ? 0 : turned[c];
+                    rotated[c] = turn ? 0 : turned[c];
                     for (int k = 0; turn && k < d; k++) /* Sylvester's matrix */
-                        expected += (__builtin_parity(c & k) ? -turned[k] : turned[k]) / sqrt(d);
+                        rotated[c] += (__builtin_parity(c & k) ? -turned[k] : turned[k]) / sqrt(d);
+                }
+                for (int c = 0; c < d; c++) {
+                    const int based = basis && !value;
+                    double expected = based ? 0 : rotated[c];
+                    for (int k = 0; based && k < d; k++) expected += rotated[k] * basis[(kv_head * d + k) * d + c];
                     if (h >= heads && !value) expected -= mean[(h - heads) * d + c];
                     worst = fmax(worst, fabs(out[(t * prepared + h) * d + c] - expected));
                 }
             }
-        if (!(worst < 1e-5)) fail("%s: prepare: error %g; head_dim %d, rotate %d", kvq_kernel_name(kernel), worst, d, rotate);
-        free(qkv), free(cosine), free(sine), free(mean), free(out);
+        if (!(worst < (basis ? 1e-4 : 1e-5)))
+            fail("%s: prepare: error %g; head_dim %d, rotate %d, basis %d", kvq_kernel_name(kernel), worst, d, rotate, !!basis);
+        free(qkv), free(cosine), free(sine), free(mean), free(basis), free(out);
     }
 }
 
