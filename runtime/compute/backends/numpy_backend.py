@@ -113,7 +113,7 @@ class NumpyAttention(AttentionBackend):
         rows.add(new[0], new[1], np.eye(tokens, dtype=bool))  # itself, unrounded
         first = store.length - window.count
         slots = window.slots(first, store.length)
-        held, due = window.read(slots, layer), store.due()
+        held = window.read(slots, layer)
         kept = [np.concatenate([old, window.keys.codec.roundtrip(x)], axis=1) for old, x in zip(held, new, strict=True)]
         place = store.length + np.arange(tokens)[:, None]
         column = first + np.arange(kept[0].shape[1])
@@ -121,6 +121,7 @@ class NumpyAttention(AttentionBackend):
         rows.add(kept[0], kept[1], near & (column < place))
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
+            due = store.due()
             stored = [self._as_stored(x[:, gone], ids[gone]) for x, ids in zip(held, due.T, strict=True)]
             rows.add(stored[0], stored[1], ~near[:, gone])
         for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
