@@ -6,10 +6,10 @@ import numpy as np
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.precision.table import EXACT, Geometry
+from kvq.runtime.precision.table import EXACT, Geometry, named
 
-# One precision for all tokens, in order of bytes; the pair in between is where keys deserve more.
-LADDER = [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)]
+# One precision for all tokens, in order of bytes; keys deserve more where a pair is not of equals.
+LADDER = [*(named(*pair) for pair in ("2", "32", "3", "43", "4", "84", "8")), EXACT]
 PROBES = 16
 
 
@@ -111,7 +111,7 @@ class DamageMeter:
         signed = probe(self._model, batch, self._generator, PROBES)[0][:, 0]  # [draws, tokens, sides, widths]
         total = np.zeros((len(ids), len(self.classes)))
         for i, pair in enumerate(self.classes):
-            parts = [signed[:, :, side, WIDTHS.index(b)] for side, b in enumerate(pair) if b < 16]
+            parts = [signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ in WIDTHS]
             if parts:
                 total[:, i] = np.square(np.sum(parts, axis=0, dtype=np.float64)).mean(0) / 2
         return total

@@ -6,9 +6,10 @@ import numpy as np
 
 from kvq.runtime.errors import PolicyError
 from kvq.runtime.policy.base import Policy, ScoredPolicy, TokenFeatures, curve_of
+from kvq.runtime.precision.table import EXACT, named
 from kvq.runtime.session.sampling import uniform
 
-CLASSES = np.array([(16, 16), (8, 8), (4, 4), (2, 2)], np.uint8)  # those of arXiv 2604.04722
+CLASSES = np.array([EXACT, named("8"), named("4"), named("2")], np.uint8)  # those of arXiv 2604.04722
 
 
 class MixedPolicy(Policy):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.policy.base import ScoredPolicy, TokenFeatures, curve_of
+from kvq.runtime.precision.table import EXACT, named
 
 
 class RulePolicy(ScoredPolicy):
     """2, 4 or 8 bits by a count of three signs that a token will be read again.
 
-    Each sign that holds raises the token one step on the ladder k4v2, k4v4, k8v4, k8v8:
+    Each sign that holds raises the token one step on the ladder k3v3, k4v4, k8v4, k8v8:
 
     * **focus**: its own attention row is concentrated. The squared coefficient of variation of
       the row, V * n^2 for a row of n weights with variance V, is free of the row's length.
@@ -30,7 +31,8 @@ class RulePolicy(ScoredPolicy):
     FOCUS = 200.0
     COMMON_NATS = 4.9
     EARLY_TOKENS = 64
-    classes = np.array([(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)], np.uint8)  # the ends: budgets only
+    # The ends: budgets only.
+    classes = np.array([named("2"), named("3"), named("4"), named("8", "4"), named("8"), EXACT], np.uint8)
     # Share of tokens with 0, 1, 2, 3 signs, measured on the same texts.
     SHARES = (0.5, 0.35, 0.13, 0.02)
 

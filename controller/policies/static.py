@@ -8,10 +8,10 @@ import numpy as np
 
 from kvq.runtime.policy.base import Policy, TokenFeatures
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Pair
+from kvq.runtime.precision.table import Pair, named
 
 # A new codec is a choice of its own at once.
-PRECISIONS = sorted(CODECS, key=lambda id_: (-CODECS[id_].bits, id_))
+PRECISIONS = sorted(CODECS, key=lambda id_: (-CODECS[id_].bits, CODECS[id_].precision.name))
 
 
 class StaticPolicy(Policy):
@@ -30,6 +30,5 @@ class StaticPolicy(Policy):
 
 # Keys need more bits than values at equal quality, so every pair can be asked for: k8v4, k4v2, ...
 POLICIES = {str(Pair(k, v)): partial(StaticPolicy, str(Pair(k, v)), k, v) for k in PRECISIONS for v in PRECISIONS}
-POLICIES |= {
-    name: partial(StaticPolicy, name, b, b) for name, b in (("fp16", 16), ("int8", 8), ("int4", 4), ("int2", 2))
-}
+EQUAL = {"fp16": "16", "int8": "8", "int4": "4", "int3": "3", "int2": "2"}
+POLICIES |= {name: partial(StaticPolicy, name, *named(precision)) for name, precision in EQUAL.items()}

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from kvq.controller.training.parallel import ParallelModel, Pass, roundtrip
+from kvq.runtime.precision.table import EXACT, named
 
-WIDTHS = (2, 4, 8)  # 16 bits are taken to do no damage: 1e-8 nats on the embedded model
+# Ids of the precisions that controllers choose; 16 bits are taken to do no damage: 1e-8 nats on the embedded model.
+WIDTHS = tuple(named(name).k for name in ("2", "3", "4", "8"))
 Progress = Callable[[int, int, str], None]
 
 
@@ -40,7 +42,7 @@ def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) 
 def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: int = 1) -> tuple[np.ndarray, Pass]:
     """Signed samples of every token's damage, and the pass through the exact cache they come from.
 
-    A class (k, v) has the sample s = keys' sample at width k + values' sample at width v, and
+    A class (k, v) has the sample s = keys' sample at precision k + values' sample at v, and
     s^2 / 2 is one draw of its damage in nats.
 
     Args:
@@ -91,7 +93,7 @@ def exact_damage(
         model: the weights.
         ids: int64 [text tokens], one text.
         tokens: int [n], which tokens to damage, one at a time.
-        classes: (key bits, value bits) of each.
+        classes: precisions of each, by id.
         batch: cases run at a time.
         progress: called as work goes on.
     """
@@ -116,9 +118,9 @@ def exact_damage(
             ) -> tuple[Tensor, Tensor]:
                 seen = (keys.clone(), values.clone())
                 for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):
-                    for x, bits in zip(seen, pair, strict=True):
-                        if bits < 16:
-                            x[row, :, place] = roundtrip(x[row, :, place], bits)
+                    for x, precision in zip(seen, pair, strict=True):
+                        if precision != EXACT.k:
+                            x[row, :, place] = roundtrip(x[row, :, place], precision)
                 return seen
 
             logits = model.run(ids.expand(len(part), -1), read).logits

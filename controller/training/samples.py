@@ -49,7 +49,7 @@ class Samples:
         """Mean drawn damage in nats of each token at each class, float32 [tokens, classes]."""
         columns = []
         for pair in classes:
-            parts = [self.signed[:, :, side, WIDTHS.index(b)] for side, b in enumerate(pair) if b < 16]
+            parts = [self.signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ in WIDTHS]
             total = np.sum(parts, axis=0) if parts else np.zeros(self.signed.shape[:2], np.float32)
             columns.append(np.square(total).mean(0) / 2)
         return np.stack(columns, 1).astype(np.float32)

@@ -31,14 +31,14 @@ from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.base import curve_of
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.table import EXACT, Geometry, named
 
 # loss(outputs [rows, classes], which rows int64 [rows])
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CLASSES = {
-    "adaptive": [(2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 16)],
-    "paper": [(2, 2), (4, 4), (8, 8), (16, 16)],
+    "adaptive": [*(named(*pair) for pair in ("2", "32", "3", "4", "8")), EXACT],
+    "paper": [*(named(name) for name in ("2", "4", "8")), EXACT],
 }
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvq.runtime.catalog.registry import Entry
 
 # Uniform policies, by bits of keys and values: what a token takes at most, and what choices of a policy lie between.
-PAIRS = {"fp16": (16, 16), "int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4), "int2": (2, 2)}
+PAIRS = {"fp16": ("16",), "int8": ("8",), "k8v4": ("8", "4"), "int4": ("4",), "int3": ("3",), "int2": ("2",)}
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -73,10 +73,10 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
 
 def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
     """Bytes that one stored token takes, by policy."""
-    from kvq.runtime.precision.table import Geometry
+    from kvq.runtime.precision.table import Geometry, named
 
     geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
-    return {name: geometry.token_bytes(pair) for name, pair in PAIRS.items()}
+    return {name: geometry.token_bytes(named(*pair)) for name, pair in PAIRS.items()}
 
 
 def _lines(row: dict[str, Any]) -> list[str]:

@@ -17,6 +17,12 @@ int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale) {
     return width_number(precision) >= 0 && bits_of(precision) == bits && has_scale(precision) == !!scale;
 }
 
+int32_t kvq_words(int32_t precision, int32_t head_dim) {
+    if (width_number(precision) < 0) return KVQ_UNKNOWN_PRECISION;
+    if (head_dim < 1 || head_dim > MOST_CHANNELS) return KVQ_MISFIT_SHAPE;
+    return words_per_vector(precision, head_dim);
+}
+
 static int counts(int32_t n) { return n >= 1 && n <= MOST_LAYERS; }
 static int whole(int32_t slots) { return slots >= 0 && slots % TILE == 0; }
 

@@ -22,6 +22,9 @@ class NativeCodec(Codec):
         self.precision, self.has_scale = reference.precision, reference.has_scale
         self._library, self._kernel = load(), kernel
 
+    def code_bytes(self, head_dim: int) -> int:
+        return self.reference.code_bytes(head_dim)
+
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         head_dim = x.shape[-1]
         if head_dim > MOST_CHANNELS:

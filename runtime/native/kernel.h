@@ -142,9 +142,10 @@ static inline char *partials_of(const kvq_task *task, int kv_head, int chunk) {
 }
 
 /* Integer words of one query head are kept for every precision that integer dot products take, part after part of each:
- * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits. */
+ * step s of row j holds the bytes of the channels (b * steps + s) * words + j, b = 0..3, where steps = 8 / bits; words and
+ * bits are those of the low ones. */
 static inline int integer_words(int precision, int head_dim) {
-    return words_per_vector(precision, head_dim) * (8 / bits_of(precision));
+    return low_words_of(precision, words_per_vector(precision, head_dim)) * (8 / low_bits_of(precision));
 }
 static inline int integer_words_all(int head_dim) {
     int words = 0;

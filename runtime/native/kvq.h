@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 9 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 10 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -117,6 +117,9 @@ KVQ_EXPORT int32_t kvq_finite(int32_t kernel, const float *x, size_t count);
 /* Whether vectors of that precision, in codes of so many bits and with a scale or without, are what this library reads
  * and writes: 1 or 0. */
 KVQ_EXPORT int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale);
+
+/* 32-bit words of a vector's codes; or an error. */
+KVQ_EXPORT int32_t kvq_words(int32_t precision, int32_t head_dim);
 
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */

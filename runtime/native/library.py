@@ -11,8 +11,9 @@ import numpy as np
 
 from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
+from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 9
+ABI = 10
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -89,6 +90,7 @@ def _declare(library: ctypes.CDLL) -> None:
     number, size, address, floats = ctypes.c_int32, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
     library.kvq_kernel_name.restype = library.kvq_error_text.restype = ctypes.c_char_p
     library.kvq_knows.argtypes = (number, number, number)
+    library.kvq_words.argtypes = (number, number)
     library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
     library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
@@ -121,7 +123,10 @@ def knows(codec: Codec) -> bool:
     """Whether the library reads and writes the vectors of a codec as they lie: it has kernels for the precision, which
     mean the same codes by it.
     """
-    return bool(load().kvq_knows(codec.precision.id, codec.bits, codec.has_scale))
+    library, id_ = load(), codec.precision.id
+    if not library.kvq_knows(id_, codec.bits, codec.has_scale):
+        return False
+    return all(WORD_BYTES * library.kvq_words(id_, d) == codec.code_bytes(d) for d in (8, 64, 80, MOST_CHANNELS))
 
 
 def known_precisions() -> frozenset[int]:

@@ -26,6 +26,14 @@ class Pair(NamedTuple):
         return f"k{CODECS[self.k].precision.name}v{CODECS[self.v].precision.name}"
 
 
+_BY_NAME = {codec.precision.name: id_ for id_, codec in CODECS.items()}
+
+
+def named(k: str, v: str | None = None) -> Pair:
+    """The pair of the precisions of these names, "4" and "3" for k4v3; one name is that of keys and values."""
+    return Pair(_BY_NAME[k], _BY_NAME[k if v is None else v])
+
+
 # Of the first tokens of a text, whatever a policy says; and what the recent window is as good as.
 EXACT = Pair(16, 16)
 

@@ -28,7 +28,7 @@ BORDERS = (LEVELS[1:] + LEVELS[:-1]) / 2
 
 
 class NormalFloat(Codec):
-    precision = Precision(5, "nf4", 4)
+    precision = Precision(7, "nf4", 4)
     has_scale = True
 
     def encode(self, x):
@@ -47,13 +47,13 @@ def c_array(values):
     return "{" + ", ".join(float(value).hex() + "f" for value in values) + "}"
 
 
-LINE = " \\\n    X(NF4, 5, 4, SCALED, FLOATS, with)\n\n"
+LINE = " \\\n    X(NF4, 7, 4, SCALED, FLOATS, with)\n\n"
 LEVEL = f"""
-INLINE vf level_NF4(vu word, int i) {{
+INLINE vf level_NF4(vw word, int i) {{
     static const float levels[16] = {c_array(LEVELS)};
     uint32_t lanes[LANES];
     float x[LANES];
-    memcpy(lanes, &word, sizeof lanes);
+    memcpy(lanes, &word.low, sizeof lanes);
     for (int l = 0; l < LANES; l++) x[l] = levels[lanes[l] >> (4 * i) & 15];
     return load_f(x);
 }}
@@ -108,19 +108,19 @@ def wider_library(tmp_path_factory):
 @pytest.fixture
 def nf4(wider_library, monkeypatch):
     """The precision in numpy's registry, and the library that knows it."""
-    monkeypatch.setitem(CODECS, 5, NormalFloat())
-    assert library.known_precisions() == {16, 8, 4, 2}  # the one that is installed does not
+    monkeypatch.setitem(CODECS, 7, NormalFloat())
+    assert library.known_precisions() == {16, 8, 5, 4, 3, 2}  # the one that is installed does not
     monkeypatch.setattr(library, "FILE", wider_library)
     library.load.cache_clear()
-    yield CODECS[5]
+    yield CODECS[7]
     library.load.cache_clear()
 
 
 def test_every_kernel_encodes_and_attends(nf4):
-    assert library.known_precisions() == {16, 8, 5, 4, 2}
+    assert library.known_precisions() == {16, 8, 7, 5, 4, 3, 2}
     rng = np.random.default_rng(0)
     for name, kernel in library.kernels().items():
-        codec = native_codecs(kernel).by_id[5]
+        codec = native_codecs(kernel).by_id[7]
         assert isinstance(codec, NativeCodec)
         for head_dim in (8, 24, 64, 128):
             x = rng.standard_normal((3, 50, head_dim), np.float32) * np.float32(10) ** rng.integers(-6, 4, (3, 50, 1))
@@ -128,7 +128,7 @@ def test_every_kernel_encodes_and_attends(nf4):
             for found, expected in zip(codec.encode(x), nf4.encode(x), strict=True):
                 np.testing.assert_array_equal(found, expected)
             geometry = Geometry(2, 2, head_dim)
-            store = filled_store(geometry, random_tokens(head_dim, geometry, 150, (5, 4, 16)), recent=16)
+            store = filled_store(geometry, random_tokens(head_dim, geometry, 150, (7, 4, 16)), recent=16)
             for tokens in (1, 5):
                 backend = native(name)
                 assert_equals_numpy(backend, store, *new_tokens(1, tokens, 6, geometry), layer=1)

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #define LANES 8
+#include "../templates/codebook.h"
 #include "../templates/types.h"
 
 INLINE vf avx2_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -21,6 +22,14 @@ INLINE vf avx2_level2(vu x) {
     return (vf)_mm256_permutevar_ps(levels, (__m256i)x); /* reads the two low bits of a lane */
 }
 #define level2 avx2_level2
+
+INLINE vf avx2_lookup(const codebook *book, int n, vu x) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book->level), (__m256i)x); /* by the three low bits */
+    if (n == 8) return (vf)low;
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book->level + 8), (__m256i)x);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(x << 28)); /* by the fourth */
+}
+#define lookup avx2_lookup
 
 INLINE vf avx2_spread(const float *p, int tokens) {
     const int shift = tokens == 2 ? 2 : tokens == 4 ? 1 : 0; /* lane i takes p[i >> shift] */

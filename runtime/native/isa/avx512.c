@@ -3,8 +3,14 @@
 #include <immintrin.h>
 
 #define LANES 16
+#include "../templates/codebook.h"
 #include "../templates/types.h"
-#include "vnni.h"
+
+INLINE vu avx512_shuffle(const uint8_t *bytes, vu x) {
+    const __m128i table = _mm_loadu_si128((const __m128i *)bytes);
+    return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)x);
+}
+#define shuffle_bytes avx512_shuffle
 
 INLINE vf avx512_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #define max_f avx512_max
@@ -26,6 +32,11 @@ INLINE vf avx512_level2(vu x) {
     return (vf)_mm512_permutevar_ps(levels, (__m512i)x);
 }
 #define level2 avx512_level2
+
+INLINE vf avx512_lookup(const codebook *book, int n, vu x) {
+    return (void)n, (vf)_mm512_permutexvar_ps((__m512i)x, _mm512_loadu_ps(book->level));
+}
+#define lookup avx512_lookup
 
 INLINE vf avx512_spread(const float *p, int tokens) {
     const int shift = tokens == 2 ? 3 : tokens == 4 ? 2 : tokens == 8 ? 1 : 0; /* lane i takes p[i >> shift] */
@@ -50,7 +61,9 @@ INLINE vf avx512_exp(vf x) {
 }
 #define exp_f avx512_exp
 
-INLINE vu dot_codes_CODEBOOK(vu word, int s) {
+#include "../templates/vector.h"
+#include "vnni.h"
+INLINE vu dot_codes_CODEBOOK(vw word, int s) {
     return (vu)_mm512_shuffle_epi8(_mm512_set1_epi32(CODEBOOK_THIRDS), (__m512i)CODEBOOK_CODES(word, s));
 }
 INLINE vi dot(vi sum, vu codes, int32_t query) {

@@ -23,6 +23,7 @@
 
 /* Vectors of so many words can be taken apart below: whole registers of them, or of half and quarter length. */
 INLINE int dot_values_fit(int precision, int words) {
+    if (split_of(precision)) return words == 6 || words == 12; /* a head_dim of 64 or 128 */
     const int bits = bits_of(precision), shaped = (words == 4 && bits < 8) || words == 8 || words % 16 == 0;
     return parts_of(precision) && shaped && words * (8 / bits) <= 8 * MOST_PASSES;
 }
@@ -40,6 +41,28 @@ INLINE __m512i four_tokens(int words, const uint32_t *values, int c) {
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(by_word, z), by_byte);
 }
 
+/* The same where codes are split, called with words = 6 or 12: low bytes of word 4 c + w, and the high bits that go with
+ * them. */
+INLINE void four_tokens_split(int words, const uint32_t *values, int c, __m512i *low, __m512i *high) {
+    const __m512i by_byte = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i second = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4); /* its bits are higher */
+    __m512i a, b, of_low, of_high; /* places in a and b, 16 words each: of word w of each token; of its high bits */
+    if (words == 6) {
+        a = _mm512_loadu_si512(values), b = _mm512_maskz_loadu_epi32(0x00ff, values + 16);
+        of_low = _mm512_setr_epi32(0, 6, 12, 18, 1, 7, 13, 19, 2, 8, 14, 20, 3, 9, 15, 21);
+        of_high = _mm512_setr_epi32(4, 10, 16, 22, 4, 10, 16, 22, 5, 11, 17, 23, 5, 11, 17, 23);
+        *high = _mm512_permutex2var_epi32(a, of_high, b);
+    } else {
+        a = _mm512_loadu_si512(values + 4 * c), b = _mm512_loadu_si512(values + 24 + 4 * c);
+        of_low = _mm512_setr_epi32(0, 12, 16, 28, 1, 13, 17, 29, 2, 14, 18, 30, 3, 15, 19, 31);
+        of_high = _mm512_setr_epi32(0, 12, 16, 28, 0, 12, 16, 28, 1, 13, 17, 29, 1, 13, 17, 29);
+        const __m512i after = _mm512_maskz_loadu_epi32(0x3fff, values + 32 + 2 * c);
+        *high = _mm512_permutex2var_epi32(_mm512_loadu_si512(values + 8 + 2 * c), of_high, after);
+    }
+    *low = _mm512_shuffle_epi8(_mm512_permutex2var_epi32(a, of_low, b), by_byte);
+    *high = _mm512_srlv_epi32(_mm512_shuffle_epi8(*high, by_byte), second);
+}
+
 /* The same for 16 words from column j on, words k and k + 1 of each four: dword 4 l + b of out[i] holds byte b of word
  * j + 4 l + 2 half + i. */
 INLINE void four_tokens_wide(int words, const uint32_t *values, int j, int half, __m512i out[2]) {
@@ -53,19 +76,33 @@ INLINE void four_tokens_wide(int words, const uint32_t *values, int j, int half,
 
 /* Code s of every byte as a signed byte, its level or parts of that: signed_codes_<name> for every precision that integer
  * dot products take. */
-INLINE __m512i signed_codes_INT8(__m512i bytes, int s) { return (void)s, bytes; }
-INLINE __m512i signed_codes_INT4(__m512i bytes, int s) {
+INLINE __m512i signed_codes_INT8(__m512i bytes, __m512i high, int s) { return (void)high, (void)s, bytes; }
+INLINE __m512i signed_codes_INT4(__m512i bytes, __m512i high, int s) {
+    (void)high;
     __m512i nibble = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
     return _mm512_sub_epi8(nibble, _mm512_set1_epi8(8));
 }
-INLINE __m512i signed_codes_CODEBOOK(__m512i bytes, int s) {
+INLINE __m512i signed_codes_CODEBOOK4(__m512i bytes, __m512i high, int s) {
+    (void)high;
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)CODEBOOK4_BOOK.whole));
+    __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+    return _mm512_shuffle_epi8(levels, code);
+}
+INLINE __m512i signed_codes_CODEBOOK3(__m512i bytes, __m512i high, int s) {
+    const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)CODEBOOK3_BOOK.whole));
+    __m512i code = _mm512_and_si512(_mm512_srli_epi16(bytes, 2 * s), _mm512_set1_epi8(3));
+    __m512i top = s < 2 ? _mm512_slli_epi16(high, 2 - s) : _mm512_srli_epi16(high, s - 2);
+    return _mm512_shuffle_epi8(levels, _mm512_or_si512(code, _mm512_and_si512(top, _mm512_set1_epi8(4))));
+}
+INLINE __m512i signed_codes_CODEBOOK(__m512i bytes, __m512i high, int s) {
+    (void)high;
     const __m512i levels = _mm512_set1_epi32(10 << 24 | 3 << 16 | 0xfd << 8 | 0xf6);
     __m512i code = _mm512_and_si512(s ? _mm512_srli_epi16(bytes, 2 * s) : bytes, _mm512_set1_epi8(3));
     return _mm512_shuffle_epi8(levels, code);
 }
-INLINE __m512i signed_codes(int precision, __m512i bytes, int s) {
+INLINE __m512i signed_codes(int precision, __m512i bytes, __m512i high, int s) {
     switch (precision) {
-#define CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return signed_codes_##name(bytes, s);)
+#define CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return signed_codes_##name(bytes, high, s);)
         KVQ_WIDTHS(CODES, )
 #undef CODES
     default: return _mm512_setzero_si512();
@@ -79,8 +116,8 @@ typedef struct {
     int stride, next, next_step;
 } dot_pass;
 
-INLINE dot_pass pass_of(int precision, int words, int p) {
-    const int steps = 8 / bits_of(precision);
+INLINE dot_pass pass_of(int precision, int all_words, int p) {
+    const int steps = 8 / low_bits_of(precision), words = low_words_of(precision, all_words);
     if (words == 4 || (words == 8 && steps > 1)) { /* two codes of the same bytes */
         const int pairs = steps / 2;
         return (dot_pass){4 * (p / pairs), 2 * (p % pairs), 1, 0, 1};
@@ -93,14 +130,19 @@ INLINE dot_pass pass_of(int precision, int words, int p) {
 /* The codes of pass p of four tokens. */
 INLINE void codes_of_four(int precision, int words, int p, const uint32_t *values, __m512i code[2]) {
     const dot_pass at = pass_of(precision, words, p);
-    if (words == 4 || (words == 8 && bits_of(precision) < 8)) {
+    const __m512i none = _mm512_setzero_si512();
+    if (split_of(precision)) {
+        __m512i low, high;
+        four_tokens_split(words, values, at.word / 4, &low, &high);
+        for (int i = 0; i < 2; i++) code[i] = signed_codes(precision, low, high, at.step + i);
+    } else if (words == 4 || (words == 8 && bits_of(precision) < 8)) {
         __m512i bytes = four_tokens(words, values, at.word / 4);
-        code[0] = signed_codes(precision, bytes, at.step), code[1] = signed_codes(precision, bytes, at.step + 1);
+        for (int i = 0; i < 2; i++) code[i] = signed_codes(precision, bytes, none, at.step + i);
     } else if (words == 8) {
         code[0] = four_tokens(words, values, 0), code[1] = four_tokens(words, values, 1);
     } else {
         four_tokens_wide(words, values, at.word / 16 * 16, at.word % 4 / 2, code);
-        for (int i = 0; i < 2; i++) code[i] = signed_codes(precision, code[i], at.step);
+        for (int i = 0; i < 2; i++) code[i] = signed_codes(precision, code[i], none, at.step);
     }
 }
 
@@ -126,7 +168,7 @@ INLINE void dot_page(int precision, int heads, int words, int p, const uint32_t 
         for (int t = 0; t < TILE; t += 4) {
             const uint32_t *four = values + (size_t)(tile + t) * words;
             if (p == 0 && next)
-                for (int line = 0; line < words / 4; line++)
+                for (int line = 0; line < (words + 3) / 4; line++)
                     __builtin_prefetch(next + (size_t)((tile + t) * words) * 4 + line * 64, 0, 2);
             codes_of_four(precision, words, p, four, code);
             for (int part = 0; part < COMMON_PARTS; part++) dot_four(heads, weight + t + part, code, sum[part]);
@@ -168,7 +210,7 @@ INLINE int whole_weights(int heads, int slots, const float *inverse, float *weig
  * all_slots in all; weights are overwritten, squares [heads] are the sums of theirs. `next` is what is read after them. */
 INLINE void weigh_dot(int precision, int heads, int words, const kvq_page *page, int count, size_t vector_row,
                       int all_slots, float *weights, const float *squares, float *sums, int stride, const char *next) {
-    const int steps = 8 / bits_of(precision), passes = words * steps / 8;
+    const int steps = 8 / low_bits_of(precision), low = low_words_of(precision, words), passes = low * steps / 8;
     __m512i acc[MOST_PASSES][WEIGHT_PARTS][DECODE_HEADS][2];
     int32_t rare[CHUNK_SLOTS / 4 + 12];
     float unit[DECODE_HEADS], inverse[DECODE_HEADS];
@@ -198,9 +240,9 @@ INLINE void weigh_dot(int precision, int heads, int words, const kvq_page *page,
                 float lanes[LANES];
                 const vf high = to_float((vi)acc[pass][2][g][i]) * 256 + to_float((vi)acc[pass][1][g][i]);
                 store_f(lanes, (high * 256 + to_float((vi)acc[pass][0][g][i])) * (unit[g] * (1.0f / parts_of(precision))));
-                float *to = sums + g * stride + (at.step + i * at.next_step) * words + at.word + i * at.next;
+                float *to = sums + g * stride + (at.step + i * at.next_step) * low + at.word + i * at.next;
                 for (int b = 0; b < 4; b++)
-                    for (int l = 0; l < 4; l++) to[b * steps * words + l * at.stride] += lanes[4 * l + b];
+                    for (int l = 0; l < 4; l++) to[b * steps * low + l * at.stride] += lanes[4 * l + b];
             }
     }
 }
@@ -221,6 +263,8 @@ typedef void (*run_function)(int words, const kvq_page *page, int count, size_t 
     static const run_function function##_of[DECODE_HEADS] = ROW_OF(function);
 #define COMMON_INT8(X) X(INT8, 16) X(INT8, 8)
 #define COMMON_INT4(X) X(INT4, 8) X(INT4, 16) X(INT4, 4)
+#define COMMON_CODEBOOK4(X) X(CODEBOOK4, 8) X(CODEBOOK4, 16) X(CODEBOOK4, 4)
+#define COMMON_CODEBOOK3(X) X(CODEBOOK3, 6) X(CODEBOOK3, 12)
 #define COMMON_CODEBOOK(X) X(CODEBOOK, 4) X(CODEBOOK, 8)
 #define COMMON_RUNS(name, width) RUNS(run_##name##_w##width, KVQ_##name, width)
 #define ALL_RUNS(name, id, bits, scale, products, with) \

@@ -55,10 +55,21 @@ INLINE int64_t sum_of_squares(const int32_t *magnitude, int padded) {
     return ((int64_t)sum_whole(high) << 16) + ((int64_t)sum_whole(mixed) << 9) + sum_whole(low);
 }
 
-/* The four-level codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
-INLINE float codebook_fit(const float *x, int padded, int head_dim, float peak, uint32_t *code) {
-    const double inner = 0.4528, border = (double)(float)((1 + 10.0 / 3) / 2), one = 65536, most_gain = 1.5;
-    int32_t magnitude[MOST_CHANNELS], most_inner = 0;
+/* The positive half of a codebook's levels: `count` whole numbers, `parts` of which make 1, and the scale that a fit begins
+ * with, in root mean squares. */
+typedef struct {
+    int count, parts, level[8];
+    double first;
+} book_levels;
+static const book_levels BOOK2 = {2, 3, {3, 10}, 0.4528};
+static const book_levels BOOK3 = {4, 1, {3, 9, 16, 26}, 0.08302};
+static const book_levels BOOK4 = {8, 1, {4, 13, 22, 31, 41, 53, 68, 90}, 0.03030};
+
+/* A codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
+INLINE float codebook_fit(const book_levels *book, const float *x, int padded, int head_dim, float peak, uint32_t *code) {
+    const double one = 65536, most_gain = 1.5;
+    const int count = book->count;
+    int32_t magnitude[MOST_CHANNELS], most[8]; /* most[k]: largest magnitude that is no more than level k */
     int64_t products = 0;
     for (int c = 0; c < padded; c += LANES) {
         vf unit = peak > 0 ? load_f(x + c) / peak : splat(0);
@@ -67,27 +78,37 @@ INLINE float codebook_fit(const float *x, int padded, int head_dim, float peak, 
         memcpy(magnitude + c, &m, sizeof m);
     }
     const int64_t total = sum_of_squares(magnitude, padded);
-    double scale = inner * sqrt((double)total / head_dim);
+    double scale = book->first * sqrt((double)total / head_dim);
     for (int round = 0; round < 3; round++) {
-        const double limit = scale * border;
-        vi product = {0}, outer = {0}; /* outer: -1 for each channel that belongs to the outer levels */
-        most_inner = limit >= one ? (int32_t)one : (int32_t)limit; /* magnitude > limit, in whole numbers */
-        for (int c = 0; c < padded; c += LANES) {
-            const vi m = (vi)load_u((const uint32_t *)magnitude + c), is_outer = m > most_inner;
-            product += m * 3 + (m * 7 & is_outer);
-            outer += is_outer;
+        vi product = {0}, square = {0};
+        for (int k = 0; k + 1 < count; k++) { /* magnitude > limit, in whole numbers */
+            const float border = (float)((book->level[k] + book->level[k + 1]) / (2.0 * book->parts));
+            const double limit = scale * (double)border;
+            most[k] = limit >= one ? (int32_t)one : (int32_t)limit;
         }
-        products = sum_whole(product);
-        scale = 3 * (double)products / (double)(9 * head_dim - 91 * sum_whole(outer));
+        for (int c = 0; c < padded; c += LANES) {
+            const vi m = (vi)load_u((const uint32_t *)magnitude + c);
+            vi level = book->level[0] - (vi){0};
+            UNROLL
+            for (int k = 0; k + 1 < count; k++) level += (m > most[k]) & (book->level[k + 1] - book->level[k]);
+            product += m * level;
+            square += level * level;
+        }
+        products = sum_wide(product);
+        const int64_t beyond = (int64_t)(padded - head_dim) * book->level[0] * book->level[0]; /* of no channel */
+        scale = (double)(book->parts * products) / (double)(sum_whole(square) - beyond);
     }
     for (int c = 0; c < padded; c += LANES) {
-        const vi outer = ((vi)load_u((const uint32_t *)magnitude + c) > most_inner) & 1, positive = load_f(x + c) >= 0;
-        const vi level = 1 - outer + (positive & (2 * outer + 1));
+        const vi m = (vi)load_u((const uint32_t *)magnitude + c), positive = load_f(x + c) >= 0;
+        vi rank = {0};
+        UNROLL
+        for (int k = 0; k + 1 < count; k++) rank += (m > most[k]) & 1;
+        const vi level = count - 1 - rank + (positive & (2 * rank + 1));
         memcpy(code + c, &level, sizeof level);
     }
-    const double unbiased = products > 0 ? 3 * (double)total / (double)products : 0;
-    const double stored = (scale + 4 * unbiased) / 5, most = most_gain * scale;
-    return (float)((stored < most ? stored : most) * (double)(peak / 65536.0f));
+    const double unbiased = products > 0 ? (double)(book->parts * total) / (double)products : 0;
+    const double stored = (scale + 4 * unbiased) / 5, largest = most_gain * scale;
+    return (float)((stored < largest ? stored : largest) * (double)(peak / 65536.0f));
 }
 
 /* The largest magnitude, or NaN where there is one: as integers, where NaN is larger than all. */
@@ -100,8 +121,9 @@ INLINE float peak_of(const float *x, int padded) {
 }
 
 /* Codes of all channels into words: word j has those of the channels j, words + j, 2 * words + j, ... */
-INLINE void pack(int precision, const uint32_t *code, int head_dim, uint32_t *words) {
-    const int count = words_per_vector(precision, head_dim), codes = codes_of(precision), width = bits_of(precision);
+INLINE void pack_low(int precision, const uint32_t *code, int head_dim, uint32_t *words) {
+    const int count = low_words_of(precision, words_per_vector(precision, head_dim));
+    const int codes = codes_of(precision), width = low_bits_of(precision);
     if (count % LANES == 0) {
         for (int j = 0; j < count; j += LANES) {
             vu word = load_u(code + j);
@@ -119,6 +141,23 @@ INLINE void pack(int precision, const uint32_t *code, int head_dim, uint32_t *wo
         for (int i = 1; i < codes; i++)
             for (int j = 0; j < count; j++) words[j] |= code[i * count + j] << (i * width);
     }
+}
+
+INLINE void pack(int precision, uint32_t *code, int head_dim, uint32_t *words) {
+    if (!split_of(precision)) {
+        pack_low(precision, code, head_dim, words);
+        return;
+    }
+    const int all = words_per_vector(precision, head_dim), low = low_words_of(precision, all), codes = codes_of(precision);
+    for (int j = low; j < all; j++) words[j] = 0;
+    for (int j = 0; j < low; j++) {
+        uint32_t high = 0;
+        UNROLL
+        for (int i = 0; i < codes; i++) high |= code[i * low + j] >> 2 << high_bit_of(i);
+        words[low + j / 2] |= high << (j % 2 * 4);
+    }
+    for (int c = 0; c < codes * low; c++) code[c] &= 3;
+    pack_low(precision, code, head_dim, words);
 }
 
 /* Codes of a vector for each precision, encode_<name>: from x [padded], zeros beyond head_dim, and its largest magnitude,
@@ -164,11 +203,24 @@ INLINE int encode_INT4(const float *x, int padded, int head_dim, float peak, uin
     return encode_uniform(x, padded, peak, 7, 8, code, scale_out);
 }
 
-INLINE int encode_CODEBOOK(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    const int half = half_above(codebook_fit(x, padded, head_dim, peak, code));
+INLINE int encode_book(const book_levels *book, const float *x, int padded, int head_dim, float peak, uint32_t *code,
+                       uint16_t *scale_out) {
+    const int half = half_above(codebook_fit(book, x, padded, head_dim, peak, code));
     if (half < 0) return KVQ_REFUSED_VALUE;
     *scale_out = (uint16_t)half;
     return 0;
+}
+
+INLINE int encode_CODEBOOK(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    return encode_book(&BOOK2, x, padded, head_dim, peak, code, scale_out);
+}
+
+INLINE int encode_CODEBOOK3(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    return encode_book(&BOOK3, x, padded, head_dim, peak, code, scale_out);
+}
+
+INLINE int encode_CODEBOOK4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
+    return encode_book(&BOOK4, x, padded, head_dim, peak, code, scale_out);
 }
 
 /* One vector to its words and scale; precision is a constant. */

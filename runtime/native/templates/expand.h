@@ -16,38 +16,44 @@ typedef struct {
 
 /* A tile of keys. */
 INLINE void expand_tile(int precision, int head_dim, const uint32_t *tile, int words, const uint16_t *scales, float *keys) {
+    const int low = low_words_of(precision, words);
     for (int v = 0; v < TILE_VECTORS; v++) {
         vf scale = splat(1);
         if (has_scale(precision)) scale = load_halves(scales + v * LANES);
-        for (int j = 0; j < words; j++) {
-            vu word = load_u(tile + j * TILE + v * LANES);
+        for (int j = 0; j < low; j++) {
+            const vw word = load_words(precision, tile + v * LANES, TILE, low, j);
             UNROLL
             for (int i = 0; i < codes_of(precision); i++)
-                if (i * words + j < head_dim)
-                    store_f(keys + (i * words + j) * KEY_BLOCK + v * LANES, level(precision, word, i) * scale);
+                if (i * low + j < head_dim)
+                    store_f(keys + (i * low + j) * KEY_BLOCK + v * LANES, level(precision, word, i) * scale);
         }
     }
 }
 
 /* One value vector, [channels]; may write up to LANES floats more. */
 INLINE void expand_value(int precision, const uint32_t *code, int words, float scale, float *value) {
-    if (words % LANES == 0) {
-        for (int j = 0; j < words; j += LANES) {
-            vu word = load_u(code + j);
+    const int low = low_words_of(precision, words);
+    uint32_t high[MOST_LOW + LANES];
+    if (split_of(precision)) high_words(code + low, low, high);
+    if (low % LANES == 0) {
+        for (int j = 0; j < low; j += LANES) {
+            const vw word = words_beside(precision, code, high, j);
             UNROLL
-            for (int i = 0; i < codes_of(precision); i++) store_f(value + i * words + j, level(precision, word, i) * scale);
+            for (int i = 0; i < codes_of(precision); i++) store_f(value + i * low + j, level(precision, word, i) * scale);
         }
         return;
     }
-    if (words < LANES) {
-        vu word = {0};
-        memcpy(&word, code, sizeof(uint32_t) * words);
+    if (low < LANES) {
+        vw word = {0};
+        memcpy(&word.low, code, sizeof(uint32_t) * low);
+        if (split_of(precision)) memcpy(&word.high, high, sizeof(uint32_t) * low);
         UNROLL /* ascending: what a store writes too far, the next one or the next token's overwrites */
-        for (int i = 0; i < codes_of(precision); i++) store_f(value + i * words, level(precision, word, i) * scale);
+        for (int i = 0; i < codes_of(precision); i++) store_f(value + i * low, level(precision, word, i) * scale);
         return;
     }
     for (int i = 0; i < codes_of(precision); i++)
-        for (int j = 0; j < words; j++) value[i * words + j] = level(precision, code[j] - (vu){0}, i)[0] * scale;
+        for (int j = 0; j < low; j++)
+            value[i * low + j] = level(precision, spread_word(precision, code, low, j), i)[0] * scale;
 }
 
 /* Add the slots [begin, begin + slots) of a page, counted from its own begin, as far as they hold tokens. */

@@ -13,7 +13,7 @@ typedef int32_t v4 __attribute__((vector_size(16)));
 
 /* Words for one precision from the parts of a query, see integer_words. */
 INLINE void integer_rows(int precision, int d, const int32_t *part, int32_t *to) {
-    const int steps = 8 / bits_of(precision), n = words_per_vector(precision, d);
+    const int steps = 8 / low_bits_of(precision), n = low_words_of(precision, words_per_vector(precision, d));
     for (int s = 0; s < steps; s++, to += n)
         for (int j = 0; j < n; j += 4) {
             v4 word = {0};

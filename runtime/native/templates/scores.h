@@ -18,14 +18,15 @@ INLINE void tile_scores(int precision, int heads, const uint32_t *tile, int word
                         vf acc[][SCORE_VECTORS]) {
     for (int g = 0; g < heads; g++)
         for (int v = 0; v < TILE_VECTORS; v++) acc[g][v] = splat(0);
-    for (int j = 0; j < words; j++) {
-        vu word[TILE_VECTORS];
-        for (int v = 0; v < TILE_VECTORS; v++) word[v] = load_u(tile + j * TILE + v * LANES);
+    const int low = low_words_of(precision, words);
+    for (int j = 0; j < low; j++) {
+        vw word[TILE_VECTORS];
+        for (int v = 0; v < TILE_VECTORS; v++) word[v] = load_words(precision, tile + v * LANES, TILE, low, j);
         UNROLL
         for (int i = 0; i < codes_of(precision); i++)
             for (int v = 0; v < TILE_VECTORS; v++) {
                 vf x = level(precision, word[v], i);
-                for (int g = 0; g < heads; g++) acc[g][v] += x * query[g * stride + i * words + j];
+                for (int g = 0; g < heads; g++) acc[g][v] += x * query[g * stride + i * low + j];
             }
     }
 }
@@ -35,7 +36,7 @@ INLINE void tile_scores(int precision, int heads, const uint32_t *tile, int word
  *   dot(sum, codes, query)     sum + the products of the four bytes of each lane with those of query
  *   dot_codes_<name>(word, s)  step s of each word as four bytes, dot_offset_<name> more than their levels (or parts of
  *                              levels), for every precision that such products take */
-INLINE vu dot_codes(int precision, vu word, int s) {
+INLINE vu dot_codes(int precision, vw word, int s) {
     switch (precision) {
 #define DOT_CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return dot_codes_##name(word, s);)
         KVQ_WIDTHS(DOT_CODES, )
@@ -56,21 +57,24 @@ INLINE int32_t dot_offset(int precision) {
 INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint32_t *tile, int words,
                                 const kvq_integer_query *integer, const int32_t *query, int stride,
                                 vf acc[][SCORE_VECTORS]) {
-    const int steps = 8 / bits_of(precision), vectors = tiles * TILE_VECTORS;
+    const int steps = 8 / low_bits_of(precision), vectors = tiles * TILE_VECTORS, low = low_words_of(precision, words);
     vi sum[DECODE_HEADS][QUERY_PARTS][SCORE_VECTORS];
     for (int g = 0; g < heads; g++)
         for (int part = 0; part < QUERY_PARTS; part++)
             for (int v = 0; v < vectors; v++) sum[g][part][v] = (vi){0};
-    for (int j = 0; j < words; j++) {
-        vu word[SCORE_VECTORS], codes[SCORE_VECTORS];
-        for (int v = 0; v < vectors; v++)
-            word[v] = load_u(tile + (v / TILE_VECTORS * words + j) * TILE + v % TILE_VECTORS * LANES);
+    for (int j = 0; j < low; j++) {
+        vw word[SCORE_VECTORS];
+        vu codes[SCORE_VECTORS];
+        for (int v = 0; v < vectors; v++) {
+            const uint32_t *first = tile + v / TILE_VECTORS * words * TILE + v % TILE_VECTORS * LANES;
+            word[v] = load_words(precision, first, TILE, low, j);
+        }
         UNROLL
         for (int s = 0; s < steps; s++) {
             for (int v = 0; v < vectors; v++) codes[v] = dot_codes(precision, word[v], s);
             for (int g = 0; g < heads; g++)
                 for (int part = 0; part < QUERY_PARTS; part++) {
-                    const int32_t q = query[g * stride + (part * steps + s) * words + j];
+                    const int32_t q = query[g * stride + (part * steps + s) * low + j];
                     for (int v = 0; v < vectors; v++) sum[g][part][v] = dot(sum[g][part][v], codes[v], q);
                 }
         }

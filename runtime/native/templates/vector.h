@@ -3,6 +3,7 @@
  * and, where the instruction set does it better than the plain forms below:
  *   half_to_float(x)      vu -> vf: the low halves of the lanes
  *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
+ *   lookup(book, n, x)    vu -> vf: the levels of a codebook of n = 8 or 16 by the low 3 or 4 bits; others may be set
  *   exp_f(x)              e^x for x <= 0
  *   max_f(a, b)           a > b ? a : b
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
@@ -12,7 +13,9 @@
 
 #include <math.h>
 
+#include "../kvq.h"
 #include "../widths.h"
+#include "codebook.h"
 #include "types.h"
 
 INLINE vf load_f(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
@@ -52,6 +55,13 @@ INLINE float sum_lanes(vf x) {
 }
 INLINE int32_t sum_whole(vi x) {
     int32_t lanes[LANES], sum = 0;
+    memcpy(lanes, &x, sizeof lanes);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+INLINE int64_t sum_wide(vi x) {
+    int32_t lanes[LANES];
+    int64_t sum = 0;
     memcpy(lanes, &x, sizeof lanes);
     for (int i = 0; i < LANES; i++) sum += lanes[i];
     return sum;
@@ -96,15 +106,68 @@ INLINE vf spread_plain(const float *p, int tokens) {
 #define spread spread_plain
 #endif
 
+#ifndef lookup
+INLINE vf lookup_plain(const codebook *book, int n, vu x) {
+    vf y = {0};
+    for (int i = 0; i < LANES; i++) y[i] = book->level[x[i] & (n - 1)];
+    return y;
+}
+#define lookup lookup_plain
+#endif
+
+/* Words of codes, lane by lane; where they are split, with the high bits that go with them, as of a first word. */
+typedef struct {
+    vu low, high;
+} vw;
+
+/* The words number j of vectors whose words are `step` apart; `low`: how many are not of high bits. */
+INLINE vw load_words(int precision, const uint32_t *first, ptrdiff_t step, int low, int j) {
+    vw word = {.low = load_u(first + j * step)};
+    if (split_of(precision)) word.high = load_u(first + (low + j / 2) * step) >> (j % 2 * 4);
+    return word;
+}
+
+/* The same word in all lanes, of one vector. */
+INLINE vw spread_word(int precision, const uint32_t *code, int low, int j) {
+    vw word = {.low = code[j] - (vu){0}};
+    if (split_of(precision)) word.high = (code[low + j / 2] >> (j % 2 * 4)) - (vu){0};
+    return word;
+}
+
+#define MOST_LOW (MOST_CHANNELS / 16) /* words of low bits, where codes are split */
+
+/* Of a vector whose codes are split, the high bits of each word of low ones: from its words `code`, to [low]. */
+INLINE void high_words(const uint32_t *code, int low, uint32_t *high) {
+    for (int j = 0; j < low; j++) high[j] = code[j / 2] >> (j % 2 * 4);
+}
+
+/* LANES neighbouring words from number j on, with their high bits from high_words. */
+INLINE vw words_beside(int precision, const uint32_t *low, const uint32_t *high, int j) {
+    vw word = {.low = load_u(low + j)};
+    if (split_of(precision)) word.high = load_u(high + j);
+    return word;
+}
+
+/* From code i on. */
+INLINE vw skip_codes(int precision, vw word, int i) {
+    word.low >>= i * low_bits_of(precision);
+    if (split_of(precision)) word.high >>= high_bit_of(i);
+    return word;
+}
+
 /* Code i of each word, before its scale: level_<name> for every precision. */
-INLINE vf level_HALF(vu word, int i) { return half_to_float(i ? word >> 16 : word & 0xffff); }
-INLINE vf level_WINDOW(vu word, int i) { return to_float(i ? (vi)word >> 16 : (vi)(word << 16) >> 16); }
-INLINE vf level_INT8(vu word, int i) { return to_float((vi)(word << (24 - 8 * i)) >> 24); }
-INLINE vf level_INT4(vu word, int i) { return level4(word >> (4 * i)); }
-INLINE vf level_CODEBOOK(vu word, int i) { return level2(word >> (2 * i)); }
+INLINE vf level_HALF(vw word, int i) { return half_to_float(i ? word.low >> 16 : word.low & 0xffff); }
+INLINE vf level_WINDOW(vw word, int i) { return to_float(i ? (vi)word.low >> 16 : (vi)(word.low << 16) >> 16); }
+INLINE vf level_INT8(vw word, int i) { return to_float((vi)(word.low << (24 - 8 * i)) >> 24); }
+INLINE vf level_INT4(vw word, int i) { return level4(word.low >> (4 * i)); }
+INLINE vf level_CODEBOOK4(vw word, int i) { return lookup(&CODEBOOK4_BOOK, 16, word.low >> (4 * i)); }
+INLINE vf level_CODEBOOK3(vw word, int i) {
+    return lookup(&CODEBOOK3_BOOK, 8, ((word.low >> (2 * i)) & 3) | ((word.high >> high_bit_of(i)) & 1) << 2);
+}
+INLINE vf level_CODEBOOK(vw word, int i) { return level2(word.low >> (2 * i)); }
 
 /* The same by its id. precision and i are constants wherever this is inlined. */
-INLINE vf level(int precision, vu word, int i) {
+INLINE vf level(int precision, vw word, int i) {
     switch (precision) {
 #define LEVEL(name, id, bits, scale, products, with) case id: return level_##name(word, i);
         KVQ_WIDTHS(LEVEL, )

@@ -12,16 +12,19 @@
 #define SUM_REGISTERS 12
 #endif
 
-/* Words that fill whole vectors: sums of `at_once` of their codes from number `first` on, LANES words from j on. */
-INLINE void weigh_vectors(int precision, int heads, int at_once, int first, int j, const uint32_t *values, int words,
-                          int slots, const float *weights, float *sums, int stride, const char *next) {
+/* Words that fill whole vectors: sums of `at_once` of their codes from number `first` on, LANES words from j on. `high`:
+ * what goes with each word where codes are split, see weigh_split. */
+INLINE void weigh_vectors(int precision, int heads, int at_once, int first, int j, const uint32_t *values,
+                          const uint32_t *high, int words, int slots, const float *weights, float *sums, int stride,
+                          const char *next) {
     vf acc[DECODE_HEADS][8];
     for (int g = 0; g < heads; g++)
         for (int i = 0; i < at_once; i++) acc[g][i] = load_f(sums + g * stride + (first + i) * words + j);
     for (int tile = 0; tile < slots; tile += TILE) {
-        if (j + first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
+        if (!split_of(precision) && j + first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
         for (int t = 0; t < TILE; t++) {
-            const vu word = load_u(values + (size_t)(tile + t) * words + j) >> (first * bits_of(precision));
+            const int at = (tile + t) * words + j;
+            const vw word = skip_codes(precision, words_beside(precision, values, high, at), first);
             UNROLL
             for (int i = 0; i < at_once; i++) {
                 const vf x = level(precision, word, i);
@@ -34,16 +37,17 @@ INLINE void weigh_vectors(int precision, int heads, int at_once, int first, int 
 }
 
 /* Words of which a vector holds those of several tokens. */
-INLINE void weigh_parts(int precision, int heads, int at_once, int first, const uint32_t *values, int words, int slots,
-                        const float *weights, float *sums, int stride, const char *next) {
+INLINE void weigh_parts(int precision, int heads, int at_once, int first, const uint32_t *values, const uint32_t *high,
+                        int words, int slots, const float *weights, float *sums, int stride, const char *next) {
     const int tokens = LANES / words; /* of one vector */
     vf acc[DECODE_HEADS][8];
     for (int g = 0; g < heads; g++)
         for (int i = 0; i < at_once; i++) acc[g][i] = splat(0);
     for (int tile = 0; tile < slots; tile += TILE) {
-        if (first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
+        if (!split_of(precision) && first == 0) prefetch(next + (size_t)tile * words * 4, words * TILE * 4);
         for (int t = 0; t < TILE; t += tokens) {
-            const vu word = load_u(values + (size_t)(tile + t) * words) >> (first * bits_of(precision));
+            const int at = (tile + t) * words;
+            const vw word = skip_codes(precision, words_beside(precision, values, high, at), first);
             vf weight[DECODE_HEADS];
             for (int g = 0; g < heads; g++) weight[g] = spread(weights + tile * heads + g * TILE + t, tokens);
             UNROLL
@@ -62,33 +66,62 @@ INLINE void weigh_parts(int precision, int heads, int at_once, int first, const 
         }
 }
 
+/* The same for tokens whose words lie beside what goes with them. */
+INLINE void weigh_words(int precision, int heads, const uint32_t *values, const uint32_t *high, int words, int slots,
+                        const float *weights, float *sums, int stride, const char *next) {
+    const int codes = codes_of(precision), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
+    const int at_once = codes < most ? codes : most;
+    if (words % LANES == 0) {
+        for (int j = 0; j < words; j += LANES)
+            for (int first = 0; first < codes; first += at_once)
+                weigh_vectors(precision, heads, at_once, first, j, values, high, words, slots, weights, sums, stride,
+                              next);
+    } else if (LANES % words == 0) {
+        for (int first = 0; first < codes; first += at_once)
+            weigh_parts(precision, heads, at_once, first, values, high, words, slots, weights, sums, stride, next);
+    } else { /* a head_dim whose words do not line up with the vectors */
+        for (int t = 0; t < slots; t++)
+            for (int j = 0; j < words; j++)
+                for (int i = 0; i < codes; i++) {
+                    const size_t at = (size_t)t * words + j;
+                    vw word = {.low = values[at] - (vu){0}};
+                    if (split_of(precision)) word.high = high[at] - (vu){0};
+                    const float x = level(precision, word, i)[0];
+                    for (int g = 0; g < heads; g++)
+                        sums[g * stride + i * words + j] += weights[(t / TILE * heads + g) * TILE + t % TILE] * x;
+                }
+    }
+}
+
+/* Codes in two parts: some tokens at a time, low words and what goes with each are laid side by side. */
+INLINE void weigh_split(int precision, int heads, const uint32_t *values, int words, int slots, const float *weights,
+                        float *sums, int stride, const char *next) {
+    enum { ROOM = TILE * MOST_LOW };
+    uint32_t low_word[ROOM + LANES], high_word[ROOM + LANES];
+    const int low = low_words_of(precision, words), most = ROOM / low / TILE * TILE;
+    for (int t = 0; t < slots; t += most) {
+        const int tokens = slots - t < most ? slots - t : most;
+        for (int i = 0; i < tokens; i++) {
+            const uint32_t *code = values + (size_t)(t + i) * words;
+            memcpy(low_word + i * low, code, sizeof *code * low);
+            high_words(code + low, low, high_word + i * low);
+        }
+        prefetch(next + (size_t)t * words * 4, tokens * words * 4);
+        weigh_words(precision, heads, low_word, high_word, low, tokens, weights + (size_t)t * heads, sums, stride, next);
+    }
+}
+
 /* sums[head][channel] += weights[head][token] * level[token][channel] over `slots` tokens of a page. */
 INLINE void weigh(int precision, int heads, const uint32_t *values, int words, int slots, const float *weights, float *sums,
                   int stride, const char *next) {
-    const int codes = codes_of(precision), most = heads * 8 <= SUM_REGISTERS ? 8 : heads * 4 <= SUM_REGISTERS ? 4 : 2;
-    const int at_once = codes < most ? codes : most;
 #ifdef HALF_REGISTERS
     if (precision == KVQ_HALF && words % 8 == 0) {
         half_weigh(heads, values, words, slots, weights, sums, stride, next);
         return;
     }
 #endif
-    if (words % LANES == 0) {
-        for (int j = 0; j < words; j += LANES)
-            for (int first = 0; first < codes; first += at_once)
-                weigh_vectors(precision, heads, at_once, first, j, values, words, slots, weights, sums, stride, next);
-    } else if (LANES % words == 0) {
-        for (int first = 0; first < codes; first += at_once)
-            weigh_parts(precision, heads, at_once, first, values, words, slots, weights, sums, stride, next);
-    } else { /* a head_dim whose words do not line up with the vectors */
-        for (int t = 0; t < slots; t++)
-            for (int j = 0; j < words; j++)
-                for (int i = 0; i < codes; i++) {
-                    const float x = level(precision, values[(size_t)t * words + j] - (vu){0}, i)[0];
-                    for (int g = 0; g < heads; g++)
-                        sums[g * stride + i * words + j] += weights[(t / TILE * heads + g) * TILE + t % TILE] * x;
-                }
-    }
+    if (split_of(precision)) weigh_split(precision, heads, values, words, slots, weights, sums, stride, next);
+    else weigh_words(precision, heads, values, NULL, words, slots, weights, sums, stride, next);
 }
 
 typedef void (*weigh_function)(const uint32_t *values, int words, int slots, const float *weights, float *sums,

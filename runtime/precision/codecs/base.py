@@ -4,7 +4,8 @@ The codes of a vector are little-endian 32-bit words, and neighbouring words hol
 channels: with w words of n codes, code i of word j is channel i * w + j. So a vector register of
 words, shifted by i codes, is a register of neighbouring channels, for every width alike; the
 four bytes of a word are what an 8-bit dot-product instruction sums up. Where the channels do not
-fill the words (2 bits, head_dim not a multiple of 16), the last codes are zero and not decoded.
+fill the words (2 bits, head_dim not a multiple of 16), the last codes are zero and not decoded. A codec
+whose bits do not divide a word lays them out in parts that do, see `codebook` for 3 bits.
 """
 
 from __future__ import annotations
@@ -85,6 +86,22 @@ def from_words(x: np.ndarray, codes_per_word: int, head_dim: int) -> np.ndarray:
     """The inverse of `to_words`: [..., words * codes_per_word] -> [..., head_dim]."""
     by_word = x.reshape(*x.shape[:-1], x.shape[-1] // codes_per_word, codes_per_word)
     return by_word.swapaxes(-1, -2).reshape(x.shape)[..., :head_dim]
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes uint8 [..., n] below 2^bits -> uint8 [..., n * bits / 8], the first in the lowest bits; bits: 1, 2 or 4."""
+    each = 8 // bits
+    packed = codes[..., 0::each]
+    for i in range(1, each):
+        packed = packed | (codes[..., i::each] << (bits * i))
+    return packed
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `pack`: uint8 [..., n] -> uint8 [..., n * 8 / bits]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * len(shifts))
 
 
 def absmax(x: np.ndarray) -> np.ndarray:

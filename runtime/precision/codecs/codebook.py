@@ -1,79 +1,136 @@
-"""2 bits: a four-level codebook with a scale close to unbiased.
+"""2, 3 and 4 bits: codebooks of four, eight and sixteen levels with a scale close to unbiased.
 
-A rotated head is close to Gaussian, so the codes are those of the Lloyd-Max quantizer of a normal
-variable (J. Max, Quantizing for Minimum Distortion, 1960): levels +-0.4528 and +-1.5104 standard
-deviations, decision borders at 0 and +-0.9816, fitted to each vector by least squares. The ratio of
-the levels, 3.336, is taken as 10/3: so they are the whole numbers +-3 and +-10 that integer dot
-products need, and the error grows by less than 1e-5 of itself.
+A rotated head is close to Gaussian, so the levels are those of the Lloyd-Max quantizer of a normal variable (J. Max,
+Quantizing for Minimum Distortion, 1960), fitted to each vector by least squares. They are taken as whole numbers that
+fit a signed byte, which integer dot products need; the error grows by less than 1e-4 of itself.
 
-The stored scale is not the least-squares one. That one makes every vector 12 % too short, and what
-attention adds up over many tokens keeps this error while the others average out. At the unbiased
-scale the stored vector's projection on the exact one is the exact one, with a slightly larger error;
-four fifths of the way to it, a vector is 2 % too short (docs/measurements.md has the divergences).
-Scales are in units of the inner level: then neither exceeds the largest value, and what fits a half
-can be stored.
+The stored scale is not the least-squares one. At 2 bits that one makes every vector 12 % too short, and what attention
+adds up over many tokens keeps this error while the others average out. At the unbiased scale the stored vector's
+projection on the exact one is the exact one, with a slightly larger error; four fifths of the way to it, a vector is
+2 % too short (docs/measurements.md has the divergences). Scales are small enough that what fits a half can be stored.
+
+3 bits fill words in two parts: the two low bits of every code as at 2 bits, then the high bits, words of which serve two
+words of low bits each. Byte b of a word of low bits has the codes 4 b to 4 b + 3; their high bits are the bits 0 to 3, for
+the second word 4 to 7, of byte b of the word of high bits.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
-from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_scale, to_words
+from kvq.runtime.precision.codecs.base import (
+    WORD_BYTES,
+    Codec,
+    absmax,
+    from_words,
+    half_scale,
+    pack,
+    to_words,
+    unpack,
+)
 from kvq.runtime.precision.precision import Precision
 
-INNER = 0.4528  # in standard deviations
-LEVELS = np.array([-10 / 3, -1.0, 1.0, 10 / 3], np.float32)
-BORDER = np.float32((1 + 10 / 3) / 2)
-MOST_GAIN = 1.5  # of the stored scale over the least-squares one; 1.1 on Gaussian vectors
+MOST_GAIN = 1.5  # of the stored scale over the least-squares one; 1.1 on Gaussian vectors at 2 bits
 FIXED_ONE = 1 << 16  # the largest value of a vector, while its scale is fitted
 
 
-def pack2(codes: np.ndarray) -> np.ndarray:
-    """uint8 [..., n] in [0, 3] -> uint8 [..., n // 4]; index 4i in the lowest two bits."""
-    return codes[..., 0::4] | (codes[..., 1::4] << 2) | (codes[..., 2::4] << 4) | (codes[..., 3::4] << 6)
-
-
-def unpack2(packed: np.ndarray) -> np.ndarray:
-    """uint8 [..., n // 4] -> uint8 [..., n]; the inverse of `pack2`."""
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)
-    return ((packed[..., None] >> shifts) & 3).reshape(*packed.shape[:-1], packed.shape[-1] * 4)
-
-
-# The four levels of every byte, float32 [256, 4]: one table look-up decodes four values.
-QUADS = LEVELS[unpack2(np.arange(256, dtype=np.uint8)[:, None])]
-
-
 class CodebookCodec(Codec):
-    """Four values a byte."""
+    """Levels in ascending order are the codes 0, 1, 2, ...
 
-    precision = Precision(2, "2", bits=2)
+    Args:
+        precision: id, name and bits.
+        levels: the positive half of the levels, ascending whole numbers.
+        parts: how many of them make 1: the scale is of levels / parts.
+        first: scale that the fit begins with, in root mean squares of the vector.
+
+    Attributes:
+        levels: float32 [2^bits], what a code stands for before its scale.
+    """
+
     has_scale = True
 
+    def __init__(self, precision: Precision, levels: tuple[int, ...], first: float, parts: int = 1) -> None:
+        self.precision = precision
+        self._whole = np.array(levels, np.int64)
+        self._first, self._parts = first, parts
+        # float32, so that the border of 2 bits, which is no short fraction, is the same in every implementation.
+        self._borders = ((self._whole[1:] + self._whole[:-1]) / (2 * parts)).astype(np.float32)
+        self.levels = np.concatenate([-self._whole[::-1], self._whole]).astype(np.float32) / np.float32(parts)
+
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = self.fit(x)
+        return self.packed(codes), scales
+
+    def fit(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes uint8 of x's shape and scales float16 [..., 1] of vectors float32 [..., head_dim]."""
         # Work on x / absmax: squares of values near the float limits would leave the range. Whole
         # numbers make the sums exact, so any other implementation can give the same bytes.
         peak = absmax(x)
         unit = np.divide(x, peak, out=np.zeros(x.shape, np.float32), where=peak > 0)
         magnitude = np.abs(np.rint(unit * np.float32(FIXED_ONE))).astype(np.int64)
         total = np.sum(magnitude**2, axis=-1, keepdims=True)
-        scale = INNER * np.sqrt(total / x.shape[-1])
-        # Given the codes, the best scale is a projection; given the scale, the best codes are
-        # the nearest levels. Three rounds end close to the best codes there are, 0.6 % above at 64 channels.
+        scale = self._first * np.sqrt(total / x.shape[-1])
+        # Given the codes, the best scale is a projection; given the scale, the best codes are the nearest levels.
+        # Three rounds end close to the best codes there are, 0.6 % above at 64 channels and 2 bits.
         for _ in range(3):
-            outer = magnitude > scale * BORDER
-            products = np.sum(magnitude * np.where(outer, 10, 3), axis=-1, keepdims=True)
-            squares = np.sum(np.where(outer, 100, 9), axis=-1, keepdims=True)
-            scale = 3 * products / squares  # levels 3 and 10 are in thirds of the inner level
-        unbiased = np.divide(3 * total, products, out=np.zeros(scale.shape), where=products > 0)
+            rank = np.zeros(magnitude.shape, np.uint8)
+            for border in self._borders:
+                rank += magnitude > scale * border
+            level = self._whole[rank]
+            products = np.sum(magnitude * level, axis=-1, keepdims=True)
+            scale = self._parts * products / np.sum(level**2, axis=-1, keepdims=True)
+        unbiased = np.divide(self._parts * total, products, out=np.zeros(scale.shape), where=products > 0)
         # A vector that the levels do not fit at all must not grow without bound.
         scale = np.minimum((scale + 4 * unbiased) / 5, MOST_GAIN * scale)
-        codes = np.where(x >= 0, 2 + outer, 1 - outer).astype(np.uint8)  # -outer 0, -inner 1, +inner 2, +outer 3
-        scales = half_scale((scale * (peak / FIXED_ONE)).astype(np.float32))
-        return pack2(to_words(codes, 16)), scales
+        half = np.uint8(len(self._whole))
+        codes = np.where(x >= 0, half + rank, half - 1 - rank)
+        return codes, half_scale((scale * (peak / FIXED_ONE)).astype(np.float32))
+
+    def packed(self, codes: np.ndarray) -> np.ndarray:
+        """Codes uint8 [..., head_dim] -> uint8 [..., code_bytes]."""
+        return pack(to_words(codes, 32 // self.bits), self.bits)
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        """The levels of every byte, float32 [256, 8 / bits]: one table look-up decodes so many values."""
+        return self.levels[unpack(np.arange(256, dtype=np.uint8)[:, None], self.bits)]
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        quads = np.take(QUADS, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], codes.shape[-1] * 4)
-        np.multiply(from_words(quads, 16, out.shape[-1]), scales.astype(np.float32), out=out)
+        values = np.take(self._bytes, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], -1)
+        np.multiply(from_words(values, 32 // self.bits, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
-CODECS = {codec.precision.id: codec for codec in (CodebookCodec(),)}
+class ThreeBitCodec(CodebookCodec):
+    """A codebook whose codes fill words in two parts, see the top of this module."""
+
+    def code_bytes(self, head_dim: int) -> int:
+        low = -(-head_dim // 16)
+        return WORD_BYTES * (low + -(-low // 2))
+
+    def packed(self, codes: np.ndarray) -> np.ndarray:
+        low, high = to_words(codes & 3, 16), to_words(codes >> 2, 16)
+        words = high.shape[-1] // 16
+        if words % 2:
+            high = np.concatenate([high, np.zeros((*high.shape[:-1], 16), np.uint8)], axis=-1)
+        # [..., high words, which of its low words, byte, code of the byte] -> a byte has both words' codes.
+        by_byte = high.reshape(*high.shape[:-1], -1, 2, 4, 4).swapaxes(-3, -2)
+        return np.concatenate([pack(low, 2), pack(by_byte.reshape(high.shape), 1)], axis=-1)
+
+    def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+        words = -(-out.shape[-1] // 16)
+        low = unpack(codes[..., : WORD_BYTES * words], 2)
+        high = unpack(codes[..., WORD_BYTES * words :], 1)
+        by_word = high.reshape(*high.shape[:-1], -1, 4, 2, 4).swapaxes(-3, -2).reshape(high.shape)
+        values = np.take(self.levels, low | by_word[..., : 16 * words] << 2)
+        np.multiply(from_words(values, 16, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+# What a fit begins with is the unit of the levels for a normal variable: at 2 bits its inner level.
+_OFFERED = (
+    CodebookCodec(Precision(2, "2", bits=2), (3, 10), first=0.4528, parts=3),
+    ThreeBitCodec(Precision(3, "3", bits=3), (3, 9, 16, 26), first=0.08302),
+    CodebookCodec(Precision(5, "4", bits=4), (4, 13, 22, 31, 41, 53, 68, 90), first=0.03030),
+)
+CODECS = {codec.precision.id: codec for codec in _OFFERED}

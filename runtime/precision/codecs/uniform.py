@@ -11,7 +11,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_scale, to_words, within_half
+from kvq.runtime.precision.codecs.base import (
+    Codec,
+    absmax,
+    from_words,
+    half_scale,
+    pack,
+    to_words,
+    unpack,
+    within_half,
+)
 from kvq.runtime.precision.precision import Precision
 
 
@@ -30,14 +39,12 @@ def quantize(x: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
 
 def pack4(codes: np.ndarray) -> np.ndarray:
     """int8 [..., n] in [-8, 7] -> uint8 [..., n // 2]; even index low, offset 8."""
-    shifted = (codes + 8).view(np.uint8)
-    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+    return pack((codes + 8).view(np.uint8), 4)
 
 
 def unpack4(packed: np.ndarray) -> np.ndarray:
     """uint8 [..., n // 2] -> int8 [..., n]; the inverse of `pack4`."""
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    return codes.view(np.int8) - 8
+    return unpack(packed, 4).view(np.int8) - 8
 
 
 # Both codes of every byte, float32 [256, 2]: one table look-up decodes two values.
@@ -59,14 +66,15 @@ class Int8Codec(Codec):
 
 
 class Int4Codec(Codec):
-    """Two values a byte."""
+    """Two values a byte. Sessions of before 0.3 hold it; the codebook of 4 bits is nearer to what it stores."""
 
-    precision = Precision(4, "4", bits=4)
+    precision = Precision(4, "u4", bits=4)
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(absmax(x) / np.float32(7))
-        return pack4(to_words(quantize(x, scales, 4), 8)), scales
+        codes = (quantize(x, scales, 4) + 8).view(np.uint8)  # before words are filled up with zeros
+        return pack(to_words(codes, 8), 4), scales
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         pairs = np.take(PAIRS, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], codes.shape[-1] * 2)

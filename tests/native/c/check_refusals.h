@@ -23,7 +23,7 @@ static void expect_error(const char *what, int32_t value, int found, int expecte
 static int32_t *field(void *structure, size_t offset) { return (int32_t *)((char *)structure + offset); }
 
 /* Ids that are none. */
-static const int32_t UNKNOWN[] = {INT_MIN, -1, 0, 1, 3, 5, 6, 7, 9, 14, 17, 31, 32, 64, 255, 1 << 16, INT_MAX};
+static const int32_t UNKNOWN[] = {INT_MIN, -1, 0, 1, 6, 7, 9, 14, 17, 31, 32, 64, 255, 1 << 16, INT_MAX};
 
 static void check_knowledge(void) {
     int known = 0;
@@ -33,8 +33,10 @@ static void check_knowledge(void) {
     if (known != WIDTH_COUNT) fail("%d precisions are known, of %d", known, WIDTH_COUNT);
     for (int i = 0; i < WIDTH_COUNT; i++)
         if (kvq_knows(WIDTHS[i], code_bits(WIDTHS[i]), WIDTHS[i] != 16) != 1) fail("precision %d is unknown", WIDTHS[i]);
-    for (int i = 0; i < LENGTH(UNKNOWN); i++)
+    for (int i = 0; i < LENGTH(UNKNOWN); i++) {
+        if (kvq_words(UNKNOWN[i], 64) != KVQ_UNKNOWN_PRECISION) fail("precision %d has words", UNKNOWN[i]);
         if (kvq_knows(UNKNOWN[i], 0, 0) || kvq_knows(UNKNOWN[i], 2, 1)) fail("precision %d is known", UNKNOWN[i]);
+    }
     for (int error = -20; error <= 20; error++)
         if (!*kvq_error_text(error) != (error < KVQ_REFUSED_VALUE || error >= 0)) fail("text of error %d", error);
 }

@@ -54,23 +54,67 @@ static uint16_t nearest_half(double x) {
     return sign | (uint16_t)((exponent + 14) * 1024 + (int)ldexp(size, 10 - exponent));
 }
 
-static int code_bits(int width) { return width == KVQ_WINDOW ? 16 : width; }
-static int words_of(int width, int head_dim) { return (head_dim * code_bits(width) + 31) / 32; }
+/* Bits of a code. At 3 bits the third ones stand in words of their own, behind the others. */
+static int code_bits(int width) { return width == KVQ_WINDOW ? 16 : width == KVQ_CODEBOOK4 ? 4 : width; }
+static int plain_words(int width, int head_dim) {
+    return (head_dim * (width == 3 ? 2 : code_bits(width)) + 31) / 32;
+}
+static int words_of(int width, int head_dim) {
+    const int count = plain_words(width, head_dim);
+    return width == 3 ? count + (count + 1) / 2 : count;
+}
 
-/* Code i of word j is channel i * words + j. */
+/* Code i of word j is channel i * words + j. Third bits of the words 2 j and 2 j + 1 stand in word j of theirs: byte b has
+ * those of the codes 4 b, 4 b + 1, 4 b + 2, 4 b + 3 of the first, then of the second. */
+typedef struct {
+    int word, shift;
+} bit_place;
+static bit_place place_of(int width, int head_dim, int channel) {
+    const int count = plain_words(width, head_dim);
+    return (bit_place){channel % count, channel / count * (width == 3 ? 2 : code_bits(width))};
+}
+static bit_place third_bit(int head_dim, int channel) {
+    const int count = plain_words(3, head_dim), word = channel % count, code = channel / count;
+    return (bit_place){count + word / 2, code / 4 * 8 + word % 2 * 4 + code % 4};
+}
+static uint32_t word_mask(int width) { return width == 3 ? 3 : (1u << code_bits(width)) - 1; }
+
 static int code_of_channel(int width, const uint32_t *words, size_t word_stride, int head_dim, int channel) {
-    const int bits = code_bits(width), count = words_of(width, head_dim);
-    return (int)(words[channel % count * word_stride] >> (channel / count * bits) & ((1u << bits) - 1));
+    const bit_place at = place_of(width, head_dim, channel), third = third_bit(head_dim, channel);
+    int code = (int)(words[at.word * word_stride] >> at.shift & word_mask(width));
+    if (width == 3) code += (int)(words[third.word * word_stride] >> third.shift & 1) * 4;
+    return code;
+}
+static void put_code(int width, uint32_t *words, size_t word_stride, int head_dim, int channel, uint32_t code) {
+    const bit_place at = place_of(width, head_dim, channel), third = third_bit(head_dim, channel);
+    words[at.word * word_stride] |= (code & word_mask(width)) << at.shift;
+    if (width == 3) words[third.word * word_stride] |= code / 4 << third.shift;
+}
+
+/* The positive levels of the codebooks, ascending; parts of them make 1, and a fit begins with so many root mean squares. */
+typedef struct {
+    int count, parts, level[8];
+    double first;
+} book;
+static book book_of(int width) {
+    if (width == 2) return (book){2, 3, {3, 10}, 0.4528};
+    if (width == 3) return (book){4, 1, {3, 9, 16, 26}, 0.08302};
+    if (width == KVQ_CODEBOOK4) return (book){8, 1, {4, 13, 22, 31, 41, 53, 68, 90}, 0.03030};
+    return (book){0};
 }
 
 static double decoded(int width, int code, uint16_t scale) {
-    static const double levels[] = {-10.0 / 3, -1, 1, 10.0 / 3};
+    const book levels = book_of(width);
+    if (levels.count) {
+        const int rank = code < levels.count ? levels.count - 1 - code : code - levels.count;
+        const double level = (double)levels.level[rank] / levels.parts * half_value(scale);
+        return code < levels.count ? -level : level;
+    }
     switch (width) {
     case 16: return half_value((uint16_t)code);
     case KVQ_WINDOW: return (int16_t)code * half_value(scale);
     case 8: return (int8_t)code * half_value(scale);
     case 4: return (code - 8) * half_value(scale);
-    case 2: return levels[code] * half_value(scale);
     default: return NAN; /* a precision that this file does not describe: every check fails */
     }
 }
@@ -92,12 +136,13 @@ static void release(store *s) {
 
 /* Vectors of values about one in size, in words with a stride; codes beyond the last channel are zero. */
 static void random_vector(int width, int head_dim, uint32_t *words, size_t word_stride, uint16_t *scale) {
-    static const double unit[] = {[15] = 17000, [8] = 70, [4] = 4, [2] = 2.4}; /* codes of a value of one, about */
+    /* codes of a value of one, about */
+    static const double unit[] = {[15] = 17000, [8] = 70, [5] = 50, [4] = 4, [3] = 16, [2] = 2.4};
     const int bits = code_bits(width), count = words_of(width, head_dim);
     for (int j = 0; j < count; j++) words[j * word_stride] = 0;
     for (int c = 0; c < head_dim; c++) {
         uint32_t code = width == 16 ? nearest_half(uniform(-1.7, 1.7)) : (uint32_t)random_bits() & ((1u << bits) - 1);
-        words[c % count * word_stride] |= code << (c / count * bits);
+        put_code(width, words, word_stride, head_dim, c, code);
     }
     if (width != 16) *scale = nearest_half(uniform(0.5, 1.5) / unit[width]);
 }
@@ -217,30 +262,33 @@ static void reference_attend(const store *s, int heads, int tokens, int layer, c
     free(keys), free(values), free(score);
 }
 
-/* Codes and scale of the codebook at 2 bits, as runtime/precision/codecs/codebook.py fits them. */
-static float fitted_scale(const float *x, int head_dim, float peak, uint32_t *code) {
-    const double border = (float)((1 + 10.0 / 3) / 2);
+/* Codes and scale of a codebook, as runtime/precision/codecs/codebook.py fits them. */
+static float fitted_scale(book levels, const float *x, int head_dim, float peak, uint32_t *code) {
     double scale = 0, total = 0, products = 0; /* sums: whole numbers below 2^53 */
     for (int round = -1; round < 3; round++) {
         double squares = 0;
         products = 0;
         for (int c = 0; c < head_dim; c++) {
             double magnitude = peak > 0 ? fabsf(rintf(x[c] / peak * 65536.0f)) : 0;
-            int outer = magnitude > scale * border, level = outer ? 10 : 3;
+            int rank = 0;
+            for (int k = 1; k < levels.count; k++) /* the nearest level */
+                rank += magnitude > scale * (float)((levels.level[k - 1] + levels.level[k]) / (2.0 * levels.parts));
+            const int level = levels.level[rank];
             if (round < 0) total += magnitude * magnitude;
             products += magnitude * level;
             squares += level * level;
-            code[c] = (uint32_t)(x[c] >= 0 ? 2 + outer : 1 - outer);
+            code[c] = (uint32_t)(x[c] >= 0 ? levels.count + rank : levels.count - 1 - rank);
         }
-        scale = round < 0 ? 0.4528 * sqrt(total / head_dim) : 3 * products / squares;
+        scale = round < 0 ? levels.first * sqrt(total / head_dim) : levels.parts * products / squares;
     }
-    double stored = (scale + 4 * (products > 0 ? 3 * total / products : 0)) / 5;
+    double stored = (scale + 4 * (products > 0 ? levels.parts * total / products : 0)) / 5;
     return (float)(fmin(stored, 1.5 * scale) * (double)(peak / 65536.0f));
 }
 
 /* One vector; -1 for what a codec refuses. */
 static int reference_encode(int width, const float *x, int head_dim, uint32_t *words, uint16_t *scale_out) {
     const int bits = code_bits(width), count = words_of(width, head_dim), top = (1 << (bits - 1)) - 1;
+    const book levels = book_of(width);
     float peak = 0, scale = 0;
     uint32_t fitted[1024];
     for (int c = 0; c < head_dim; c++) {
@@ -249,7 +297,7 @@ static int reference_encode(int width, const float *x, int head_dim, uint32_t *w
     }
     if (bits == 16 && peak > 65504) return -1;
     if (width != 16) {
-        scale = width == 2 ? fitted_scale(x, head_dim, peak, fitted) : peak / (float)top;
+        scale = levels.count ? fitted_scale(levels, x, head_dim, peak, fitted) : peak / (float)top;
         if (scale > 65504) return -1;
         *scale_out = nearest_half(scale);
         if (half_value(*scale_out) < scale) ++*scale_out; /* rounded up, so that the largest value never clips */
@@ -259,13 +307,13 @@ static int reference_encode(int width, const float *x, int head_dim, uint32_t *w
     for (int c = 0; c < head_dim; c++) {
         uint32_t code;
         if (width == 16) code = nearest_half(x[c]);
-        else if (width == 2) code = fitted[c];
+        else if (levels.count) code = fitted[c];
         else {
             float q = scale > 0 ? rintf(x[c] / scale) : 0;
             q = fminf(fmaxf(q, (float)(-top - 1)), (float)top);
             code = (uint32_t)((int)q + (width == 4 ? 8 : 0)) & (uint32_t)(2 * top + 1);
         }
-        words[c % count] |= code << (c / count * bits);
+        put_code(width, words, 1, head_dim, c, code);
     }
     return 0;
 }
