@@ -9,9 +9,9 @@ adds up over many tokens keeps this error while the others average out. At the u
 projection on the exact one is the exact one, with a slightly larger error; four fifths of the way to it, a vector is
 2 % too short (docs/measurements.md has the divergences). Scales are small enough that what fits a half can be stored.
 
-3 bits fill words in two parts: the two low bits of every code as at 2 bits, then the high bits, words of which serve two
-words of low bits each. Byte b of a word of low bits has the codes 4 b to 4 b + 3; their high bits are the bits 0 to 3, for
-the second word 4 to 7, of byte b of the word of high bits.
+3 bits fill words in two parts: the two low bits of every code as at 2 bits, then the high bits, a word of which serves
+two words of low bits. Byte b of a word of low bits has the codes 4 b to 4 b + 3; their high bits are the bits 0 to 3,
+for the second word 4 to 7, of byte b of the word of high bits.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class CodebookCodec(Codec):
         return self.levels[unpack(np.arange(256, dtype=np.uint8)[:, None], self.bits)]
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        values = np.take(self._bytes, codes, axis=0, mode="clip").reshape(*codes.shape[:-1], -1)
+        values = np.take(self._bytes, codes, axis=0, mode="clip")
+        values = values.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // self.bits))
         np.multiply(from_words(values, 32 // self.bits, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
@@ -115,14 +116,14 @@ class ThreeBitCodec(CodebookCodec):
         if words % 2:
             high = np.concatenate([high, np.zeros((*high.shape[:-1], 16), np.uint8)], axis=-1)
         # [..., high words, which of its low words, byte, code of the byte] -> a byte has both words' codes.
-        by_byte = high.reshape(*high.shape[:-1], -1, 2, 4, 4).swapaxes(-3, -2)
+        by_byte = high.reshape(*high.shape[:-1], high.shape[-1] // 32, 2, 4, 4).swapaxes(-3, -2)
         return np.concatenate([pack(low, 2), pack(by_byte.reshape(high.shape), 1)], axis=-1)
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         words = -(-out.shape[-1] // 16)
         low = unpack(codes[..., : WORD_BYTES * words], 2)
         high = unpack(codes[..., WORD_BYTES * words :], 1)
-        by_word = high.reshape(*high.shape[:-1], -1, 4, 2, 4).swapaxes(-3, -2).reshape(high.shape)
+        by_word = high.reshape(*high.shape[:-1], high.shape[-1] // 32, 4, 2, 4).swapaxes(-3, -2).reshape(high.shape)
         values = np.take(self.levels, low | by_word[..., : 16 * words] << 2)
         np.multiply(from_words(values, 16, out.shape[-1]), scales.astype(np.float32), out=out)
 
