@@ -88,16 +88,16 @@ np.testing.assert_allclose(found[0], found[1], atol=2e-3)
 
 def test_a_codec_is_one_file(tmp_path, tiny_bundle):
     """Native code has no kernels for it: it works through numpy, and the statistics say so."""
-    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py", "tests/precision/test_three.py")
-    said = run(tree, SAME_ON_BOTH_BACKENDS, tiny_bundle, "k3v3", "k3v3", tmp_path)
-    assert "k3v3" in said, said
-    said = run(tree, SAME_ON_BOTH_BACKENDS, tiny_bundle, "k4v3", "k4v3", tmp_path)
-    assert "k4v3" in said, said
-    passes(tree, "tests/precision/test_three.py")
+    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/stream.py", "tests/precision/test_stream.py")
+    said = run(tree, SAME_ON_BOTH_BACKENDS, tiny_bundle, "ks3vs3", "ks3vs3", tmp_path)
+    assert "ks3vs3" in said, said
+    said = run(tree, SAME_ON_BOTH_BACKENDS, tiny_bundle, "k4vs3", "k4vs3", tmp_path)
+    assert "k4vs3" in said, said
+    passes(tree, "tests/precision/test_stream.py")
 
 
 def test_every_test_of_codecs_takes_a_new_one(tmp_path):
-    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
+    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/stream.py")
     passes(tree, "tests/precision")
 
 
@@ -146,20 +146,20 @@ def test_every_section_has_an_example_in_our_style(tmp_path):
 @pytest.mark.parametrize("id_", [1, 29])
 def test_an_id_need_not_be_the_number_of_bits(tmp_path, id_):
     """Shades and tables go by the bits of the codes."""
-    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
-    file = tree / "runtime/precision/codecs/three.py"
-    file.write_text(file.read_text().replace("Precision(3,", f"Precision({id_},"))
+    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/stream.py")
+    file = tree / "runtime/precision/codecs/stream.py"
+    file.write_text(file.read_text().replace("Precision(6,", f"Precision({id_},"))
     page = tmp_path / "page.html"
-    found = python(tree, "-m", "kvq", "inspect", "-m", "kvq-books", "-p", "k3v4", "--json", "--html", page, "One " * 60)
+    found = python(tree, "-m", "kvq", "inspect", "-m", "kvq-books", "-p", "ks3v4", "--json", "--html", page, "One " * 60)
     token = json.loads(found)["tokens"][10]
     assert (token["chosen_key_bits"], token["chosen_value_bits"]) == (token["key_bits"], token["value_bits"]) == (3, 4)
-    assert "k3v4" in page.read_text()
+    assert "ks3v4" in page.read_text()
 
 
 @pytest.mark.parametrize("id_", [4, 0, 32])
 def test_a_codec_that_takes_anothers_id_is_refused(tmp_path, id_):
-    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/three.py")
-    file = tree / "runtime/precision/codecs/three.py"
-    file.write_text(file.read_text().replace("Precision(3,", f"Precision({id_},"))
+    tree = tree_with(tmp_path / "tree", "runtime/precision/codecs/stream.py")
+    file = tree / "runtime/precision/codecs/stream.py"
+    file.write_text(file.read_text().replace("Precision(6,", f"Precision({id_},"))
     with pytest.raises(AssertionError, match=r"RuntimeError: .*(redefines|ids are 1 to 31)"):
         run(tree, "import kvq; kvq.load")

@@ -28,13 +28,13 @@ from tests.tools.kvdata import examples, fill, random_tokens, seeds
 from tests.tools.three_bits import ThreeBits
 
 IDS = np.random.default_rng(7).integers(1, 512, 200).tolist()
-SAID = "numpy for k3v3, which it has no kernels for"
+SAID = "numpy for ks3vs3, which it has no kernels for"
 
 
 @pytest.fixture(autouse=True)
 def _three_bits(monkeypatch):
     """The codec in the registry, from which everything else takes it."""
-    monkeypatch.setitem(CODECS, 3, ThreeBits())
+    monkeypatch.setitem(CODECS, 6, ThreeBits())
 
 
 class By(Policy):
@@ -50,11 +50,11 @@ class By(Policy):
         return np.array([self.pair_of(position) for position in features.positions.tolist()], np.uint8)
 
 
-PAIRS = [(3, 3), (4, 3), (16, 16), (3, 8), (4, 4)]
+PAIRS = [(6, 6), (4, 6), (16, 16), (6, 8), (4, 4)]
 POLICIES = {
-    "all": lambda reads: By(lambda position: (3, 3), reads),
+    "all": lambda reads: By(lambda position: (6, 6), reads),
     "mixed": lambda reads: By(lambda position: PAIRS[position % len(PAIRS)], reads),
-    "late": lambda reads: By(lambda position: (3, 3) if position >= 60 else (4, 4), reads),
+    "late": lambda reads: By(lambda position: (6, 6) if position >= 60 else (4, 4), reads),
 }
 
 
@@ -152,7 +152,7 @@ def test_pairs_are_named_as_they_come(make):
     for token in IDS[:12]:
         session.append([token])
     *_, said = session.stats().backend_detail.split("; ")
-    assert said == "numpy for k3v3, k4v3, k3v8, which it has no kernels for"
+    assert said == "numpy for ks3vs3, ku4vs3, ks3v8, which it has no kernels for"
 
 
 def test_a_pass_goes_back_to_native_when_no_such_page_is_left(make, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_native_store_holds_numpy_s_bytes(kernel, steps, recent, seed):
     for i, (step, amount) in enumerate([("append", 20), *steps]):
         for store in stores:
             if step == "append":
-                fill(store, random_tokens(seed + i, geometry, amount, (3, 4, 16) if i % 3 else (4,)))
+                fill(store, random_tokens(seed + i, geometry, amount, (6, 4, 16) if i % 3 else (4,)))
             else:
                 store.trim(int(amount * store.length))
         for found, expected in zip(*map(stored_arrays, stores), strict=True):
@@ -205,8 +205,8 @@ def test_a_native_store_holds_numpy_s_bytes(kernel, steps, recent, seed):
 
 
 @every_kernel
-@pytest.mark.parametrize("due", [3, 4])
-@pytest.mark.parametrize("stored", [3, 4])
+@pytest.mark.parametrize("due", [6, 4])
+@pytest.mark.parametrize("stored", [6, 4])
 def test_attending_is_numpy_s_where_it_has_to_be(kernel, stored, due):
     """Foreign are pages, or, for a stepwise pass, also what is about to leave the window."""
     geometry = Geometry(1, 2, 16)
@@ -215,7 +215,7 @@ def test_attending_is_numpy_s_where_it_has_to_be(kernel, stored, due):
     fill(store, random_tokens(0, geometry, 20, (stored,)))
     fill(store, random_tokens(1, geometry, 8, (due,)))
     query, key, value = new_tokens(2, 4, 4, geometry)
-    for name, foreign in (("attend", stored == 3), ("attend_stepwise", 3 in (stored, due))):
+    for name, foreign in (("attend", stored == 6), ("attend_stepwise", 6 in (stored, due))):
         results = []
         backend = native(kernel)
         for one in (backend, other):
@@ -233,19 +233,19 @@ def test_only_codecs_that_the_library_knows_are_wrapped(monkeypatch):
 
     monkeypatch.setitem(CODECS, 4, Other())
     codecs = native_codecs(0)
-    assert library.known_precisions() == {16, 8, 2}
-    assert {id_ for id_, codec in codecs.by_id.items() if isinstance(codec, NativeCodec)} == {16, 8, 2}
+    assert library.known_precisions() == {16, 8, 5, 3, 2}
+    assert {id_ for id_, codec in codecs.by_id.items() if isinstance(codec, NativeCodec)} == {16, 8, 5, 3, 2}
     assert isinstance(codecs.window, NativeCodec)
-    assert codecs.by_id[3] is CODECS[3]
+    assert codecs.by_id[6] is CODECS[6]
 
 
 def test_the_library_refuses_what_it_does_not_know():
     """Whoever calls it directly gets a named error, before a byte is read."""
     backend = make_backend("native")
-    store = fill(KVStore(Geometry(1, 1, 16), 0, codecs=backend.codecs), random_tokens(0, Geometry(1, 1, 16), 5, (3,)))
+    store = fill(KVStore(Geometry(1, 1, 16), 0, codecs=backend.codecs), random_tokens(0, Geometry(1, 1, 16), 5, (6,)))
     table = PageTable()
     table.update(store)
-    assert table.foreign == [Pair(3, 3)]
+    assert table.foreign == [Pair(6, 6)]
     forward = library.Pass(1, 1, 1, 16, 1, len(table.rows), -1, 1, table.address)
     x = np.zeros(16, np.float32)
     rows = library.Rows(*(x.ctypes.data,) * 4, 16, 16, 16, None)
@@ -253,7 +253,7 @@ def test_the_library_refuses_what_it_does_not_know():
     for refused in (
         lambda: loaded.kvq_attend(ctypes.byref(forward), 0, ctypes.byref(rows), None, None),
         lambda: loaded.kvq_set_pass(ctypes.byref(forward)),
-        lambda: loaded.kvq_encode(-1, 3, x.ctypes.data, 1, 16, x.ctypes.data, x.ctypes.data),
+        lambda: loaded.kvq_encode(-1, 6, x.ctypes.data, 1, 16, x.ctypes.data, x.ctypes.data),
     ):
         with pytest.raises(BackendError, match=r"no kernels for; use KVQ_BACKEND=numpy") as error:
             library.check(refused())

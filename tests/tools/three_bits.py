@@ -11,7 +11,7 @@ from kvq.runtime.precision.precision import Precision
 class ThreeBits(Codec):
     """Codes from -4 to 3, one behind the other in a stream of bits: across the borders of words."""
 
-    precision = Precision(3, "3", 3)
+    precision = Precision(6, "s3", 3)
     has_scale = True
 
     def encode(self, x):
