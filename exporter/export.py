@@ -17,7 +17,8 @@ from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_tex
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
-from kvq.exporter.key_basis import key_basis, key_statistics
+from kvq.exporter.key_basis import KeyBasis, key_basis
+from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS
@@ -185,7 +186,7 @@ def _write_graphs(
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
             # The same graphs once more, with what the first ones have measured.
-            writer.center(*_measured(NewBundle(folder), ids, measured))
+            writer.center(*_measured(NewBundle(folder), options.rotation, ids, measured))
             list(writer.segments()), writer.decoder()
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
@@ -197,12 +198,12 @@ def _write_graphs(
 
 
 def _measured(
-    bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None]
-) -> tuple[np.ndarray, np.ndarray | None]:
+    bundle: Bundle, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, KeyBasis | None]:
     """What `GraphWriter.center` takes: means of keys, and their basis if the bundle's are to have one."""
     if "keys" not in bundle.manifest.kv:
         return mean_keys(bundle, ids, progress), None
-    basis, means = key_basis(key_statistics(bundle, ids, progress))
+    basis, means = key_basis(key_statistics(bundle, ids, progress), rotation)
     return means, basis
 
 

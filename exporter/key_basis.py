@@ -5,131 +5,92 @@ of one scale spread their error evenly over the channels, so the channels should
 the keys that are attended to and Sq that of the queries that attend to them, both beyond the recent window and the
 sinks, the error of codes is least where tr(A Sk A^T) tr(A^-T Sq A^-1) is:
 
-    A^T A = Sk^-1/2 (Sk^1/2 Sq Sk^1/2)^1/2 Sk^-1/2
+    A^T A = M = Sk^-1/2 (Sk^1/2 Sq Sk^1/2)^1/2 Sk^-1/2
 
-That leaves a rotation free. The axes are turned to the principal ones of what keys and queries then share, and a
-Hadamard matrix mixes these: every channel has the same variance, and a vector is close to Gaussian, as codes want it.
+A matrix of its own for every head would cost a tenth of a decode step. M is nearly a diagonal one and a few outliers:
+channels are scaled, a vector grows along some axes (and a query shrinks), and the Hadamard matrix of the rotation mixes
+the channels as ever. Signs of the scales are free: they are chosen so that the mixed channels vary alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvq.exporter.calibration import mean_of, windows
-from kvq.exporter.rotation import head_rotation
-from kvq.runtime.bundle.bundle import Bundle
-from kvq.runtime.compute.engine import Engine
-from kvq.runtime.compute.passes import SegmentedPass
-from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.table import Geometry
+from kvq.exporter.calibration import mean_of
+from kvq.exporter.key_statistics import KeyStatistics
 
-SINK, RECENT = 4, 16  # of a session's defaults: tokens that are read exactly need no better basis
 # Share of the mean variance added to all axes: a thousand tokens do not fill 64 of them.
 DAMPING = 1.0
+RANK = 4  # axes of a head, beside the scales of its channels
+ROUNDS = 3  # of fitting scales and axes in turn, and of choosing signs
 
 
-class KeyStatistics:
-    """Sums over the attention that a calibration text pays beyond window and sinks.
+@dataclass(frozen=True)
+class KeyBasis:
+    """What happens to keys behind the rotary embedding and in front of the rotation; queries undergo the inverse.
+
+    First its channels are scaled: x * scale. Then it grows along the axes: x + sum (stretch - 1) (x . axis) axis.
 
     Attributes:
-        queries, keys: float64 [layers, kv_heads, head_dim, head_dim], second moments weighted by attention.
-        key_sums: float64 [layers, kv_heads, head_dim].
-        weight: float64 [layers, kv_heads], attention in all.
-        plain: float64 [layers, kv_heads, head_dim], sum of all keys but each window's first; `count` of them.
+        scale: float32 [layers, kv_heads, head_dim], of either sign.
+        axes: float32 [layers, kv_heads, rank, head_dim], orthonormal.
+        stretch: float32 [layers, kv_heads, rank], positive.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int) -> None:
-        self.queries, self.keys = np.zeros((2, layers, kv_heads, head_dim, head_dim))
-        self.key_sums, self.plain = np.zeros((2, layers, kv_heads, head_dim))
-        self.weight = np.zeros((layers, kv_heads))
-        self.count = 0
+    scale: np.ndarray
+    axes: np.ndarray
+    stretch: np.ndarray
 
-    def attend(
-        self,
-        query: np.ndarray,
-        key: np.ndarray,
-        value: np.ndarray,
-        store: KVStore,
-        layer: int,
-        out: np.ndarray,
-        row_squares: np.ndarray | None = None,
-    ) -> None:
-        """Causal attention of a whole text over itself, as `AttentionBackend.attend`; the store is empty."""
-        tokens, heads, head_dim = query.shape
-        kv_heads, places = key.shape[1], np.arange(tokens)
-        hidden = places > places[:, None]
-        near = (places < SINK) | (places[:, None] - places <= RECENT)
-        for h in range(kv_heads):
-            group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
-            q, k = query[:, group].transpose(1, 0, 2), key[:, h]
-            scores = q @ k.T * np.float32(head_dim**-0.5)
-            np.copyto(scores, -np.inf, where=hidden)
-            np.exp(scores - scores.max(-1, keepdims=True), out=scores)
-            scores /= scores.sum(-1, keepdims=True)
-            out[:, group] = (scores @ value[:, h]).transpose(1, 0, 2)
-            np.copyto(scores, 0, where=near | hidden)
-            spent, received = scores.sum(-1), scores.sum((0, 1))
-            rows = q.reshape(-1, head_dim)
-            self.queries[layer, h] += (rows * spent.reshape(-1, 1)).T @ rows
-            self.keys[layer, h] += (k * received[:, None]).T @ k
-            self.key_sums[layer, h] += received @ k
-            self.weight[layer, h] += received.sum()
-            self.plain[layer, h] += k[1:].sum(0, dtype=np.float64)
+    def matrices(self) -> np.ndarray:
+        """What a key, as a column, is multiplied with: float64 [layers, kv_heads, head_dim, head_dim]."""
+        return _grown(self.axes, self.stretch) * self.scale.astype(np.float64)[..., None, :]
 
 
-def key_statistics(
-    bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None] | None = None
-) -> KeyStatistics:
-    """Statistics of a text, by the runtime's own passes.
+def key_basis(statistics: KeyStatistics, rotation: np.ndarray) -> tuple[KeyBasis, np.ndarray]:
+    """The basis and the mean keys that statistics call for.
 
     Args:
-        bundle: the model, its keys neither centred nor in a basis yet.
-        ids: int64 [tokens] of a calibration text.
-        progress: called with the tokens done and all there are.
-    """
-    shape, engine = bundle.manifest.architecture, Engine(bundle)
-    found = KeyStatistics(shape.layers, shape.kv_heads, shape.head_dim)
-    for start, part in windows(ids, shape.context):
-        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
-        SegmentedPass(engine, len(part), found.attend).forward(part, store)
-        found.count += len(part) - 1
-        if progress is not None:
-            progress(start + len(part), len(ids))
-    return found
-
-
-def key_basis(statistics: KeyStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices and mean keys that statistics call for.
+        statistics: of rotated queries and keys.
+        rotation: [head_dim, head_dim], orthonormal.
 
     Returns:
-        float32 [2, layers, kv_heads, head_dim, head_dim], what a query and a key are multiplied with from the right, as
-        rows; float32 [layers, kv_heads, head_dim], mean keys in the new basis.
+        the basis; float32 [layers, kv_heads, head_dim], mean keys in the new basis and rotated.
     """
-    s, head_dim = statistics, statistics.plain.shape[-1]
+    s = statistics
     mean = mean_of(s.plain, s.count)
     weight = np.maximum(s.weight, 1e-30)[..., None, None]
     across = mean[..., :, None] * s.key_sums[..., None, :]
     keys = (s.keys - across - across.swapaxes(-1, -2)) / weight + mean[..., :, None] * mean[..., None, :]
-    matrix = balanced(keys, s.queries / weight, head_rotation(head_dim)[1])
-    inverse = np.linalg.inv(matrix)
-    rows = np.stack([inverse, matrix.swapaxes(-1, -2)])  # x A^T of keys; x A^-1 of queries
-    return rows.astype(np.float32), np.einsum("...ij,...j->...i", matrix, mean).astype(np.float32)
+    # Rotated x is x R, as a row.
+    keys, queries = (rotation @ covariance @ rotation.T for covariance in (keys, s.queries / weight))
+    basis = balanced(keys, queries, rotation)
+    return basis, np.einsum("...ij,...j->...i", rotation.T @ basis.matrices() @ rotation, mean).astype(np.float32)
 
 
-def balanced(keys: np.ndarray, queries: np.ndarray, mixer: np.ndarray) -> np.ndarray:
-    """A of the module's definition: keys become A k, queries A^-T q.
+def balanced(keys: np.ndarray, queries: np.ndarray, rotation: np.ndarray, rank: int = RANK) -> KeyBasis:
+    """The basis of the module's definition, as near as scales and some axes come to it.
 
     Args:
         keys, queries: covariances, float64 [..., d, d].
-        mixer: orthonormal, [d, d], applied last.
+        rotation: orthonormal, [d, d], that follows.
+        rank: axes, at most d.
     """
     keys, queries = _damped(keys), _damped(queries)
-    half, inverse = _power(keys, 0.5), _power(keys, -0.5)
-    symmetric = _power(inverse @ _power(half @ queries @ half, 0.5) @ inverse, 0.5)
-    axes = np.linalg.eigh(symmetric @ keys @ symmetric)[1][..., ::-1]
-    return mixer @ axes.swapaxes(-1, -2) @ symmetric
+    scale = (_diagonal(queries) / _diagonal(keys)) ** 0.25
+    for fitted in range(ROUNDS):
+        if fitted:
+            # With given axes, scales are best where each channel has as large a part in one trace as in the other.
+            in_keys = _parts(keys * _grown(axes, stretch**2), scale)
+            in_queries = _parts(queries * _grown(axes, stretch**-2), 1 / scale)
+            scale = scale * np.clip(in_queries / in_keys, 0.4, 2.5) ** 0.25
+        metric = _metric(_scaled(keys, scale), _scaled(queries, 1 / scale))
+        axes, stretch = _outliers(metric, min(rank, keys.shape[-1]))
+    grown = _grown(axes, stretch)
+    # Signs of what is stretched already are signs of scales and axes alike.
+    signs = _signs(grown @ _scaled(keys, scale) @ grown, rotation)
+    return KeyBasis(*(x.astype(np.float32) for x in (signs * scale, signs[..., None, :] * axes, stretch)))
 
 
 def _damped(s: np.ndarray) -> np.ndarray:
@@ -137,6 +98,58 @@ def _damped(s: np.ndarray) -> np.ndarray:
     d = s.shape[-1]
     mean = np.trace(s, axis1=-2, axis2=-1)[..., None, None] / d
     return np.where(mean > 0, s / np.where(mean > 0, mean, 1) + DAMPING * np.eye(d), np.eye(d))
+
+
+def _metric(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """M of the module's definition."""
+    half, inverse = _power(keys, 0.5), _power(keys, -0.5)
+    return inverse @ _power(half @ queries @ half, 0.5) @ inverse
+
+
+def _outliers(metric: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Axes [..., rank, d] along which a metric differs most from its median, and roots of the ratios [..., rank]."""
+    values, vectors = np.linalg.eigh(metric)
+    logs = np.log(values)
+    logs -= np.median(logs, -1, keepdims=True)
+    chosen = np.argsort(-abs(logs), -1)[..., :rank]
+    axes = np.take_along_axis(vectors, chosen[..., None, :], -1).swapaxes(-1, -2)
+    return axes, np.exp(np.take_along_axis(logs, chosen, -1) / 2)
+
+
+def _grown(axes: np.ndarray, stretch: np.ndarray) -> np.ndarray:
+    """The symmetric matrix that stretches along axes, float64 [..., d, d]."""
+    axes, stretch = axes.astype(np.float64), stretch.astype(np.float64)
+    return np.eye(axes.shape[-1]) + axes.swapaxes(-1, -2) @ ((stretch - 1)[..., None] * axes)
+
+
+def _parts(s: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Parts of the channels in scale^T s scale, [..., d]; together 1 but for those that are raised to a little."""
+    parts = scale * np.einsum("...cd,...d->...c", s, scale)
+    return np.maximum(parts / parts.sum(-1, keepdims=True), 1e-4)
+
+
+def _signs(s: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Signs of channels of covariance s that even out the variances behind a rotation, [..., d]; found one by one."""
+    signs = np.ones(s.shape[:-1])
+    variances = np.einsum("ci,...cd,di->...i", rotation, s, rotation, optimize=True)
+    for _ in range(ROUNDS):
+        for c, row in enumerate(rotation):
+            others = s[..., c, :] * signs
+            others[..., c] = 0
+            turned = variances - 4 * signs[..., c, None] * row * (others @ rotation)
+            better = (turned**2).sum(-1) < (variances**2).sum(-1)
+            variances = np.where(better[..., None], turned, variances)
+            signs[..., c] *= 1 - 2 * better
+    return signs
+
+
+def _diagonal(s: np.ndarray) -> np.ndarray:
+    return np.diagonal(s, axis1=-2, axis2=-1)
+
+
+def _scaled(s: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Covariance of scaled channels."""
+    return s * scale[..., :, None] * scale[..., None, :]
 
 
 def _power(s: np.ndarray, exponent: float) -> np.ndarray:

@@ -56,9 +56,9 @@ class Twin:
     Attributes:
         shape: of the model.
         rotation: float32 [head_dim, head_dim] of every head in the cache; the identity if there is none.
-        key_basis: float32 [2, layers, kv_heads, head_dim, head_dim] that rotated queries and keys are multiplied with;
-            identities where the bundle has none.
-        mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of keys in this basis.
+        key_basis: scale, axes and stretch of every layer, see `kvq.exporter.key_basis.KeyBasis`, float32 [kv_heads, ...];
+            empty where the bundle leaves keys in their own.
+        mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of rotated keys.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -72,10 +72,8 @@ class Twin:
         self.mean_keys = torch.from_numpy(np.stack([arrays[node.inputs[3]] for node in attentions]))
         products = (node for node in (*self._decoder, *self._head) if node.kind in PRODUCTS)
         matrices = {node.inputs[1]: _matrix(node, arrays) for node in products}
-        size = (self.shape.kv_heads, self.shape.head_dim, self.shape.head_dim)
-        same = np.broadcast_to(np.eye(size[1], dtype=np.float32), (2, *size))
-        bases = [arrays[node.inputs[4]] if len(node.inputs) > 4 else same for node in attentions]
-        self.key_basis = torch.from_numpy(np.stack(bases, 1))
+        bases = [[torch.from_numpy(arrays[name]) for name in node.inputs[4:]] for node in attentions]
+        self.key_basis = [basis for basis in bases if basis]
         for node in attentions:
             if node.attributes["rotate"] == 1:  # of queries and keys only: that of the values is in the weights
                 self._unrotate(node, rotation, matrices, arrays)
@@ -114,11 +112,12 @@ class Twin:
         return values["residual_out"].view(batch, tokens, -1)
 
     def to_cache(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [batch, heads, tokens, head_dim] as the cache knows them: rotated, in its basis, centred."""
-        group = query.shape[1] // key.shape[1]
-        query_basis, key_basis = self.key_basis[:, layer]
-        query = query @ self.rotation @ query_basis.repeat_interleave(group, 0)
-        return query, key @ self.rotation @ key_basis - self.mean_keys[layer][:, None]
+        """Queries and keys [batch, heads, tokens, head_dim] as the cache knows them: in its basis, rotated, centred."""
+        if self.key_basis:
+            scale, axes, stretch = self.key_basis[layer]
+            query = _grown(query, 1 / scale, axes, 1 / stretch)
+            key = _grown(key, scale, axes, stretch)
+        return query @ self.rotation, key @ self.rotation - self.mean_keys[layer][:, None]
 
     def logits(self, residual: Tensor) -> Tensor:
         """The head: residual [..., hidden] -> logits [..., vocab].
@@ -133,7 +132,7 @@ class Twin:
     def to(self, device: str) -> Twin:
         """Move everything there."""
         self.rotation, self.mean_keys = self.rotation.to(device), self.mean_keys.to(device)
-        self.key_basis = self.key_basis.to(device)
+        self.key_basis = [[x.to(device) for x in basis] for basis in self.key_basis]
         for held in (self._matrices, self._constants):
             held.update({name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
         return self
@@ -198,6 +197,14 @@ def _matrix(node: Node, arrays: dict[str, np.ndarray]) -> np.ndarray:
     codes, scales = (arrays[name] for name in node.inputs[1:3])
     a = node.attributes
     return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"]).dequantize()
+
+
+def _grown(x: Tensor, scale: Tensor, axes: Tensor, stretch: Tensor) -> Tensor:
+    """x [batch, heads, tokens, head_dim] scaled and stretched; the others [kv_heads, ...]."""
+    group = x.shape[1] // len(scale)
+    scale, axes, stretch = (part.repeat_interleave(group, 0) for part in (scale, axes, stretch))
+    x = x * scale[:, None]
+    return x + (x @ axes.mT * (stretch - 1)[:, None]) @ axes
 
 
 def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:

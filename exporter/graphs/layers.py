@@ -19,6 +19,7 @@ from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graphs.builder import CONTRIB, KVQ, Graph
 from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
+from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
 
 
@@ -85,11 +86,10 @@ class Layers(ABC):
     def swiglu(self) -> str:
         """silu of the value's first half times its second."""
 
-    def weight_of_basis(self, layer: int) -> str:
-        """The matrices of a layer's queries and keys, float32 [2, kv_heads, head_dim, head_dim]."""
-        basis = self.options.key_basis
-        assert basis is not None
-        return self.graph.weight(f"model.layers.{layer}.key_basis", basis[:, layer])
+    def weights_of_basis(self, basis: KeyBasis, layer: int) -> list[str]:
+        """A layer's scale [kv_heads, head_dim], axes [kv_heads, rank, head_dim] and stretch [kv_heads, rank]."""
+        parts = {"scale": basis.scale, "axes": basis.axes, "stretch": basis.stretch}
+        return [self.graph.weight(f"model.layers.{layer}.key_{name}", part[layer]) for name, part in parts.items()]
 
     def project_inputs(self, step: Attend) -> str:
         """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
@@ -127,7 +127,7 @@ class Segment(Layers):
         self.cosine, self.sine = (self.graph.input(name, "tokens", self.shape.head_dim // 2) for name in names)
 
     def attend(self, step: Attend, layer: int) -> None:
-        """Projections, rotary embedding, rotation, centring -> the outputs query_key and value."""
+        """Projections, rotary embedding, basis, rotation, centring -> the outputs query_key and value."""
         graph, shape = self.graph, self.shape
         both, mean_keys = shape.heads + shape.kv_heads, self.options.mean_keys[layer]
         sizes = [both * shape.head_dim, shape.kv_heads * shape.head_dim]
@@ -141,10 +141,10 @@ class Segment(Layers):
             domain=CONTRIB,
         )
         query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
+        if self.options.key_basis is not None:
+            query_key = self._in_basis(query_key, self.options.key_basis, layer)
         if self.options.rotates:
             query_key = graph.op("MatMul", query_key, graph.weight("rotation", self.options.rotation))
-        if self.options.key_basis is not None:
-            query_key = self._in_basis(query_key, layer)
         if mean_keys.any():
             mean = np.zeros((both, shape.head_dim), np.float32)
             mean[shape.heads :] = mean_keys
@@ -160,19 +160,23 @@ class Segment(Layers):
         # QuickGelu with alpha 1 is SiLU.
         return self.graph.op("Mul", self.graph.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
 
-    def _in_basis(self, query_key: str, layer: int) -> str:
-        """Queries and keys [tokens, heads + kv_heads, head_dim] times their matrices, head by head."""
+    def _in_basis(self, query_key: str, basis: KeyBasis, layer: int) -> str:
+        """Queries and keys [tokens, heads + kv_heads, head_dim] in the basis, see `KeyBasis`."""
         graph, shape = self.graph, self.shape
-        basis = self.weight_of_basis(layer)
-        sides = graph.ops("Split", 2, basis, graph.constant([1, 1]), axis=0)
+        kv_heads, head_dim, one = shape.kv_heads, shape.head_dim, graph.constant([1], np.float32)
+        scale, axes, stretch = self.weights_of_basis(basis, layer)
+        scale, stretch = (graph.op("Reshape", x, graph.constant([kv_heads, 1, -1])) for x in (scale, stretch))
+        across = graph.op("Transpose", axes, perm=[0, 2, 1])
         by_head = graph.op("Transpose", query_key, perm=[1, 0, 2])
-        parts = graph.ops("Split", 2, by_head, graph.constant([shape.heads, shape.kv_heads]), axis=0)
+        parts = graph.ops("Split", 2, by_head, graph.constant([shape.heads, kv_heads]), axis=0)
         turned = []
-        for part, heads, side in zip(parts, (shape.heads, shape.kv_heads), sides, strict=True):
-            matrices = graph.op("Reshape", side, graph.constant([shape.kv_heads, shape.head_dim, shape.head_dim]))
-            rows = graph.op("Reshape", part, graph.constant([shape.kv_heads, -1, shape.head_dim]))
-            product = graph.op("MatMul", rows, matrices)
-            turned.append(graph.op("Reshape", product, graph.constant([heads, -1, shape.head_dim])))
+        sides = ((shape.heads, "Div", graph.op("Div", one, stretch)), (kv_heads, "Mul", stretch))
+        for part, (heads, times, factor) in zip(parts, sides, strict=True):
+            rows = graph.op("Reshape", part, graph.constant([kv_heads, -1, head_dim]))
+            scaled = graph.op(times, rows, scale)
+            more = graph.op("Mul", graph.op("MatMul", scaled, across), graph.op("Sub", factor, one))
+            grown = graph.op("Add", scaled, graph.op("MatMul", more, axes))
+            turned.append(graph.op("Reshape", grown, graph.constant([heads, -1, head_dim])))
         return graph.op("Transpose", graph.op("Concat", *turned, axis=0), perm=[1, 0, 2])
 
     def _rotated(self, x: str, heads: int) -> str:
@@ -208,7 +212,7 @@ class Decoder(Layers):
         rotate = int(options.rotates) + 2 * int(options.rotates_values)
         inputs = [self.project_inputs(step), self.cosine, self.sine, mean]
         if options.key_basis is not None:
-            inputs.append(self.weight_of_basis(layer))
+            inputs += self.weights_of_basis(options.key_basis, layer)
         self.value = self.project_output(step, graph.op("Attention", *inputs, domain=KVQ, layer=layer, rotate=rotate))
 
     def swiglu(self) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvq.exporter.key_basis import KeyBasis
+
 # MatMulNBits' accuracy_level: 0 keeps activations in float32, 4 quantizes them to int8 on the fly.
 ACCURACY_LEVEL = {"fp32": 0, "int8": 4, "int16-head": 4}
 
@@ -21,8 +23,7 @@ class GraphOptions:
         block: elements per scale of a quantized matrix.
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
-        key_basis: float32 [2, layers, kv_heads, head_dim, head_dim] that queries and keys are multiplied with after the
-            rotation, as rows, see `kvq.exporter.key_basis`; None leaves them as they are. Mean keys are then of it.
+        key_basis: of queries and keys, in front of the rotation; None leaves them as they are. Mean keys are then of it.
         fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
             else as they come, which leaves weights that a source holds in blocks as they are.
     """
@@ -33,7 +34,7 @@ class GraphOptions:
     rotation: np.ndarray
     mean_keys: np.ndarray
     fold_values: bool = True
-    key_basis: np.ndarray | None = None
+    key_basis: KeyBasis | None = None
 
     @property
     def rotates(self) -> bool:

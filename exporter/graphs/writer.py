@@ -14,6 +14,7 @@ from kvq.exporter.graphs.head import head_graph, uncertainty_graph
 from kvq.exporter.graphs.layers import Decoder, Segment
 from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
+from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import Matrices
 
@@ -37,7 +38,7 @@ class GraphWriter:
         """What has been written of the weights."""
         return self._products.matrices
 
-    def center(self, mean_keys: np.ndarray, key_basis: np.ndarray | None = None) -> None:
+    def center(self, mean_keys: np.ndarray, key_basis: KeyBasis | None = None) -> None:
         """Graphs written from now on take keys to this basis, if there is one, and subtract these means; see
         `GraphOptions`.
         """

@@ -4,12 +4,21 @@
 
 #include "kvq.h"
 
+/* What happens to a key between rotary embedding and rotation, and the inverse to a query: each channel times its scale,
+ * then x + sum over axes of (stretch - 1) (x . axis) axis; the axes of a head are orthonormal. */
+typedef struct {
+    const float *scale;   /* [kv_heads, head_dim]; null: nothing happens */
+    const float *axes;    /* [kv_heads, rank, head_dim] */
+    const float *stretch; /* [kv_heads, rank] */
+    int32_t rank;         /* at most head_dim */
+} kvq_key_basis;
+
 /* What a projection yields and what attention takes, see the hook `prepare` of a kernel. */
 typedef struct {
     const float *qkv;           /* [tokens, heads + 2 * kv_heads, head_dim] */
     const float *cosine, *sine; /* [tokens, head_dim / 2] */
     const float *mean_key;      /* [kv_heads, head_dim], subtracted from the keys */
-    const float *basis;         /* [2, kv_heads, head_dim, head_dim], see in_basis; null: none */
+    kvq_key_basis basis;
     float *out;                 /* [tokens, heads + kv_heads, head_dim]: queries, keys; then values if they are rotated */
     int32_t heads, kv_heads, head_dim;
     int32_t rotate; /* KVQ_ROTATE_...: which heads the Hadamard matrix rotates; head_dim is a power of two then */
@@ -51,8 +60,8 @@ typedef struct {
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
                                                      * NO_MEMORY */
-    /* heads [first, end) of one token, queries before keys: rotary embedding, rotation, basis, centring of the keys; with a key
-     * goes its value, where values are rotated */
+    /* heads [first, end) of one token, queries before keys: rotary embedding, basis, rotation, centring of the keys; with
+     * a key goes its value, where values are rotated */
     void (*prepare)(const kvq_prepare *p, size_t token, int first, int end);
     void (*rotate)(float *x, size_t heads, int head_dim);
     void (*swiglu)(const float *x, size_t n, float *out);

@@ -22,6 +22,8 @@ int32_t kvq_set_pass(const kvq_pass *pass) {
     return pass ? refused : before;
 }
 
+enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7 };
+
 /* A node: its attributes. */
 typedef struct {
     const OrtApi *api;
@@ -35,6 +37,8 @@ typedef struct {
     OrtKernelContext *context;
     OrtStatus *status;
 } run;
+
+static const char MISFIT[] = "kvq: an input does not have the shape that the session's pass or another input asks for";
 
 static void fail(run *r, const char *why) {
     if (!r->status) r->status = CreateStatus(r->api)(ORT_FAIL, why);
@@ -54,6 +58,7 @@ static const float *input(run *r, size_t index, size_t *count) {
     void *data = NULL;
     *count = 0;
     if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
+    if (!r->status && !value) fail(r, "kvq: an input is left out");
     if (!r->status) r->status = GetTensorSizeInBytes(api)(value, count);
     if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
     *count /= sizeof(float);
@@ -64,15 +69,8 @@ static const float *input(run *r, size_t index, size_t *count) {
 static const float *floats(run *r, size_t index, int64_t wanted) {
     size_t count;
     const float *data = input(r, index, &count);
-    if (!r->status && (wanted < 0 || count != (size_t)wanted))
-        fail(r, "kvq: an input does not have the shape that the session's pass or another input asks for");
+    if (!r->status && (wanted < 0 || count != (size_t)wanted)) fail(r, MISFIT);
     return r->status ? NULL : data;
-}
-
-static size_t count_of_inputs(run *r) {
-    size_t count = 0;
-    if (!r->status) r->status = KernelContext_GetInputCount(r->api)(r->context, &count);
-    return count;
 }
 
 /* The number of columns of an input that is a matrix. */
@@ -118,9 +116,24 @@ static void turn_back(void *data, size_t token) {
     kvq_rotate_heads(t->kernel, t->x + token * t->heads * t->head_dim, t->heads, t->head_dim);
 }
 
+/* The last inputs of Attention, if it has them. */
+static kvq_key_basis basis_of(run *r, const kvq_pass *pass) {
+    size_t inputs = 0, stretches;
+    if (!r->status) r->status = KernelContext_GetInputCount(r->api)(r->context, &inputs);
+    if (inputs != ATTENTION_INPUTS && inputs != ATTENTION_INPUTS_NEEDED) fail(r, MISFIT);
+    if (r->status || inputs == ATTENTION_INPUTS_NEEDED) return (kvq_key_basis){NULL};
+    const int64_t channels = (int64_t)pass->kv_heads * pass->head_dim;
+    kvq_key_basis basis = {.scale = floats(r, 4, channels), .stretch = input(r, 6, &stretches)};
+    basis.rank = stretches / pass->kv_heads > (size_t)pass->head_dim ? -1 : (int32_t)(stretches / pass->kv_heads);
+    if (!r->status && (basis.rank < 0 || stretches % pass->kv_heads)) fail(r, MISFIT);
+    basis.axes = floats(r, 5, channels * basis.rank);
+    return basis;
+}
+
 /* kvq::Attention: over the store of the thread's session.
  *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim],
- *   and perhaps basis [2, kv_heads, head_dim, head_dim] -> [tokens, heads * head_dim];  attributes layer, rotate (of KVQ_ROTATE_...) */
+ *   and perhaps scale, axes and stretch of a kvq_key_basis -> [tokens, heads * head_dim];
+ *   attributes layer, rotate (of KVQ_ROTATE_...) */
 static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const node *self = state;
     const kvq_pass *pass = current_pass;
@@ -136,7 +149,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .cosine = floats(&r, 1, tokens * (d / 2)),
         .sine = floats(&r, 2, tokens * (d / 2)),
         .mean_key = floats(&r, 3, pass->kv_heads * d),
-        .basis = count_of_inputs(&r) > 4 ? floats(&r, 4, 2 * pass->kv_heads * d * d) : NULL,
+        .basis = basis_of(&r, pass),
         .heads = pass->heads,
         .kv_heads = pass->kv_heads,
         .head_dim = pass->head_dim,
@@ -232,8 +245,8 @@ static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; 
 static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
 static size_t two(const OrtCustomOp *op) { (void)op; return 2; }
 static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
-static size_t five(const OrtCustomOp *op) { (void)op; return 5; }
-static int last_of_five_optional(const OrtCustomOp *op, size_t i) { (void)op; return i == 4; }
+static size_t inputs_of_attention(const OrtCustomOp *op) { (void)op; return ATTENTION_INPUTS; }
+static int optional_of_attention(const OrtCustomOp *op, size_t i) { (void)op; return i >= ATTENTION_INPUTS_NEEDED; }
 
 #define OPERATOR(get_name, inputs, characteristic, outputs, run_it)                                              \
     {                                                                                            \
@@ -243,7 +256,7 @@ static int last_of_five_optional(const OrtCustomOp *op, size_t i) { (void)op; re
         .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,   \
         .KernelComputeV2 = run_it,                                                               \
     }
-static const OrtCustomOp ATTENTION = OPERATOR(attention_name, five, last_of_five_optional, one, attention);
+static const OrtCustomOp ATTENTION = OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
 static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, swiglu);
 static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, add_norm);
 

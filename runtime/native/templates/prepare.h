@@ -1,4 +1,4 @@
-/* Queries and keys as attention takes them: rotary embedding, rotation of each head, centring of the keys. */
+/* Queries and keys as attention takes them: rotary embedding, basis and rotation of each head, centring of the keys. */
 #ifndef KVQ_PREPARE_H
 #define KVQ_PREPARE_H
 
@@ -58,26 +58,37 @@ static void rotate_heads(float *x, size_t heads, int d) {
     for (size_t h = 0; h < heads; h++, x += d) d == 64 ? hadamard(x, 64) : hadamard(x, d);
 }
 
-/* x, as a row, times a matrix [d, d], in place: of a query's basis, or of a key's. */
-INLINE void in_basis(float *x, const float *matrix, int d) {
-    float row[1024];
-    memcpy(row, x, sizeof(float) * d);
-    int c = 0;
-    for (; c + 4 * LANES <= d; c += 4 * LANES) {
-        vf sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-        for (int i = 0; i < d; i++) {
-            const float *m = matrix + (size_t)i * d + c;
-            const vf factor = splat(row[i]);
-            UNROLL
-            for (int j = 0; j < 4; j++) sum[j] += factor * load_f(m + j * LANES);
-        }
-        for (int j = 0; j < 4; j++) store_f(x + c + j * LANES, sum[j]);
+/* The sum of all lanes, in every lane. */
+INLINE vf sum_everywhere(vf x) {
+    UNROLL
+    for (int step = 1; step < LANES; step *= 2) x += swap_lanes(x, step);
+    return x;
+}
+
+/* A key, or a query of the same KV head, in the basis, in place. */
+INLINE void in_basis(float *x, const kvq_key_basis *basis, int kv_head, int is_key, int d) {
+    const int rank = basis->rank, whole = d / LANES * LANES;
+    const float *scale = basis->scale + (size_t)kv_head * d, *axes = basis->axes + (size_t)kv_head * rank * d;
+    const float *stretch = basis->stretch + (size_t)kv_head * rank;
+    float more[1024];
+    for (int c = 0; c < whole; c += LANES)
+        store_f(x + c, is_key ? load_f(x + c) * load_f(scale + c) : load_f(x + c) / load_f(scale + c));
+    for (int c = whole; c < d; c++) x[c] = is_key ? x[c] * scale[c] : x[c] / scale[c];
+    for (int j = 0; j < rank; j++) {
+        const float *axis = axes + (size_t)j * d;
+        vf sum = splat(0);
+        for (int c = 0; c < whole; c += LANES) sum += load_f(x + c) * load_f(axis + c);
+        float along = sum_everywhere(sum)[0];
+        for (int c = whole; c < d; c++) along += x[c] * axis[c];
+        more[j] = along * ((is_key ? stretch[j] : 1 / stretch[j]) - 1);
     }
-    for (; c < d; c++) {
-        float sum = 0;
-        for (int i = 0; i < d; i++) sum += row[i] * matrix[(size_t)i * d + c];
-        x[c] = sum;
+    for (int c = 0; c < whole; c += LANES) {
+        vf y = load_f(x + c);
+        for (int j = 0; j < rank; j++) y += splat(more[j]) * load_f(axes + (size_t)j * d + c);
+        store_f(x + c, y);
     }
+    for (int c = whole; c < d; c++)
+        for (int j = 0; j < rank; j++) x[c] += more[j] * axes[(size_t)j * d + c];
 }
 
 static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end) {
@@ -87,13 +98,11 @@ static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end
     float *out = p->out + (token * kvq_prepared_heads(p) + first) * d;
     for (int h = first; h < end; h++, x += d, out += d) {
         rotary(x, cosine, sine, d / 2, out);
+        const int is_key = h >= p->heads, kv_head = is_key ? h - p->heads : h / (p->heads / p->kv_heads);
+        if (p->basis.scale) d == 64 ? in_basis(out, &p->basis, kv_head, is_key, 64) : in_basis(out, &p->basis, kv_head, is_key, d);
         if (p->rotate & KVQ_ROTATE_KEYS) rotate_heads(out, 1, d);
-        if (p->basis) {
-            const int kv_head = h < p->heads ? h / (p->heads / p->kv_heads) : p->kv_heads + h - p->heads;
-            in_basis(out, p->basis + (size_t)kv_head * d * d, d);
-        }
-        if (h < p->heads) continue;
-        const float *mean = p->mean_key + (size_t)(h - p->heads) * d;
+        if (!is_key) continue;
+        const float *mean = p->mean_key + (size_t)kv_head * d;
         for (int c = 0; c < d; c++) out[c] -= mean[c];
         if (!(p->rotate & KVQ_ROTATE_VALUES)) continue;
         float *value = out + p->kv_heads * d;

@@ -189,7 +189,23 @@ static void check_add_norm(void) {
         }
 }
 
-/* Rotary embedding, rotation, basis, centring. */
+/* What in_basis makes of a key or a query, in place. */
+static void expect_basis(double *x, const kvq_key_basis *basis, int kv_head, int is_key, int d) {
+    double more[256] = {0};
+    for (int c = 0; c < d; c++) {
+        const double scale = basis->scale[kv_head * d + c];
+        x[c] = is_key ? x[c] * scale : x[c] / scale;
+    }
+    for (int j = kv_head * basis->rank; j < (kv_head + 1) * basis->rank; j++) {
+        const double stretch = basis->stretch[j];
+        double along = 0;
+        for (int c = 0; c < d; c++) along += x[c] * basis->axes[j * d + c];
+        for (int c = 0; c < d; c++) more[c] += ((is_key ? stretch : 1 / stretch) - 1) * along * basis->axes[j * d + c];
+    }
+    for (int c = 0; c < d; c++) x[c] += more[c];
+}
+
+/* Rotary embedding, basis, rotation, centring. */
 static void check_prepare(int kernel) {
     static const int dims[] = {8, 24, 64, 128, 256};
     for (int i = 0; i < 8 * LENGTH(dims); i++) {
@@ -197,7 +213,14 @@ static void check_prepare(int kernel) {
         float *qkv = random_rows(tokens, (heads + 2 * kv_heads) * d, (heads + 2 * kv_heads) * d);
         float *cosine = random_rows(tokens, half, half), *sine = random_rows(tokens, half, half);
         float *mean = random_rows(kv_heads, d, d), *out = exactly(sizeof(float) * tokens * (heads + 2 * kv_heads) * d);
-        float *basis = i / 4 % 2 ? random_rows(2 * kv_heads * d, d, d) : NULL;
+        const int rank = i % 4;
+        float *scale = random_rows(kv_heads, d, d), *axes = random_rows(kv_heads * rank, d, d);
+        float *stretch = exactly(sizeof(float) * kv_heads * rank);
+        for (int k = 0; k < kv_heads * rank; k++) stretch[k] = (float)uniform(0.5, 2);
+        for (int k = 0; k < kv_heads * d; k++) scale[k] = copysignf(0.5f + fabsf(scale[k]), scale[k]);
+        for (int k = 0; k < kv_heads * rank * d; k++) axes[k] /= sqrtf((float)d);
+        const int based = i / 4 % 2;
+        const kvq_key_basis basis = {based ? scale : NULL, axes, stretch, rank};
         const kvq_prepare prepare = {qkv, cosine, sine, mean, basis, out, heads, kv_heads, d, rotate, kernel};
         for (int n = tokens * (heads + kv_heads); n-- > 0;) {
             const int h = n % (heads + kv_heads);
@@ -209,29 +232,25 @@ static void check_prepare(int kernel) {
             for (int h = 0; h < prepared; h++) {
                 const int value = h >= heads + kv_heads, turn = value ? rotate & 2 : rotate & 1;
                 const float *x = qkv + (t * (heads + 2 * kv_heads) + h) * d;
-                const int kv_head = h < heads ? h / (heads / kv_heads) : kv_heads + h - heads;
                 double turned[256], rotated[256];
                 for (int c = 0; c < half; c++) {
                     const double a = x[c], b = x[half + c];
                     turned[c] = value ? a : a * cosine[t * half + c] - b * sine[t * half + c];
                     turned[half + c] = value ? b : b * cosine[t * half + c] + a * sine[t * half + c];
                 }
+                if (based && !value) expect_basis(turned, &basis, h < heads ? h / (heads / kv_heads) : h - heads, h >= heads, d);
                 for (int c = 0; c < d; c++) {
                     rotated[c] = turn ? 0 : turned[c];
                     for (int k = 0; turn && k < d; k++) /* Sylvester's matrix */
                         rotated[c] += (__builtin_parity(c & k) ? -turned[k] : turned[k]) / sqrt(d);
-                }
-                for (int c = 0; c < d; c++) {
-                    const int based = basis && !value;
-                    double expected = based ? 0 : rotated[c];
-                    for (int k = 0; based && k < d; k++) expected += rotated[k] * basis[(kv_head * d + k) * d + c];
-                    if (h >= heads && !value) expected -= mean[(h - heads) * d + c];
-                    worst = fmax(worst, fabs(out[(t * prepared + h) * d + c] - expected));
+                    if (h >= heads && !value) rotated[c] -= mean[(h - heads) * d + c];
+                    worst = fmax(worst, fabs(out[(t * prepared + h) * d + c] - rotated[c]));
                 }
             }
-        if (!(worst < (basis ? 1e-4 : 1e-5)))
-            fail("%s: prepare: error %g; head_dim %d, rotate %d, basis %d", kvq_kernel_name(kernel), worst, d, rotate, !!basis);
-        free(qkv), free(cosine), free(sine), free(mean), free(basis), free(out);
+        if (!(worst < (based ? 1e-4 : 1e-5)))
+            fail("%s: prepare: error %g; head_dim %d, rotate %d, basis %d", kvq_kernel_name(kernel), worst, d, rotate, based);
+        free(scale), free(axes), free(stretch);
+        free(qkv), free(cosine), free(sine), free(mean), free(out);
     }
 }
 

@@ -1,0 +1,86 @@
+"""What attention reads of keys beyond the recent window, and with which queries: measured on a calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvq.exporter.calibration import windows
+from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.passes import SegmentedPass
+from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.table import Geometry
+
+SINK, RECENT = 4, 16  # of a session's defaults: tokens that are read exactly need no better basis
+
+
+class KeyStatistics:
+    """Sums over the attention that a calibration text pays beyond window and sinks.
+
+    Attributes:
+        queries, keys: float64 [layers, kv_heads, head_dim, head_dim], second moments weighted by attention.
+        key_sums: float64 [layers, kv_heads, head_dim].
+        weight: float64 [layers, kv_heads], attention in all.
+        plain: float64 [layers, kv_heads, head_dim], sum of all keys but each window's first; `count` of them.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        self.queries, self.keys = np.zeros((2, layers, kv_heads, head_dim, head_dim))
+        self.key_sums, self.plain = np.zeros((2, layers, kv_heads, head_dim))
+        self.weight = np.zeros((layers, kv_heads))
+        self.count = 0
+
+    def attend(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        store: KVStore,
+        layer: int,
+        out: np.ndarray,
+        row_squares: np.ndarray | None = None,
+    ) -> None:
+        """Causal attention of a whole text over itself, as `AttentionBackend.attend`; the store is empty."""
+        tokens, heads, head_dim = query.shape
+        kv_heads, places = key.shape[1], np.arange(tokens)
+        hidden = places > places[:, None]
+        near = (places < SINK) | (places[:, None] - places <= RECENT)
+        for h in range(kv_heads):
+            group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
+            q, k = query[:, group].transpose(1, 0, 2), key[:, h]
+            scores = q @ k.T * np.float32(head_dim**-0.5)
+            np.copyto(scores, -np.inf, where=hidden)
+            np.exp(scores - scores.max(-1, keepdims=True), out=scores)
+            scores /= scores.sum(-1, keepdims=True)
+            out[:, group] = (scores @ value[:, h]).transpose(1, 0, 2)
+            np.copyto(scores, 0, where=near | hidden)
+            spent, received = scores.sum(-1), scores.sum((0, 1))
+            rows = q.reshape(-1, head_dim)
+            self.queries[layer, h] += (rows * spent.reshape(-1, 1)).T @ rows
+            self.keys[layer, h] += (k * received[:, None]).T @ k
+            self.key_sums[layer, h] += received @ k
+            self.weight[layer, h] += received.sum()
+            self.plain[layer, h] += k[1:].sum(0, dtype=np.float64)
+
+
+def key_statistics(
+    bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None] | None = None
+) -> KeyStatistics:
+    """Statistics of a text, by the runtime's own passes.
+
+    Args:
+        bundle: the model, its keys neither centred nor in a basis yet.
+        ids: int64 [tokens] of a calibration text.
+        progress: called with the tokens done and all there are.
+    """
+    shape, engine = bundle.manifest.architecture, Engine(bundle)
+    found = KeyStatistics(shape.layers, shape.kv_heads, shape.head_dim)
+    for start, part in windows(ids, shape.context):
+        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+        SegmentedPass(engine, len(part), found.attend).forward(part, store)
+        found.count += len(part) - 1
+        if progress is not None:
+            progress(start + len(part), len(ids))
+    return found
