@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvq.runtime.discovery import discover
 from kvq.runtime.errors import PolicyError
 from kvq.runtime.policy.base import FEATURE_NAMES, Policy, ScoredPolicy, TokenFeatures
+from kvq.runtime.precision.table import pairs
 
 if TYPE_CHECKING:
     from kvq.runtime.bundle.bundle import Bundle
@@ -37,7 +38,8 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
             raise PolicyError(f"options {sorted(options)} given with a ready policy object; set them on the object")
         return policy
     if policy not in POLICIES:
-        raise PolicyError(f"unknown policy {policy!r}; use one of: {', '.join(sorted(POLICIES))}")
+        names = sorted(POLICIES.keys() - {str(pair) for pair in pairs()})
+        raise PolicyError(f"unknown policy {policy!r}; use one of: {', '.join(names)}; or a pair, such as k8v4")
     factory, recipe = POLICIES[policy], (policy, dict(options))
     signature = inspect.signature(factory)
     if "bundle" in signature.parameters and "bundle" not in options:

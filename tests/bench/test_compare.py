@@ -64,10 +64,10 @@ def test_memory_is_split_without_rest(tiny_bundle, tmp_path):
 
 
 def test_what_fails_in_a_process_is_one_line(tiny_bundle):
-    arguments = ["--model", str(tiny_bundle), "--policy", "int3", "--context", "64"]
+    arguments = ["--model", str(tiny_bundle), "--policy", "int5", "--context", "64"]
     result = CliRunner().invoke(memory.main, arguments)
     assert result.exit_code == 1
-    assert "Error: measure failed: PolicyError: unknown policy 'int3'" in result.output
+    assert "Error: measure failed: PolicyError: unknown policy 'int5'" in result.output
     with Child("os:getcwd", {}) as child, pytest.raises(ChildError, match="AttributeError"):
         child.ask("nothing")
     with Child("sys:exit", {}) as child, pytest.raises(ChildError, match="ended with code 0"):

@@ -12,7 +12,17 @@ from kvq.runtime.errors import BackendError
 from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
-from tests.tools.kvdata import HEAD_DIMS, ODD_COUNTS, Tokens, as_read, examples, filled_store, random_tokens, seeds
+from tests.tools.kvdata import (
+    HEAD_DIMS,
+    ODD_COUNTS,
+    WIDTHS,
+    Tokens,
+    as_read,
+    examples,
+    filled_store,
+    random_tokens,
+    seeds,
+)
 
 STORE_LENGTHS = (*ODD_COUNTS, 300)
 # Of the largest value; integer weights of values add a noise of 1.6e-5 of an output's root mean square (dot_values.h).
@@ -78,7 +88,7 @@ def situations(draw):
     kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.sampled_from(HEAD_DIMS))
     geometry = Geometry(2, kv_heads, head_dim)
     recent, sink = draw(st.sampled_from((0, 1, 5, 16, 64))), draw(st.sampled_from((0, 4)))
-    widths = draw(st.sampled_from(((2,), (4,), (8,), (16,), (2, 4), (2, 4, 8, 16))))
+    widths = draw(st.sampled_from((*((w,) for w in WIDTHS), (2, 5), WIDTHS)))
     cached = random_tokens(draw(seeds), geometry, draw(st.sampled_from(STORE_LENGTHS)), widths)
     store = filled_store(geometry, cached, recent, sink)
     heads = kv_heads * draw(st.sampled_from((1, 3, 4)))

@@ -246,7 +246,7 @@ DAMAGES = {
     "no curve": lambda entry: entry.pop("curve"),
     "a falling curve": lambda entry: entry["curve"].update(bytes=entry["curve"]["bytes"][::-1]),
     "an empty curve": lambda entry: entry["curve"].update(bytes=[], mu=[]),
-    "classes of 3 bits": lambda entry: entry["classes"].__setitem__(0, [3, 3]),
+    "classes of no codec": lambda entry: entry["classes"].__setitem__(0, [7, 7]),
     "too few classes": lambda entry: entry["classes"].pop(),
     "the other controller's file": lambda entry: entry.update(file="controller-paper.onnx"),
     "a list": lambda entry: entry.update(curve=[1]),

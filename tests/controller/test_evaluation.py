@@ -24,6 +24,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 
 SPACE = Bytes(Geometry(6, 2, 64), 512, 16, sink=4)
+DAMAGE = np.array([1, 0.6, 0.3, 0.1, 0.03, 0.01, 1e-3, 0])  # of a token at each step of the ladder, in proportion
 
 
 @pytest.mark.parametrize("recent", [0, 3, 16])
@@ -47,7 +48,8 @@ def test_the_16_bit_arm_has_no_divergence_and_fewer_bits_have_more(tiny_model):
     ids = np.random.default_rng(0).integers(0, 512, 80)
     scorer = Scorer(tiny_model, 4)
     expected = reference(scorer, ids)
-    means = [outcome(scorer, ids, expected, make_policy(p)).kld.mean() for p in ("fp16", "int8", "int4", "int2")]
+    policies = [make_policy(name) for name in ("fp16", "int8", "int4", "int3", "int2")]
+    means = [outcome(scorer, ids, expected, policy).kld.mean() for policy in policies]
     assert abs(means[0]) < 1e-6
     assert means == sorted(means)
     assert outcome(scorer, ids, expected, make_policy("fp16")).same_top1.all()
@@ -59,7 +61,7 @@ def test_the_16_bit_arm_has_no_divergence_and_fewer_bits_have_more(tiny_model):
 def test_arms_of_given_bits_keep_the_budget_and_use_it(kv_bits, sink):
     space = Bytes(SPACE.geometry, 512, 16, sink)
     rng = np.random.default_rng(0)
-    damage = np.exp(rng.standard_normal((512, 1)) * 2) * np.array([1, 0.1, 0.03, 0.01, 1e-3, 0])
+    damage = np.exp(rng.standard_normal((512, 1)) * 2) * DAMAGE
     mixed = static_mix(space, kv_bits, rng)
     for bits in (mixed, oracle(space, kv_bits, damage, LADDER), shuffled(space, mixed, rng)):
         store = KVStore(space.geometry, space.recent, space.sink)
@@ -72,7 +74,7 @@ def test_arms_of_given_bits_keep_the_budget_and_use_it(kv_bits, sink):
 
 def test_the_oracle_does_less_damage_than_its_precisions_shuffled():
     rng = np.random.default_rng(0)
-    damage = np.exp(rng.standard_normal((512, 1)) * 2) * np.array([1, 0.1, 0.03, 0.01, 1e-3, 0])
+    damage = np.exp(rng.standard_normal((512, 1)) * 2) * DAMAGE
     bits = oracle(SPACE, 3.5, damage, LADDER)
 
     def total(bits):

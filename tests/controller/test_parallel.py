@@ -8,6 +8,7 @@ import pytest
 from kvq.controller.policies import Policy
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import named
 from tests.tools.checkpoints import TINY
 from tests.tools.packages import needs
 
@@ -16,7 +17,7 @@ from kvq.controller.training.damage import WIDTHS, exact_damage, probe_damage
 from kvq.controller.training.parallel import ParallelModel, roundtrip
 from tests.tools.readers import hard_reader, mixture_reader
 
-CLASSES = [(2, 2), (4, 2), (4, 4), (8, 4)]
+CLASSES = [named("2"), named("3", "2"), named("4"), named("8", "4")]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ class Given(Policy):
 
 
 @pytest.mark.parametrize("recent", [0, 1, 5, 16])
-@pytest.mark.parametrize("widths", [(16,), (8,), (4,), (2,), (2, 4, 8, 16)], ids=str)
+@pytest.mark.parametrize("widths", [*((id_,) for id_ in sorted(CODECS)), sorted(CODECS)], ids=str)
 def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, twin, tiny_model):
     twin.recent = recent
     worst = []
@@ -94,8 +95,8 @@ def test_probes_rank_tokens_as_exact_damage_does(twin):
     generator = torch.Generator().manual_seed(0)
     samples = np.concatenate([probe_damage(twin, ids.expand(16, -1), generator) for _ in range(8)])
     tokens = np.arange(40)
-    exact = exact_damage(twin, ids, tokens, [(4, 4)])[:, 0]
-    at = WIDTHS.index(4)
+    exact = exact_damage(twin, ids, tokens, [named("4")])[:, 0]
+    at = WIDTHS.index(named("4").k)
     estimate = np.square(samples[:, :, 0, at] + samples[:, :, 1, at]).mean(0)[:40] / 2
 
     def ranks(x):

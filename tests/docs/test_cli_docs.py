@@ -116,7 +116,7 @@ def test_completion_code_is_valid_and_covers_both_scripts(shell):
         ("kvq ", set(COMMANDS)),
         ("kvq ch", {"chat"}),
         ("kvq run --kv", {"--kv-bits", "--kv-memory"}),
-        ("kvq chat -p int", {"int2", "int4", "int8"}),
+        ("kvq chat -p int", {"int2", "int3", "int4", "int8"}),
         ("kvq run -m kvq", {"kvq-books"}),
         ("kvq-run -p ada", {"adaptive"}),
     ],

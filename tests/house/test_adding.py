@@ -150,8 +150,8 @@ def test_an_id_need_not_be_the_number_of_bits(tmp_path, id_):
     file = tree / "runtime/precision/codecs/stream.py"
     file.write_text(file.read_text().replace("Precision(6,", f"Precision({id_},"))
     page = tmp_path / "page.html"
-    command = ("inspect", "-m", "kvq-books", "-p", "ks3v4", "--json", "--html", page, "One " * 60)
-    found = python(tree, "-m", "kvq", *command)
+    options = ["-m", "kvq-books", "-p", "ks3v4", "--json", "--html", page]
+    found = python(tree, "-m", "kvq", "inspect", *options, "One " * 60)
     token = json.loads(found)["tokens"][10]
     assert (token["chosen_key_bits"], token["chosen_value_bits"]) == (token["key_bits"], token["value_bits"]) == (3, 4)
     assert "ks3v4" in page.read_text()

@@ -12,14 +12,15 @@ from kvq.controller.policies.static import StaticPolicy
 from kvq.runtime.errors import ContextError, PolicyError, PromptError
 from kvq.runtime.inspect.inspection import inspect_session, inspect_text
 from kvq.runtime.kv.records import stored_tokens
+from kvq.runtime.precision.table import EXACT, Pair, named
 from tests.tools.inspected import TEXT
 
 
-def expected_bits(policy: str, position: int) -> tuple[int, int]:
+def expected_pair(policy: str, position: int) -> Pair:
     """By the policy's description, written down here once more."""
     if policy == "mixed":
-        return ((16, 16), (8, 8), (4, 4), (2, 2))[position % 4]
-    return {"fp16": (16, 16), "int4": (4, 4), "k8v2": (8, 2)}[policy]
+        return named(("16", "8", "4", "2")[position % 4])
+    return {"fp16": EXACT, "int4": named("4"), "k8v2": named("8", "2")}[policy]
 
 
 @pytest.mark.parametrize("policy", ["fp16", "int4", "k8v2", "mixed"])
@@ -29,10 +30,10 @@ def test_records_are_what_the_store_was_given(tiny_model, policy, recent, sink):
     ids = tiny_model.encode(TEXT)
     assert [token.id for token in found.tokens] == ids
     for i, token in enumerate(found.tokens):
-        chosen = (16, 16) if i < sink else expected_bits(policy, i)
+        chosen = EXACT if i < sink else expected_pair(policy, i)
         assert (token.position, token.chosen) == (i, chosen)
         assert token.in_window == (i >= len(ids) - recent)
-        assert token.bits == ((16, 16) if token.in_window else chosen)
+        assert token.bits == (EXACT if token.in_window else chosen)
 
 
 @pytest.mark.parametrize("options", [{}, {"recent": 0}, {"sink": 7}, {"recent": 300}], ids=str)
@@ -137,7 +138,7 @@ def test_a_session_that_generated_and_was_trimmed_can_be_inspected(tiny_model):
     session.trim(15)
     found = inspect_session(session)
     assert [token.id for token in found.tokens] == session.tokens
-    assert [token.chosen for token in found.tokens] == [expected_bits("mixed", i) for i in range(15)]
+    assert [token.chosen for token in found.tokens] == [expected_pair("mixed", i) for i in range(15)]
     assert all(np.isfinite(token.features).all() for token in found.tokens)
 
 

@@ -114,9 +114,9 @@ def test_accounted_slack_is_the_free_room(text, recent):
     for pair, bucket in store.buckets.items():
         free = sum(page.capacity - page.count for page in bucket.pages)
         vectors = geometry.layers * geometry.kv_heads
-        words = sum(-(-geometry.head_dim * bits // 32) for bits in pair)
-        scales = 2 * sum(bits != 16 for bits in pair)
-        assert account[str(pair)]["slack_nbytes"] == free * (vectors * (4 * words + scales) + 4)
+        codes = sum(CODECS[id_].code_bytes(geometry.head_dim) for id_ in pair)
+        scales = 2 * sum(id_ != 16 for id_ in pair)
+        assert account[str(pair)]["slack_nbytes"] == free * (vectors * (codes + scales) + 4)
     slots = -(-recent // TILE_TOKENS) * TILE_TOKENS
     vector = 2 * geometry.head_dim + 2
     unused = 2 * geometry.layers * geometry.kv_heads * vector * (slots - min(recent, store.length))

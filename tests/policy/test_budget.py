@@ -22,7 +22,7 @@ from kvq.runtime.policy.base import curve_of
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.precision.table import Geometry, Pair
 from kvq.runtime.session.session import Session
-from tests.tools.kvdata import examples, seeds
+from tests.tools.kvdata import WIDTHS, examples, seeds
 
 GEOMETRY = Geometry(1, 1, 64)  # one head: the bytes of a token in other geometries are a multiple, but for its tag
 CONTEXT = 2048
@@ -111,7 +111,7 @@ def test_a_budget_of_memory_is_used_by_a_full_context(memory):
     assert 0.9 * memory <= store.nbytes <= memory
 
 
-@given(count=st.integers(0, 1500), k=st.sampled_from([2, 4, 8, 16]), v=st.sampled_from([2, 4, 8, 16]))
+@given(count=st.integers(0, 1500), k=st.sampled_from(WIDTHS), v=st.sampled_from(WIDTHS))
 @examples(40)
 def test_predicted_bytes_are_those_of_a_bucket(count, k, v):
     bucket = Bucket(Pair(k, v), GEOMETRY)

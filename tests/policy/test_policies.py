@@ -17,7 +17,8 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.catalog.references import DEFAULT_MODEL, embedded_models
 from kvq.runtime.errors import PolicyError
 from kvq.runtime.policy.features import RarityCounter, attention_variance
-from kvq.runtime.precision.table import Pair
+from kvq.runtime.precision.codecs import CODECS
+from kvq.runtime.precision.table import Pair, named
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import WIDTHS, examples, seeds
 
@@ -94,10 +95,13 @@ def test_a_policy_carries_its_name_and_asks_for_known_features(name):
     assert policy.needs <= set(FEATURE_NAMES)
 
 
-@pytest.mark.parametrize(("name", "pair"), [("fp16", (16, 16)), ("int8", (8, 8)), ("int4", (4, 4)), ("int2", (2, 2))])
+@pytest.mark.parametrize(
+    ("name", "pair"), [("fp16", (16, 16)), ("int8", (8, 8)), ("int4", (5, 5)), ("int3", (3, 3)), ("int2", (2, 2))]
+)
 def test_the_static_policies_use_the_width_in_their_name(name, pair):
     policy = make_policy(name)
     assert {tuple(row) for row in policy.choose(features_for(policy, 0, 50)).tolist()} == {pair}
+    assert name.endswith(str(Pair(*pair).bits[0]))
 
 
 @pytest.mark.parametrize("k", WIDTHS)
@@ -109,7 +113,8 @@ def test_every_pair_of_widths_can_be_asked_for_by_name(k, v):
 
 def test_mixed_uses_every_width_in_turn():
     policy = make_policy("mixed")
-    assert policy.choose(features_for(policy, 0, 9))[:, 0].tolist() == [16, 8, 4, 2, 16, 8, 4, 2, 16]
+    names = [CODECS[id_].precision.name for id_ in policy.choose(features_for(policy, 0, 9))[:, 0].tolist()]
+    assert names == ["16", "8", "4", "2", "16", "8", "4", "2", "16"]
 
 
 @pytest.mark.parametrize("focused", [False, True])
@@ -121,8 +126,8 @@ def test_the_rule_goes_up_one_step_for_each_sign(focused, common, early):
     variance = np.float32(RulePolicy.FOCUS * (1.1 if focused else 0.9) / row_length**2)
     rarity = np.float32(RulePolicy.COMMON_NATS * (0.9 if common else 1.1))
     features = TokenFeatures(np.array([position]), rarity=rarity[None], attention_variance=variance[None])
-    ladder = [[4, 2], [4, 4], [8, 4], [8, 8]]
-    assert make_policy("rule").choose(features).tolist() == [ladder[focused + common + early]]
+    ladder = [named("3"), named("4"), named("8", "4"), named("8")]
+    assert make_policy("rule").choose(features).tolist() == [list(ladder[focused + common + early])]
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2, 3, 4), (0.7, 0.1, 0.1, 0.1), (10, 1, 1, 30)])
@@ -131,9 +136,9 @@ def test_random_draws_each_width_as_often_as_its_weight_says(weights, seed):
     policy = make_policy("random", weights=weights, seed=seed)
     count = 40_000
     bits = policy.choose(features_for(policy, 0, count))
-    for width, weight in zip((16, 8, 4, 2), weights, strict=True):
+    for name, weight in zip(("16", "8", "4", "2"), weights, strict=True):
         share = weight / sum(weights)
-        drawn = (bits[:, 0] == width).mean()
+        drawn = (bits[:, 0] == named(name).k).mean()
         assert abs(drawn - share) < 4 * math.sqrt(share * (1 - share) / count)
     np.testing.assert_array_equal(bits[:, 0], bits[:, 1])
 
@@ -162,7 +167,7 @@ def test_random_with_a_large_seed_gives_no_numpy_warning():
         policy.choose(features_for(policy, 0, 10))
 
 
-@pytest.mark.parametrize("name", ["", "int3", "INT4", "k4", "kvq.runtime"])
+@pytest.mark.parametrize("name", ["", "int5", "INT4", "k4", "kvq.runtime"])
 def test_an_unknown_policy_is_named_with_the_known_ones(name):
     with pytest.raises(PolicyError, match=r"fp16.*random") as error:
         make_policy(name)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvq.runtime.errors import KvqError, SessionError
+from kvq.runtime.precision.table import named
 from tests.tools.bad_sessions import IDS, MOST_NBYTES, refused, saved
 from tests.tools.kvdata import examples
 from tests.tools.session_files import contents, continued, sealed, split
@@ -64,7 +65,7 @@ HEADERS = {
     "a bucket of negative tokens": (recounted((4, 4, -5), (8, 8, 60)), "tokens of a bucket"),
     "buckets that do not add up": (recounted((4, 4, 10)), "15 tokens in window and buckets, 60 in the text"),
     "a bucket twice": (recounted((4, 4, 20), (4, 4, 35)), "a bucket of 4 and 4 bits"),
-    "3 bits": (recounted((3, 4, 55)), "a bucket of 3 and 4 bits"),
+    "a precision that no codec has": (recounted((7, 4, 55)), "a bucket of 7 and 4 bits"),
     "4.0 bits": (recounted((4.0, 4, 55)), "a bucket of 4.0 and 4 bits"),
     "bits as text": (recounted(("4", 4, 55)), "a bucket of '4'"),
     "bits a list": (recounted(([4], 4, 55)), "makes no sense"),
@@ -126,27 +127,27 @@ def test_a_header_that_lies_is_refused(tiny_model, good, tmp_path, name):
     refused(tiny_model, path, words, str(path))
 
 
-def page(session, bits):
-    return session.store.buckets[bits, bits].pages[0]
+def page(session, precision):
+    return session.store.buckets[named(precision)].pages[0]
 
 
-def set_page(bits, side, value):
+def set_page(precision, side, value):
     def change(session):
-        getattr(page(session, bits), side).scales[1, 2, 3] = value
+        getattr(page(session, precision), side).scales[1, 2, 3] = value
 
     return change
 
 
 def set_positions(*values):
     def change(session):
-        page(session, 8).positions[: len(values)] = values
+        page(session, "8").positions[: len(values)] = values
 
     return change
 
 
 def set_half(side, value):
     def change(session):
-        getattr(page(session, 16), side).codes.view("<f2")[0, 0, 0, 0, 0] = value
+        getattr(page(session, "16"), side).codes.view("<f2")[0, 0, 0, 0, 0] = value
 
     return change
 
@@ -192,16 +193,16 @@ ARRAYS = {
     "a position beyond the text": (set_positions(1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 10**9), "positions"),
     "a negative position": (set_positions(-1), "positions out of order"),
     "the least position": (set_positions(-(2**31)), "positions out of order"),
-    "a key scale that is NaN": (set_page(4, "keys", np.nan), "scales or halves that are not finite"),
-    "a value scale that is infinite": (set_page(2, "values", np.inf), "scales or halves that are not finite"),
-    "a negative scale": (set_page(8, "values", -1), "scales or halves that are not finite"),
+    "a key scale that is NaN": (set_page("4", "keys", np.nan), "scales or halves that are not finite"),
+    "a value scale that is infinite": (set_page("2", "values", np.inf), "scales or halves that are not finite"),
+    "a negative scale": (set_page("8", "values", -1), "scales or halves that are not finite"),
     "a half that is NaN": (set_half("keys", np.nan), "scales or halves that are not finite"),
     "a half that is infinite": (set_half("values", -np.inf), "scales or halves that are not finite"),
     "a window scale that is NaN": (set_window(np.nan), "scales out of range in the recent window"),
     "a window scale that no half can follow": (set_window(60000), "scales out of range in the recent window"),
     "a negative window scale": (set_window(-0.5), "scales out of range in the recent window"),
-    "a token to be stored at 3 bits": (set_bits(3), "precisions that do not exist"),
-    "a token to be stored at 0 bits": (set_bits(0), "precisions that do not exist"),
+    "a token to be stored at a precision that no codec has": (set_bits(7), "precisions that do not exist"),
+    "a token to be stored at none": (set_bits(0), "precisions that do not exist"),
 }
 
 

@@ -9,6 +9,7 @@ import kvq
 from kvq.controller.policies import POLICIES, Policy, make_policy
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import BackendError, PolicyError
+from kvq.runtime.precision.table import named
 from tests.tools.sessions import IDS, greedy, rows
 
 
@@ -28,7 +29,7 @@ def test_a_policy_object_is_used_as_it_is(tiny_model):
         name = "thirds"
 
         def choose(self, features):
-            return np.where(features.positions[:, None] % 3 == 0, [[8, 4]], [[4, 2]]).astype(np.uint8)
+            return np.where(features.positions[:, None] % 3 == 0, [named("8", "4")], [named("4", "2")]).astype(np.uint8)
 
     session = tiny_model.session(Thirds(), recent=0, sink=0)
     session.append(IDS[:30])

@@ -13,6 +13,7 @@ import kvq.runtime.session.generation as generate
 from kvq.controller.policies import Policy, make_policy
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
+from kvq.runtime.precision.table import named
 from tests.tools.kvdata import arrays_in, examples
 from tests.tools.session_files import contents, continued, split
 
@@ -22,7 +23,11 @@ AVAILABLE = sorted(name for name, backend in BACKENDS.items() if not backend.una
 SAMPLED = {"temperature": 1.1, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
 RECENT = st.sampled_from([0, 1, 5, 16, 40, CONTEXT])
 SETTINGS = st.one_of(
-    st.builds(dict, policy=st.sampled_from(["fp16", "int8", "int4", "int2", "k8v4", "mixed", "random"]), recent=RECENT),
+    st.builds(
+        dict,
+        policy=st.sampled_from(["fp16", "int8", "int4", "int3", "int2", "k8v4", "mixed", "random"]),
+        recent=RECENT,
+    ),
     st.builds(dict, policy=st.just("rule"), recent=RECENT),
     st.builds(dict, policy=st.just("rule"), recent=st.sampled_from([0, 5]), kv_bits=st.floats(9, 14)),
     st.builds(dict, policy=st.just("rule"), recent=st.sampled_from([0, 5]), kv_memory=st.floats(1.5e5, 4e5)),
@@ -136,8 +141,8 @@ def test_a_file_is_small_and_says_nothing_of_trimmed_tokens(tiny_model, path):
     session.save(path)
     fresh = tiny_model.session("int4", recent=0)
     fresh.store = session.store.fork(fresh.backend.codecs)
-    page = fresh.store.buckets[4, 4].pages[-1]
-    fresh.store.buckets[4, 4].pages[-1] = page.copy(page.count, page.capacity)  # its free room is zero
+    pages = fresh.store.buckets[named("4")].pages
+    pages[-1] = pages[-1].copy(pages[-1].count, pages[-1].capacity)  # its free room is zero
     fresh.tokens, fresh.pending = session.tokens, [1]
     again = path.with_name("again.kvq")
     fresh.save(again)

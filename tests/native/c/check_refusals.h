@@ -174,8 +174,8 @@ static void check_refused_moves(void) {
     expect_of_pages(&f.pass, &f.rows, &f.move, "begin of the window", TILE, KVQ_MISFIT_MOVE);
     f.s.page[1].begin = 0, f.s.page[1].value_precision = KVQ_HALF;
     expect_of_pages(&f.pass, &f.rows, &f.move, "precision of the window", KVQ_HALF, KVQ_MISFIT_MOVE);
-    f.s.page[1].value_precision = 3;
-    expect_of_pages(&f.pass, &f.rows, &f.move, "precision of the window", 3, KVQ_UNKNOWN_PRECISION);
+    f.s.page[1].value_precision = UNKNOWN[0];
+    expect_of_pages(&f.pass, &f.rows, &f.move, "precision of the window", UNKNOWN[0], KVQ_UNKNOWN_PRECISION);
     f.s.page[1].value_precision = KVQ_WINDOW;
     for (int i = 0; i < 5; i++) {
         kvq_move move = f.move;

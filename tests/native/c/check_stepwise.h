@@ -14,7 +14,7 @@ typedef struct {
 } stepwise_case;
 
 static void fill_stepwise(store *s, const stepwise_case *n, int period, int count, int first) {
-    static const int bits[STEP_PAGES][2] = {{16, 16}, {8, 4}, {4, 2}, {2, 2}, {4, 4}};
+    static const int bits[STEP_PAGES][2] = {{16, 16}, {8, 5}, {3, 2}, {2, 3}, {5, 4}};
     for (int p = 0; p < STEP_PAGES; p++) { /* empty ones too; room for all that leave */
         const int used = p % 2 ? 0 : below(100);
         add_page(s, bits[p][0], bits[p][1], whole_tiles(used + n->tokens + below(40)), used);
