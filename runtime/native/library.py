@@ -12,7 +12,7 @@ import numpy as np
 from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 
-ABI = 9
+ABI = 10
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
