@@ -30,7 +30,10 @@ X86 = {
                      "-mprefer-vector-width=512"],
 }  # fmt: skip
 ARM = {"isa/neon.c": [], "isa/dotprod.c": ["-march=armv8.2-a+dotprod"]}
-COMMON = {file: [] for file in ("attention.c", "checks.c", "decode.c", "stepwise.c", "operators.c", "isa/plain.c")}
+COMMON = {
+    file: []
+    for file in ("attention.c", "checks.c", "decode.c", "layers.c", "stepwise.c", "operators.c", "isa/plain.c")
+}
 
 
 def build_native(targets: list[Path]) -> None:

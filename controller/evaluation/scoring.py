@@ -8,6 +8,7 @@ import numpy as np
 
 from kvq.controller.policies import Policy
 from kvq.runtime.kv.records import stored_tokens
+from kvq.runtime.policy.budget import Budget
 from kvq.runtime.session.model import Model
 
 
@@ -45,9 +46,15 @@ class Scorer:
 
         Args:
             policy: chooses every token's precision.
-            kv_bits: budget of a scored policy, to be kept at the end of the text.
+            kv_bits: budget of a scored policy, to be kept at the end of the text, however short: arms are compared at
+                equal bytes.
         """
         session = self.model.session(policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits)
+        if kv_bits is not None:
+            held, context = session.store, self.model.architecture.context
+            session.chooser.budget = Budget(
+                session.policy, held.geometry, context, held.recent, held.sink, kv_bits=kv_bits, short_text=0
+            )
         logits = session.append(ids, all_logits=True)
         store = session.store
         return Scored(logits, stored_tokens(store).chosen, store.used_nbytes, store.nbytes)

@@ -38,13 +38,16 @@ class Bucket:
         at_end = self.ahead or self.pages
         if missing > 0 and at_end and at_end[-1].capacity < PAGE_TOKENS:
             small = at_end[-1]
-            at_end[-1] = small.copy(small.count, last_capacity(min(small.capacity + missing, PAGE_TOKENS)))
+            at_end[-1] = small.copy(small.count, self._last_capacity(small.capacity + missing))
             self.nbytes += at_end[-1].nbytes - small.nbytes
             missing -= at_end[-1].capacity - small.capacity
         while missing > 0:
-            self.ahead.append(Page(self.pair, self.geometry, last_capacity(min(missing, PAGE_TOKENS))))
+            self.ahead.append(Page(self.pair, self.geometry, self._last_capacity(missing)))
             self.nbytes += self.ahead[-1].nbytes
             missing -= self.ahead[-1].capacity
+
+    def _last_capacity(self, tokens: int) -> int:
+        return last_capacity(min(tokens, PAGE_TOKENS), self.geometry.layers)
 
     def open_page(self) -> Page:
         """The page with room for the next token, which is not shared; made or grown if need be."""
@@ -94,7 +97,7 @@ class Bucket:
             if not kept:
                 self.nbytes -= self.pages.pop().nbytes
                 continue
-            capacity = last_capacity(kept)
+            capacity = self._last_capacity(kept)
             if capacity < page.capacity or (kept < page.count and page.shared):
                 self.pages[-1] = page.copy(kept, capacity)
                 self.nbytes += self.pages[-1].nbytes - page.nbytes

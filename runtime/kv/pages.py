@@ -2,8 +2,8 @@
 
 A page holds all layers and KV heads of its tokens. Tokens are only ever added behind the
 last one or dropped from the end, and a stored token's bytes never change. All pages of a bucket but
-the last are full and of one size; the last one doubles until it has that size, too. So number and
-sizes of pages follow from the bucket's count of tokens alone.
+the last are full and of one size; the last one begins with a quarter of a tile and grows, a tile at a time, in a copy,
+until it has that size, too. So number and sizes of pages follow from the bucket's count of tokens alone.
 
 Forked buckets share their pages. A shared page never changes again: whoever wants to add to it or
 to drop tokens from it goes on with a copy of its own.
@@ -15,27 +15,47 @@ import ctypes
 
 import numpy as np
 
-from kvq.runtime.kv.slots import TILE_TOKENS, Encoded, Slots
+from kvq.runtime.kv.slots import TILE_TOKENS, Encoded, Slots, shapes
 from kvq.runtime.machine import hugepages
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Geometry, Pair
+from kvq.runtime.precision.table import POSITION_BYTES, Geometry, Pair
 
 PAGE_TOKENS = 128  # of a full page: a long bucket is a few hundred arrays at most
 
 
-def last_capacity(tokens: int) -> int:
+def last_capacity(tokens: int, layers: int) -> int:
     """Tokens that a last page has room for when it has to hold so many, 1 to PAGE_TOKENS.
 
-    A handful of tokens does not pay for a large page, and less than half of a page beyond the first tile is free.
+    Less than a tile is for models with more than a layer or two: others would have nothing to share it.
     """
-    return max(TILE_TOKENS, 1 << (tokens - 1).bit_length())
+    for part in (4, 2):
+        if tokens <= TILE_TOKENS // part and layers > part // 2:
+            return TILE_TOKENS // part
+    return -(-tokens // TILE_TOKENS) * TILE_TOKENS
 
 
-def page_room(most: int) -> np.ndarray:
-    """Tokens that a bucket's pages have room for when it holds 0, 1, ..., most; int64 [most + 1]."""
-    full, rest = np.divmod(np.arange(most + 1), PAGE_TOKENS)
-    last = np.array([0] + [last_capacity(n) for n in range(1, PAGE_TOKENS)], np.int64)
-    return full * PAGE_TOKENS + last[rest]
+def page_nbytes(pair: Pair, geometry: Geometry, capacity: int) -> int:
+    """Bytes of a page's arrays, free room included."""
+    sides = (CODECS[pair.k], True), (CODECS[pair.v], False)
+    codes_and_scales = sum(shapes(codec, geometry, capacity, tiled).nbytes for codec, tiled in sides)
+    return codes_and_scales + POSITION_BYTES * capacity
+
+
+class BucketBytes:
+    """Bytes of the pages of a bucket, by the tokens it holds: `BucketBytes(...)[tokens]`, free room included.
+
+    most_free: most bytes of free room that it can have.
+    """
+
+    def __init__(self, pair: Pair, geometry: Geometry) -> None:
+        self._full = page_nbytes(pair, geometry, PAGE_TOKENS)
+        rooms = [last_capacity(n, geometry.layers) for n in range(1, PAGE_TOKENS)]
+        self._last = [0, *(page_nbytes(pair, geometry, room) for room in rooms)]
+        self.most_free = max(nbytes - n * geometry.token_bytes(pair) for n, nbytes in enumerate(self._last))
+
+    def __getitem__(self, tokens: int) -> int:
+        full, rest = divmod(tokens, PAGE_TOKENS)
+        return full * self._full + self._last[rest]
 
 
 class Page:
@@ -69,7 +89,8 @@ class Page:
 
     def parts(self, start: int = 0, stop: int | None = None) -> list[np.ndarray]:
         """Views of what is used of each array, or of the tokens from `start`, the first one of a tile, up to `stop`:
-        positions; key codes of whole tiles, and of the begun one; key scales; value codes and scales.
+        positions; key codes of whole tiles, and of the begun one; key scales; value codes and scales. Only of a page
+        of whole tiles.
         """
         stop = self.count if stop is None else stop
         first, (tiles, rest) = start // TILE_TOKENS, divmod(stop, TILE_TOKENS)
@@ -80,12 +101,21 @@ class Page:
             *(values.codes[:, :, used], values.scales[:, :, used]),
         ]
 
+    @property
+    def whole_tiles(self) -> bool:
+        """It has room for whole tiles, not for a part of one, whose layers share tiles."""
+        return self.capacity >= TILE_TOKENS
+
     def copy(self, count: int, capacity: int) -> Page:
         """A page of that capacity that holds the first `count` tokens and is nobody else's."""
         twin = Page(self.pair, self.geometry, capacity)
-        twin.count = count
-        for new, old in zip(twin.parts(), self.parts(0, count), strict=True):
-            new[...] = old
+        if self.whole_tiles and twin.whole_tiles:
+            twin.count = count
+            for new, old in zip(twin.parts(), self.parts(0, count), strict=True):
+                new[...] = old
+        elif count:
+            used = slice(0, count)
+            twin.append(self.keys.encoded(used), self.values.encoded(used), self.positions[used])
         return twin
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:

@@ -119,8 +119,8 @@ static void prepare_work(void *data, size_t token) {
     for (int h = 0; h < pass->kv_heads; h++) kvq_keep_token(n->task, h, (int)token);
 }
 
-int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
-                           kvq_parallel parallel, void *context) {
+static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                        kvq_parallel parallel, void *context) {
     kvq_task task = {
         .pass = pass,
         .rows = rows,
@@ -140,6 +140,15 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
     task.row_blocks = (pass->tokens + task.row_block - 1) / task.row_block;
     parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
     return task.failed ? KVQ_NO_MEMORY : 0;
+}
+
+int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                           kvq_parallel parallel, void *context) {
+    kvq_layer_pass own;
+    int failed = kvq_pass_of_layer(pass, layer, &own);
+    if (!failed) failed = attend_layer(&own.pass, layer, rows, prepare, parallel, context);
+    free(own.page);
+    return failed;
 }
 
 int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
@@ -166,8 +175,7 @@ void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *g
 
 int32_t kvq_move_tokens(const kvq_move *move) {
     const int refused = kvq_check_move(move, move ? move->tokens : 0);
-    if (!refused && move->tokens > 0) kvq_choose_kernel(move->kernel)->move(move);
-    return refused;
+    return refused || move->tokens < 1 ? refused : kvq_move_layers(move);
 }
 
 int32_t kvq_movable(const kvq_move *move) {

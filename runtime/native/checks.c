@@ -26,6 +26,12 @@ int32_t kvq_words(int32_t precision, int32_t head_dim) {
 static int counts(int32_t n) { return n >= 1 && n <= MOST_LAYERS; }
 static int whole(int32_t slots) { return slots >= 0 && slots % TILE == 0; }
 
+/* Capacity, begin and end of a row. */
+static int in_tiles(const kvq_page *page) {
+    if (page->capacity == TILE / 2 || page->capacity == TILE / 4) return !page->begin && page->end == page->capacity;
+    return whole(page->capacity) && whole(page->begin) && whole(page->end);
+}
+
 static int check_shape(int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t tokens) {
     const int fits = counts(layers) && counts(kv_heads) && head_dim >= 1 && head_dim <= MOST_CHANNELS && tokens >= 0;
     return fits ? 0 : KVQ_MISFIT_SHAPE;
@@ -35,7 +41,7 @@ static int check_shape(int32_t layers, int32_t kv_heads, int32_t head_dim, int32
 static int check_page(const kvq_page *page) {
     const int keys = page->key_precision, values = page->value_precision;
     if (width_number(keys) < 0 || width_number(values) < 0) return KVQ_UNKNOWN_PRECISION;
-    if (!whole(page->capacity) || !whole(page->begin) || !whole(page->end)) return KVQ_MISFIT_PAGE;
+    if (!in_tiles(page)) return KVQ_MISFIT_PAGE;
     if (page->end < page->begin || page->end > page->capacity || page->end - page->begin > CHUNK_SLOTS)
         return KVQ_MISFIT_PAGE;
     if (page->period < 1 || page->period > page->capacity || page->count < 0 || page->count > page->period ||
@@ -73,7 +79,7 @@ static int check_window(const kvq_page *window) {
     const int refused = check_page(window);
     if (refused) return refused;
     const int is_window = window->key_precision == KVQ_WINDOW && window->value_precision == KVQ_WINDOW;
-    return is_window && !window->begin ? 0 : KVQ_MISFIT_MOVE;
+    return is_window && !window->begin && !kvq_shares_tiles(window) ? 0 : KVQ_MISFIT_MOVE;
 }
 
 int kvq_check_moved_values(const kvq_move *move) {

@@ -25,6 +25,19 @@ int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel pa
 /* The rows of a pass with `stepwise`; as kvq_attend. */
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
 
+/* Whether layers share the tiles of a page, see kvq_page. */
+static inline int kvq_shares_tiles(const kvq_page *page) { return page->capacity > 0 && page->capacity < TILE; }
+/* A pass whose pages are those of one layer as kernels take them: of whole tiles. */
+typedef struct {
+    kvq_pass pass;
+    kvq_move stepwise;
+    kvq_page *page; /* to be freed; null where the pages are the pass's own */
+} kvq_layer_pass;
+/* Fills `own` for a layer. Returns 0 or NO_MEMORY. */
+int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own);
+/* The tokens of a move go their way. Returns 0 or NO_MEMORY. */
+int kvq_move_layers(const kvq_move *move);
+
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
 /* The precisions that the keys of a pass are stored at: bit n of the result for width_number n. */

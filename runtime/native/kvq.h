@@ -16,7 +16,7 @@
 #define KVQ_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define TILE 16            /* tokens of a key tile; room for tokens comes in whole tiles */
+#define TILE 16            /* tokens of a key tile; room for tokens comes in whole tiles, or in a half or a quarter of one */
 #define CHUNK_SLOTS 1024   /* most slots of a row of the page table, and of a work item */
 #define MOST_CHANNELS 1024 /* largest head_dim */
 
@@ -36,14 +36,19 @@ enum { KVQ_OK, KVQ_ERRORS(KVQ_ERROR_OF) };
 
 /* The slots [begin, end) of arrays that hold tokens of one precision, all layers and KV heads: a page of the store,
  * or a part of its recent window. Slot s of the arrays holds a token where s < period and
- * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring. */
+ * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring.
+ *
+ * Where capacity is a half or a quarter of TILE, n = TILE / capacity layers share a tile: the arrays are those of
+ * layers / n layers, rounded up, and of capacity TILE, and layer l lies in those of layer l / n from slot
+ * l % n * capacity on. Whole tiles are read from there, so another TILE - capacity slots have to be behind the last one
+ * (of keys as many words). */
 typedef struct {
     const uint32_t *keys;         /* [layers, kv_heads, capacity / TILE, words, TILE] */
     const uint16_t *key_scales;   /* halves [layers, kv_heads, capacity], not read where the precision has none */
     const uint32_t *values;       /* [layers, kv_heads, capacity, words] */
     const uint16_t *value_scales; /* as key_scales */
     int32_t key_precision, value_precision; /* ids of widths.h */
-    int32_t capacity, begin, end; /* multiples of TILE; end - begin at most CHUNK_SLOTS */
+    int32_t capacity, begin, end; /* multiples of TILE, see above; end - begin at most CHUNK_SLOTS */
     int32_t first, count, period; /* first < period <= capacity, count <= period */
 } kvq_page;
 

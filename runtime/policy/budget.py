@@ -2,26 +2,30 @@
 
 What is held. At every length n the bytes of the store are at most
 
-    allowed(n) = max(budget(n), least(n)).
+    allowed(n) = max(budget(max(n, L)), least(n)).
 
-* ``kv_bits`` X: budget(n) = X * values(n) / 8, values(n) being the numbers that n tokens hold. Bytes
-  are those of the stored tokens, `KVStore.used_nbytes`: codes, scales, tags, and the window's and
-  the sink's tokens at 16 bits. The free room of pages is no token's and not counted (`Stats.kv_bits`
-  has it, `Stats.kv_used_bits` has not).
-* ``kv_memory`` SIZE: budget(n) = SIZE, and bytes are those of all arrays, `KVStore.nbytes`, with
-  the whole window and the free room of pages.
-* least(n) is what the store would take with every unprotected token in the cheapest class: while
-  a text is little longer than the window, no choice of precision can go below it. For kv_memory a
-  SIZE below least(context) is refused, so there least(n) never decides.
+* ``kv_bits`` X: budget(n) = X * values(n) / 8, values(n) being the numbers that n tokens hold, and L is SHORT_TEXT: a
+  shorter text may take what one of L tokens may. Bytes are those of the stored tokens, `KVStore.used_nbytes`: codes,
+  scales, tags, and the window's and the sink's tokens at 16 bits. The free room of pages is no token's and not counted
+  (`Stats.kv_bits` has it, `Stats.kv_used_bits` has not).
+* ``kv_memory`` SIZE: budget(n) = SIZE, L is the context, and bytes are those of all arrays, `KVStore.nbytes`, with the
+  whole window and the free room of pages.
+* least(n) is what the store would take with every unprotected token in the cheapest class: where window and sink alone
+  are over a small budget, no choice of precision can go below it. For kv_memory a SIZE below least(context) is refused,
+  so there least(n) never decides.
 
 n is the length at the end of the call that appends: a prompt may spend on its early tokens what
 it saves on later ones. Appended token by token, the bound holds at every token. Trimming may cut a prompt
 where it has spent and not yet saved; tokens then get the cheapest class until the bound holds again.
 
+How it is spent. What the cheapest classes leave of budget(L) is the surplus. Nobody knows how long a text will be, and
+early tokens are read longest, so a text that has come to p of L tokens should have spent the share (p / L) ** EARLY of
+it: much at once, but never all. The tokens of one call share evenly what their part comes to. From L on the rate is what
+would just use up what is left.
+
 The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
-the policy was made) at the rate that would just use up what is left. What a text really spends
-feeds back through what is left, so mu follows it, and everything is a function of the counts of
-stored tokens: trimming and forking sessions need no state.
+the policy was made) at that rate. What a text really spends feeds back through what is left, so mu follows it, and
+everything is a function of the counts of stored tokens: trimming and forking sessions need no state.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import math
 import numpy as np
 
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.kv.pages import page_room
+from kvq.runtime.kv.pages import BucketBytes
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.policy.base import Policy, ScoredPolicy
@@ -42,6 +46,10 @@ from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
+# Tokens whose allowance a shorter text may use under kv_bits, and how early: see the module's definition. Both measured,
+# docs/measurements.md#budgets-in-short-texts.
+SHORT_TEXT = 1024
+EARLY = 0.5
 # Points of a curve that are farther apart than this share of the rate wanted have nothing between them.
 FAR_APART = 0.05
 GOLDEN_RATIO = 0.6180339887498949
@@ -57,6 +65,8 @@ class Budget:
         recent, sink: tokens protected at 16 bits; both count.
         kv_bits: total bits per stored value, or
         kv_memory: bytes of the whole store. One of the two.
+        short_text: tokens whose allowance a shorter text may use under kv_bits; 0: what it is allowed is always that of
+            its own length.
 
     Raises:
         BudgetError: a policy without scores, not exactly one limit, or one that no choice can keep.
@@ -72,6 +82,7 @@ class Budget:
         *,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
+        short_text: int = SHORT_TEXT,
     ) -> None:
         if kv_bits is not None and kv_memory is not None:
             raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
@@ -99,16 +110,20 @@ class Budget:
         self._window = window.nbytes if kv_bits is None else self.recent * window.token_bytes
         self._per_token = float(limit) * geometry.values / 8 if kv_memory is None else 0.0
         self._constant = 0.0 if kv_memory is None else float(limit)
-        # Room that c tokens of a bucket take up, in tokens: their own, or that of their pages.
-        self._room = page_room(context + 2) if kv_memory is not None else np.arange(context + 3)
-        room = self._bytes[self._least] * self._room
+        self._full = context if self._constant else min(short_text, context)
+        # Bytes that c tokens of a pair take up, [pair][c]: their own, or those of their pages.
+        self._taken = [
+            BucketBytes(pair, geometry) if self._constant else range(0, (context + 3) * each, each)
+            for pair, each in zip(self.pairs, self._bytes.tolist(), strict=True)
+        ]
+        room = np.array([self._taken[self._least][c] for c in range(context + 3)])
         # What c cheapest tokens need. With a budget that grows: the most that they and any number of
         # further ones need beyond what it grows by meanwhile, max over j >= c of room[j] - per_token * (j - c).
         slope = self._per_token * np.arange(len(room))
         self._need = room if self._constant else np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
         means, prices = policy.curve(self._class_bytes)
         self._curve = (np.asarray(means, float).tolist(), np.asarray(prices, float).tolist())
-        self._rooms, self._needs, self._nbytes = self._room.tolist(), self._need.tolist(), self._bytes.tolist()
+        self._needs, self._nbytes = self._need.tolist(), self._bytes.tolist()
         self._refuse_impossible(name, float(limit))
 
     def _refuse_impossible(self, name: str, limit: float) -> None:
@@ -139,12 +154,11 @@ class Budget:
             window = window * min(length, self.recent) // self.recent
         buckets = max(0, length - self.recent)
         sunk = min(buckets, self.sink)
-        rooms = self._bytes[self._sink_pair] * self._room[sunk] + self._bytes[self._least] * self._room[buckets - sunk]
-        return float(window + rooms)
+        return float(window + self._taken[self._sink_pair][sunk] + self._taken[self._least][buckets - sunk])
 
     def allowed(self, length: int) -> float:
         """Most bytes the store may have at that length; see the module's definition."""
-        return max(self._per_token * length + self._constant, self.least(length))
+        return max(self._per_token * max(length, self._full) + self._constant, self.least(length))
 
     def used(self, store: KVStore) -> int:
         """Bytes of a store as this budget counts them."""
@@ -171,13 +185,13 @@ class Budget:
             end: length of the text when the call that appends these tokens is done.
         """
         # Plain numbers: at a few classes a token, numpy's calls would cost ten times the arithmetic.
-        held, room, nbytes = counts.tolist(), self._rooms, self._nbytes
-        total = sum(b * room[c] for b, c in zip(nbytes, held, strict=True))
+        held, taken = counts.tolist(), self._taken
+        total = sum(of_pair[c] for of_pair, c in zip(taken, held, strict=True))
         chosen = []
         for at, score in enumerate(scores.tolist(), length):
             # A sink token is raised to 16 bits by the store whatever is chosen here.
             one = self._sink_pair if at < self.sink else self._class(score, held, total, at, end)
-            total += nbytes[one] * (room[held[one] + 1] - room[held[one]])
+            total += taken[one][held[one] + 1] - taken[one][held[one]]
             held[one] += 1
             chosen.append(one)
         counts[:] = held
@@ -185,26 +199,36 @@ class Budget:
 
     def _class(self, score: list[float], held: list[int], total: int, at: int, end: int) -> int:
         """Class of the token at position `at`; held and total: tokens by pair and bytes in buckets so far."""
-        least, room, nbytes, need = self._least, self._rooms, self._nbytes, self._needs
-        # The length at which the bytes are counted; a budget of memory has to last for the whole context.
-        due = self.context if self._constant else min(max(end, at + 1 + self.recent), self.context)
+        least, taken, nbytes, need = self._least, self._taken, self._nbytes, self._needs
+        # The length at which the bytes are counted.
+        due = min(max(end, at + 1 + self.recent, self._full), self.context)
         further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
-        goal = min(max(due, at + 1 + self.recent + HORIZON), self.context)
-        left = self._per_token * goal + self._constant - self._window - total
-        price = self._price(left / max(goal - self.recent - at, 1), at)
+        price = self._price(self._rate(total, at, end), at)
         # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
-        free = self._per_token * due + self._constant - self._window - total + nbytes[least] * room[held[least]]
+        free = self._per_token * due + self._constant - self._window - total + taken[least][held[least]]
         cheap = held[least] + further
         best, highest = least, -math.inf
         for i, value in enumerate(score):
             if i == least:
                 fits = free >= need[cheap + 1]
             else:
-                fits = free - nbytes[i] * (room[held[i] + 1] - room[held[i]]) >= need[cheap]
+                fits = free - (taken[i][held[i] + 1] - taken[i][held[i]]) >= need[cheap]
             value -= price * nbytes[i]
             if fits and value > highest:
                 best, highest = i, value
         return best
+
+    def _rate(self, total: int, at: int, end: int) -> float:
+        """Bytes that the token at position `at` and those after it should take on average; total: in buckets so far."""
+        goal = min(max(end, at + 1 + self.recent + HORIZON), self.context)
+        tokens = max(goal - self.recent - at, 1)
+        left = self._per_token * max(goal, self._full) + self._constant - self._window - total
+        if goal >= self._full:
+            return left / tokens
+        cheapest, whole = self._nbytes[self._least], self._full - self.recent
+        before, after = ((n / whole) ** EARLY for n in (at, goal - self.recent))  # shares of the surplus
+        surplus = left - cheapest * (whole - at)  # that is still there
+        return cheapest + surplus * (after - before) / (1 - before) / tokens
 
     def _price(self, rate: float, at: int) -> float:
         """Price of a byte for the token at position `at`, so that typical text takes `rate` bytes a token.

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvq.runtime.kv.pages import PAGE_TOKENS, page_room
-from kvq.runtime.kv.slots import TILE_TOKENS
+from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes
 from kvq.runtime.precision.table import EXACT, Pair, pairs
 
 if TYPE_CHECKING:
@@ -30,25 +29,24 @@ class Capacity:
         store, context = session.store, session.model.architecture.context
         chosen = {Pair(int(k), int(v)) for k, v in _choices(session)}
         self._token_bytes = {pair: store.geometry.token_bytes(pair) for pair in chosen}
-        self._sink_bytes = store.geometry.token_bytes(EXACT)
+        self._bucket_bytes = {pair: BucketBytes(pair, store.geometry) for pair in chosen}
+        self._sink_bytes, self._sunk_bytes = store.geometry.token_bytes(EXACT), BucketBytes(EXACT, store.geometry)
         self._empty, self._recent, self._sink = store.empty_nbytes, store.recent, min(store.sink, context)
-        self._room = page_room(context + 1)
+        self._context = context
 
     def most_nbytes(self, length: int) -> int:
         """Most bytes of a store that holds up to `length` tokens, on its own."""
-        stored = min(max(0, length - self._recent), len(self._room) - 1)
+        stored = min(max(0, length - self._recent), self._context + 1)
         widest = max(self._token_bytes.values())
         most = self._empty
         if EXACT not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
             sunk = min(stored, self._sink)
-            most += self._sink_bytes * int(self._room[sunk])
+            most += self._sunk_bytes[sunk]
             stored -= sunk
         if len(self._token_bytes) == 1:
-            most += widest * int(self._room[stored])
-        else:
-            # However the tokens fall to the pairs, less than a pair's tokens and than half a page of it is free room.
-            slack = min(PAGE_TOKENS // 2, max(TILE_TOKENS, stored)) - 1
-            most += widest * stored + slack * sum(self._token_bytes.values())
+            most += next(iter(self._bucket_bytes.values()))[stored]
+        else:  # however the tokens fall to the pairs
+            most += widest * stored + sum(of_pair.most_free for of_pair in self._bucket_bytes.values())
         if self.budget is not None and self.budget.limits_memory:
             most = min(most, int(self.budget.allowed(length)))
         return most

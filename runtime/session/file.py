@@ -32,7 +32,7 @@ from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
 from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.pages import Page
-from kvq.runtime.kv.slots import Encoded
+from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.codecs import CODECS
@@ -106,16 +106,21 @@ def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:
     if logits is not None:
         parts.append(logits.astype("<f4"))
     for bucket in store.buckets.values():
-        for page, start, stop in _pieces(bucket):
+        for page, start, stop in _pieces(_in_whole_tiles(bucket)):
             parts += page.parts(start, stop)
     slots = window.slots(store.length - window.count, store.length)
     parts += [*window.keys.encoded(slots), *window.values.encoded(slots), store.due()]
     return [np.ascontiguousarray(part, part.dtype.newbyteorder("<")) for part in parts]
 
 
-def _pieces(bucket: Bucket) -> Iterator[tuple[Page, int, int]]:
-    """What lies in a file together: the tokens [start, stop) of a page; the first page in parts, as it grows."""
-    for i, page in enumerate(bucket.pages):
+def _in_whole_tiles(bucket: Bucket) -> list[Page]:
+    """Its pages; for a last one of less than a tile, whose layers share tiles, a copy that has a whole one."""
+    return [page if page.whole_tiles else page.copy(page.count, TILE_TOKENS) for page in bucket.pages]
+
+
+def _pieces(pages: list[Page]) -> Iterator[tuple[Page, int, int]]:
+    """What of a bucket lies in a file together: the tokens [start, stop) of a page; the first page in parts."""
+    for i, page in enumerate(pages):
         ends = [n for n in FIRST_PAGE_ENDS if n < page.count] if i == 0 else []
         for start, stop in itertools.pairwise([0, *ends, page.count]):
             yield page, start, stop
@@ -248,8 +253,13 @@ def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
             page = bucket.open_page()
             page.count = min(page.capacity, count - bucket.count)
             bucket.count += page.count
-        for page, start, stop in _pieces(bucket):
+        pages = _in_whole_tiles(bucket)
+        for page, start, stop in _pieces(pages):
             _read_piece(source, page, start, stop)
+        bucket.pages = [
+            page if page is own else page.copy(page.count, own.capacity)
+            for page, own in zip(pages, bucket.pages, strict=True)
+        ]
     window, g = store.window, store.geometry
     slots = window.slots(header.tokens - header.window, header.tokens)
     for part in (window.keys, window.values):
@@ -302,7 +312,7 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
 def _finite(page: Page) -> bool:
     """Whether all scales are finite and not negative, and all codes stand for finite numbers."""
     for slots in (page.keys, page.values):
-        scales = slots.scales[:, :, : page.count]
+        scales = slots.scales  # free slots hold zeros
         if not (np.isfinite(scales) & (scales >= 0)).all() or not slots.codec.valid(slots.codes):
             return False
     return True

@@ -15,11 +15,11 @@ from kvq.runtime.cli.options import nbytes
 from kvq.runtime.cli.run import run
 from kvq.runtime.errors import BudgetError
 from kvq.runtime.kv.bucket import Bucket
-from kvq.runtime.kv.pages import page_room
+from kvq.runtime.kv.pages import BucketBytes
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import curve_of
-from kvq.runtime.policy.budget import Budget
+from kvq.runtime.policy.budget import SHORT_TEXT, Budget
 from kvq.runtime.precision.table import Geometry, Pair
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import WIDTHS, examples, seeds
@@ -83,8 +83,43 @@ def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, s
         cuts = range(length // 2, length)
     store = spend(budget, policy, length, cuts, recent, sink)
     if length >= 600:
-        values = 2 * 64 * length
-        assert 8 * store.used_nbytes / values >= 0.95 * min(kv_bits, 16)
+        bits = 8 * store.used_nbytes / (2 * 64 * length)
+        assert bits >= 0.95 * min(kv_bits, 16)
+        assert bits <= kv_bits * max(1, SHORT_TEXT / length) + 1e-6
+
+
+@pytest.mark.parametrize("kv_bits", [3.25, 4.25])
+@pytest.mark.parametrize("singles", [False, True])
+def test_a_short_text_spends_the_allowance_of_a_long_one_early(kv_bits, singles):
+    """Bits a value fall with the length, down to what was asked; from SHORT_TEXT on the budget is as hard as without."""
+    policy, found = Scores(5, 1.5), []
+    for length in (60, 120, 300, 600, SHORT_TEXT, 1500):
+        budget = Budget(policy, GEOMETRY, CONTEXT, 16, 4, kv_bits=kv_bits)
+        store = spend(budget, policy, length, range(length) if singles else (), 16, 4)
+        found.append(8 * store.used_nbytes / (2 * 64 * length))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > kv_bits + 4
+    assert found[2] > kv_bits + 0.5
+    assert max(found[4:]) <= kv_bits + 1e-6
+
+
+def test_tokens_between_are_not_starved_by_early_ones():
+    """A text that comes token by token has something above the cheapest class for every stretch of it."""
+    policy = Scores(5, 1.5)
+    budget = Budget(policy, GEOMETRY, CONTEXT, 16, 4, kv_bits=3.25)
+    bits, counts, scores = [], np.zeros(len(budget.pairs), np.int64), policy.draw(5, CONTEXT)
+    for at in range(1500):
+        bits.append(budget.choose(scores[at : at + 1], counts, at, at + 1)[0].sum() / 2)
+    means = np.array(bits[4:1476]).reshape(-1, 64).mean(1)
+    assert means.min() >= 2.25
+
+
+def test_a_budget_without_short_texts_holds_at_every_length():
+    policy = Scores(5, 1.5)
+    budget = Budget(policy, GEOMETRY, CONTEXT, 16, 4, kv_bits=4.25, short_text=0)
+    for length in (60, 120, 300, 600):
+        store = spend(budget, policy, length, (), 16, 4)
+        assert store.used_nbytes <= max(4.25 * 2 * 64 * length / 8, budget.least(length))
 
 
 @given(
@@ -120,7 +155,7 @@ def test_predicted_bytes_are_those_of_a_bucket(count, k, v):
         parts = [Encoded(*codec.encode(x)) for codec in _codecs(k, v)]
         bucket.append(*parts, np.arange(count, dtype=np.int32))
     each = GEOMETRY.token_bytes((k, v))
-    assert bucket.nbytes == each * page_room(1500)[count]
+    assert bucket.nbytes == BucketBytes(Pair(k, v), GEOMETRY)[count]
     assert bucket.count * bucket.token_bytes == each * count
 
 

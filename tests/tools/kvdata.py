@@ -95,7 +95,9 @@ def arrays_in(thing):
             continue
         seen.add(id(item))
         if isinstance(item, np.ndarray):
-            assert item.base is None or _is_cut(item.base), "a stored array is a view: its memory would not be counted"
+            if item.base is not None and not _is_cut(item.base):  # its memory is what counts, all of it
+                todo.append(item.base)
+                continue
             found.append(item)
         elif isinstance(item, dict):
             todo += item.values()

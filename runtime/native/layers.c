@@ -1,0 +1,67 @@
+/* Pages with room for less than a tile, whose layers share tiles: made into pages of whole tiles, layer by layer, before a
+ * kernel sees them. Kernels know nothing of it. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "drivers.h"
+
+static int any_shares(const kvq_page *page, int pages) {
+    for (int p = 0; p < pages; p++)
+        if (kvq_shares_tiles(page + p)) return 1;
+    return 0;
+}
+
+/* The row in which the vectors of `layer` are where those of layer `as` would be, were the arrays of whole tiles. */
+static kvq_page row_of_layer(const kvq_page *page, int layer, int as, int kv_heads, int head_dim) {
+    kvq_page row = *page;
+    int shared = 1, lane = 0;
+    if (kvq_shares_tiles(page)) {
+        shared = TILE / page->capacity;
+        lane = layer % shared * page->capacity;
+        row.capacity = row.end = TILE;
+    }
+    const ptrdiff_t slots = (ptrdiff_t)(layer / shared - as) * kv_heads * row.capacity;
+    row.keys += slots * words_per_vector(page->key_precision, head_dim) + lane;
+    row.values += (slots + lane) * words_per_vector(page->value_precision, head_dim);
+    if (has_scale(page->key_precision)) row.key_scales += slots + lane;
+    if (has_scale(page->value_precision)) row.value_scales += slots + lane;
+    return row;
+}
+
+int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own) {
+    own->pass = *pass;
+    own->page = NULL;
+    if (!any_shares(pass->page, pass->pages)) return 0;
+    if (!(own->page = malloc(sizeof *own->page * (size_t)pass->pages))) return KVQ_NO_MEMORY;
+    memcpy(own->page, pass->page, sizeof *own->page * (size_t)pass->pages);
+    for (int p = 0; p < pass->pages; p++)
+        if (kvq_shares_tiles(pass->page + p))
+            own->page[p] = row_of_layer(pass->page + p, layer, layer, pass->kv_heads, pass->head_dim);
+    own->pass.page = own->page;
+    if (pass->stepwise) { /* of the same pages; its window is among those of whole tiles */
+        own->stepwise = *pass->stepwise;
+        own->stepwise.page = own->page;
+        own->pass.stepwise = &own->stepwise;
+    }
+    return 0;
+}
+
+int kvq_move_layers(const kvq_move *move) {
+    const kvq_kernel *kernel = kvq_choose_kernel(move->kernel);
+    if (!any_shares(move->page, move->pages)) return kernel->move(move), 0;
+    kvq_page *page = malloc(sizeof *page * (size_t)move->pages);
+    if (!page) return KVQ_NO_MEMORY;
+    const size_t floats = (size_t)move->kv_heads * move->tokens * move->head_dim; /* of a layer */
+    for (int layer = 0; layer < move->layers; layer++) {
+        const kvq_page window = row_of_layer(move->window, layer, 0, move->kv_heads, move->head_dim);
+        for (int p = 0; p < move->pages; p++)
+            page[p] = row_of_layer(move->page + p, layer, 0, move->kv_heads, move->head_dim);
+        kvq_move own = *move;
+        own.layers = 1;
+        own.keys += layer * floats, own.values += layer * floats;
+        own.window = &window, own.page = page;
+        kernel->move(&own);
+    }
+    free(page);
+    return 0;
+}
