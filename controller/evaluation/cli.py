@@ -199,7 +199,8 @@ def _peer(peer: str | None, gguf: Path | None, kinds: str, model) -> AbstractCon
         if gguf is not None:
             raise click.UsageError("--gguf is for --peer llama.cpp; give both")
         return nullcontext()
-    from kvq.controller.evaluation.llama import CACHE_BITS, LlamaCaches
+    from kvq.controller.evaluation.llama import CACHE_BITS
+    from kvq.controller.evaluation.peer import LlamaCaches
 
     if gguf is None:
         raise click.UsageError("--peer llama.cpp needs --gguf FILE, the file that the model was made from")

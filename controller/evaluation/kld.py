@@ -10,8 +10,9 @@ import numpy as np
 
 from kvq.controller.evaluation.arms import Bytes
 from kvq.controller.evaluation.divergence import Divergence, outcome, reference
-from kvq.controller.evaluation.llama import CACHE_BITS, LlamaCaches
+from kvq.controller.evaluation.llama import CACHE_BITS
 from kvq.controller.evaluation.pareto import Progress
+from kvq.controller.evaluation.peer import LlamaCaches
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.runtime.precision.table import Geometry

@@ -1,24 +1,19 @@
-"""llama.cpp beside kvq: a GGUF file through its C interface, and what its quantized caches do to the same ids."""
+"""llama.cpp through llama-cpp-python's binding of its C interface: a GGUF file, and contexts with caches of its types.
+
+Imports nothing of the runtime but its errors: whoever measures llama.cpp has nothing else in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvq.controller.evaluation.divergence import Divergence, diverged, log_probabilities
 from kvq.runtime.errors import BackendError, CheckpointError
-from kvq.runtime.extras import missing
 
 # Bits per value of its cache types: blocks of 32 codes with a half-precision scale, those of *_1 with a minimum too.
 CACHE_BITS = {"f16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5}
-BUILD = "pip install --no-binary llama-cpp-python llama-cpp-python"
 
 
 class LlamaModel:
@@ -26,6 +21,7 @@ class LlamaModel:
 
     Args:
         file: the path.
+        repack: keep weights in this machine's own layouts, which is faster and rounds otherwise.
 
     Attributes:
         api: the binding, `llama_cpp`.
@@ -35,14 +31,16 @@ class LlamaModel:
         CheckpointError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, repack: bool = False) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
         llama_cpp.llama_backend_init()
         self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds a bare pointer
         llama_cpp.llama_log_set(self._silence, None)
-        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.use_extra_bufts = repack
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
         if not self.model:
             raise CheckpointError(f"llama.cpp cannot load {file}; give a GGUF file that it knows the architecture of")
 
@@ -97,65 +95,3 @@ class LlamaModel:
             api.llama_batch_free(batch)
             api.llama_free(context)
         return logits
-
-
-class LlamaCaches:
-    """The caches of llama.cpp, each against its own exact one, computed in a process of its own: a crash ends that one.
-
-    To be used in a with statement.
-
-    Args:
-        file: the GGUF file that the model under test was made from.
-        kinds: of `CACHE_BITS`.
-        vocab: of the model under test.
-        threads: to compute with.
-
-    Raises:
-        BackendError: llama-cpp-python is not installed.
-        CheckpointError: no such file.
-    """
-
-    def __init__(self, file: Path, kinds: Sequence[str], vocab: int, threads: int) -> None:
-        if missing("llama_cpp"):
-            raise BackendError(f"llama.cpp as a peer needs llama-cpp-python, which is not installed: {BUILD}")
-        if not file.is_file():
-            raise CheckpointError(f"no GGUF file {file}; give the one that the model was made from with --gguf")
-        self.kinds = list(kinds)
-        self._arguments = (file, self.kinds, vocab, threads)
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-
-    def __enter__(self) -> LlamaCaches:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-
-    def divergences(self, ids: np.ndarray) -> list[Divergence]:
-        """Of a text int64 [tokens], one for each of `kinds`.
-
-        Raises:
-            CheckpointError: llama.cpp cannot load the file, or it is of another vocabulary.
-            BackendError: llama.cpp crashed, or it cannot use such a cache.
-        """
-        try:
-            return self._pool.submit(_divergences, ids, *self._arguments).result()
-        except BrokenProcessPool:
-            raise BackendError(
-                "llama.cpp crashed; build it without the instructions that this machine lacks, for example"
-                f" CMAKE_ARGS='-DGGML_NATIVE=OFF' {BUILD}"
-            ) from None
-
-
-_loaded = cache(LlamaModel)
-
-
-def _divergences(ids: np.ndarray, file: Path, kinds: list[str], vocab: int, threads: int) -> list[Divergence]:
-    """What `LlamaCaches.divergences` gives, in the other process."""
-    model = _loaded(file)
-    if model.vocab != vocab:
-        raise CheckpointError(
-            f"{file} has a vocabulary of {model.vocab} tokens, the model one of {vocab}; give the file that the model"
-            " was made from"
-        )
-    expected = log_probabilities(model.score(ids, "f16", threads))
-    return [diverged(model.score(ids, kind, threads), expected, ids) for kind in kinds]
