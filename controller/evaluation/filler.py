@@ -73,7 +73,8 @@ class Filler:
         size = SLICE * tokens
         start = int(rng.integers(max(0, len(self.text) - size) + 1))
         pieces = PIECE.findall(self.text[start : start + size])
-        return pieces[1:] if start else pieces  # the first one lacks its beginning
+        # The first and the last one may be parts of sentences.
+        return pieces[start > 0 : len(pieces) - (start + size < len(self.text))]
 
 
 def _put_together(characters: int, rng: np.random.Generator) -> list[str]:

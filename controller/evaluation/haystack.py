@@ -133,7 +133,9 @@ class _Draw:
 def _fact(thing: str, name: str, value: str, depth: float) -> tuple[tuple[float, str], Question]:
     """The sentence that says a value, and the question that asks for it."""
     said = f"The {thing} of {name} is"
-    return (depth, f"{said} {value}."), Question(f"What is the {thing} of {name}?", said, value, depth)
+    return (depth, f"{said} {value}."), Question(
+        f"According to the text, what is the {thing} of {name}?", said, value, depth
+    )
 
 
 def _single(depths: int, draw: _Draw) -> Planted:
