@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from kvq.controller.evaluation.haystack import KINDS, MOST
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
 from kvq.runtime.cli.options import OFFLINE, OUTPUT, options
@@ -210,9 +211,6 @@ def _peer(peer: str | None, gguf: Path | None, kinds: str, model) -> AbstractCon
     return LlamaCaches(gguf, wanted, model.architecture.vocab, model.engine.threads)
 
 
-KINDS = ("single", "multi", "variables")
-
-
 @evaluate.command()
 @MODEL
 @click.option("-p", "--policy", "policies", multiple=True, default=("int8", "int4", "int2"), show_default=True)
@@ -222,7 +220,7 @@ KINDS = ("single", "multi", "variables")
               help="Lengths, with question and answer; several with commas.")  # fmt: skip
 @click.option("--kinds", default=",".join(KINDS), show_default=True, help="What is hidden, see above; with commas.")
 @click.option("--items", type=click.IntRange(1), default=4, show_default=True, help="Documents of a kind and length.")
-@click.option("--depths", type=click.IntRange(1, 12), default=5, show_default=True,
+@click.option("--depths", type=click.IntRange(1, MOST), default=5, show_default=True,
               help="Questions of a document, about as many places in it.")  # fmt: skip
 @SEED
 @RECENT
@@ -234,7 +232,8 @@ def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, r
     \b
     single     The access code of Anna Weber is 48213. Each question is about another thing.
     multi      The same of other people too, eight of whom nobody asks about.
-    variables  The number of Anna is 48213. The number of Boris is that of Anna.
+    variables  The number of Anna is 48213. The number of Boris is the same as that of
+               Anna.
 
     The answer has begun when the model is asked, so that a small one is measured on finding. "loglik" is the
     log-probability of the right number in nats, "hits" the share that greedy decoding gets right, "kept" the share of

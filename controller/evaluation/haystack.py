@@ -75,8 +75,9 @@ def haystack(
 
     Args:
         kind: "single": each question is about another thing; "multi": all are about the same thing of other people,
-            among further sentences of that form; "variables": values handed on from variable to variable.
-        depths: questions; what they ask for stands at as many depths, evenly spread.
+            among further sentences of that form, at random depths as the variables of "variables", whose values are
+            handed on from one to the next, twice.
+        depths: questions; what the others ask for stands at as many depths, evenly spread.
         tokens: most of the document with a question and its answer.
         filler: what the rest of it is made of.
         rng: draws everything.
@@ -133,22 +134,25 @@ class _Draw:
 def _fact(thing: str, name: str, value: str, depth: float) -> tuple[tuple[float, str], Question]:
     """The sentence that says a value, and the question that asks for it."""
     said = f"The {thing} of {name} is"
-    return (depth, f"{said} {value}."), Question(
-        f"According to the text, what is the {thing} of {name}?", said, value, depth
-    )
+    asked = f"According to the text, what is the {thing} of {name}?"
+    return (depth, f"{said} {value}."), Question(asked, said, value, depth)
+
+
+def _spread(depths: int) -> list[float]:
+    """Depths from the beginning to the end; a single one is in the middle."""
+    return np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5]
 
 
 def _single(depths: int, draw: _Draw) -> Planted:
     things = draw.rng.permutation(THINGS)[:depths].tolist()
     facts = [
-        _fact(thing, draw.name(), draw.number(), depth)
-        for thing, depth in zip(things, np.linspace(0, 1, depths).tolist(), strict=True)
+        _fact(thing, draw.name(), draw.number(), depth) for thing, depth in zip(things, _spread(depths), strict=True)
     ]
     return [sentence for sentence, _ in facts], [question for _, question in facts]
 
 
 def _multi(depths: int, draw: _Draw) -> Planted:
-    places = [*np.linspace(0, 1, depths).tolist(), *draw.rng.random(DISTRACTORS).tolist()]
+    places = [*_spread(depths), *draw.rng.random(DISTRACTORS).tolist()]
     facts = [_fact(THINGS[0], draw.name(), draw.number(), depth) for depth in places]
     return [sentence for sentence, _ in facts], [question for _, question in facts[:depths]]
 

@@ -178,14 +178,15 @@ def _pooled(parts: list[Found]) -> Found:
 def _row(arm: Arm, found: Found, exact: Found) -> dict[str, Any]:
     """What an arm found, and beside the exact cache; intervals are paired, over documents.
 
-    "loglik" in nats and "hits", a share, are means over questions; "kept" is the share of the exact cache's hits that
+    "loglik" in nats and "hits", a share, are means over questions, "hits_by_question" over documents, in the order of
+    the questions, which is that of their depths but for "variables"; "kept" is the share of the exact cache's hits that
     are hits here too, None where it has none.
     """
     policy, options = arm
     row: dict[str, Any] = {
         "arm": policy, **options, "documents": len(found.hits), "questions": found.hits.size,
         "loglik": float(found.loglik.mean()), "hits": float(found.hits.mean()),
-        "hits_by_depth": found.hits.mean(0).tolist(), "bits": round(float(found.bits.mean()), 3),
+        "hits_by_question": found.hits.mean(0).tolist(), "bits": round(float(found.bits.mean()), 3),
     }  # fmt: skip
     if found is not exact:
         row["loglik_difference"] = interval((found.loglik - exact.loglik).mean(1))
