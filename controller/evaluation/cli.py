@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -185,7 +185,8 @@ def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, pe
     from kvq.controller.evaluation.pareto import chunks
 
     rows: list[dict] = []
-    with _evaluated(model, threads, exact) as loaded, _peer(peer, gguf, kinds, loaded) as other, bar() as progress:
+    with _evaluated(model, threads, exact) as loaded, bar() as progress:
+        other = _peer(peer, gguf, kinds, loaded)
         arms = [(name, options.get("kv_bits")) for name, options in _arms(loaded, policies, kv_bits, recent, sink)]
         for length in _numbers(context, "--context", int):
             found = measure(loaded, chunks(loaded, list(texts), length, count), arms, recent, sink, other, progress)
@@ -194,12 +195,12 @@ def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, pe
     write_json(out, rows)
 
 
-def _peer(peer: str | None, gguf: Path | None, kinds: str, model) -> AbstractContextManager:
-    """The other runtime's caches for the time of a measurement; nothing without --peer."""
+def _peer(peer: str | None, gguf: Path | None, kinds: str, model):
+    """The other runtime's caches; None without --peer."""
     if peer is None:
         if gguf is not None:
             raise click.UsageError("--gguf is for --peer llama.cpp; give both")
-        return nullcontext()
+        return None
     from kvq.controller.evaluation.llama import CACHE_BITS
     from kvq.controller.evaluation.peer import LlamaCaches
 
