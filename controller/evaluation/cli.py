@@ -178,7 +178,7 @@ def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, pe
 
     \b
     Example:
-      kvq eval kld -m smollm2-135m-instruct --text held-out.txt -p int8 -p int4 -p adaptive --kv-bits 3.25,4.25 \\
+      kvq eval kld -m smollm2-135m-instruct --text held-out.txt -p int8 -p int4 \\
           --peer llama.cpp --gguf SmolLM2-135M-Instruct.Q4_1.gguf
     """
     from kvq.controller.evaluation.kld import by_position, measure
@@ -231,10 +231,11 @@ def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, r
     """Find again what a long text says: a number among filler, asked for at its end, beside the 16-bit cache.
 
     \b
-    single     The access code of Anna Weber is 48213. Each question is about another thing.
+    single     The access code of Anna Weber is 48213.
+               Each question is about another thing.
     multi      The same of other people too, eight of whom nobody asks about.
-    variables  The number of Anna is 48213. The number of Boris is the same as that of
-               Anna.
+    variables  The number of Anna is 48213. The number of Boris is the same as
+               that of Anna.
 
     The answer has begun when the model is asked, so that a small one is measured on finding. "loglik" is the
     log-probability of the right number in nats, "hits" the share that greedy decoding gets right, "kept" the share of
@@ -242,7 +243,7 @@ def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, r
     stdout, which kvq eval report writes too.
 
     A document is read once per arm, at the model's speed: 8,192 tokens take 10 to 20 s with SmolLM2-135M on two cores,
-    and what is measured unless told otherwise some three minutes.
+    and what is measured unless told otherwise some four minutes.
     """
     from kvq.controller.evaluation.filler import Filler
     from kvq.controller.evaluation.needle import measure
