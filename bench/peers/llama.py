@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvq.bench.arm import Arm
+from kvq.controller.evaluation.llama import CACHE_BITS, LlamaModel
 
 if TYPE_CHECKING:
     from kvq.exporter.weights.quantize import QuantizedMatrix
 
-QK = 32  # values per block of Q4_0, Q8_0 and the quantized caches
-CACHE_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}
+QK = 32  # values per block of Q4_0 and Q8_0
+CACHES = ("f16", "q8_0", "q4_0")
 
 
 @dataclass
@@ -79,29 +80,14 @@ class LlamaArm(Arm):
         writer.close()
 
     def load(self) -> None:
-        import llama_cpp
-
-        self.api = llama_cpp
-        llama_cpp.llama_backend_init()
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds a bare pointer
-        llama_cpp.llama_log_set(self._silence, None)
-        file = self.folder / "model.gguf"
-        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot load {file}")
+        self.loaded = LlamaModel(self.folder / "model.gguf", repack=True)
+        self.api, self.model = self.loaded.api, self.loaded.model
 
     def open(self) -> None:
         api = self.api
         if self.context:
             api.llama_free(self.context)
-        parameters = api.llama_context_default_params()
-        parameters.n_ctx = self.capacity
-        parameters.n_threads = parameters.n_threads_batch = self.threads
-        parameters.type_k = parameters.type_v = getattr(api, f"GGML_TYPE_{self.cache.upper()}")
-        parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.context = api.llama_init_from_model(self.model, parameters)
-        if not self.context:
-            raise RuntimeError(f"llama.cpp makes no context with a {self.cache} cache")
+        self.context = self.loaded.context(self.cache, self.capacity, self.threads)
         self._token = (api.llama_token * 1)()
 
     def _decode(self, tokens: Any, count: int) -> None:
@@ -131,7 +117,7 @@ class LlamaArm(Arm):
         return self._cached(self.length)
 
     def _cached(self, tokens: int) -> int:
-        return self.assets.values_per_token * tokens // QK * CACHE_BLOCK_BYTES[self.cache]
+        return int(self.assets.values_per_token * tokens * CACHE_BITS[self.cache] / 8)
 
     def weight_bytes(self) -> int:
         return int(self.api.llama_model_size(self.model))
@@ -158,4 +144,4 @@ def gguf_blocks(matrix: QuantizedMatrix) -> tuple[Any, np.ndarray]:
     return kind, np.concatenate([scales[..., None].view(np.uint8), codes], axis=-1).reshape(n, -1)
 
 
-ARMS = {f"llama-{cache}": LlamaArm(cache) for cache in CACHE_BLOCK_BYTES}
+ARMS = {f"llama-{cache}": LlamaArm(cache) for cache in CACHES}

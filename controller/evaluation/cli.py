@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from kvq.controller.evaluation.haystack import KINDS, MOST
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
 from kvq.runtime.cli.options import OFFLINE, OUTPUT, options
@@ -97,6 +98,12 @@ EXACT = click.option(
     "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
     " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
 )  # fmt: skip
+BUDGETS = click.option(
+    "--kv-bits", default="", callback=lambda ctx, parameter, text: _numbers(text, "--kv-bits") if text else [],
+    help="Budgets of the policies that can follow one, total bits per value, with commas; their own choice if not"
+    " given.",
+)  # fmt: skip
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
 JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Write the result there; else to stdout.")
 
 
@@ -152,24 +159,110 @@ def pareto(model, texts, bits, context, count, recent, sink, exact, oracle, arms
 @MODEL
 @TEXT
 @click.option("-p", "--policy", "policies", multiple=True, default=("int8", "int4", "int2"), show_default=True)
+@BUDGETS
 @CONTEXT
 @CHUNKS
 @RECENT
 @SINK
 @EXACT
+@click.option("--peer", type=click.Choice(["llama.cpp"]), help="Add its caches, each against its own 16-bit one.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The GGUF file that the model was made from, for --peer.")
+@click.option("--cache-type", "kinds", default="q8_0,q5_1,q4_1,q4_0", show_default=True,
+              help="Types of the peer's keys and values, with commas.")  # fmt: skip
 @JSON
-def kld(model, texts, policies, context, count, recent, sink, exact, out, threads) -> None:
-    """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length."""
+def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, peer, gguf, kinds, out, threads) -> None:
+    """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length.
+
+    With --peer the caches of llama.cpp get the same token ids, all of them at one type, without window and sink; the
+    model's own arms keep theirs. "bits" are those of the whole text per value.
+
+    \b
+    Example:
+      kvq eval kld -m smollm2-135m-instruct --text held-out.txt -p int8 -p int4 \\
+          --peer llama.cpp --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    """
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
 
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
+        other = _peer(peer, gguf, kinds, loaded)
+        arms = [(name, options.get("kv_bits")) for name, options in _arms(loaded, policies, kv_bits, recent, sink)]
         for length in _numbers(context, "--context", int):
-            found = measure(loaded, chunks(loaded, list(texts), length, count), list(policies), recent, sink, progress)
+            found = measure(loaded, chunks(loaded, list(texts), length, count), arms, recent, sink, other, progress)
             rows += by_position(found, length)
         rows = _of(loaded, rows)
     write_json(out, rows)
+
+
+def _peer(peer: str | None, gguf: Path | None, kinds: str, model):
+    """The other runtime's caches; None without --peer."""
+    if peer is None:
+        if gguf is not None:
+            raise click.UsageError("--gguf is for --peer llama.cpp; give both")
+        return None
+    from kvq.controller.evaluation.llama import CACHE_BITS
+    from kvq.controller.evaluation.peer import LlamaCaches
+
+    if gguf is None:
+        raise click.UsageError("--peer llama.cpp needs --gguf FILE, the file that the model was made from")
+    wanted = kinds.split(",")
+    if unknown := [kind for kind in wanted if kind not in CACHE_BITS]:
+        raise click.UsageError(f"--cache-type takes {', '.join(CACHE_BITS)} with commas, got {', '.join(unknown)!r}")
+    return LlamaCaches(gguf, wanted, model.architecture.vocab, model.engine.threads)
+
+
+@evaluate.command()
+@MODEL
+@click.option("-p", "--policy", "policies", multiple=True, default=("int8", "int4", "int2"), show_default=True)
+@BUDGETS
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to hide it in; else sentences made up.")
+@click.option("--tokens", default="512,2048", show_default=True,
+              help="Lengths, with question and answer; several with commas.")  # fmt: skip
+@click.option("--kinds", default=",".join(KINDS), show_default=True, help="What is hidden, see above; with commas.")
+@click.option("--items", type=click.IntRange(1), default=4, show_default=True, help="Documents of a kind and length.")
+@click.option("--depths", type=click.IntRange(1, MOST), default=5, show_default=True,
+              help="Questions of a document, about as many places in it.")  # fmt: skip
+@SEED
+@RECENT
+@SINK
+@JSON
+def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, recent, sink, out, threads) -> None:
+    """Find again what a long text says: a number among filler, asked for at its end, beside the 16-bit cache.
+
+    \b
+    single     The access code of Anna Weber is 48213.
+               Each question is about another thing.
+    multi      The same of other people too, eight of whom nobody asks about.
+    variables  The number of Anna is 48213. The number of Boris is the same as
+               that of Anna.
+
+    The answer has begun when the model is asked, so that a small one is measured on finding. "loglik" is the
+    log-probability of the right number in nats, "hits" the share that greedy decoding gets right, "kept" the share of
+    the 16-bit cache's hits that an arm has too; intervals are paired, over documents. With --json FILE a table goes to
+    stdout, which kvq eval report writes too.
+
+    A document is read once per arm, at the model's speed: 8,192 tokens take 10 to 20 s with SmolLM2-135M on two cores,
+    and what is measured unless told otherwise some four minutes.
+    """
+    from kvq.controller.evaluation.filler import Filler
+    from kvq.controller.evaluation.needle import measure
+    from kvq.controller.evaluation.report import needle_table
+    from kvq.controller.training.texts import read_text
+
+    wanted = kinds.split(",")
+    if unknown := [kind for kind in wanted if kind not in KINDS]:
+        raise click.UsageError(f"--kinds takes {', '.join(KINDS)} with commas, got {', '.join(unknown)!r}")
+    lengths = _numbers(tokens, "--tokens", int)
+    filler = Filler() if text is None else Filler(read_text(text, "--text"), str(text))
+    loaded = load_model(model, threads)
+    arms = _arms(loaded, ("fp16", *(name for name in policies if name != "fp16")), kv_bits, recent, sink)
+    with bar() as progress:
+        rows = measure(loaded, arms, lengths, wanted, items, depths, filler, seed, progress)
+    rows = _of(loaded, rows)
+    write_json(out, rows)
+    if out is not None:
+        click.echo(needle_table(rows))
 
 
 DATA = click.option(
@@ -182,25 +275,34 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; al
 @MODEL
 @click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
 @click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
-@click.option("--kv-bits", type=float, help="Budget of the policies that can follow one.")
+@BUDGETS
+@click.option("--shots", type=click.IntRange(0), default=0, show_default=True,
+              help="Examples in front of every item, drawn from the others.")  # fmt: skip
+@SEED
 @RECENT
 @SINK
 @DATA
 @LIMIT
 @JSON
-def tasks(model, policies, tasks, kv_bits, recent, sink, data, limit, out, threads) -> None:
-    """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm."""
+def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, data, limit, out, threads) -> None:
+    """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm.
+
+    An item alone is short: most of its tokens stand in the window and among the sinks, at 16 bits in every arm.
+    --shots puts examples in front, which are read once per arm, and --recent 0 leaves no window; both together measure
+    what the cache does.
+    """
     from kvq.controller.evaluation.tasks import run_tasks
 
     loaded = load_model(model, threads)
-    write_json(out, run_tasks(loaded, _arms(loaded, policies, kv_bits, recent, sink), tasks.split(","), data, limit))
+    arms = _arms(loaded, policies, kv_bits, recent, sink)
+    write_json(out, run_tasks(loaded, arms, tasks.split(","), data, limit, shots, seed))
 
 
 @evaluate.command("paper-table")
 @click.option("--models", required=True, help="Models as -m takes them, with commas between them.")
 @OFFLINE
 @click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
-@click.option("--kv-bits", type=float, help="Budget of rule, paper and adaptive; their own choice if not given.")
+@BUDGETS
 @RECENT
 @SINK
 @DATA
@@ -227,14 +329,15 @@ def paper_table(models, kv_bits, recent, sink, data, limit, out, threads) -> Non
     write_json(out, rows)
 
 
-def _arms(model, policies, kv_bits: float | None, recent: int, sink: int) -> list[tuple[str, dict]]:
-    """Policies with what is protected, and the budget where they can follow one."""
+def _arms(model, policies, budgets: list[float], recent: int, sink: int) -> list[tuple[str, dict]]:
+    """Policies with what is protected; one that can follow a budget once for each, if there are any."""
     from kvq.controller.policies import ScoredPolicy, make_policy
 
     arms = []
-    for name in policies:
-        follows = kv_bits is not None and isinstance(make_policy(name, model.bundle), ScoredPolicy)
-        arms.append((name, {"recent": recent, "sink": sink} | ({"kv_bits": kv_bits} if follows else {})))
+    for name in dict.fromkeys(policies):
+        follows = bool(budgets) and isinstance(make_policy(name, model.bundle), ScoredPolicy)
+        for budget in budgets if follows else [None]:
+            arms.append((name, {"recent": recent, "sink": sink} | ({} if budget is None else {"kv_bits": budget})))
     return arms
 
 
@@ -242,10 +345,12 @@ def _arms(model, policies, kv_bits: float | None, recent: int, sink: int) -> lis
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
 def report(files, picture) -> None:
-    """Markdown tables from the JSON of `kvq eval pareto`, as in docs/quality.md."""
-    from kvq.controller.evaluation.report import plot, tables
+    """Markdown tables from the JSON of `kvq eval pareto` or `needle`, as in docs/quality.md."""
+    from kvq.controller.evaluation.report import needle_table, plot, tables
 
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
-    click.echo(tables(rows))
+    found = [row for row in rows if "kept" in row or "loglik" in row]
+    rows = [row for row in rows if row not in found]
+    click.echo("\n".join(table(part) for table, part in ((tables, rows), (needle_table, found)) if part))
     if picture is not None:
         plot(rows, picture)

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled, static_mix
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
+from kvq.controller.evaluation.paired import interval
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.controller.training.texts import read_text, windows
@@ -21,7 +22,6 @@ from kvq.runtime.session.model import Model
 FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
 SCORED = ("rule", "random", "paper", "adaptive")
 ARMS = (*FIXED, "static", *SCORED, "shuffled", "oracle")
-RESAMPLES = 10_000
 Progress = Callable[[int, int, str], None]
 
 
@@ -143,12 +143,11 @@ def compare(rows: list[dict[str, Any]], arm: str = "adaptive", seed: int = 0) ->
             if not same or other["arm"] == arm:
                 continue
             difference = np.array(other["kld_by_text"]) - mine
-            drawn = difference[rng.integers(0, len(mine), (RESAMPLES, len(mine)))].mean(1)
-            low, high = np.quantile(drawn, (0.025, 0.975))
+            between = interval(difference, rng=rng)
             found.append(
                 {
                     "context": row["context"], "bits_requested": row["bits_requested"], "arm": other["arm"],
-                    "difference": float(difference.mean()), "low": float(low), "high": float(high),
+                    "difference": between["mean"], "low": between["low"], "high": between["high"],
                     "factor": other["kld_mean"] / row["kld_mean"],
                 }
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables and a plot from the JSON of `kvq eval pareto`."""
+"""Tables from the JSON of `kvq eval pareto` and `kvq eval needle`, and a plot."""
 
 from __future__ import annotations
 
@@ -80,6 +80,24 @@ def _closed(rows: list[dict[str, Any]]) -> str:
             whole = math.log(found[arm, bits] / found["oracle", bits])
             cells.append(f"{math.log(found[arm, bits] / found['adaptive', bits]) / whole:.0%}")
         lines.append(f"| {bits:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def needle_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what each arm of `kvq eval needle` found again, by kind and length."""
+    lines = [
+        "| kind | tokens | arm | bits used | log-likelihood | difference to 16 bits | hits | kept of 16 bits' hits |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        arm = row["arm"] + (f" at {row['kv_bits']:g}" if "kv_bits" in row else "")
+        beside, kept = row.get("loglik_difference"), row.get("kept")
+        difference = f"{beside['mean']:+.2f} ({beside['low']:+.2f} to {beside['high']:+.2f})" if beside else ""
+        share = f"{kept['mean']:.0%} ({kept['low']:.0%} to {kept['high']:.0%})" if kept else ""
+        lines.append(
+            f"| {row['kind']} | {row['tokens'] or 'all'} | {arm} | {row['bits']:.2f} | {row['loglik']:.2f} |"
+            f" {difference} | {row['hits']:.0%} | {share} |"
+        )
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from kvq.controller.policies import Policy
 from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.session.model import Model
+from kvq.runtime.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,21 @@ class Scorer:
         logits = session.append(ids, all_logits=True)
         store = session.store
         return Scored(logits, stored_tokens(store).chosen, store.used_nbytes, store.nbytes)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [rows, vocab]."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def score_answer(session: Session, answer: list[int]) -> tuple[float, bool]:
+    """Log-probability in nats of an answer after what a session holds, and whether greedy decoding gives it.
+
+    The session holds all but the last token of the answer afterwards.
+    """
+    rows = np.asarray(session.last_logits)[None]  # of the last token before the answer
+    if len(answer) > 1:
+        rows = np.concatenate([rows, session.append(answer[:-1], all_logits=True)])
+    logp = log_softmax(rows)
+    return float(logp[np.arange(len(answer)), answer].sum()), logp.argmax(1).tolist() == list(answer)

@@ -1,13 +1,14 @@
 """Multiple-choice tasks through the cache: an lm-evaluation-harness model over the runtime.
 
 A choice is scored through the cache: its context is read once, and each choice goes on in a fork of that
-session, stepwise, so that every token sees what it would see if it came alone. Tasks come from local JSON files,
-one object a line with ``query``, ``choices`` and ``gold``; where the hub can be reached, the harness's own tasks of the
-same names are used.
+session, stepwise, so that every token sees what it would see if it came alone; what all contexts begin with, examples
+above all, is read once for all of them. Tasks come from local JSON files, one object a line with ``query``, ``choices``
+and ``gold``; where the hub can be reached, the harness's own tasks of the same names are used.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 
-from kvq.controller.evaluation.divergence import log_softmax
+from kvq.controller.evaluation.paired import interval
+from kvq.controller.evaluation.scoring import score_answer
+from kvq.controller.training.texts import read_text
+from kvq.runtime.chat.feeds import shared
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.session.model import Model
 from kvq.runtime.session.session import Session
 
-RESAMPLES = 10_000
+STEM = 32  # tokens that contexts share: below, a fork costs more than it saves
 
 
 class CacheLM(LM):
@@ -43,19 +49,36 @@ class CacheLM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation in nats, whether greedy decoding gives it) of each request."""
+        encoded = [self._encoded(*request.args) for request in requests]
+        stem = self._stem([kept for kept, _ in encoded])
         # Choices of an item share its context, and follow each other once they are put in order.
         order = sorted(range(len(requests)), key=lambda i: requests[i].args[0])
         found: dict[int, tuple[float, bool]] = {}
         read: tuple[list[int], Session] | None = None
         for i in order:
-            context, continuation = requests[i].args
-            kept, answer = self._encoded(context, continuation)
+            kept, answer = encoded[i]
             if read is None or read[0] != kept:
-                session = self.kvq.session(self.policy, **self.options)
-                session.append(kept)
-                read = (kept, session)
+                read = (kept, self._read(kept, stem))
             found[i] = self._score(read[1].fork(), answer)
         return [found[i] for i in range(len(requests))]
+
+    def _stem(self, contexts: list[list[int]]) -> Session | None:
+        """What all contexts begin with, read; None where that is not worth a session."""
+        same = min(shared(*contexts), min(map(len, contexts)) - 1) if contexts else 0
+        if same < STEM:
+            return None
+        session = self.kvq.session(self.policy, **self.options)
+        session.append(contexts[0][:same])
+        return session
+
+    def _read(self, kept: list[int], stem: Session | None) -> Session:
+        """A session that has read a context."""
+        if stem is None:
+            session, rest = self.kvq.session(self.policy, **self.options), kept
+        else:
+            session, rest = stem.fork(), kept[len(stem.tokens) :]
+        session.append(rest)
+        return session
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what is scored after it."""
@@ -68,13 +91,10 @@ class CacheLM(LM):
         return kept, answer
 
     def _score(self, session: Session, answer: list[int]) -> tuple[float, bool]:
-        """Log-probability of an answer in nats, and whether it is what greedy decoding gives."""
-        rows = np.asarray(session.last_logits)[None]  # of the last token of the context
-        if len(answer) > 1:
-            rows = np.concatenate([rows, session.append(answer[:-1], all_logits=True)])
-        logp = log_softmax(rows)
+        """As `score_answer`; what the text has taken is noted."""
+        found = score_answer(session, answer)
         self.bits.append(session.stats().kv_used_bits or 0.0)
-        return float(logp[np.arange(len(answer)), answer].sum()), logp.argmax(1).tolist() == list(answer)
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of whole texts, each token after the first given those before it."""
@@ -98,20 +118,30 @@ class CacheLM(LM):
         return found
 
 
-def local_task(name: str, file: Path) -> ConfigurableTask:
+def local_task(name: str, file: Path, shots: int = 0, seed: int = 0) -> ConfigurableTask:
     """A multiple-choice task from a file of JSON lines.
 
+    Args:
+        name: of the task.
+        file: its items.
+        shots: items drawn as examples, which stand in front of every other one and are not asked themselves.
+        seed: draws them.
+
     Raises:
-        CalibrationError: no such file.
+        CalibrationError: no such file, a line that is no item, or no more items than examples.
     """
-    if not file.is_file():
-        raise CalibrationError(f"no task file {file}; give the folder that holds {name}.jsonl with --data")
-    return ConfigurableTask(
+    items = _items(name, file)
+    if shots >= len(items):
+        raise CalibrationError(f"{file} has {len(items)} items, not enough for {shots} examples; give fewer --shots")
+    drawn, *rest = np.split(np.random.default_rng(seed).permutation(len(items)), [shots])
+    asked = np.sort(np.concatenate(rest))
+    task = ConfigurableTask(
         config={
             "task": name,
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(file.absolute())}},
             "test_split": "test",
+            "process_docs": lambda found: found.select(asked),
             "output_type": "multiple_choice",
             "doc_to_text": "{{query}}",
             "doc_to_target": "{{gold}}",
@@ -122,6 +152,42 @@ def local_task(name: str, file: Path) -> ConfigurableTask:
             ],
         }
     )
+    return with_examples(task, [items[i] for i in drawn])
+
+
+def _items(name: str, file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    if not file.is_file():
+        raise CalibrationError(f"no task file {file}; give the folder that holds {name}.jsonl with --data")
+    items = []
+    for number, line in enumerate(read_text(file, "--data").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            if not isinstance(item["query"], str) or not 0 <= item["gold"] < len(item["choices"]):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(
+                f"{file}:{number} is no item: it needs a query, choices and gold, the number of the right choice from 0"
+            ) from None
+        items.append(item)
+    return items
+
+
+def hub_task(name: str, shots: int, seed: int) -> ConfigurableTask:
+    """A task of the harness, from the hub, with examples from where it takes its own."""
+    task = TaskManager().load([name])["tasks"][name]
+    docs = list(task.fewshot_docs()) if shots else []
+    return with_examples(task, [docs[i] for i in np.random.default_rng(seed).permutation(len(docs))[:shots]])
+
+
+def with_examples(task: ConfigurableTask, examples: list[dict[str, Any]]) -> ConfigurableTask:
+    """The task with the same examples in front of every item; as it was without any."""
+    if examples:
+        task.set_config(key="num_fewshot", value=len(examples))
+        task.sampler = FirstNSampler(examples)
+    return task
 
 
 def run_tasks(
@@ -130,6 +196,8 @@ def run_tasks(
     tasks: Sequence[str],
     data: Path | None,
     limit: int | None = None,
+    shots: int = 0,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Accuracy of every arm on every task.
 
@@ -139,34 +207,33 @@ def run_tasks(
         tasks: names.
         data: folder of local files; None takes the harness's own tasks from the hub.
         limit: items per task; None is all.
+        shots: examples in front of every item, the same ones for all.
+        seed: draws them.
 
     Returns:
-        Rows with task, arm, items, acc, acc_norm (fractions), bits (measured, mean), and for all arms
+        Rows with task, arm, shots, items, acc, acc_norm (fractions), bits (measured, mean), and for all arms
         but the first "acc_difference" to it with a paired 95 % bootstrap interval.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        right: dict[str, np.ndarray] = {}
+        exact: np.ndarray | None = None
         for policy, options in arms:
             lm = CacheLM(model, policy, **options)
-            chosen = local_task(task, data / f"{task}.jsonl") if data is not None else task
+            if data is not None:
+                chosen = local_task(task, data / f"{task}.jsonl", shots, seed)
+            else:
+                chosen = hub_task(task, shots, seed)
             found = simple_evaluate(lm, tasks=[chosen], limit=limit, log_samples=True, bootstrap_iters=0)
             samples = found["samples"][task]
-            right[policy] = np.array([sample["acc"] for sample in samples], float)
+            right = np.array([sample["acc"] for sample in samples], float)
             row: dict[str, Any] = {
-                "task": task, "arm": policy, **options, "items": len(samples), "acc": float(right[policy].mean()),
-                "acc_norm": float(np.mean([sample["acc_norm"] for sample in samples])),
+                "task": task, "arm": policy, **options, "shots": shots, "items": len(samples),
+                "acc": float(right.mean()), "acc_norm": float(np.mean([sample["acc_norm"] for sample in samples])),
                 "bits": round(float(np.mean(lm.bits)), 3),
             }  # fmt: skip
-            if policy != arms[0][0]:
-                row["acc_difference"] = _paired(right[policy] - right[arms[0][0]])
+            if exact is None:
+                exact = right
+            else:
+                row["acc_difference"] = interval(right - exact)
             rows.append(row)
     return rows
-
-
-def _paired(difference: np.ndarray) -> dict[str, float]:
-    """Mean of paired differences with a 95 % bootstrap interval over items."""
-    rng = np.random.default_rng(0)
-    drawn = difference[rng.integers(0, len(difference), (RESAMPLES, len(difference)))].mean(1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvq.controller.evaluation.cli import evaluate
+from tests.tools.command_line import assert_one_line_error, kvq
 from tests.tools.references import reference_logits
 
 ITEMS = [
@@ -32,15 +33,21 @@ def command(arguments, out):
     return json.loads(out.read_text())
 
 
+def scores_of(model, checkpoint, query, choices):
+    """Log-probabilities of choices after a query by transformers, over whole sequences, without a cache."""
+    scores = []
+    for choice in choices:
+        kept, whole = model.encode(query), model.encode(query + " " + choice)
+        logp = reference_logits(checkpoint, whole).log_softmax(-1)
+        scores.append(sum(float(logp[i - 1, whole[i]]) for i in range(len(kept), len(whole))))
+    return scores
+
+
 def expected(model, checkpoint):
-    """acc and acc_norm by transformers, over whole sequences, without a cache."""
+    """acc and acc_norm by transformers."""
     right, normed = [], []
     for item in ITEMS:
-        scores = []
-        for choice in item["choices"]:
-            kept, whole = model.encode(item["query"]), model.encode(item["query"] + " " + choice)
-            logp = reference_logits(checkpoint, whole).log_softmax(-1)
-            scores.append(sum(float(logp[i - 1, whole[i]]) for i in range(len(kept), len(whole))))
+        scores = scores_of(model, checkpoint, item["query"], item["choices"])
         right.append(np.argmax(scores) == item["gold"])
         normed.append(np.argmax([s / len(c) for s, c in zip(scores, item["choices"], strict=True)]) == item["gold"])
     return np.mean(right), np.mean(normed)
@@ -73,8 +80,68 @@ def test_single_log_probabilities_are_transformers_own(tiny_model, tiny_checkpoi
     assert found == pytest.approx(sum(float(logp[i - 1, whole[i]]) for i in range(len(kept), len(whole))), abs=5e-3)
 
 
-def test_a_missing_task_file_is_refused(tiny_bundle, tmp_path):
+def test_examples_stand_in_front_of_every_item_and_are_not_asked(tiny_model, data):
     pytest.importorskip("lm_eval")
-    options = ["tasks", "-m", str(tiny_bundle), "--tasks", "none", "--data", str(tmp_path)]
-    result = CliRunner().invoke(evaluate, options)
-    assert "no task file" in str(result.exception)
+    from kvq.controller.evaluation.tasks import local_task
+
+    seen = set()
+    for seed in range(6):
+        task = local_task("sea", data / "sea.jsonl", shots=1, seed=seed)
+        asked = list(task.test_docs())
+        (shown,) = [item for item in ITEMS if item["query"] not in {item["query"] for item in asked}]
+        example = f"{shown['query']} {shown['choices'][shown['gold']]}\n\n"
+        assert [task.fewshot_context(item, 1) for item in asked] == [example + item["query"] for item in asked]
+        seen.add(shown["query"])
+    assert len(seen) > 1  # the seed draws them
+
+
+@pytest.mark.parametrize("options", [[], ["--recent", "0", "--sink", "0"]], ids=" ".join)
+def test_the_16_bit_arm_scores_examples_as_transformers_does(options, tiny_model, tiny_checkpoint, data, tmp_path):
+    common = ["tasks", "-m", tiny_model.path, "--tasks", "sea", "--data", data, "--shots", "2", "--seed", "1"]
+    rows = command([*common, "-p", "fp16", "-p", "int8", *options], tmp_path / "rows.json")
+    from kvq.controller.evaluation.tasks import local_task
+
+    task = local_task("sea", data / "sea.jsonl", shots=2, seed=1)
+    (item,) = task.test_docs()
+    scores = scores_of(tiny_model, tiny_checkpoint, task.fewshot_context(item, 2), item["choices"])
+    assert [(row["arm"], row["shots"], row["items"]) for row in rows] == [("fp16", 2, 1), ("int8", 2, 1)]
+    assert rows[0]["acc"] == float(np.argmax(scores) == item["gold"])
+    assert not options or rows[1]["bits"] < 9.5  # neither window nor sinks at 16 bits
+
+
+@pytest.mark.parametrize("policy", ["fp16", "int4"])
+def test_what_all_contexts_begin_with_is_read_once_and_scores_alike(policy, tiny_model):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from kvq.controller.evaluation.tasks import STEM, CacheLM
+
+    front = "The old man and the sea were both there. " * 6
+    asked = [(front + item["query"], " " + choice) for item in ITEMS for choice in item["choices"]]
+    assert len(tiny_model.encode(front)) > STEM
+    together, alone = CacheLM(tiny_model, policy, recent=2), CacheLM(tiny_model, policy, recent=2)
+    found = together.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked])
+    for pair, (loglik, _) in zip(asked, found, strict=True):
+        session = tiny_model.session(policy, prefill="stepwise", recent=2)
+        kept, answer = alone._encoded(*pair)
+        session.append(kept)
+        assert loglik == pytest.approx(alone._score(session, answer)[0], abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (None, [], ["no task file", "--data"]),
+        (ITEMS, ["--shots", "3"], ["3 items", "--shots"]),
+        ([{"query": "a", "choices": ["b"], "gold": 1}], [], ["bad.jsonl:1 is no item"]),
+        ([ITEMS[0], {"query": "a"}], [], ["bad.jsonl:2 is no item"]),
+        ([], [], ["no text in it"]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_files_that_are_no_task_are_refused_in_one_line(lines, options, words, tiny_bundle, tmp_path):
+    pytest.importorskip("lm_eval")
+    if lines is not None:
+        (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = kvq("eval", "tasks", "-m", tiny_bundle, "--tasks", "bad", "--data", tmp_path, *options)
+    assert_one_line_error(done, *words)
