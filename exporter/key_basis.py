@@ -21,8 +21,8 @@ import numpy as np
 from kvq.exporter.calibration import mean_of
 from kvq.exporter.key_statistics import KeyStatistics
 
-# Share of the mean variance added to all axes: a thousand tokens do not fill 64 of them.
-DAMPING = 1.0
+# Share of the mean variance added to all axes: a few thousand tokens do not fill 64 of them evenly.
+DAMPING = 0.3
 RANK = 4  # axes of a head, beside the scales of its channels
 ROUNDS = 3  # of fitting scales and axes in turn, and of choosing signs
 
