@@ -43,10 +43,9 @@ from kvq.runtime.errors import PromptError
 @click.option("--center/--no-center", default=True, show_default=True, help="Subtract each head's mean key.")
 @click.option(
     "--keys",
-    type=click.Choice(["plain", "balanced"]),
-    default="plain",
-    show_default=True,
-    help="balanced: in a basis measured on the calibration text, in which low precisions of keys cost half as much.",
+    type=click.Choice(["balanced", "plain"]),
+    help="balanced: in a basis measured on the calibration text, in which low precisions of keys cost half as much;"
+    " the default where keys are centred.",
 )
 @click.option(
     "--calibration",

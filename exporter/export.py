@@ -70,7 +70,7 @@ def export(
     block: int = 64,
     rotate: bool = True,
     center: bool = True,
-    keys: str = "plain",
+    keys: str | None = None,
     calibration: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -87,7 +87,8 @@ def export(
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
-        keys: "plain", or "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`.
+        keys: "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`; or "plain". None is balanced
+            where keys are centred.
         calibration: that text; None takes a built-in one.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
@@ -97,7 +98,7 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    _check_options(weights=weights, activations=activations, block=block, keys=keys)
+    _check_options(weights=weights, activations=activations, block=block, **({} if keys is None else {"keys": keys}))
     begun = time.perf_counter()
     out = Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -106,6 +107,7 @@ def export(
             checkpoint = load_checkpoint(checkpoint)
         tokenizer = checkpoint.tokenizer_json()
         notes: list[str] = []
+        keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
         if rotate and rotation_name == "none":

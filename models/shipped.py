@@ -14,7 +14,7 @@ from kvq.runtime.bundle.manifest import Manifest
 
 INDEX = "controllers.json"
 # What they were trained on: keys and values as every bundle with default options holds them.
-TRAINED_KV = {"rotation": "hadamard", "centered": True, "keys": None}
+TRAINED_KV = {"rotation": "hadamard", "centered": True, "keys": "balanced"}
 
 
 def shipped(sha256: str) -> tuple[Path, dict[str, dict[str, Any]]] | None:
