@@ -91,7 +91,7 @@ def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, s
 @pytest.mark.parametrize("kv_bits", [3.25, 4.25])
 @pytest.mark.parametrize("singles", [False, True])
 def test_a_short_text_spends_the_allowance_of_a_long_one_early(kv_bits, singles):
-    """Bits a value fall with the length, down to what was asked; from SHORT_TEXT on the budget is as hard as without."""
+    """Bits a value fall with the length, down to what was asked; from SHORT_TEXT on the budget is hard."""
     policy, found = Scores(5, 1.5), []
     for length in (60, 120, 300, 600, SHORT_TEXT, 1500):
         budget = Budget(policy, GEOMETRY, CONTEXT, 16, 4, kv_bits=kv_bits)
