@@ -20,8 +20,8 @@ where it has spent and not yet saved; tokens then get the cheapest class until t
 
 How it is spent. What the cheapest classes leave of budget(L) is the surplus. Nobody knows how long a text will be, and
 early tokens are read longest, so a text that has come to p of L tokens should have spent the share (p / L) ** EARLY of
-it: much at once, but never all. The tokens of one call share evenly what their part comes to. From L on the rate is what
-would just use up what is left.
+it: much at once, but never all. The tokens of one call share evenly what their part comes to. From L on the rate is
+what would just use up what is left.
 
 The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
 the policy was made) at that rate. What a text really spends feeds back through what is left, so mu follows it, and
