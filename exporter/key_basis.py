@@ -79,12 +79,12 @@ def balanced(keys: np.ndarray, queries: np.ndarray, rotation: np.ndarray, rank: 
     """
     keys, queries = _damped(keys), _damped(queries)
     scale = (_diagonal(queries) / _diagonal(keys)) ** 0.25
-    for fitted in range(ROUNDS):
-        if fitted:
-            # With given axes, scales are best where each channel has as large a part in one trace as in the other.
-            in_keys = _parts(keys * _grown(axes, stretch**2), scale)
-            in_queries = _parts(queries * _grown(axes, stretch**-2), 1 / scale)
-            scale = scale * np.clip(in_queries / in_keys, 0.4, 2.5) ** 0.25
+    axes, stretch = np.zeros((*scale.shape[:-1], 0, scale.shape[-1])), np.zeros((*scale.shape[:-1], 0))
+    for _ in range(ROUNDS):
+        # With given axes, scales are best where each channel has as large a part in one trace as in the other.
+        in_keys = _parts(keys * _grown(axes, stretch**2), scale)
+        in_queries = _parts(queries * _grown(axes, stretch**-2), 1 / scale)
+        scale = scale * np.clip(in_queries / in_keys, 0.4, 2.5) ** 0.25
         metric = _metric(_scaled(keys, scale), _scaled(queries, 1 / scale))
         axes, stretch = _outliers(metric, min(rank, keys.shape[-1]))
     grown = _grown(axes, stretch)
