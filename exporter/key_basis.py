@@ -79,23 +79,18 @@ def balanced(keys: np.ndarray, queries: np.ndarray, rotation: np.ndarray, rank: 
     """
     keys, queries = _damped(keys), _damped(queries)
     scale = (_diagonal(queries) / _diagonal(keys)) ** 0.25
-    axes, stretch = _fitted_axes(keys, queries, scale, rank)
-    for _ in range(ROUNDS - 1):
+    axes, stretch = np.zeros((*scale.shape[:-1], 0, scale.shape[-1])), np.zeros((*scale.shape[:-1], 0))
+    for _ in range(ROUNDS):
         # With given axes, scales are best where each channel has as large a part in one trace as in the other.
         in_keys = _parts(keys * _grown(axes, stretch**2), scale)
         in_queries = _parts(queries * _grown(axes, stretch**-2), 1 / scale)
         scale = scale * np.clip(in_queries / in_keys, 0.4, 2.5) ** 0.25
-        axes, stretch = _fitted_axes(keys, queries, scale, rank)
+        metric = _metric(_scaled(keys, scale), _scaled(queries, 1 / scale))
+        axes, stretch = _outliers(metric, min(rank, keys.shape[-1]))
     grown = _grown(axes, stretch)
     # Signs of what is stretched already are signs of scales and axes alike.
     signs = _signs(grown @ _scaled(keys, scale) @ grown, rotation)
     return KeyBasis(*(x.astype(np.float32) for x in (signs * scale, signs[..., None, :] * axes, stretch)))
-
-
-def _fitted_axes(keys: np.ndarray, queries: np.ndarray, scale: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Axes and stretches that are best for given scales of the channels."""
-    metric = _metric(_scaled(keys, scale), _scaled(queries, 1 / scale))
-    return _outliers(metric, min(rank, keys.shape[-1]))
 
 
 def _damped(s: np.ndarray) -> np.ndarray:

@@ -56,8 +56,8 @@ class Twin:
     Attributes:
         shape: of the model.
         rotation: float32 [head_dim, head_dim] of every head in the cache; the identity if there is none.
-        key_basis: scale, axes and stretch of every layer, see `kvq.exporter.key_basis.KeyBasis`, [kv_heads, ...];
-            empty where the bundle leaves keys in their own.
+        key_basis: scale, axes and stretch of every layer, float32 [kv_heads, ...] each, see
+            `kvq.exporter.key_basis.KeyBasis`; empty where the bundle leaves keys in their own.
         mean_keys: float32 [layers, kv_heads, head_dim] that the cache leaves out of rotated keys.
     """
 

@@ -99,7 +99,7 @@ static void prepare_heads(const kvq_prepare *p, size_t token, int first, int end
     for (int h = first; h < end; h++, x += d, out += d) {
         rotary(x, cosine, sine, d / 2, out);
         const int is_key = h >= p->heads, kv_head = is_key ? h - p->heads : h / (p->heads / p->kv_heads);
-        if (p->basis.scale) d == 64 ? in_basis(out, &p->basis, kv_head, is_key, 64) : in_basis(out, &p->basis, kv_head, is_key, d);
+        if (p->basis.scale) in_basis(out, &p->basis, kv_head, is_key, d);
         if (p->rotate & KVQ_ROTATE_KEYS) rotate_heads(out, 1, d);
         if (!is_key) continue;
         const float *mean = p->mean_key + (size_t)kv_head * d;
