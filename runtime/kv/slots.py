@@ -5,8 +5,8 @@ j of all tokens of a tile, then word j + 1. A dot product with a query then runs
 of a tile in the lanes of a vector register, without sums across lanes.
 
 Room for less than a tile, a half or a quarter of one, is cut from a tile that several layers share: layer l lies in
-tile l // n, n layers a tile, from slot l % n * capacity of it on, keys and values alike. Kernels read whole tiles from a
-layer's first slot on, so behind the last one there is as much room as they then read too far.
+tile l // n, n layers a tile, from slot l % n * capacity of it on, keys and values alike. Kernels read whole tiles from
+a layer's first slot on, so behind the last one there is as much room as they then read too far.
 """
 
 from __future__ import annotations
