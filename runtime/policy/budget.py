@@ -19,8 +19,8 @@ it saves on later ones. Appended token by token, the bound holds at every token.
 where it has spent and not yet saved; tokens then get the cheapest class until the bound holds again.
 
 How it is spent. What the cheapest classes leave of budget(L) is the surplus. Nobody knows how long a text will be, and
-early tokens are read longest, so a text that has come to p of L tokens should have spent the share (p / L) ** EARLY of
-it: much at once, but never all. The tokens of one call share evenly what their part comes to. From L on the rate is
+early tokens are read longest, so a text that has come to p of L tokens should have spent the share (p / L) ** EARLY
+of it: much at once, but never all. The tokens of one call share evenly what their part comes to. From L on the rate is
 what would just use up what is left.
 
 The price mu is read off the policy's curve (mean bytes against mu on typical text, measured where
@@ -46,7 +46,7 @@ from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
-# Tokens whose allowance a shorter text may use under kv_bits, and how early: see the module's definition. Measured,
+# Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. Both are measured,
 # docs/measurements.md#budgets-in-short-texts.
 SHORT_TEXT = 1024
 EARLY = 0.5

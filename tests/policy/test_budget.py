@@ -22,7 +22,7 @@ from kvq.runtime.policy.base import curve_of
 from kvq.runtime.policy.budget import SHORT_TEXT, Budget
 from kvq.runtime.precision.table import Geometry, Pair
 from kvq.runtime.session.session import Session
-from tests.tools.kvdata import WIDTHS, examples, seeds
+from tests.tools.kvdata import examples, seeds
 
 GEOMETRY = Geometry(1, 1, 64)  # one head: the bytes of a token in other geometries are a multiple, but for its tag
 CONTEXT = 2048
@@ -91,7 +91,7 @@ def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, s
 @pytest.mark.parametrize("kv_bits", [3.25, 4.25])
 @pytest.mark.parametrize("singles", [False, True])
 def test_a_short_text_spends_the_allowance_of_a_long_one_early(kv_bits, singles):
-    """Bits a value fall with the length, down to what was asked; from SHORT_TEXT on the budget is hard."""
+    """Bits a value fall with the length, down to what was asked; from SHORT_TEXT on it is a hard bound."""
     policy, found = Scores(5, 1.5), []
     for length in (60, 120, 300, 600, SHORT_TEXT, 1500):
         budget = Budget(policy, GEOMETRY, CONTEXT, 16, 4, kv_bits=kv_bits)
@@ -146,7 +146,7 @@ def test_a_budget_of_memory_is_used_by_a_full_context(memory):
     assert 0.9 * memory <= store.nbytes <= memory
 
 
-@given(count=st.integers(0, 1500), k=st.sampled_from(WIDTHS), v=st.sampled_from(WIDTHS))
+@given(count=st.integers(0, 1500), k=st.sampled_from([2, 4, 8, 16]), v=st.sampled_from([2, 4, 8, 16]))
 @examples(40)
 def test_predicted_bytes_are_those_of_a_bucket(count, k, v):
     bucket = Bucket(Pair(k, v), GEOMETRY)
@@ -190,14 +190,15 @@ def test_a_session_keeps_its_budget_at_every_token(policy, kv_bits, tiny_model):
     for size in (1, 1, 1, 40, 1, 60, *[1] * 60):
         session.append(np.random.default_rng(size).integers(0, 512, size))
         assert session.budget.used(session.store) <= session.budget.allowed(session.store.length)
-    assert session.stats().kv_used_bits <= kv_bits
+    assert session.stats().kv_used_bits >= 0.95 * kv_bits
 
 
 def test_trimmed_sessions_keep_their_budget(tiny_model):
     session = tiny_model.session("random", recent=4, kv_bits=9)
-    session.append(np.arange(120) + 1)
+    context = tiny_model.architecture.context
+    session.append(np.arange(context // 2) + 1)
     session.trim(60)
-    session.append(np.arange(50) + 1)
+    session.append(np.arange(context - 60) % 100 + 1)
     assert session.stats().kv_used_bits <= 9
 
 
