@@ -21,7 +21,8 @@ class LlamaModel:
 
     Args:
         file: the path.
-        repack: keep weights in this machine's own layouts, which is faster and rounds otherwise.
+        repack: keep weights in this machine's own layouts, which is faster, rounds otherwise, and with AMX crashes on
+            some machines.
 
     Attributes:
         api: the binding, `llama_cpp`.
