@@ -59,14 +59,17 @@ class Bytes:
 
 def static_mix(space: Bytes, kv_bits: float, rng: np.random.Generator) -> np.ndarray:
     """The two neighbours of a budget on the static ladder, mixed at random; uint8 [tokens, 2]."""
-    nbytes = space.each(LADDER)
+    every = space.each(LADDER)
+    # In a head of few channels, where words are not filled, a step may cost no more than one that stores better.
+    steps = [i for i in range(len(LADDER)) if every[i] < every[i + 1 :].min(initial=every[i] + 1)]
+    nbytes = every[steps]
     free = space.stored - space.sunk
     target = space.left(kv_bits) / max(1, free)
-    low = int(np.clip(np.searchsorted(nbytes, target, side="right") - 1, 0, len(LADDER) - 2))
+    low = int(np.clip(np.searchsorted(nbytes, target, side="right") - 1, 0, len(steps) - 2))
     share = np.clip((target - nbytes[low]) / (nbytes[low + 1] - nbytes[low]), 0, 1)
     chosen = np.full(space.length, low)
     chosen[space.sunk + rng.permutation(free)[: int(share * free)]] += 1
-    return np.array(LADDER, np.uint8)[chosen]
+    return np.array(LADDER, np.uint8)[steps][chosen]
 
 
 def shuffled(space: Bytes, bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -111,7 +114,7 @@ class DamageMeter:
         signed = probe(self._model, batch, self._generator, PROBES)[0][:, 0]  # [draws, tokens, sides, widths]
         total = np.zeros((len(ids), len(self.classes)))
         for i, pair in enumerate(self.classes):
-            parts = [signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ in WIDTHS]
+            parts = [signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ != EXACT.k]
             if parts:
                 total[:, i] = np.square(np.sum(parts, axis=0, dtype=np.float64)).mean(0) / 2
         return total

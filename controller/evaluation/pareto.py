@@ -19,7 +19,7 @@ from kvq.runtime.errors import ContextError
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.model import Model
 
-FIXED = ("fp16", "int8", "k8v4", "int4", "k4v2", "int2")
+FIXED = ("fp16", "int8", "k8v4", "int4", "int3", "int2")
 SCORED = ("rule", "random", "paper", "adaptive")
 ARMS = (*FIXED, "static", *SCORED, "shuffled", "oracle")
 Progress = Callable[[int, int, str], None]

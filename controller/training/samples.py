@@ -13,6 +13,7 @@ from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.texts import Encode, count_tokens, windows
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.features import RarityCounter
+from kvq.runtime.precision.table import EXACT
 
 # Texts of two lengths: a token of a long text is read by more queries.
 LENGTHS = (512, 1536)
@@ -46,10 +47,14 @@ class Samples:
     read: np.ndarray
 
     def damage(self, classes: list[tuple[int, int]]) -> np.ndarray:
-        """Mean drawn damage in nats of each token at each class, float32 [tokens, classes]."""
+        """Mean drawn damage in nats of each token at each class, by ids, float32 [tokens, classes].
+
+        Raises:
+            ValueError: a class has a precision that was not measured.
+        """
         columns = []
         for pair in classes:
-            parts = [self.signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ in WIDTHS]
+            parts = [self.signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ != EXACT.k]
             total = np.sum(parts, axis=0) if parts else np.zeros(self.signed.shape[:2], np.float32)
             columns.append(np.square(total).mean(0) / 2)
         return np.stack(columns, 1).astype(np.float32)

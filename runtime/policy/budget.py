@@ -46,7 +46,7 @@ from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
-# Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. Both are measured,
+# Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. As tried on chats,
 # docs/measurements.md#budgets-in-short-texts.
 SHORT_TEXT = 1024
 EARLY = 0.5
