@@ -23,7 +23,7 @@ class GraphOptions:
         block: elements per scale of a quantized matrix.
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
-        key_basis: of queries and keys, in front of the rotation; None leaves them as they are. Mean keys are then of it.
+        key_basis: of queries and keys, in front of the rotation; None leaves them as they are. Mean keys are of it.
         fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
             else as they come, which leaves weights that a source holds in blocks as they are.
     """
