@@ -18,8 +18,8 @@ STYLES = {
     "adaptive": ("o", "-", "0"),
     "oracle": ("*", "-.", "0.6"),
 }
-ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int3", "int2", "static", "rule", "random", "shuffled", "paper", "adaptive",
-         "oracle")  # fmt: skip
+ORDER = ("fp16", "int8", "k8v4", "int4", "k4v2", "int3", "int2", "static", "rule", "random", "shuffled", "paper",
+         "adaptive", "oracle")  # fmt: skip
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
