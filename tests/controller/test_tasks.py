@@ -106,7 +106,7 @@ def test_the_16_bit_arm_scores_examples_as_transformers_does(options, tiny_model
     scores = scores_of(tiny_model, tiny_checkpoint, task.fewshot_context(item, 2), item["choices"])
     assert [(row["arm"], row["shots"], row["items"]) for row in rows] == [("fp16", 2, 1), ("int8", 2, 1)]
     assert rows[0]["acc"] == float(np.argmax(scores) == item["gold"])
-    assert not options or rows[1]["bits"] < 9.5  # neither window nor sinks at 16 bits
+    assert not options or rows[1]["bits"] < 12  # neither window nor sinks at 16 bits; heads of 8 have costly scales
 
 
 @pytest.mark.parametrize("policy", ["fp16", "int4"])
