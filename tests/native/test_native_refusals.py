@@ -159,7 +159,7 @@ def test_a_pass_that_cannot_be_is_refused_before_it_runs(native_pass, field, val
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("key_precision", 3, "no kernels for; use KVQ_BACKEND=numpy"),
+        ("key_precision", 7, "no kernels for; use KVQ_BACKEND=numpy"),
         ("value_precision", 0, "no kernels for"),
         ("capacity", 24, "slots do not fit"),
         ("begin", 1, "slots do not fit"),

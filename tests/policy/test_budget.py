@@ -111,7 +111,7 @@ def test_tokens_between_are_not_starved_by_early_ones():
     for at in range(1500):
         bits.append(budget.choose(scores[at : at + 1], counts, at, at + 1)[0].sum() / 2)
     means = np.array(bits[4:1476]).reshape(-1, 64).mean(1)
-    assert means.min() >= 2.25
+    assert means.min() > 2.1
 
 
 def test_a_budget_without_short_texts_holds_at_every_length():
