@@ -99,14 +99,12 @@ def export(
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
     _check_options(weights=weights, activations=activations, block=block, **({} if keys is None else {"keys": keys}))
-    begun = time.perf_counter()
-    out = Path(out).absolute()
+    begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
     with replaced_folder(out, overwrite) as folder:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = load_checkpoint(checkpoint)
-        tokenizer = checkpoint.tokenizer_json()
-        notes: list[str] = []
+        tokenizer, notes = checkpoint.tokenizer_json(), list[str]()
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
@@ -117,8 +115,8 @@ def export(
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        manifest = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
-        manifest = attach(manifest, folder)
+        written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
+        manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
             notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")

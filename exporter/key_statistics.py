@@ -13,6 +13,7 @@ from kvq.runtime.compute.passes import SegmentedPass
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 
+TEXT = 512  # tokens that are read on their own: time grows with their square
 SINK, RECENT = 4, 16  # of a session's defaults: tokens that are read exactly need no better basis
 
 
@@ -77,7 +78,7 @@ def key_statistics(
     """
     shape, engine = bundle.manifest.architecture, Engine(bundle)
     found = KeyStatistics(shape.layers, shape.kv_heads, shape.head_dim)
-    for start, part in windows(ids, shape.context):
+    for start, part in windows(ids, min(TEXT, shape.context)):
         store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
         SegmentedPass(engine, len(part), found.attend).forward(part, store)
         found.count += len(part) - 1

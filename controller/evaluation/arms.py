@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvq.runtime.bundle.bundle import Bundle
@@ -34,7 +36,7 @@ class Bytes:
         window = min(length, recent) * geometry.window_token_bytes
         self.protected = window + self.sunk * geometry.token_bytes(EXACT)
 
-    def each(self, pairs: list[tuple[int, int]]) -> np.ndarray:
+    def each(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
         """Bytes of a token of each pair, int64 [pairs]."""
         return np.array([self.geometry.token_bytes(pair) for pair in pairs])
 
@@ -79,7 +81,7 @@ def shuffled(space: Bytes, bits: np.ndarray, rng: np.random.Generator) -> np.nda
     return mixed
 
 
-def oracle(space: Bytes, kv_bits: float, damage: np.ndarray, classes: list[tuple[int, int]]) -> np.ndarray:
+def oracle(space: Bytes, kv_bits: float, damage: np.ndarray, classes: Sequence[tuple[int, int]]) -> np.ndarray:
     """The best use of the budget if single-token damages, float [tokens, classes], add up; uint8 [tokens, 2]."""
     nbytes = space.each(classes)
     left = space.left(kv_bits)

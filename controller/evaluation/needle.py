@@ -60,7 +60,7 @@ def prompts(model: Model, document: Haystack) -> Prompts:
             else:
                 turns = [("user", document.text + BREAK + question.asked)]
             text = template.render_guarded([{"role": role, "content": content} for role, content in turns])
-            encode = partial(template.encode_guarded, beginning=True)
+            encode: Callable[[str], list[int]] = partial(template.encode_guarded, beginning=True)
         else:
             text, encode = document.text + BREAK, model.encode
         before, whole = encode(text + question.begun), encode(f"{text}{question.begun} {question.answer}")

@@ -14,7 +14,7 @@ the model with its exact cache and the model in which token t alone is stored at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def exact_damage(
     model: ParallelModel,
     ids: Tensor,
     tokens: np.ndarray,
-    classes: list[tuple[int, int]],
+    classes: Sequence[tuple[int, int]],
     batch: int = 8,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -114,7 +114,7 @@ def exact_damage(
                 keys: Tensor,
                 values: Tensor,
                 places: Tensor = places,
-                pairs: list[tuple[int, int]] = pairs,
+                pairs: Sequence[tuple[int, int]] = pairs,
             ) -> tuple[Tensor, Tensor]:
                 seen = (keys.clone(), values.clone())
                 for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):

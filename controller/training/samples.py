@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,7 @@ class Samples:
     signed: np.ndarray
     read: np.ndarray
 
-    def damage(self, classes: list[tuple[int, int]]) -> np.ndarray:
+    def damage(self, classes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Mean drawn damage in nats of each token at each class, by ids, float32 [tokens, classes].
 
         Raises:

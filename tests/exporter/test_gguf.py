@@ -211,7 +211,7 @@ def online_bundle(checkpoints: dict[bool, Path], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("online")
     file = write_gguf(folder / "m.gguf", checkpoints[True], "Q8_0", tokenizer="gpt2")
     summary = export(file, folder / "bundle", activations="fp32", calibration="A text to measure keys on. " * 9)
-    assert summary.manifest.kv == {"rotation": "hadamard", "centered": True, "values": "online"}
+    assert summary.manifest.kv == {"rotation": "hadamard", "centered": True, "values": "online", "keys": "balanced"}
     return summary.path
 
 
