@@ -335,8 +335,8 @@ def _arms(model, policies, budgets: list[float], recent: int, sink: int) -> list
 
     arms = []
     for name in dict.fromkeys(policies):
-        follows = bool(budgets) and isinstance(make_policy(name, model.bundle), ScoredPolicy)
-        for budget in budgets if follows else [None]:
+        policy = make_policy(name, model.bundle)  # one that is unknown is refused before anything is read
+        for budget in budgets if budgets and isinstance(policy, ScoredPolicy) else [None]:
             arms.append((name, {"recent": recent, "sink": sink} | ({} if budget is None else {"kv_bits": budget})))
     return arms
 

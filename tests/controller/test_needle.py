@@ -193,4 +193,4 @@ def test_wrong_usage_is_one_line(options, words):
 
 def test_too_short_a_text_is_refused_before_any_arm_is_measured(embedded):
     with pytest.raises(CalibrationError, match="too short"):
-        measure(embedded, [("fp16", {})], [400, 2000], filler=Filler(calibration_text() * 2, "text"))
+        measure(embedded, [("fp16", {})], [400, 2000], filler=Filler("It was late in the year. " * 100, "text"))
