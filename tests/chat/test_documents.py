@@ -195,7 +195,7 @@ def test_reading_that_is_interrupted_leaves_a_conversation_that_goes_on(every):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_reply_goes_on_as_if_it_had_not_been_cut(every, name, tmp_path):
-    options = {"temperature": 1.2, "seed": 5, "ignore_eos": True}
+    options = {"temperature": 1.2, "seed": 3, "ignore_eos": True}
     whole = said(Conversation(every[name].session()).reply("Hello", max_tokens=16, **options))
     conversation = Conversation(every[name].session())
     parts = [said(conversation.reply("Hello", max_tokens=5, **options))]

@@ -42,10 +42,13 @@ DEFAULTS: dict[str, Any] = {
 
 
 def small_tokenizer(vocab_size: int = 512) -> Tokenizer:
-    """A byte-level tokenizer of at most `vocab_size` entries, trained on this package's calibration text."""
+    """A byte-level tokenizer of at most `vocab_size` entries, trained on the story that this package's calibration text
+    begins with: what models of random weights say depends on it, and tests on what they say.
+    """
     from kvq.exporter.calibration import calibration_text
 
-    return train_tokenizer(iter([calibration_text()]), vocab_size)
+    story = calibration_text().partition("\n\nTallinn is")[0] + "\n"
+    return train_tokenizer(iter([story]), vocab_size)
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
