@@ -46,8 +46,8 @@ from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
-# Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. As tried on chats,
-# docs/measurements.md#budgets-in-short-texts.
+# Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. Tried on chats, no other values
+# beside them: docs/measurements.md#budgets-in-short-texts.
 SHORT_TEXT = 1024
 EARLY = 0.5
 # Points of a curve that are farther apart than this share of the rate wanted have nothing between them.

@@ -93,7 +93,9 @@ class Session:
         self.prefill = prefill
         looks = chooses.reads is None or chooses.reads - {"positions"}
         self.stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
-        self._most = min(prefill_chunk, max(1, window)) if self.stepwise else prefill_chunk
+        self._most = prefill_chunk
+        if self.stepwise:
+            self._most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
         self.runner = Runner(self.backend, model.engine, self._most, self.stepwise)
         self._timer: Timer | None = None
         self._prefill, self._decode = Clock(), Clock()

@@ -140,9 +140,8 @@ def test_a_session_chooses_and_says_what_it_does_token_by_token(backend, policy,
     for token in IDS:
         expected = single.append([token])
     np.testing.assert_array_equal(precisions(session), precisions(single))
-    # Products of many rows are summed in another order than those of one. In numpy a code that stands on a border may
-    # then fall to the other side of it, which moves a logit by a few thousandths.
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3 if backend == "native" else 1e-2)
+    # Products of many rows are summed in another order than those of one.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
 
 
 def test_all_logits_are_those_of_single_tokens(tiny_model):

@@ -19,12 +19,15 @@ class AttentionBackend(ABC):
     One instance belongs to one session and may keep scratch memory between calls.
     `priority` orders the backends under ``auto``: the highest that is available wins.
     `detail` says more about what runs, for statistics. `codecs` encode for the session's store.
+    `rows_alike`: a stepwise pass over many tokens stores to the bit what passes over one each would; where it does not,
+    a session gives it one at a time, since a text must not depend on how it is fed.
     """
 
     name: str
     priority: int
     detail: str = ""
     codecs: CodecSet = NUMPY
+    rows_alike: bool = False
 
     @classmethod
     def unavailable(cls) -> str:

@@ -29,6 +29,7 @@ class NativeAttention(AttentionBackend):
     """
 
     name = "native"
+    rows_alike = True
     priority = 10
 
     @classmethod
