@@ -21,7 +21,7 @@ from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS
+from kvq.exporter.weights.matrices import LAYER_BITS, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -110,7 +110,7 @@ def export(
         rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
         if rotate and rotation_name == "none":
             notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
-        fold = not _keeps_values(checkpoint, weights)
+        fold = not _keeps_values(checkpoint, weights, activations)
         options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
@@ -231,12 +231,11 @@ def _calibration(
     return ids
 
 
-def _keeps_values(checkpoint: Checkpoint, weights: str) -> bool:
+def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> bool:
     """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
-    bits, attends = LAYER_BITS[weights], [layer.attend for layer in checkpoint.model.layers]
+    attends = [layer.attend for layer in checkpoint.model.layers]
     names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
-    held = [checkpoint.source.block_bits(name) for name in names]
-    return bits > 0 and all(found is not None and found <= bits for found in held)
+    return carried_over(checkpoint, weights, activations, names)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
