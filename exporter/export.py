@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import key_statistics
+from kvq.exporter.moments import draft_moments
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS, carried_over
+from kvq.exporter.weights.matrices import LAYER_BITS, Moments, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -71,6 +72,7 @@ def export(
     rotate: bool = True,
     center: bool = True,
     keys: str | None = None,
+    compensate: bool | None = None,
     calibration: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -89,6 +91,8 @@ def export(
         center: subtract each head's mean key, calibrated on a text.
         keys: "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`; or "plain". None is balanced
             where keys are centred.
+        compensate: weights that are quantized here make up for their own errors on that text, see
+            `kvq.exporter.weights.compensate`, which takes as long again. None: those of "int4" do.
         calibration: that text; None takes a built-in one.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
@@ -115,7 +119,13 @@ def export(
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
+        with ExitStack() as stack:
+            moments = None
+            if _compensates(compensate, weights, tokenizer, notes):
+                progress(0, 1, "measuring inputs")
+                text = calibration_ids(str(tokenizer), calibration or calibration_text())
+                moments = stack.enter_context(draft_moments(checkpoint, options, folder, text))
+            written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, moments)
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
@@ -129,6 +139,23 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
+
+
+def _compensates(wanted: bool | None, weights: str, tokenizer: str | None, notes: list[str]) -> bool:
+    """Whether errors of weights are made up for; why not where they usually are goes to `notes`.
+
+    Raises:
+        CheckpointError: it is asked for, but there are no errors, or no tokenizer for the text.
+    """
+    if wanted and weights == "fp32":
+        raise CheckpointError("fp32 weights have no errors to make up for; leave compensate out")
+    if wanted and tokenizer is None:
+        raise CheckpointError(
+            "errors are measured on a text, and the checkpoint has no tokenizer; leave compensate out"
+        )
+    if wanted is None and weights == "int4" and tokenizer is None:
+        notes.append("errors of weights not made up for: there is no tokenizer to read a text with")
+    return tokenizer is not None and (weights == "int4" if wanted is None else wanted)
 
 
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
@@ -145,6 +172,7 @@ def _write_graphs(
     folder: Path,
     ids: np.ndarray | None,
     progress: Progress,
+    moments: Moments | None,
 ) -> Manifest:
     """Write graphs and weights into a folder; the manifest of all that is in it then.
 
@@ -152,11 +180,12 @@ def _write_graphs(
         options: with means of zero.
         kv: of the manifest.
         ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
+        moments: see `GraphWriter`.
     """
     layers = checkpoint.architecture.layers
     total = 10 * (layers + 4)
     with WeightFile(folder) as file:
-        writer = GraphWriter(checkpoint, options, folder, file)
+        writer = GraphWriter(checkpoint, options, folder, file, moments)
         segments = []
         for segment in writer.segments():
             segments.append(segment)
@@ -167,7 +196,8 @@ def _write_graphs(
         manifest = Manifest(
             name=name,
             architecture=checkpoint.architecture,
-            weights=writer.matrices.describe() | {"activations": options.activations},
+            weights=writer.matrices.describe()
+            | {"activations": options.activations, "compensated": moments is not None},
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
             eos_token_ids=source.eos_token_ids(),

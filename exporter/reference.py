@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from kvq.exporter.rotation import hadamard, head_rotation, rotate_inputs, rotate_outputs
-from kvq.exporter.weights.quantize import QuantizedMatrix
+from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
 from kvq.runtime.bundle.bundle import Bundle
 
 # attend(layer, queries, keys, values) -> what attention makes of the values; float32 [batch, heads, tokens, head_dim]
@@ -196,9 +196,9 @@ def _matrix(node: Node, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The matrix of a product, float32 [n, k]."""
     if node.kind == "Gemm":
         return arrays[node.inputs[1]]
-    codes, scales = (arrays[name] for name in node.inputs[1:3])
-    a = node.attributes
-    return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"]).dequantize()
+    (codes, scales, *zeros), a = (arrays[name] for name in node.inputs[1:]), node.attributes
+    unpacked = unpacked_zeros(zeros[0], scales.shape[1], a["bits"]) if zeros else None
+    return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"], unpacked).dequantize()
 
 
 def _grown(x: Tensor, scale: Tensor, axes: Tensor, stretch: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from kvq.exporter.graphs.builder import CONTRIB, Graph
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.rotation import hadamard
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Change, Matrices, StoredMatrix
+from kvq.exporter.weights.matrices import Change, Matrices, Moments, StoredMatrix
 
 
 class Products:
@@ -21,11 +21,14 @@ class Products:
         checkpoint: where the matrices come from.
         file: where they go.
         options: how.
+        moments: see `Matrices`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: WeightFile, options: GraphOptions) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, file: WeightFile, options: GraphOptions, moments: Moments | None = None
+    ) -> None:
         self._checkpoint, self._file, self._activations = checkpoint, file, options.activations
-        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block)
+        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block, moments)
 
     def turn(self, step: Project, change: Change | None = None) -> int:
         """Size of the blocks in which `project` wants its x rotated, 0 for not at all; asked before it is called."""
@@ -81,8 +84,7 @@ class Products:
         return graph.op(
             "MatMulNBits",
             x,
-            graph.stored(f"{matrix.name}.codes"),
-            graph.stored(f"{matrix.name}.scales"),
+            *map(graph.stored, matrix.parts),
             domain=CONTRIB,
             K=matrix.k,
             N=matrix.n,
