@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,14 @@ import numpy as np
 
 from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
-from kvq.exporter.damage import damages, plan_of_bits
-from kvq.exporter.draft import Moments, draft_of
+from kvq.exporter.few_bits import FewBits
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS, carried_over
+from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -104,8 +103,8 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    bits = None if isinstance(weights, str) else _checked_bits(weights)
-    weights = weights if isinstance(weights, str) else "mixed"
+    few = FewBits(weights, compensate)
+    weights = few.weights
     _check_options(weights=weights, activations=activations, block=block, **({} if keys is None else {"keys": keys}))
     begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -123,20 +122,10 @@ def export(
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        with ExitStack() as stack:
-            moments = plan = None
-            compensates = _compensates(compensate, weights, tokenizer, notes)
-            if compensates or bits is not None:
-                progress(0, 1, "writing a draft")
-                text = calibration_ids(_readable(tokenizer), calibration or calibration_text())
-                draft = stack.enter_context(draft_of(checkpoint, options, folder, text))
-                moments = Moments(draft) if compensates else None
-                if bits is not None:
-                    found = damages(draft, block, lambda done, count: progress(done, count, "measuring damage"))
-                    plan = plan_of_bits(found, bits)
-            written = _write_graphs(
-                checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, moments, plan
-            )
+        text = None if tokenizer is None else calibration_ids(tokenizer, calibration or calibration_text())
+        notes += few.notes(text)
+        with few.knowledge(checkpoint, options, folder, text, progress) as known:
+            written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, known)
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
@@ -150,45 +139,6 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
-
-
-def _checked_bits(bits: float) -> float:
-    """Bits a weight that a plan can reach.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
-    if not 4 <= bits <= 8:
-        raise CheckpointError(f"weights of {bits:g} bits are not possible; give a number from 4 to 8")
-    return float(bits)
-
-
-def _readable(tokenizer: str | None) -> str:
-    """The tokenizer.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if tokenizer is None:
-        raise CheckpointError("errors of weights are measured on a text, and the checkpoint has no tokenizer; use int8")
-    return tokenizer
-
-
-def _compensates(wanted: bool | None, weights: str, tokenizer: str | None, notes: list[str]) -> bool:
-    """Whether errors of weights are made up for; why not where they usually are goes to `notes`.
-
-    Raises:
-        CheckpointError: it is asked for, but there are no errors, or no tokenizer for the text.
-    """
-    if wanted and weights == "fp32":
-        raise CheckpointError("fp32 weights have no errors to make up for; leave compensate out")
-    if wanted and tokenizer is None:
-        raise CheckpointError(
-            "errors are measured on a text, and the checkpoint has no tokenizer; leave compensate out"
-        )
-    if wanted is None and weights == "int4" and tokenizer is None:
-        notes.append("errors of weights not made up for: there is no tokenizer to read a text with")
-    return tokenizer is not None and (weights == "int4" if wanted is None else wanted)
 
 
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
@@ -205,8 +155,7 @@ def _write_graphs(
     folder: Path,
     ids: np.ndarray | None,
     progress: Progress,
-    moments: Moments | None,
-    plan: Mapping[str, int] | None,
+    known: Knowledge,
 ) -> Manifest:
     """Write graphs and weights into a folder; the manifest of all that is in it then.
 
@@ -214,12 +163,12 @@ def _write_graphs(
         options: with means of zero.
         kv: of the manifest.
         ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
-        moments, plan: see `GraphWriter`.
+        known: see `GraphWriter`.
     """
     layers = checkpoint.architecture.layers
     total = 10 * (layers + 4)
     with WeightFile(folder) as file:
-        writer = GraphWriter(checkpoint, options, folder, file, moments, plan)
+        writer = GraphWriter(checkpoint, options, folder, file, known)
         segments = []
         for segment in writer.segments():
             segments.append(segment)
@@ -231,7 +180,7 @@ def _write_graphs(
             name=name,
             architecture=checkpoint.architecture,
             weights=writer.matrices.describe()
-            | {"activations": options.activations, "compensated": moments is not None},
+            | {"activations": options.activations, "compensated": known.moments is not None},
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
             eos_token_ids=source.eos_token_ids(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from onnx import TensorProto
 
@@ -13,7 +11,7 @@ from kvq.exporter.graphs.builder import CONTRIB, Graph
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.rotation import hadamard
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Change, Matrices, MomentsByName, StoredMatrix
+from kvq.exporter.weights.matrices import Change, Knowledge, Matrices, StoredMatrix
 
 
 class Products:
@@ -23,7 +21,7 @@ class Products:
         checkpoint: where the matrices come from.
         file: where they go.
         options: how.
-        moments, plan: see `Matrices`.
+        knowledge: of the matrices.
     """
 
     def __init__(
@@ -31,11 +29,12 @@ class Products:
         checkpoint: Checkpoint,
         file: WeightFile,
         options: GraphOptions,
-        moments: MomentsByName | None = None,
-        plan: Mapping[str, int] | None = None,
+        knowledge: Knowledge,
     ) -> None:
         self._checkpoint, self._file, self._activations = checkpoint, file, options.activations
-        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block, moments, plan)
+        self.matrices = Matrices(
+            checkpoint, file, options.weights, options.activations, options.block, knowledge or Knowledge()
+        )
 
     def turn(self, step: Project, change: Change | None = None) -> int:
         """Size of the blocks in which `project` wants its x rotated, 0 for not at all; asked before it is called."""

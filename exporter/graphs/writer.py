@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
 from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Matrices, MomentsByName
+from kvq.exporter.weights.matrices import Knowledge, Matrices
+
+NOTHING = Knowledge()
 
 
 class GraphWriter:
@@ -27,7 +29,7 @@ class GraphWriter:
         options: how.
         folder: of the graphs.
         file: of the weights.
-        moments, plan: see `Matrices`.
+        knowledge: of the matrices.
     """
 
     def __init__(
@@ -36,11 +38,10 @@ class GraphWriter:
         options: GraphOptions,
         folder: Path,
         file: WeightFile,
-        moments: MomentsByName | None = None,
-        plan: Mapping[str, int] | None = None,
+        knowledge: Knowledge = NOTHING,
     ) -> None:
         self._checkpoint, self._options, self._folder, self._file = checkpoint, options, folder, file
-        self._products = Products(checkpoint, file, options, moments, plan)
+        self._products = Products(checkpoint, file, options, knowledge)
 
     @property
     def matrices(self) -> Matrices:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,19 @@ LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4, "mixed": 8}
 # The head decides between tokens directly: 4 bits there cost more than they save.
 HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8, "mixed": 8}
 Change = Callable[[np.ndarray], np.ndarray]
-# Name of a matrix of the layers -> second moments of what it is multiplied with, float64 [k, k].
-MomentsByName = Callable[[str], np.ndarray]
+
+
+class Knowledge(NamedTuple):
+    """What has been found out about matrices of the layers before they are quantized, by their names.
+
+    Attributes:
+        moments: second moments float64 [k, k] of what a matrix is multiplied with, asked in the order of the layers:
+            its quantization makes up for its own errors then.
+        plan: bits of a matrix, where they are not those of all.
+    """
+
+    moments: Callable[[str], np.ndarray] | None = None
+    plan: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass
@@ -68,8 +80,7 @@ class Matrices:
         weights: a key of `LAYER_BITS`.
         activations: of the products, see `carried_over`.
         block: elements per scale of what is quantized here.
-        moments: with them the quantization of layers makes up for its own errors; asked in the order of the layers.
-        plan: bits of matrices of the layers by name, where they are not those of `weights`.
+        knowledge: of them.
     """
 
     def __init__(
@@ -79,11 +90,10 @@ class Matrices:
         weights: str,
         activations: str,
         block: int,
-        moments: MomentsByName | None = None,
-        plan: Mapping[str, int] | None = None,
+        knowledge: Knowledge,
     ) -> None:
         self._checkpoint, self._file, self._weights, self._block = checkpoint, file, weights, block
-        self._activations, self._moments, self._plan = activations, moments, plan or {}
+        self._activations, self._knowledge = activations, knowledge
         self._tables = (checkpoint.model.embedding, checkpoint.model.head)
         self._stored: dict[str, StoredMatrix] = {}
 
@@ -119,7 +129,7 @@ class Matrices:
 
         With `turns` its inputs can be rotated: they are if it is quantized here.
         """
-        return self._store(name, parts, self._plan.get(name, LAYER_BITS[self._weights]), change, turns)
+        return self._store(name, parts, self._knowledge.plan.get(name, LAYER_BITS[self._weights]), change, turns)
 
     def _store(
         self, name: str, sources: list[str], bits: int, change: Change | None = None, turns: bool = False
@@ -160,9 +170,9 @@ class Matrices:
 
     def _quantized(self, name: str, matrix: np.ndarray, bits: int) -> QuantizedMatrix:
         block = block_for(matrix.shape[1], self._block)
-        if self._moments is None or name in self._tables:
+        if self._knowledge.moments is None or name in self._tables:
             return quantize_matrix(matrix, bits, block)
-        return quantize_compensated(matrix, bits, block, self._moments(name))
+        return quantize_compensated(matrix, bits, block, self._knowledge.moments(name))
 
     def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix:
         """Stacked matrices as their source holds them."""
