@@ -53,8 +53,10 @@ class Model:
         """Load the layers in the form sessions will use, and run them once: what does not fit is refused now."""
         shape = self.architecture
         store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
-        Head(self.engine, 1)
-        make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
+        layers, head = make_backend().forward_pass(self.engine, 1), Head(self.engine, 1)
+        layers.forward(np.zeros(1, np.int64), store)
+        head.logits(layers.residual)
+        head.uncertainty(1)
 
     def tell(self, note: str) -> None:
         """Give a line to `notice`, unless it had it before."""
