@@ -122,6 +122,7 @@ class Tensor(NamedTuple):
 class Node(NamedTuple):
     """An operator at work. An attribute is an int, a float, or a tuple of ints."""
 
+    name: str
     operator: str  # with its domain, if it has one: kvq::Attention
     inputs: list[str]
     outputs: list[str]
@@ -179,6 +180,13 @@ class GraphReader:
             opsets[domain] = entry["version"]
         graph = model["graph"]
         nodes = [self._node(node, external_files) for node in graph.get("node", ())]
+        if foreign := {node.get("domain", "") for node in graph.get("node", ())} - opsets.keys():
+            operators = {f"{node.get('domain')}::{node.get('op_type')}" for node in graph["node"]}
+            wanted = sorted(name for name in operators if name.partition("::")[0] in foreign)
+            raise Refused(f"operator {', '.join(wanted)!s:.60} is of a set that it does not import")
+        names = [node.name for node in nodes if node.name]
+        if len(set(names)) < len(names):
+            raise Refused("two operators have the same name")
         constants = [self._tensor(content, external_files) for content in graph.get("initializer", ())]
         inputs, outputs = ([_declared(entry) for entry in graph.get(side, ())] for side in ("input", "output"))
         return Graph(nodes, constants, inputs, outputs, opsets)
@@ -194,7 +202,7 @@ class GraphReader:
             attributes[known[0]] = known[1]
         domain, name = node.get("domain", ""), node.get("op_type", "")
         operator = f"{domain}::{name}" if domain else name
-        return Node(operator, node.get("input", []), node.get("output", []), attributes)
+        return Node(node.get("name", ""), operator, node.get("input", []), node.get("output", []), attributes)
 
     def _tensor(self, content: bytes, external_files: frozenset[str]) -> Tensor:
         key = content, external_files

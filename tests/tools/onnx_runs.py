@@ -31,7 +31,7 @@ def outcomes(files: list[Path], folder: Path, library: Path | None = None) -> di
         output, code, said = (error.stdout or b"").decode(), "deadline", ""
     for line in output.splitlines():
         told.update(json.loads(line))
-    assert code == 0 and len(told) == len(files), f"{code} at {list(told)[-1:]}: {said[-500:]}"
+    assert (code, len(told)) == (0, len(files)), f"{code} at {list(told)[-1:]}: {said[-500:]}"
     return told
 
 
