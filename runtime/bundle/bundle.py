@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,12 @@ class Bundle:
         """The content of a file of up to so many bytes, which is still what the manifest says."""
         try:
             with open(self.path / name, "rb") as file:
-                data = file.read(most + 1)
+                size = os.fstat(file.fileno()).st_size
+                if size > most:
+                    raise BundleError(f"{name} is larger than {most} bytes; export the bundle again")
+                data = file.read(size)
         except (OSError, MemoryError) as error:
             raise unreadable(error, self.path / name) from None
-        if len(data) > most:
-            raise BundleError(f"{name} is larger than {most} bytes; export the bundle again")
         self._check_content(name, data)
         return data
 
