@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 
 from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
+from kvq.exporter.folder import replaced_folder, write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
@@ -23,10 +21,10 @@ from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS
 from kvq.models.shipped import attach
+from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
-from kvq.runtime.errors import BundleError, CheckpointError
-from kvq.runtime.files import sync_folder, write_atomically
+from kvq.runtime.errors import CheckpointError
 
 # What keys can be, and what a manifest says of them: of plain ones nothing, as ever.
 KEYS: dict[str, dict[str, str]] = {"plain": {}, "balanced": {"keys": "balanced"}}
@@ -115,7 +113,7 @@ def export(
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress)
+        written = _write_graphs(checkpoint, options, kv, _shown(name or checkpoint.name), folder, ids, progress)
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
@@ -129,6 +127,11 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
+
+
+def _shown(name: str) -> str:
+    """A name as a manifest may hold it: files are called anything."""
+    return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in name)[: limits.NAME]
 
 
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
@@ -242,60 +245,3 @@ def _keeps_values(checkpoint: Checkpoint, weights: str) -> bool:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """`Manifest.files` of a folder."""
     return {f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())}
-
-
-@contextmanager
-def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that takes the name `out` when the block ends well, and vanishes when not.
-
-    An existing folder is replaced only with `overwrite`, and only if it is a bundle.
-
-    Raises:
-        CheckpointError: `out` exists and must not be replaced, or cannot be written.
-    """
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another name or pass --overwrite")
-    if out.exists() and not _replaceable(out):
-        raise CheckpointError(f"{out} exists and holds more than a bundle, so it is not replaced; choose another name")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out.parent} ({error.strerror}); choose another folder") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        sync_folder(folder)
-        if out.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.rename(aside / out.name)
-            try:
-                folder.rename(out)
-            except BaseException:
-                (aside / out.name).rename(out)
-                raise
-            shutil.rmtree(aside)
-        else:
-            folder.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _replaceable(folder: Path) -> bool:
-    """Whether a folder is empty or holds a bundle and no file besides."""
-    if not folder.is_dir():
-        return False
-    found = {path.name for path in folder.iterdir()}
-    try:
-        listed = set(Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8")).files)
-    except (OSError, ValueError, BundleError):
-        return not found
-    return found <= listed | {MANIFEST}
-
-
-def write_text(folder: Path, name: str, text: str | None) -> None:
-    """Write a UTF-8 file that survives a power cut; None writes nothing."""
-    if text is not None:
-        write_atomically(folder / name, text)
