@@ -111,7 +111,7 @@ class Bundle:
         try:
             regions = Regions((self.path / WEIGHTS).stat().st_size)
             for name, form in kinds.items():
-                found[name] = self._read(name, limits.GRAPH_BYTES)
+                found[name] = self._read(name, limits.GRAPH_BYTES + limits.LAYER_BYTES * form.layers)
                 regions.add(name, check_graph(found[name], name, {WEIGHTS}, form, reader).constants)
             regions.check_cover(self.path / WEIGHTS, shape)
         except (OSError, MemoryError) as error:

@@ -27,8 +27,11 @@ def parse(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} comes twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r:.60} comes twice")
+            seen.add(name)
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):
         if len(text) > limits.TEXT or not _encodable(text):
             raise ValueError(f"text {text!r:.60} is too long, or no text")

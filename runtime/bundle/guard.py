@@ -68,7 +68,8 @@ class Checker:
         self._graph, self._form = graph, form
         self._values: dict[str, Value] = {}
         self._used: set[str] = set()
-        self._features = self._work = 0
+        self._stored = sum(abs(elements(tensor.dims)) for tensor in graph.constants)
+        self._features = self._folded = self._work = 0
         self._layers: list[int] = []
 
     def check(self) -> None:
@@ -79,7 +80,6 @@ class Checker:
         free = self._take_inputs()
         for tensor in graph.constants:
             self._define(tensor.name, _constant(tensor))
-        stored = sum(abs(elements(tensor.dims)) for tensor in graph.constants)
         for node in graph.nodes:
             try:
                 self._node(node)
@@ -87,7 +87,7 @@ class Checker:
                 raise Refused(f"operator {node.operator} of {node.outputs[:1]!r:.60}: {error}") from None
             if self._features > limits.VALUES * (form.layers + 1) * form.widest:
                 raise Refused("its values are larger than those of any model of this shape")
-        if self._work > limits.WORK * stored + limits.LEAST_WORK:
+        if self._work > limits.WORK * self._stored + limits.LEAST_WORK:
             raise Refused("it computes more than its weights are worth")
         if form.attends and self._layers != list(range(form.layers)):
             raise Refused(f"it attends in layers {self._layers!r:.60} of {form.layers}")
@@ -163,10 +163,14 @@ class Checker:
             self._work += work(node.operator, inputs, shapes[0])
 
     def _define_output(self, name: str, value: Value) -> None:
-        features = abs(elements(value.shape))
-        if features > limits.VALUE * self._form.widest or len(value.shape) > limits.RANK:
+        features = elements(value.shape)
+        if features > 0:  # from constants alone, so onnxruntime computes it when it loads the graph
+            self._folded += features
+            if self._folded > limits.FOLDED * self._stored + limits.LEAST_WIDTH:
+                raise Misfit(f"{show(value.shape)} is more than the constants that it comes from")
+        elif -features > limits.VALUE * self._form.widest or len(value.shape) > limits.RANK:
             raise Misfit(f"{show(value.shape)} is larger than any value of a model of this shape")
-        self._features += features
+        self._features += max(0, -features)
         self._define(name, value)
 
     def _of_the_decoder(self, node: Node, inputs: list[Value]) -> None:

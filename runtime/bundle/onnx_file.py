@@ -26,11 +26,11 @@ ENTRY = Schema("pair of texts", {1: Field("key", TEXT), 2: Field("value", TEXT)}
 TENSOR = Schema(
     "tensor",
     {
-        1: Field("dims", INT, many=True),
+        1: Field("dims", INT, many=limits.RANK),
         2: Field("data_type", INT),
         8: Field("name", TEXT),
         9: Field("raw_data", BYTES),
-        13: Field("external_data", MESSAGE, many=True, of=ENTRY),
+        13: Field("external_data", MESSAGE, many=8, of=ENTRY),
         14: Field("data_location", INT),
     },
 )
@@ -41,8 +41,8 @@ ATTRIBUTE = Schema(
         2: Field("f", FLOAT),
         3: Field("i", INT),
         5: Field("t", MESSAGE, of=TENSOR),
-        8: Field("ints", INT, many=True),
-        10: Field("tensors", MESSAGE, many=True, of=TENSOR),
+        8: Field("ints", INT, many=limits.INLINE_NUMBERS),
+        10: Field("tensors", MESSAGE, many=1, of=TENSOR),
         20: Field("type", INT),
     },
     {
@@ -58,17 +58,17 @@ ATTRIBUTE = Schema(
 NODE = Schema(
     "node",
     {
-        1: Field("input", TEXT, many=True),
-        2: Field("output", TEXT, many=True),
+        1: Field("input", TEXT, many=limits.INPUTS),
+        2: Field("output", TEXT, many=limits.OUTPUTS),
         3: Field("name", TEXT),
         4: Field("op_type", TEXT),
-        5: Field("attribute", BYTES, many=True),
+        5: Field("attribute", BYTES, many=16),
         7: Field("domain", TEXT),
     },
     {8: "a node names an overload of a function"},
 )
 DIMENSION = Schema("dimension", {1: Field("dim_value", INT), 2: Field("dim_param", TEXT)})
-SHAPE = Schema("shape", {1: Field("dim", MESSAGE, many=True, of=DIMENSION)})
+SHAPE = Schema("shape", {1: Field("dim", MESSAGE, many=limits.RANK, of=DIMENSION)})
 TENSOR_TYPE = Schema("tensor type", {1: Field("elem_type", INT), 2: Field("shape", MESSAGE, of=SHAPE)})
 TYPE = Schema(
     "type", {1: Field("tensor_type", MESSAGE, of=TENSOR_TYPE)}, dict.fromkeys((4, 5, 8, 9), "a value is no tensor")
@@ -77,11 +77,11 @@ VALUE_INFO = Schema("declaration", {1: Field("name", TEXT), 2: Field("type", MES
 GRAPH = Schema(
     "graph",
     {
-        1: Field("node", MESSAGE, many=True, of=NODE),
+        1: Field("node", MESSAGE, many=limits.ENTRIES, of=NODE),
         2: Field("name", TEXT),
-        5: Field("initializer", BYTES, many=True),
-        11: Field("input", MESSAGE, many=True, of=VALUE_INFO),
-        12: Field("output", MESSAGE, many=True, of=VALUE_INFO),
+        5: Field("initializer", BYTES, many=limits.ENTRIES),
+        11: Field("input", MESSAGE, many=16, of=VALUE_INFO),
+        12: Field("output", MESSAGE, many=16, of=VALUE_INFO),
     },
     {14: "it holds quantization annotations", 15: "it holds sparse initializers", 16: "it holds metadata"},
 )
@@ -92,7 +92,7 @@ MODEL = Schema(
         1: Field("ir_version", INT),
         2: Field("producer_name", TEXT),
         7: Field("graph", MESSAGE, of=GRAPH),
-        8: Field("opset_import", MESSAGE, many=True, of=OPSET),
+        8: Field("opset_import", MESSAGE, many=8, of=OPSET),
     },
     {14: "it holds metadata", 20: "it holds training information", 25: "it defines functions"},
 )

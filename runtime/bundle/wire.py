@@ -32,11 +32,11 @@ class Refused(ValueError):
 
 
 class Field(NamedTuple):
-    """A field of a message: what its content is, whether it may come more than once, and of which message it is."""
+    """A field of a message: what its content is, of which message if it is one, and how often it may come."""
 
     name: str
     kind: int
-    many: bool = False
+    many: int = 0  # 0: once, and not in a list
     of: Schema | None = None
 
 
@@ -111,12 +111,16 @@ def read(data: bytes, schema: Schema, at: int = 0, end: int | None = None) -> Me
             elif kind == MESSAGE:
                 content = read(data, of, at, stop)  # type: ignore[arg-type] # messages have a schema
             else:
-                found.setdefault(name, []).extend(_packed(data, at, stop, kind))
-                at = stop
-                continue
+                content = _packed(data, at, stop, kind)
             at = stop
         if many:
-            found.setdefault(name, []).append(content)
+            entries = found.setdefault(name, [])
+            if kind in (PACKED_INTS, PACKED_FLOATS):
+                entries.extend(content)
+            else:
+                entries.append(content)
+            if len(entries) > many:
+                raise WireError(f"more than {many} of {name} in a {schema.name}")
         elif name in found:
             raise WireError(f"{name} twice in a {schema.name}")
         else:

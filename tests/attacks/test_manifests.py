@@ -57,6 +57,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "a key twice": (raw('"name"', '"name": "a", "name"'), "'name' comes twice"),
     "a key twice inside": (raw('"layers"', '"layers": 3, "layers"'), "'layers' comes twice"),
     "a file twice": (raw('"decoder.onnx": {', '"decoder.onnx": {}, "decoder.onnx": {'), "'decoder.onnx' comes twice"),
+    "fifty thousand keys, the last one twice": (
+        raw('"name"', ", ".join(f'"k{i}": 0' for i in range(50_000)) + ', "k49999": 1, "name"'),
+        "'k49999' comes twice",
+    ),
     "NaN": (put("source", {"x": float("nan")}), "NaN is no number"),
     "Infinity": (put("source", {"x": float("inf")}), "Infinity is no number"),
     "1e400": (raw('"decode_weight_nbytes"', '"x": 1e400, "decode_weight_nbytes"'), "1e400 is too large"),

@@ -63,8 +63,8 @@ def changed(position: int, value: Any, *path: int) -> Any:
 
 
 def bloated(tree: Fields) -> None:
-    """A name of a megabyte."""
-    first(GRAPH, NODE, 2)(tree)[2] = b"n" * (1 << 20)
+    """A name that fills the file."""
+    first(GRAPH, NODE, 2)(tree)[2] = b"n" * (1 << 18)
 
 
 ORTM = b"\x08\x0a\x12\x06ORTM!!"  # IR version and a producer's name, and onnxruntime's own format at a glance
@@ -276,7 +276,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "a constant of -1 numbers": (model(SEGMENT, constant(lambda t: t.dims.insert(0, -1))), "has the shape"),
     "a constant of no numbers": (model(SEGMENT, constant(lambda t: t.dims.insert(0, 0))), "has the shape"),
-    "a constant of five dimensions": (model(SEGMENT, constant(lambda t: t.dims.extend([1] * 5))), "has the shape"),
+    "a constant of five dimensions": (
+        model(SEGMENT, constant(lambda t: t.dims.extend([1] * 5))),
+        "more than 4 of dims in a tensor",
+    ),
     "a size that overflows": (model(SEGMENT, constant(lambda t: t.dims.extend([1 << 32, 1 << 32]))), "bytes"),
     "a size of 2^63": (model(SEGMENT, constant(lambda t: t.dims.insert(0, (1 << 63) - 1))), "has the shape"),
     # Texts
@@ -286,7 +289,22 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "an operator with a zero": (wire(HEAD, changed(2, b"Add\0", GRAPH, NODE, 4)), "control characters in a node"),
     "a value with a line break": (wire(HEAD, changed(2, b"a\nb", GRAPH, NODE, 2)), "control characters in a node"),
-    "a value called by a megabyte": (wire(HEAD, bloated), "a name that is too long"),
+    "a value whose name fills the file": (wire(HEAD, bloated), "a name that is too long"),
+    # Bloat
+    "a hundred thousand empty nodes": (
+        wire(HEAD, as_is(b"\x0a\x00" * 140_000, GRAPH)),
+        "more than 131072 of node in a graph",
+    ),
+    "sixty thousand empty inputs of a node": (
+        wire(HEAD, as_is(b"\x0a\x00" * 60_000, GRAPH, NODE)),
+        "more than 64 of input",
+    ),
+    "sixty thousand packed sizes": (
+        wire(HEAD, as_is(b"\x0a\xe0\xd4\x03" + b"\x01" * 60_000, GRAPH, INITIALIZER)),
+        "more than 4 of dims|wire type 2 in a tensor",
+    ),
+    "sixty thousand sets": (wire(HEAD, as_is(b"\x42\x00" * 60_000)), "more than 8 of opset_import"),
+    "a megabyte of graph": (content(HEAD, lambda data: data + bytes(1 << 20)), "head.onnx is larger than 327680 bytes"),
     # Other formats
     "onnxruntime's own format": (
         content(HEAD, lambda data: b"\x18\0\0\0ORTM" + bytes(256)),
