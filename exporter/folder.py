@@ -127,7 +127,7 @@ def _replaceable(folder: Path) -> bool:
         return False
     found = {path.name for path in folder.iterdir()}
     try:
-        listed = set(Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8")).files)
+        listed = set(Manifest.of_file(folder / MANIFEST).files)
     except (OSError, ValueError, BundleError):
         return not found
     return found <= listed | {MANIFEST}

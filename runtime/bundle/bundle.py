@@ -15,7 +15,7 @@ from typing import Any
 
 from kvq.runtime.bundle import forms, limits
 from kvq.runtime.bundle.guard import check_graph
-from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest
+from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, text_of
 from kvq.runtime.bundle.onnx_file import GraphReader
 from kvq.runtime.bundle.regions import Regions
 from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
@@ -43,9 +43,9 @@ class Bundle:
             BundleError: with the file and the remedy.
         """
         self.path = Path(path).absolute()
-        if not self.path.is_dir():
-            raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
         try:
+            if not self.path.is_dir():
+                raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
             text = self._manifest_text()
             self.manifest = Manifest.from_json(text)
             self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -58,12 +58,8 @@ class Bundle:
         file = self.path / MANIFEST
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{self.path} holds no {MANIFEST}; point --model at a folder made by kvq export")
-        with open(file, "rb") as opened:
-            data = opened.read(limits.MANIFEST_BYTES + 1)
-        if len(data) > limits.MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST} is larger than {limits.MANIFEST_BYTES} bytes; export the bundle again")
         try:
-            return data.decode()
+            return text_of(file)
         except UnicodeDecodeError:
             raise BundleError(f"{MANIFEST} is not UTF-8; export the bundle again") from None
 
@@ -79,6 +75,14 @@ class Bundle:
             )
         if digest(file) != entry["sha256"]:
             raise BundleError(f"{name} has another sha256 than the manifest says; copy or export the bundle again")
+
+    def check_graphs(self) -> None:
+        """Look into the graphs now, as the first `graph` would.
+
+        Raises:
+            BundleError, MemoryShortageError: as for `graph`.
+        """
+        self.graph(self.manifest.head)
 
     def graph(self, name: str) -> bytes:
         """Bytes of an ONNX graph of the model, whose graphs have been understood, all of them.

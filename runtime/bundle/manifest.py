@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from kvq.runtime.bundle import limits
@@ -106,6 +107,16 @@ class Manifest:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
+    def of_file(file: Path) -> Manifest:
+        """`from_json` of a file.
+
+        Raises:
+            BundleError: as there, or it is too large.
+            OSError, UnicodeDecodeError: it cannot be read, or is no text.
+        """
+        return Manifest.from_json(text_of(file))
+
+    @staticmethod
     def from_json(content: str) -> Manifest:
         """Parse kvq.json.
 
@@ -121,8 +132,8 @@ class Manifest:
                 )
             if data["format_version"] != FORMAT_VERSION:
                 raise BundleError(
-                    f"bundle format version {data['format_version']!r} is not {FORMAT_VERSION}, the one this kvq reads;"
-                    f" {remedy}"
+                    f"bundle format version {data['format_version']!r:.40} is not {FORMAT_VERSION}, the one this kvq"
+                    f" reads; {remedy}"
                 )
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
             later = ("controllers", "special_tokens", "source")  # older bundles have none
@@ -137,7 +148,22 @@ class Manifest:
         except BundleError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{MANIFEST} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise BundleError(f"{MANIFEST} is damaged ({why}); {remedy}") from None
+
+
+def text_of(file: Path) -> str:
+    """The text of a manifest, which nobody has looked at yet.
+
+    Raises:
+        BundleError: it is too large.
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+    """
+    with open(file, "rb") as opened:
+        data = opened.read(limits.MANIFEST_BYTES + 1)
+    if len(data) > limits.MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST} is larger than {limits.MANIFEST_BYTES} bytes; export the bundle again")
+    return data.decode()
 
 
 def _check_types(manifest: Manifest) -> None:
@@ -182,7 +208,7 @@ def _check_shape(shape: Architecture) -> None:
 def _check_entry(name: str, entry: Any) -> None:
     """Name, size and digest of a file."""
     if not SAFE_NAME.fullmatch(name) or name == MANIFEST:
-        raise ValueError(f"file name {name!r}")
+        raise ValueError(f"file name {name!r:.80}")
     nbytes, sha256 = entry["nbytes"], entry["sha256"]
     if type(nbytes) is not int or not 0 <= nbytes <= limits.FILE_BYTES:
         raise ValueError(f"entry of {name}")
