@@ -106,11 +106,11 @@ def named(value: Any, what: str, most: int) -> dict[str, Any]:
     return value
 
 
-def scalars(value: Any, what: str, most: int = 64) -> dict[str, Any]:
-    """An object of texts, numbers, truths and nothings; whoever shows the texts looks at what is in them."""
+def scalars(value: Any, what: str, most: int = 64, printable: bool = True) -> dict[str, Any]:
+    """An object of texts, numbers, truths and nothings."""
     for name, entry in named(value, what, most).items():
         if type(entry) is str:
-            text(entry, f"{name} of {what}", limits.TEXT, printable=False)
+            text(entry, f"{name} of {what}", limits.TEXT, printable)
         elif entry is not None and type(entry) not in (int, float, bool):
             raise ValueError(f"{name} of {what} is {entry!r:.60}")
     return value

@@ -6,7 +6,9 @@ from __future__ import annotations
 MANIFEST_BYTES = 1 << 20
 NUMBER = 1 << 53  # of any integer in it: what a float64 holds
 FILES = 4096
-FILE_BYTES = 1 << 40
+FILE_BYTES = 1 << 44
+WEIGHT_BYTES = 16  # of weights.bin, for each parameter of the shape
+OTHER_BYTES = 1 << 30  # of all other files together, and of weights.bin besides
 TEXT = 4096  # characters of any text in it
 NAME = 256  # characters of a name
 END_IDS = 64

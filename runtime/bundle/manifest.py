@@ -180,11 +180,12 @@ def _check_types(manifest: Manifest) -> None:
         raise ValueError(f"{len(manifest.segments)} segments for {shape.layers} layers")
     for name, entry in mapping(files, "files", limits.FILES).items():
         _check_entry(name, entry)
+    _check_sizes({name: entry["nbytes"] for name, entry in files.items()}, shape)
     for name, token in named(manifest.special_tokens, "special_tokens", limits.NAME).items():
         text(token, f"special token {name}", limits.TEXT, printable=False)
     source = dict(named(manifest.source, "source", 64))
     scalars(source.pop("types", {}), "types of source", limits.FILES)
-    scalars(source, "source")
+    scalars(source, "source", printable=False)  # whoever shows a licence looks at what is in it
     controllers = named(manifest.controllers, "controllers", limits.CONTROLLERS)
     for name, entry in controllers.items():
         _check_controller(name, entry)
@@ -214,6 +215,17 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(f"entry of {name}")
     if type(sha256) is not str or not SHA256.fullmatch(sha256) or len(entry) > 2:
         raise ValueError(f"entry of {name}")
+
+
+def _check_sizes(nbytes: dict[str, int], shape: Architecture) -> None:
+    """Before anything is read: a file with holes in it is as long as it likes, and takes as long to digest."""
+    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    parameters = 2 * shape.vocab * shape.hidden + shape.layers * shape.hidden * (heads + 3 * shape.ffn)
+    weights = nbytes.get(WEIGHTS, 0)
+    if weights > limits.WEIGHT_BYTES * parameters + limits.OTHER_BYTES:
+        raise ValueError(f"{WEIGHTS} has {weights} bytes, for a model of {parameters} parameters")
+    if (others := sum(nbytes.values()) - weights) > limits.OTHER_BYTES:
+        raise ValueError(f"files besides {WEIGHTS} have {others} bytes")
 
 
 def _check_controller(name: str, entry: Any) -> None:

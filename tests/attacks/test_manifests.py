@@ -114,6 +114,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "weights a text": (put("weights", "int8"), "weights is 'int8'"),
     "weights of lists": (put("weights", {"layers": ["int8"]}), "layers of weights"),
     "weights of a thousand names": (put("weights", {str(i): 0 for i in range(1000)}), "weights is"),
+    "weights that clear a terminal": (put("weights", {"layers": "\x1b[2J"}), "layers of weights"),
     "kv nothing": (put("kv", None), "kv is None"),
     "kv of objects": (put("kv", {"rotation": {"a": "b"}}), "rotation of kv"),
     "bytes of weights a truth": (put("decode_weight_nbytes", True), "decode_weight_nbytes is True"),

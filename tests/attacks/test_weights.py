@@ -99,6 +99,17 @@ def in_a_hole(folder: Path) -> None:
     relist(folder, WEIGHTS)
 
 
+def holes(folder: Path) -> None:
+    """A file of a terabyte that takes no room."""
+    os.truncate(folder / WEIGHTS, 1 << 40)
+    edit(folder, lambda data: data["files"][WEIGHTS].update(nbytes=1 << 40))
+
+
+def other_holes(folder: Path) -> None:
+    os.truncate(folder / "tokenizer.json", 1 << 40)
+    edit(folder, lambda data: data["files"]["tokenizer.json"].update(nbytes=1 << 40))
+
+
 def linked(name: str, target: str) -> Attack:
     def attack(folder: Path) -> None:
         (folder / name).unlink()
@@ -210,6 +221,8 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "something in a hole": (in_a_hole, "that belong to no tensor are not zero"),
     "a page less": (shorter, "lies beyond the .* bytes of weights.bin"),
     "nothing": (empty, "lies beyond the 0 bytes of weights.bin"),
+    "a terabyte of holes": (holes, "weights.bin has 1099511627776 bytes, for a model of .* parameters"),
+    "a terabyte of holes elsewhere": (other_holes, "files besides weights.bin have .* bytes"),
     # Files that are no files
     "weights a link": (linked(WEIGHTS, "/etc/passwd"), "weights.bin is missing .* or not a regular file"),
     "weights a link to a device": (linked(WEIGHTS, "/dev/zero"), "not a regular file"),
