@@ -48,9 +48,15 @@ from kvq.runtime.errors import PromptError
     " the default where keys are centred.",
 )
 @click.option(
+    "--compensate/--no-compensate",
+    default=None,
+    help="Let weights that are quantized here make up for their own errors on the calibration text, which takes as long"
+    " again; the default of int4.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="UTF-8 text to measure keys on; a built-in one if not given.",
+    help="UTF-8 text to measure keys and inputs on; a built-in one if not given.",
 )
 @click.option(
     "--layout",
@@ -64,7 +70,20 @@ from kvq.runtime.errors import PromptError
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.pass_context
 def export(
-    ctx, checkpoint, out, weights, activations, block, rotate, center, keys, calibration, layout, name, overwrite
+    ctx,
+    checkpoint,
+    out,
+    weights,
+    activations,
+    block,
+    rotate,
+    center,
+    keys,
+    compensate,
+    calibration,
+    layout,
+    name,
+    overwrite,
 ) -> None:
     """Convert CHECKPOINT to a bundle in the folder OUT.
 
@@ -110,6 +129,7 @@ def export(
             rotate=rotate,
             center=center,
             keys=keys,
+            compensate=compensate,
             calibration=text,
             name=name,
             overwrite=overwrite,
@@ -120,7 +140,18 @@ def export(
 
 def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
     """The one-file layout; options that only bundles have are refused rather than ignored."""
-    bundle_only = ("weights", "activations", "block", "rotate", "center", "keys", "calibration", "name", "overwrite")
+    bundle_only = (
+        "weights",
+        "activations",
+        "block",
+        "rotate",
+        "center",
+        "keys",
+        "compensate",
+        "calibration",
+        "name",
+        "overwrite",
+    )
     given = [n for n in bundle_only if ctx.get_parameter_source(n) != click.core.ParameterSource.DEFAULT]
     if given:
         raise click.UsageError(f"--layout single takes no --{given[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import key_statistics
+from kvq.exporter.moments import draft_moments
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS
+from kvq.exporter.weights.matrices import LAYER_BITS, Moments, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import Bundle, digest
@@ -69,6 +71,7 @@ def export(
     rotate: bool = True,
     center: bool = True,
     keys: str | None = None,
+    compensate: bool | None = None,
     calibration: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -87,6 +90,8 @@ def export(
         center: subtract each head's mean key, calibrated on a text.
         keys: "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`; or "plain". None is balanced
             where keys are centred.
+        compensate: weights that are quantized here make up for their own errors on that text, see
+            `kvq.exporter.weights.compensate`, which takes as long again. None: those of "int4" do.
         calibration: that text; None takes a built-in one.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
@@ -108,12 +113,20 @@ def export(
         rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
         if rotate and rotation_name == "none":
             notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
-        fold = not _keeps_values(checkpoint, weights)
+        fold = not _keeps_values(checkpoint, weights, activations)
         options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
         kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        written = _write_graphs(checkpoint, options, kv, _shown(name or checkpoint.name), folder, ids, progress)
+        with ExitStack() as stack:
+            moments = None
+            if _compensates(compensate, weights, tokenizer, notes):
+                progress(0, 1, "measuring inputs")
+                text = calibration_ids(str(tokenizer), calibration or calibration_text())
+                moments = stack.enter_context(draft_moments(checkpoint, options, folder, text))
+            written = _write_graphs(
+                checkpoint, options, kv, _shown(name or checkpoint.name), folder, ids, progress, moments
+            )
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
@@ -134,6 +147,23 @@ def _shown(name: str) -> str:
     return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in name)[: limits.NAME]
 
 
+def _compensates(wanted: bool | None, weights: str, tokenizer: str | None, notes: list[str]) -> bool:
+    """Whether errors of weights are made up for; why not where they usually are goes to `notes`.
+
+    Raises:
+        CheckpointError: it is asked for, but there are no errors, or no tokenizer for the text.
+    """
+    if wanted and weights == "fp32":
+        raise CheckpointError("fp32 weights have no errors to make up for; leave compensate out")
+    if wanted and tokenizer is None:
+        raise CheckpointError(
+            "errors are measured on a text, and the checkpoint has no tokenizer; leave compensate out"
+        )
+    if wanted is None and weights == "int4" and tokenizer is None:
+        notes.append("errors of weights not made up for: there is no tokenizer to read a text with")
+    return tokenizer is not None and (weights == "int4" if wanted is None else wanted)
+
+
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
     """Means of keys that are not centred, or not yet, float32 [layers, kv_heads, head_dim]."""
     shape = checkpoint.architecture
@@ -148,6 +178,7 @@ def _write_graphs(
     folder: Path,
     ids: np.ndarray | None,
     progress: Progress,
+    moments: Moments | None,
 ) -> Manifest:
     """Write graphs and weights into a folder; the manifest of all that is in it then.
 
@@ -155,11 +186,12 @@ def _write_graphs(
         options: with means of zero.
         kv: of the manifest.
         ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
+        moments: see `GraphWriter`.
     """
     layers = checkpoint.architecture.layers
     total = 10 * (layers + 4)
     with WeightFile(folder) as file:
-        writer = GraphWriter(checkpoint, options, folder, file)
+        writer = GraphWriter(checkpoint, options, folder, file, moments)
         segments = []
         for segment in writer.segments():
             segments.append(segment)
@@ -170,7 +202,8 @@ def _write_graphs(
         manifest = Manifest(
             name=name,
             architecture=checkpoint.architecture,
-            weights=writer.matrices.describe() | {"activations": options.activations},
+            weights=writer.matrices.describe()
+            | {"activations": options.activations, "compensated": moments is not None},
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
             eos_token_ids=source.eos_token_ids(),
@@ -234,12 +267,11 @@ def _calibration(
     return ids
 
 
-def _keeps_values(checkpoint: Checkpoint, weights: str) -> bool:
+def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> bool:
     """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
-    bits, attends = LAYER_BITS[weights], [layer.attend for layer in checkpoint.model.layers]
+    attends = [layer.attend for layer in checkpoint.model.layers]
     names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
-    held = [checkpoint.source.block_bits(name) for name in names]
-    return bits > 0 and all(found is not None and found <= bits for found in held)
+    return carried_over(checkpoint, weights, activations, names)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -117,7 +118,8 @@ def _remove_leftovers(out: Path) -> None:
                     continue
                 if (path / REPLACED).is_dir() and not out.exists():
                     (path / REPLACED).rename(out)
-                shutil.rmtree(path, ignore_errors=True)
+                for belongs in out.parent.glob(f"{glob.escape(path.name)}*"):  # itself, and drafts beside it
+                    shutil.rmtree(belongs, ignore_errors=True)
                 os.close(descriptor)
 
 

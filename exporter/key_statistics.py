@@ -17,6 +17,35 @@ TEXT = 512  # tokens that are read on their own: time grows with their square
 SINK, RECENT = 4, 16  # of a session's defaults: tokens that are read exactly need no better basis
 
 
+# see(kv_head, queries [heads of it, tokens, head_dim], keys [tokens, head_dim], weights [heads of it, tokens, tokens])
+See = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def causal_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray, see: See | None = None
+) -> None:
+    """Attention of a whole text over itself, KV head by KV head, and what `see` wants to see of it.
+
+    Args:
+        query: float32 [tokens, heads, head_dim].
+        key, value: float32 [tokens, kv_heads, head_dim].
+        out: float32 [tokens, heads, head_dim], written.
+        see: may change the weights it is given.
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads, hidden = key.shape[1], np.triu(np.ones((tokens, tokens), bool), 1)
+    for h in range(kv_heads):
+        group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
+        q, k = query[:, group].transpose(1, 0, 2), key[:, h]
+        weights = q @ k.T * np.float32(head_dim**-0.5)
+        np.copyto(weights, -np.inf, where=hidden)
+        np.exp(weights - weights.max(-1, keepdims=True), out=weights)
+        weights /= weights.sum(-1, keepdims=True)
+        out[:, group] = (weights @ value[:, h]).transpose(1, 0, 2)
+        if see is not None:
+            see(h, q, k, weights)
+
+
 class KeyStatistics:
     """Sums over the attention that a calibration text pays beyond window and sinks.
 
@@ -44,26 +73,20 @@ class KeyStatistics:
         row_squares: np.ndarray | None = None,
     ) -> None:
         """Causal attention of a whole text over itself, as `AttentionBackend.attend`; the store is empty."""
-        tokens, heads, head_dim = query.shape
-        kv_heads, places = key.shape[1], np.arange(tokens)
-        hidden = places > places[:, None]
+        places = np.arange(len(query))
         near = (places < SINK) | (places[:, None] - places <= RECENT)
-        for h in range(kv_heads):
-            group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
-            q, k = query[:, group].transpose(1, 0, 2), key[:, h]
-            scores = q @ k.T * np.float32(head_dim**-0.5)
-            np.copyto(scores, -np.inf, where=hidden)
-            np.exp(scores - scores.max(-1, keepdims=True), out=scores)
-            scores /= scores.sum(-1, keepdims=True)
-            out[:, group] = (scores @ value[:, h]).transpose(1, 0, 2)
-            np.copyto(scores, 0, where=near | hidden)
-            spent, received = scores.sum(-1), scores.sum((0, 1))
-            rows = q.reshape(-1, head_dim)
+
+        def count(h: int, q: np.ndarray, k: np.ndarray, weights: np.ndarray) -> None:
+            np.copyto(weights, 0, where=near)
+            spent, received = weights.sum(-1), weights.sum((0, 1))
+            rows = q.reshape(-1, q.shape[-1])
             self.queries[layer, h] += (rows * spent.reshape(-1, 1)).T @ rows
             self.keys[layer, h] += (k * received[:, None]).T @ k
             self.key_sums[layer, h] += received @ k
             self.weight[layer, h] += received.sum()
             self.plain[layer, h] += k[1:].sum(0, dtype=np.float64)
+
+        causal_attention(query, key, value, out, count)
 
 
 def key_statistics(

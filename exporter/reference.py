@@ -18,8 +18,8 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from kvq.exporter.rotation import head_rotation, rotate_inputs, rotate_outputs
-from kvq.exporter.weights.quantize import QuantizedMatrix
+from kvq.exporter.rotation import hadamard, head_rotation, rotate_inputs, rotate_outputs
+from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
 from kvq.runtime.bundle.bundle import Bundle
 
 # attend(layer, queries, keys, values) -> what attention makes of the values; float32 [batch, heads, tokens, head_dim]
@@ -72,6 +72,8 @@ class Twin:
         self.mean_keys = torch.from_numpy(np.stack([arrays[node.inputs[3]] for node in attentions]))
         products = (node for node in (*self._decoder, *self._head) if node.kind in PRODUCTS)
         matrices = {node.inputs[1]: _matrix(node, arrays) for node in products}
+        self._decoder = _take_back_rotations(self._decoder, matrices, arrays)
+        self._head = _take_back_rotations(self._head, matrices, arrays)
         bases = [[torch.from_numpy(arrays[name]) for name in node.inputs[4:]] for node in attentions]
         self.key_basis = [basis for basis in bases if basis]
         for node in attentions:
@@ -194,9 +196,9 @@ def _matrix(node: Node, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The matrix of a product, float32 [n, k]."""
     if node.kind == "Gemm":
         return arrays[node.inputs[1]]
-    codes, scales = (arrays[name] for name in node.inputs[1:3])
-    a = node.attributes
-    return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"]).dequantize()
+    (codes, scales, *zeros), a = (arrays[name] for name in node.inputs[1:]), node.attributes
+    unpacked = unpacked_zeros(zeros[0], scales.shape[1], a["bits"]) if zeros else None
+    return QuantizedMatrix(codes, scales, a["bits"], a["block_size"], a["K"], unpacked).dequantize()
 
 
 def _grown(x: Tensor, scale: Tensor, axes: Tensor, stretch: Tensor) -> Tensor:
@@ -222,6 +224,29 @@ def _swiglu(node: Node, x: Tensor) -> Tensor:
     return silu(gate.contiguous()) * up  # torch rounds the ends of rows that are not contiguous in another way
 
 
+def _take_back_rotations(
+    nodes: list[Node], matrices: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
+) -> list[Node]:
+    """Rotate matrices back whose inputs the graph rotates, block by block; the nodes without these rotations."""
+    makers, plain = {name: node for node in nodes for name in node.outputs}, set()
+    for node in nodes:
+        if node.kind not in PRODUCTS:
+            continue
+        maker = makers.get(node.inputs[0])
+        if maker is not None and maker.attributes.get("block"):  # by the operator that makes them
+            rotation = hadamard(maker.attributes["block"])
+        elif maker is not None and maker.kind == "Reshape" and makers[maker.inputs[0]].kind == "MatMul":
+            rotation = arrays[makers[maker.inputs[0]].inputs[1]]
+            plain.add(maker.inputs[0])
+        else:
+            continue
+        exactly = rotate_inputs(matrices[node.inputs[1]].astype(np.float64), rotation.astype(np.float64))
+        matrices[node.inputs[1]] = exactly.astype(np.float32)
+    return [
+        node._replace(kind="Identity", inputs=node.inputs[:1]) if node.outputs[0] in plain else node for node in nodes
+    ]
+
+
 def _slice(node: Node, x: Tensor, start: list[int], stop: list[int], axis: list[int]) -> Tensor:
     return x.narrow(axis[0], start[0], stop[0] - start[0])
 
@@ -241,8 +266,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Cos": lambda node, x: x.cos(),
     "Gather": lambda node, table, ids: table[ids],
     "Identity": lambda node, x: x,
+    "MatMul": lambda node, x, y: (x.double() @ y.double()).float(),  # rotates rows: what they are is rounded once
     "Mul": lambda node, x, y: x * y,
-    "Reshape": lambda node, x, shape: x.reshape(shape),
+    "Reshape": lambda node, x, shape: x.reshape([n or x.shape[at] for at, n in enumerate(shape)]),
     "SimplifiedLayerNormalization": lambda node, x, gain: _norm(x, gain, node.attributes["epsilon"]),
     "Sin": lambda node, x: x.sin(),
     "Slice": _slice,

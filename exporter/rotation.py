@@ -1,8 +1,11 @@
-"""Orthonormal rotation of attention heads: spreads outlier channels before quantization.
+"""Orthonormal rotations that spread outlier channels before something is quantized (QuaRot, arXiv 2404.00456).
 
-Scores do not change when queries and keys are rotated alike, and the rotation of values is
-undone inside the output projection (QuaRot, arXiv 2404.00456). Queries and keys are rotated
-in the graph, after the rotary embedding; values in the weights, at no cost.
+Of attention heads: scores do not change when queries and keys are rotated alike, and the rotation of values is undone
+inside the output projection. Queries and keys are rotated in the graph, after the rotary embedding; values in the
+weights, at no cost.
+
+Of what a product takes: its matrix is rotated alike, in blocks, so nothing changes but what the rounding of the
+activations, block by block, makes of a few large channels.
 """
 
 from __future__ import annotations
@@ -31,6 +34,16 @@ def head_rotation(head_dim: int, wanted: bool = True) -> tuple[str, np.ndarray]:
     return "none", np.eye(head_dim, dtype=np.float32)
 
 
+# Elements of a block of activations that is rotated: as many as share a scale in a product.
+LARGEST_BLOCK, LEAST_BLOCK = 64, 16
+
+
+def activation_block(features: int) -> int:
+    """Size of the blocks in which a product's input is rotated, a power of two; 0 where too few divide its features."""
+    block = min(LARGEST_BLOCK, features & -features)
+    return block if block >= LEAST_BLOCK else 0
+
+
 def rotate_outputs(weight: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """Rotate what a projection yields, head by head: weight or bias [heads * head_dim, ...]."""
     heads = weight.reshape(-1, len(rotation), *weight.shape[1:])
@@ -38,6 +51,6 @@ def rotate_outputs(weight: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 
 def rotate_inputs(weight: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Undo the rotation of what a projection takes: weight [out, heads * head_dim]."""
+    """Undo the rotation of what a projection takes, block by block: weight [out, blocks * len(rotation)]."""
     heads = weight.reshape(len(weight), -1, len(rotation))
     return (heads @ rotation.T).reshape(weight.shape)

@@ -70,6 +70,14 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
         return names
 
+    def extend(self, value: str, domain: str, **attributes: Any) -> bool:
+        """Give the last node more attributes, if it is of `domain` and `value` its last output; whether it is."""
+        last = self.nodes[-1]
+        if last.domain != domain or value != last.output[-1]:
+            return False
+        last.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        return True
+
     def split(self, value: str, sizes: list[int]) -> list[str]:
         """Cut the last axis into parts."""
         return self.ops("Split", len(sizes), value, self.constant(sizes), axis=-1)

@@ -21,6 +21,7 @@ from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
 from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
+from kvq.exporter.weights.matrices import Change
 
 
 def gain(graph: Graph, checkpoint: Checkpoint, step: Norm) -> str:
@@ -76,7 +77,7 @@ class Layers(ABC):
                 case Norm():
                     self.value = norm(self.graph, self.checkpoint, step, self.value)
                 case Project():
-                    self.value = self.products.project(self.graph, self.value, step)
+                    self.value = self.project(step)
                 case SwiGLU():
                     self.value = self.swiglu()
                 case Add():
@@ -91,13 +92,22 @@ class Layers(ABC):
         parts = {"scale": basis.scale, "axes": basis.axes, "stretch": basis.stretch}
         return [self.graph.weight(f"model.layers.{layer}.key_{name}", part[layer]) for name, part in parts.items()]
 
+    def project(self, step: Project, change: Change | None = None) -> str:
+        """Projections of the value, rotated before if its matrix is."""
+        block = self.products.turn(step, change)
+        value = self.turned(self.value, block) if block else self.value
+        return self.products.project(self.graph, value, step, change)
+
+    def turned(self, x: str, block: int) -> str:
+        """Every block of x rotated."""
+        return self.products.turned(self.graph, x, block)
+
     def project_inputs(self, step: Attend) -> str:
         """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
-        change = self._rotate_values if self.options.folds else None
-        return self.products.project(self.graph, self.value, step.inputs, change)
+        return self.project(step.inputs, self._rotate_values if self.options.folds else None)
 
     def project_output(self, step: Attend, attention: str) -> str:
-        """Projection of attention's output [tokens, heads * head_dim]."""
+        """Projection of attention's output [tokens, heads * head_dim], whose heads are rotated as the values are."""
         change = self._unrotate if self.options.folds else None
         return self.products.project(self.graph, attention, step.output, change)
 
@@ -217,6 +227,10 @@ class Decoder(Layers):
 
     def swiglu(self) -> str:
         return self.graph.op("SwiGLU", self.value, domain=KVQ)
+
+    def turned(self, x: str, block: int) -> str:
+        # What the library makes it rotates on the way, a vector that is still in the cache.
+        return x if self.graph.extend(x, KVQ, block=block) else super().turned(x, block)
 
     def _add_norm(self, step: Norm) -> None:
         weights = gain(self.graph, self.checkpoint, step)

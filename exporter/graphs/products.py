@@ -9,8 +9,9 @@ from kvq.exporter.architectures.description import Project
 from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graphs.builder import CONTRIB, Graph
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
+from kvq.exporter.rotation import hadamard
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Change, Matrices, StoredMatrix
+from kvq.exporter.weights.matrices import Change, Matrices, Moments, StoredMatrix
 
 
 class Products:
@@ -20,11 +21,24 @@ class Products:
         checkpoint: where the matrices come from.
         file: where they go.
         options: how.
+        moments: see `Matrices`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: WeightFile, options: GraphOptions) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, file: WeightFile, options: GraphOptions, moments: Moments | None = None
+    ) -> None:
         self._checkpoint, self._file, self._activations = checkpoint, file, options.activations
-        self.matrices = Matrices(checkpoint, file, options.weights, options.block)
+        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block, moments)
+
+    def turn(self, step: Project, change: Change | None = None) -> int:
+        """Size of the blocks in which `project` wants its x rotated, 0 for not at all; asked before it is called."""
+        return self.matrices.projection(step.name, step.weights, change, turns=True).turn
+
+    def turned(self, graph: Graph, x: str, block: int) -> str:
+        """x [tokens, features] with every block of features rotated; the rotation is its own inverse."""
+        blocks = graph.op("Reshape", x, graph.constant([0, -1, block]))
+        rotated = graph.op("MatMul", blocks, graph.weight(f"hadamard_{block}", hadamard(block)))
+        return graph.op("Reshape", rotated, graph.constant([0, -1]))
 
     def project(self, graph: Graph, x: str, step: Project, change: Change | None = None) -> str:
         """x [tokens, columns] -> [tokens, sum of rows]; `change` is applied to the stacked weight and bias."""
@@ -38,6 +52,7 @@ class Products:
     def head(self, graph: Graph, x: str) -> str:
         """x [rows, hidden] -> logits [rows, vocab]."""
         matrix = self.matrices.table(self._checkpoint.model.head)
+        x = self.turned(graph, x, matrix.turn) if matrix.turn else x
         product = self._two_byte_product if self._activations == "int16-head" else self._product
         return product(graph, x, matrix)
 
@@ -46,7 +61,11 @@ class Products:
         table = self.matrices.table(self._checkpoint.model.embedding)
         if not table.bits:
             return graph.op("Gather", graph.stored(table.name), ids)
-        # Decoded here; the table is the same tensor as a tied head's.
+        rows = self._decoded(graph, ids, table)
+        return self.turned(graph, rows, table.turn) if table.turn else rows
+
+    def _decoded(self, graph: Graph, ids: str, table: StoredMatrix) -> str:
+        """Rows of a quantized table, which may be the same tensor as a tied head's."""
         codes = graph.op("Gather", graph.stored(f"{table.name}.codes"), ids)
         scales = graph.op("Gather", graph.stored(f"{table.name}.scales"), ids)
         centred = graph.op("Sub", graph.op("Cast", codes, to=TensorProto.FLOAT), graph.constant(128.0, np.float32))
@@ -65,8 +84,7 @@ class Products:
         return graph.op(
             "MatMulNBits",
             x,
-            graph.stored(f"{matrix.name}.codes"),
-            graph.stored(f"{matrix.name}.scales"),
+            *map(graph.stored, matrix.parts),
             domain=CONTRIB,
             K=matrix.k,
             N=matrix.n,

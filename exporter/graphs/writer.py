@@ -16,7 +16,7 @@ from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
 from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Matrices
+from kvq.exporter.weights.matrices import Matrices, Moments
 
 
 class GraphWriter:
@@ -27,11 +27,19 @@ class GraphWriter:
         options: how.
         folder: of the graphs.
         file: of the weights.
+        moments: see `Matrices`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: GraphOptions, folder: Path, file: WeightFile) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: GraphOptions,
+        folder: Path,
+        file: WeightFile,
+        moments: Moments | None = None,
+    ) -> None:
         self._checkpoint, self._options, self._folder, self._file = checkpoint, options, folder, file
-        self._products = Products(checkpoint, file, options)
+        self._products = Products(checkpoint, file, options, moments)
 
     @property
     def matrices(self) -> Matrices:

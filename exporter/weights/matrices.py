@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvq.exporter.checkpoint import Checkpoint
+from kvq.exporter.rotation import activation_block, hadamard, rotate_inputs
+from kvq.exporter.weights.compensate import quantize_compensated
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
 
@@ -18,6 +20,8 @@ LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4}
 # The head decides between tokens directly: 4 bits there cost more than they save.
 HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8}
 Change = Callable[[np.ndarray], np.ndarray]
+# Name of a matrix of the layers -> second moments of what it is multiplied with, float64 [k, k].
+Moments = Callable[[str], np.ndarray]
 
 
 @dataclass
@@ -25,7 +29,8 @@ class StoredMatrix:
     """A weight matrix [n, k] in the weights file; bits and block are 0 for float32.
 
     `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
-    source holds the same numbers.
+    source holds the same numbers. `turn` is the size of the blocks along k that are rotated by a Hadamard matrix, as
+    what it is multiplied with has to be; 0: none are. `parts` are the tensors of a quantized one in the operator's order.
     """
 
     name: str
@@ -35,7 +40,23 @@ class StoredMatrix:
     block: int
     nbytes: int
     exact: bool
+    turn: int = 0
+    parts: tuple[str, ...] = ()
     read: bool = False
+
+
+def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: list[str]) -> bool:
+    """Whether matrices keep the blocks that their source holds.
+
+    With activations of 8 bits only those of 4 bits do, for their size: of 8 bits, blocks of our own lose less, rotated,
+    than the activations do in front of blocks that are not.
+    """
+    tables = (checkpoint.model.embedding, checkpoint.model.head)
+    most = (HEAD_BITS if names[0] in tables else LAYER_BITS)[weights]
+    held = [checkpoint.source.block_bits(name) for name in names]
+    if not most or any(bits is None or bits > most for bits in held):
+        return False
+    return activations == "fp32" or (weights == "auto" and names[0] not in tables and max(filter(None, held)) == 4)
 
 
 class Matrices:
@@ -45,11 +66,22 @@ class Matrices:
         checkpoint: where they come from.
         file: where they go.
         weights: a key of `LAYER_BITS`.
+        activations: of the products, see `carried_over`.
         block: elements per scale of what is quantized here.
+        moments: with them the quantization of layers makes up for its own errors; asked in the order of the layers.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: WeightFile, weights: str, block: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        file: WeightFile,
+        weights: str,
+        activations: str,
+        block: int,
+        moments: Moments | None = None,
+    ) -> None:
         self._checkpoint, self._file, self._weights, self._block = checkpoint, file, weights, block
+        self._activations, self._moments = activations, moments
         self._tables = (checkpoint.model.embedding, checkpoint.model.head)
         self._stored: dict[str, StoredMatrix] = {}
 
@@ -72,39 +104,64 @@ class Matrices:
         }
 
     def table(self, name: str) -> StoredMatrix:
-        """Embedding or head."""
-        return self._store(name, [name], HEAD_BITS[self._weights], None)
+        """Embedding or head; only what the head takes is ever rotated."""
+        return self._store(name, [name], HEAD_BITS[self._weights], turns=name == self._checkpoint.model.head)
 
-    def projection(self, name: str, parts: list[str], change: Change | None = None) -> StoredMatrix:
-        """The matrices `parts` of a layer, stacked to [n, k] and changed, stored under `name`."""
-        return self._store(name, parts, LAYER_BITS[self._weights], change)
+    def projection(
+        self, name: str, parts: list[str], change: Change | None = None, turns: bool = False
+    ) -> StoredMatrix:
+        """The matrices `parts` of a layer, stacked to [n, k] and changed, stored under `name`.
 
-    def _store(self, name: str, parts: list[str], bits: int, change: Change | None) -> StoredMatrix:
+        With `turns` its inputs can be rotated: they are if it is quantized here.
+        """
+        return self._store(name, parts, LAYER_BITS[self._weights], change, turns)
+
+    def _store(
+        self, name: str, sources: list[str], bits: int, change: Change | None = None, turns: bool = False
+    ) -> StoredMatrix:
         """Write a matrix unless it is there."""
         if name in self._stored:
             return self._stored[name]
-        quantized = self._carried_over(parts, bits) if bits and change is None else None
-        exact = quantized is not None or (not bits and change is None)
-        if quantized is None:
-            matrix = self._checkpoint.stacked(parts)
+        turn, exact = 0, change is None and not bits
+        if change is None and carried_over(self._checkpoint, self._weights, self._activations, sources):
+            quantized, exact = self._carried_over(sources, bits), True
+        else:
+            matrix = self._checkpoint.stacked(sources)
             matrix = matrix if change is None else change(matrix)
+            n, k = matrix.shape
             if not bits:
                 self._file.add(name, matrix)
-                n, k = matrix.shape
                 self._stored[name] = StoredMatrix(name, n, k, 0, 0, matrix.nbytes, exact)
                 return self._stored[name]
-            quantized = quantize_matrix(matrix, bits, block_for(matrix.shape[1], self._block))
-        self._file.add(f"{name}.codes", quantized.codes)
-        self._file.add(f"{name}.scales", quantized.scales)
-        nbytes = quantized.codes.nbytes + quantized.scales.nbytes
-        n, k, held = len(quantized.codes), quantized.k, quantized.bits
-        self._stored[name] = StoredMatrix(name, n, k, held, quantized.block, nbytes, exact)
+            turn = activation_block(k) if turns else 0
+            matrix = rotate_inputs(matrix, hadamard(turn)) if turn else matrix
+            quantized = self._quantized(name, matrix, bits)
+        parts = {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.packed_zeros}
+        held = {part: array for part, array in parts.items() if array is not None}
+        for part, array in held.items():
+            self._file.add(f"{name}.{part}", array)
+        self._stored[name] = StoredMatrix(
+            name,
+            n=len(quantized.codes),
+            k=quantized.k,
+            bits=quantized.bits,
+            block=quantized.block,
+            nbytes=sum(array.nbytes for array in held.values()),
+            exact=exact,
+            turn=turn,
+            parts=tuple(f"{name}.{part}" for part in held),
+        )
         return self._stored[name]
 
-    def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix | None:
-        """Stacked matrices as their source holds them, where that takes no more than `bits`."""
+    def _quantized(self, name: str, matrix: np.ndarray, bits: int) -> QuantizedMatrix:
+        block = block_for(matrix.shape[1], self._block)
+        if self._moments is None or name in self._tables:
+            return quantize_matrix(matrix, bits, block)
+        return quantize_compensated(matrix, bits, block, self._moments(name))
+
+    def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix:
+        """Stacked matrices as their source holds them."""
         blocks = self._checkpoint.stacked_blocks(parts)
-        if blocks is None or blocks.bits > bits:
-            return None
+        assert blocks is not None, f"{parts} are said to be in blocks"
         keeps = self._weights == "auto" and parts[0] not in self._tables  # looked up in 8 bits
         return packed(blocks if keeps else blocks.as_form(bits, blocks.block))

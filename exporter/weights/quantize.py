@@ -1,7 +1,8 @@
 """Block quantization of weight matrices in the layout of onnxruntime's MatMulNBits.
 
-A row of a matrix [n, k] is cut into blocks; each block has one float32 scale and unsigned codes
-around a zero point in the middle: weight = (code - 2^(bits-1)) * scale. Contract:
+A row of a matrix [n, k] is cut into blocks; each block has one float32 scale and unsigned codes around a zero point:
+weight = (code - zero) * scale. Of 8 bits the zero point is in the middle; of 4 bits it is a code of the block's own, as
+16 levels around the middle of the codes would leave some of them out. Contract:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from kvq.exporter.sources.base import Blocks
 
-# Scales tried for a 4-bit block, relative to mapping its extreme value to the extreme code:
-# clipping a little costs less than a coarse grid. The one with the least squared error wins.
-FOUR_BIT_FACTORS = (1.0, 0.93, 0.86, 1.07, 1.14)
+# Parts of a 4-bit block's range that are tried, and places of its zero point around the exact one: clipping a little
+# costs less than a coarse grid. What has the least squared error wins.
+FOUR_BIT_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+FOUR_BIT_SHIFTS = (0, -1, 1)
 ROWS_AT_ONCE = 1024  # bounds the memory of quantizing a large matrix
 
 
@@ -24,6 +26,7 @@ class QuantizedMatrix(NamedTuple):
 
     codes: uint8 [n, blocks, block * bits // 8]; for 4 bits the even element is in the low half.
     scales: float32 [n, blocks].
+    zeros: uint8 [n, blocks], codes of zero; None where all are 2^(bits - 1).
     """
 
     codes: np.ndarray
@@ -31,14 +34,27 @@ class QuantizedMatrix(NamedTuple):
     bits: int
     block: int
     k: int
+    zeros: np.ndarray | None = None
+
+    @property
+    def packed_zeros(self) -> np.ndarray | None:
+        """The zero points as the operator takes them, uint8 [n, ceil(blocks * bits / 8)]."""
+        if self.zeros is None or self.bits == 8:
+            return self.zeros
+        even = np.zeros((len(self.zeros), -(-self.zeros.shape[1] // 2) * 2), np.uint8)
+        even[:, : self.zeros.shape[1]] = self.zeros
+        return _packed(even, 4)
 
     def dequantize(self) -> np.ndarray:
         """The matrix that is really multiplied with, float32 [n, k]."""
-        codes = self.codes
-        if self.bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
-        weights = (codes.astype(np.float32) - (1 << (self.bits - 1))) * self.scales[..., None]
-        return weights.reshape(len(codes), -1)[:, : self.k]
+        zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[..., None].astype(np.float32)
+        weights = (_unpacked(self.codes, self.bits).astype(np.float32) - zeros) * self.scales[..., None]
+        return weights.reshape(len(self.codes), -1)[:, : self.k]
+
+
+def unpacked_zeros(packed_zeros: np.ndarray, blocks: int, bits: int) -> np.ndarray:
+    """Zero points uint8 [n, blocks] of `QuantizedMatrix.packed_zeros`."""
+    return _unpacked(packed_zeros, bits)[:, :blocks]
 
 
 def packed(blocks: Blocks) -> QuantizedMatrix:
@@ -49,8 +65,13 @@ def packed(blocks: Blocks) -> QuantizedMatrix:
 
 
 def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes uint8 [n, blocks, block] as they are stored."""
+    """Codes uint8 [..., an even number] as they are stored."""
     return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
+    """What `_packed` was given."""
+    return codes if bits == 8 else np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 def block_for(k: int, largest: int = 64) -> int:
@@ -66,37 +87,48 @@ def quantize_matrix(matrix: np.ndarray, bits: int, block: int) -> QuantizedMatri
     n, k = matrix.shape
     blocks = -(-k // block)
     codes = np.empty((n, blocks, block * bits // 8), np.uint8)
-    scales = np.empty((n, blocks), np.float32)
+    scales, zeros = np.empty((n, blocks), np.float32), np.empty((n, blocks), np.uint8)
     for at in range(0, n, ROWS_AT_ONCE):
         rows = matrix[at : at + ROWS_AT_ONCE]
         padded = np.zeros((len(rows), blocks * block), np.float32)
         padded[:, :k] = rows
+        padded = padded.reshape(len(rows), blocks, block)
         part = slice(at, at + len(rows))
-        codes[part], scales[part] = _quantize_blocks(padded.reshape(len(rows), blocks, block), bits)
-    return QuantizedMatrix(codes, scales, bits, block, k)
+        scales[part], zeros[part] = grid(padded, bits)
+        codes[part] = _packed(encode(padded, scales[part, :, None], zeros[part, :, None], bits), bits)
+    return QuantizedMatrix(codes, scales, bits, block, k, zeros if bits == 4 else None)
 
 
-def _quantize_blocks(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 [n, blocks, block * bits // 8] and scales float32 [n, blocks] of x [n, blocks, block]."""
-    zero = 1 << (bits - 1)
+def from_codes(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, k: int) -> QuantizedMatrix:
+    """A matrix [n, k] of codes uint8 [n, blocks, block] on grids scales float32 and zeros uint8 [n, blocks]."""
+    return QuantizedMatrix(_packed(codes, bits), scales, bits, codes.shape[2], k, zeros if bits == 4 else None)
+
+
+def grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales float32 and zero points uint8 of blocks x float32 [..., block]; a scale is 0 where all of x is."""
     if bits == 8:
-        scale = np.abs(x).max(axis=-1) / np.float32(127)
-        return (_round(x, scale, zero) + zero).astype(np.uint8), scale
-    # The extreme value goes to -8, which exists, rather than to 7: scales may be negative.
-    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    best = np.full(extreme.shape, np.inf, np.float32)
-    scale = np.zeros_like(extreme)
+        scales = np.abs(x).max(axis=-1) / np.float32(127)
+        return scales, np.full(scales.shape, 128, np.uint8)
+    most = (1 << bits) - 1
+    low, high = np.minimum(x.min(axis=-1), 0), np.maximum(x.max(axis=-1), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    scales, zeros = np.zeros_like(low), np.zeros(low.shape, np.uint8)
     for factor in FOUR_BIT_FACTORS:
-        candidate = extreme * np.float32(factor / -zero)
-        error = np.square(_round(x, candidate, zero) * candidate[..., None] - x).sum(axis=-1)
-        better = error < best
-        best[better], scale[better] = error[better], candidate[better]
-    codes = (_round(x, scale, zero) + zero).astype(np.uint8)
-    return _packed(codes, bits), scale
+        scale = (high - low) * np.float32(factor / most)
+        exact = np.divide(-low * np.float32(factor), scale, out=np.zeros_like(low), where=scale > 0)
+        for shift in FOUR_BIT_SHIFTS:
+            zero = np.clip(np.rint(exact) + shift, 0, most)
+            codes = encode(x, scale[..., None], zero[..., None], bits)
+            error = np.square((codes - zero[..., None]) * scale[..., None] - x).sum(axis=-1)
+            better = error < best
+            best[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
+    return scales, zeros
 
 
-def _round(x: np.ndarray, scale: np.ndarray, zero: int) -> np.ndarray:
-    """Nearest code of x / scale in [-zero, zero - 1], float32 of x's shape; zero where the scale is zero."""
-    scale = scale[..., None]
-    quotient = np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)
-    return np.clip(np.rint(quotient), -zero, zero - 1)
+def encode(x: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
+    """Nearest codes uint8 of x on grids that broadcast with it; the zero point where the scale is 0."""
+    quotient = x / np.where(scales == 0, np.float32(np.inf), scales)
+    quotient += zeros
+    np.rint(quotient, out=quotient)
+    np.maximum(quotient, 0, out=quotient)
+    return np.minimum(quotient, (1 << bits) - 1, out=quotient).astype(np.uint8)

@@ -150,7 +150,8 @@ class Checker:
             raise Misfit(f"{len(inputs)} inputs")
         if not 0 < len(node.outputs) <= limits.OUTPUTS or rule.outputs not in (None, len(node.outputs)):
             raise Misfit(f"{len(node.outputs)} outputs")
-        if {name: type(value) for name, value in node.attributes.items()} != rule.attributes:
+        types = {name: type(value) for name, value in node.attributes.items()}
+        if types != rule.attributes and types != {**rule.attributes, **rule.optional}:
             raise Misfit(f"attributes {sorted(node.attributes)!r:.100}")
         if any(value.dtype != FLOAT32 for value in inputs[: rule.floats]):
             raise Misfit("an input is not float32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvq.runtime.bundle import limits
@@ -26,6 +27,7 @@ class Rule(NamedTuple):
     Attributes:
         inputs: how many it may have.
         attributes: all that it has, and the type of each.
+        optional: others that it may have.
         infer: shapes of its outputs.
         outputs: how many; None where `infer` says it.
         floats: how many of its inputs, from the first on, have to be float32; None is all.
@@ -36,6 +38,7 @@ class Rule(NamedTuple):
     infer: Infer
     outputs: int | None = 1
     floats: int | None = None
+    optional: Mapping[str, type] = MappingProxyType({})
 
 
 def constant_numbers(value: Value) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from kvq.runtime.bundle.shapes import Misfit, Shape, Value, broadcast, fixed
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ROTATIONS = range(4)  # none, keys, values, both
+MOST_ROTATED = 1024  # columns of a block that the native library rotates
+BLOCK = {"block": int}
 
 
 def _want(value: Value, what: str, *shapes: Shape, dtype: int = FLOAT32) -> None:
@@ -52,11 +54,19 @@ def _matmul_nbits(inputs: list[Value], attributes: Attributes, outputs: int) -> 
     return [(*rows.shape[:-1], n)]
 
 
+def _check_rotated(attributes: Attributes, columns: int) -> None:
+    """Raise Misfit unless rows of so many columns have the blocks that a node rotates, if it rotates some."""
+    block = attributes.get("block", 0)
+    if block and (block < 0 or block > MOST_ROTATED or block & (block - 1) or columns % block):
+        raise Misfit(f"{columns} columns rotated in blocks of {block}")
+
+
 def _add_norm(inputs: list[Value], attributes: Attributes, outputs: int) -> list[Shape]:
     left, right, gain = inputs
     if left.shape != right.shape or len(left.shape) != 2 or finite(attributes["epsilon"]) < 0:
         raise Misfit("two values of different shapes, or an epsilon below 0")
     _want(gain, "its gains", (fixed(left.shape[1]),))
+    _check_rotated(attributes, left.shape[1])
     return [left.shape, left.shape]
 
 
@@ -64,6 +74,7 @@ def _swiglu(inputs: list[Value], attributes: Attributes, outputs: int) -> list[S
     shape = inputs[0].shape
     if len(shape) != 2 or fixed(shape[1]) % 2:
         raise Misfit("not an even number of columns")
+    _check_rotated(attributes, shape[1] // 2)
     return [(shape[0], shape[1] // 2)]
 
 
@@ -92,9 +103,9 @@ PRODUCTS: dict[str, Rule] = {
     "com.microsoft::MatMulNBits": Rule(
         (3, 4), {"K": int, "N": int, "bits": int, "block_size": int, "accuracy_level": int}, _matmul_nbits, floats=1
     ),
-    "kvq::AddNorm": Rule((3,), {"epsilon": float}, _add_norm, outputs=2),
+    "kvq::AddNorm": Rule((3,), {"epsilon": float}, _add_norm, outputs=2, optional=BLOCK),
     "kvq::Attention": Rule((4, 7), {"layer": int, "rotate": int}, _attention),
-    "kvq::SwiGLU": Rule((1,), {}, _swiglu),
+    "kvq::SwiGLU": Rule((1,), {}, _swiglu, optional=BLOCK),
 }
 
 

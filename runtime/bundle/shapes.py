@@ -80,16 +80,20 @@ def broadcast(left: Shape, right: Shape) -> Shape:
 
 
 def reshaped(shape: Shape, target: tuple[int, ...]) -> Shape:
-    """The shape that a target gives, in which one dimension may be -1, what is left over."""
-    count, known = elements(shape), 1
-    if not 0 < len(target) <= 4 or target.count(-1) > 1 or any(size < 1 for size in target if size != -1):
+    """The shape that a target gives: 0 is the dimension that was at its place, and one may be -1, what is left over."""
+    if not 0 < len(target) <= 4 or target.count(-1) > 1 or min(target) < -1:
         raise Misfit(f"a shape of {target!r:.60}")
-    for size in target:
-        known *= 1 if size == -1 else size
-    rest, over = divmod(abs(count), known)
-    if over or (-1 not in target and (count < 0 or rest != 1)):
+    if 0 in target[len(shape) :]:
+        raise Misfit(f"a shape of {target!r:.60} for {show(shape)}")
+    given = [shape[i] if size == 0 else size for i, size in enumerate(target)]
+    count, known = elements(shape), 1
+    for size, asked in zip(given, target, strict=True):
+        known *= 1 if asked == -1 else size
+    rest, over = divmod(abs(count), abs(known))
+    rest = -rest if (count < 0) != (known < 0) else rest  # of the tokens, unless another dimension is
+    if over or (-1 not in target and rest != 1):
         raise Misfit(f"{show(shape)} does not have the shape {target!r:.60}")
-    return tuple((rest if count > 0 else -rest) if size == -1 else size for size in target)
+    return tuple(rest if asked == -1 else size for size, asked in zip(given, target, strict=True))
 
 
 def show(shape: Shape) -> str:

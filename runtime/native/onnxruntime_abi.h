@@ -43,6 +43,7 @@ typedef struct {
 #define KernelContext_GetInput(api) ORT(api, 90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
 #define KernelContext_GetOutput(api) \
     ORT(api, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)
+#define ReleaseStatus(api) ORT(api, 93, void, OrtStatus *)
 #define ReleaseShapeInfo(api) ORT(api, 99, void, OrtShapeInfo *)
 #define KernelContext_ParallelFor(api) \
     ORT(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *)

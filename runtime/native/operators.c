@@ -22,12 +22,13 @@ int32_t kvq_set_pass(const kvq_pass *pass) {
     return pass ? refused : before;
 }
 
-enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7 };
+enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7, MOST_ROTATED = 1024 };
 
 /* A node: its attributes. */
 typedef struct {
     const OrtApi *api;
     int64_t layer, rotate; /* of Attention */
+    int64_t block;         /* of the others: size of the blocks of a row that they rotate, or 0 */
     float epsilon;         /* of AddNorm */
 } node;
 
@@ -181,24 +182,41 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
     return r.status;
 }
 
+/* The blocks that a node rotates of rows of so many columns: a power of two that divides them; 0: none. */
+static size_t rotated_blocks(run *r, const node *self, int64_t columns) {
+    const int64_t block = self->block;
+    if (!r->status && block && (block < 0 || block > MOST_ROTATED || block & (block - 1) || columns % block))
+        fail(r, "kvq: block is neither 0 nor a power of two up to 1024 that divides the columns");
+    return r->status ? 0 : (size_t)block;
+}
+
+static void rotate_row(float *x, size_t columns, size_t block) {
+    if (block) kvq_rotate_heads(-1, x, columns / block, (int32_t)block);
+}
+
 typedef struct {
     const float *x;
     float *out;
-    size_t columns;
+    size_t columns, block;
 } swiglu_rows;
 
 static void swiglu_work(void *data, size_t row) {
     const swiglu_rows *s = data;
-    kvq_swiglu(-1, s->x + row * 2 * s->columns, s->columns, s->out + row * s->columns);
+    float *out = s->out + row * s->columns;
+    kvq_swiglu(-1, s->x + row * 2 * s->columns, s->columns, out);
+    rotate_row(out, s->columns, s->block);
 }
 
-/* kvq::SwiGLU: [tokens, 2 n] -> [tokens, n], silu of the first half times the second. */
+/* kvq::SwiGLU: [tokens, 2 n] -> [tokens, n], silu of the first half times the second, every block of so many columns
+ * times the Hadamard matrix;  attribute block, 0 if left out */
 static OrtStatus *swiglu(void *state, OrtKernelContext *context) {
-    run r = {((const node *)state)->api, context, NULL};
+    const node *self = state;
+    run r = {self->api, context, NULL};
     const int64_t both = columns_of(&r, 0);
     size_t count;
     swiglu_rows rows = {.x = input(&r, 0, &count), .columns = (size_t)both / 2};
     if (!r.status && both % 2) fail(&r, "kvq::SwiGLU: an odd number of columns");
+    rows.block = rotated_blocks(&r, self, both / 2);
     const int64_t all_rows = both ? (int64_t)count / both : 0;
     rows.out = output(&r, 0, all_rows, both / 2);
     if (!r.status) run_on_pool(&r, swiglu_work, (size_t)all_rows, &rows);
@@ -208,7 +226,7 @@ static OrtStatus *swiglu(void *state, OrtKernelContext *context) {
 typedef struct {
     const float *x, *y, *gain;
     float *sum, *normed;
-    size_t columns;
+    size_t columns, block;
     float epsilon;
 } norm_rows;
 
@@ -216,9 +234,11 @@ static void norm_work(void *data, size_t row) {
     const norm_rows *s = data;
     const size_t at = row * s->columns;
     kvq_add_norm(-1, s->x + at, s->y + at, s->gain, s->columns, s->epsilon, s->sum + at, s->normed + at);
+    rotate_row(s->normed + at, s->columns, s->block);
 }
 
-/* kvq::AddNorm: x, y [tokens, n], gain [n] -> x + y and its RMS norm times gain, [tokens, n] each;  attribute epsilon */
+/* kvq::AddNorm: x, y [tokens, n], gain [n] -> x + y and its RMS norm times gain, [tokens, n] each, of the norm every
+ * block of so many columns times the Hadamard matrix;  attributes epsilon, and block, 0 if left out */
 static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
     const node *self = state;
     run r = {self->api, context, NULL};
@@ -228,6 +248,7 @@ static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
     if (!r.status && (columns ? count % columns : count)) fail(&r, "kvq::AddNorm: not as many gains as columns");
     const int64_t all_rows = columns ? (int64_t)(count / columns) : 0;
     rows.columns = columns;
+    rows.block = rotated_blocks(&r, self, (int64_t)columns);
     rows.sum = output(&r, 0, all_rows, (int64_t)columns);
     rows.normed = output(&r, 1, all_rows, (int64_t)columns);
     if (!r.status) run_on_pool(&r, norm_work, (size_t)all_rows, &rows);
@@ -268,6 +289,9 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     if (op == &ATTENTION) {
         status = KernelInfoGetAttribute_int64(api)(info, "layer", &self->layer);
         if (!status) status = KernelInfoGetAttribute_int64(api)(info, "rotate", &self->rotate);
+    } else {
+        OrtStatus *left_out = KernelInfoGetAttribute_int64(api)(info, "block", &self->block);
+        if (left_out) ReleaseStatus(api)(left_out);
     }
     if (op == &ADD_NORM) status = KernelInfoGetAttribute_float(api)(info, "epsilon", &self->epsilon);
     if (status) free(self);

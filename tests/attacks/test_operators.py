@@ -200,7 +200,11 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "a hundred values of all that is allowed": ("fp32", model(UNCERTAINTY, many), "its values are larger"),
     "work beyond its weights": ("fp32", model(HEAD, laborious), "it computes more than its weights are worth"),
     # Shapes
-    "reshaped to 0": ("fp32", model(SEGMENT, numbers("Reshape", 1, [0, -1])), "Reshape .*a shape of"),
+    "reshaped to 0": (
+        "fp32",
+        model(SEGMENT, numbers("Reshape", 1, [0, -1, 0])),
+        "Reshape .*a shape of .* for .tokens, 96",
+    ),
     "reshaped to two unknowns": ("fp32", model(SEGMENT, numbers("Reshape", 1, [-1, -1])), "Reshape .*a shape of"),
     "reshaped to -2": ("fp32", model(SEGMENT, numbers("Reshape", 1, [-2, 8])), "Reshape .*a shape of"),
     "reshaped to more": ("fp32", model(SEGMENT, numbers("Reshape", 1, [-1, 12, 1 << 40])), "does not have the shape"),

@@ -181,6 +181,18 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
         model(DECODER, lambda m: replace(m, nodes(m, "AddNorm")[0], 2, nodes(m, "AddNorm")[0].input[0])),
         "its gains",
     ),
+    "blocks of 3 rotated": (
+        "fp32",
+        model(DECODER, attribute("AddNorm", "block", 3)),
+        "64 columns rotated in blocks of 3",
+    ),
+    "blocks of 128 rotated": ("fp32", model(DECODER, attribute("AddNorm", "block", 128)), "rotated in blocks of 128"),
+    "blocks below nothing rotated": ("fp32", model(DECODER, attribute("SwiGLU", "block", -4)), "in blocks of -4"),
+    "blocks of 2^40 rotated": (
+        "fp32",
+        model(DECODER, attribute("SwiGLU", "block", 1 << 40)),
+        "172 columns rotated in bl",
+    ),
     "three sums": (
         "fp32",
         model(DECODER, lambda m: nodes(m, "AddNorm")[0].output.append("third")),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq.exporter.rotation import hadamard
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.native import library
 from tests.tools.kvdata import examples
@@ -30,9 +31,9 @@ def session_of(nodes, inputs, outputs=("out",)):
 
 
 @functools.cache
-def add_norm():
+def add_norm(**block):
     names = ["x", "y", "gain"]
-    node = helper.make_node("AddNorm", names, ["sum", "normed"], domain="kvq", epsilon=EPSILON)
+    node = helper.make_node("AddNorm", names, ["sum", "normed"], domain="kvq", epsilon=EPSILON, **block)
     return session_of([node], names, ["sum", "normed"])
 
 
@@ -48,8 +49,8 @@ def add_and_norm():
 
 
 @functools.cache
-def swiglu():
-    return session_of([helper.make_node("SwiGLU", ["both"], ["out"], domain="kvq")], ["both"])
+def swiglu(**block):
+    return session_of([helper.make_node("SwiGLU", ["both"], ["out"], domain="kvq", **block)], ["both"])
 
 
 @functools.cache
@@ -86,6 +87,39 @@ def test_swiglu_is_silu_of_one_half_times_the_other(shape, seed, size):
     # ONNX Runtime's logistic function is right to 1e-7 of one; ours also far below that.
     expected = split_silu_multiply().run(None, {"both": both})[0]
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-6 * max(1, size) ** 2)
+
+
+@given(
+    tokens=st.sampled_from([1, 2, 65]),
+    blocks=st.integers(1, 5),
+    block=st.sampled_from([1, 2, 16, 32, 64, 256]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@examples(40)
+def test_what_follows_a_norm_or_an_activation_is_rotated_block_by_block(tokens, blocks, block, seed):
+    rng, columns = np.random.default_rng(seed), blocks * block
+    x, y, both = (rng.standard_normal((tokens, n), np.float32) for n in (columns, columns, 2 * columns))
+    feed = {"x": x, "y": y, "gain": rng.standard_normal(columns, np.float32)}
+    rotation = hadamard(block)
+    total, normed = add_norm().run(None, feed)
+    same, turned = add_norm(block=block).run(None, feed)
+    np.testing.assert_array_equal(same, total)
+    expected = (normed.reshape(tokens, blocks, block) @ rotation).reshape(normed.shape)
+    np.testing.assert_allclose(turned, expected, atol=1e-5 * np.abs(normed).max())
+    (gated,), (turned,) = (operator.run(None, {"both": both}) for operator in (swiglu(), swiglu(block=block)))
+    expected = (gated.reshape(tokens, blocks, block) @ rotation).reshape(gated.shape)
+    np.testing.assert_allclose(turned, expected, atol=1e-5 * np.abs(gated).max())
+
+
+@pytest.mark.parametrize("block", [-64, -1, 3, 32, 48, 2048, 2**40])
+def test_blocks_that_do_not_divide_a_row_are_refused(block):
+    feed = {name: np.ones(size, np.float32) for name, size in {"x": (2, 48), "y": (2, 48), "gain": (48,)}.items()}
+    if block == 48:
+        feed = {name: np.ones(size, np.float32) for name, size in {"x": (2, 96), "y": (2, 96), "gain": (96,)}.items()}
+    with pytest.raises(Exception, match="kvq: block"):
+        add_norm(block=block).run(None, feed)
+    with pytest.raises(Exception, match="kvq: block"):
+        swiglu(block=block).run(None, {"both": np.ones((2, 2 * feed["gain"].size), np.float32)})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from kvq.exporter.rotation import head_rotation, rotate_inputs, rotate_outputs
-from kvq.exporter.weights.quantize import QuantizedMatrix
+from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
 from kvq.runtime.bundle.bundle import Bundle
 from tests.tools.packages import needs
 
@@ -84,8 +84,16 @@ def _dequantized(graph: onnx.GraphProto, hidden: int) -> dict[str, np.ndarray]:
     found = {t.name: np.array(numpy_helper.to_array(t)) for t in graph.initializer}
     # Bits and row length of a product's codes; an embedding that is only looked up has no such node.
     products = {node.input[1]: {a.name: a.i for a in node.attribute} for node in graph.node if len(node.input) > 1}
+    makers = {name: node for node in graph.node for name in node.output}
     for name in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
         codes, scales = found.pop(f"{name}.codes"), found.pop(f"{name}.scales")
         of = {"bits": 8, "block_size": codes.shape[2], "K": hidden} | products.get(f"{name}.codes", {})
-        found[name] = QuantizedMatrix(codes, scales, of["bits"], of["block_size"], of["K"]).dequantize()
+        zeros = found.pop(f"{name}.zeros", None)
+        zeros = None if zeros is None else unpacked_zeros(zeros, scales.shape[1], of["bits"])
+        found[name] = QuantizedMatrix(codes, scales, of["bits"], of["block_size"], of["K"], zeros).dequantize()
+        taken = next((makers.get(node.input[0]) for node in graph.node if f"{name}.codes" in node.input[1:2]), None)
+        before = makers.get(taken.input[0]) if taken is not None and taken.op_type == "Reshape" else None
+        if before is not None and before.op_type == "MatMul":  # what it is multiplied with is rotated, block by block
+            rotation = found[before.input[1]].astype(np.float64)
+            found[name] = rotate_inputs(found[name].astype(np.float64), rotation).astype(np.float32)
     return found
