@@ -6,6 +6,7 @@ is refused, since onnxruntime would do something with it.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, NamedTuple
 
@@ -275,6 +276,8 @@ def _attribute(content: bytes, external_files: frozenset[str]) -> tuple[str, Any
     if not name or field is None or values != {field}:
         raise Refused(f"attribute {name!r:.60} has no value of its type")
     value = attribute[field]
+    if field == "f" and not math.isfinite(value):
+        raise Refused(f"attribute {name!r:.60} is {value}")
     return name, tuple(value) if field == "ints" else value
 
 

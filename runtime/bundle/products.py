@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvq.runtime.bundle.onnx_file import FLOAT32, INT64, UINT8
-from kvq.runtime.bundle.operators import Attributes, Rule, finite
+from kvq.runtime.bundle.operators import Attributes, Rule
 from kvq.runtime.bundle.shapes import Misfit, Shape, Value, broadcast, fixed
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -63,7 +63,7 @@ def _check_rotated(attributes: Attributes, columns: int) -> None:
 
 def _add_norm(inputs: list[Value], attributes: Attributes, outputs: int) -> list[Shape]:
     left, right, gain = inputs
-    if left.shape != right.shape or len(left.shape) != 2 or finite(attributes["epsilon"]) < 0:
+    if left.shape != right.shape or len(left.shape) != 2 or attributes["epsilon"] < 0:
         raise Misfit("two values of different shapes, or an epsilon below 0")
     _want(gain, "its gains", (fixed(left.shape[1]),))
     _check_rotated(attributes, left.shape[1])

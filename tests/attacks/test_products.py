@@ -41,7 +41,7 @@ def extra_input(kind: str, *names: str) -> Attack:
 def zero_points(*shape: int, dtype=np.uint8) -> Attack:
     def attack(found: Model) -> None:
         found.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, dtype), "zero_points"))
-        nodes(found, NBITS)[0].input.append("zero_points")
+        replace(found, nodes(found, NBITS)[0], 3, "zero_points")
 
     return attack
 
@@ -55,14 +55,18 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
     # Norms and activations
     "a gain of another size": ("fp32", model(HEAD, gain_of(63)), f"{NORM} .*a gain of another shape"),
     "a gain of one": ("fp32", model(HEAD, gain_of(1)), "a gain of another shape"),
-    "epsilon not a number": ("fp32", model(HEAD, attribute(NORM, "epsilon", float("nan"))), "an attribute is nan"),
+    "epsilon not a number": (
+        "fp32",
+        model(HEAD, attribute(NORM, "epsilon", float("nan"))),
+        "attribute 'epsilon' is nan",
+    ),
     "epsilon below nothing": ("fp32", model(HEAD, attribute(NORM, "epsilon", -1.0)), "an epsilon below 0"),
     "a norm along tokens": ("fp32", model(HEAD, attribute(NORM, "axis", 0)), f"{NORM} .*axis 0"),
     "a norm in half precision": ("fp32", model(HEAD, attribute(NORM, "stash_type", 10)), "stash_type 10"),
     "an activation without end": (
         "fp32",
         model(SEGMENT, attribute("QuickGelu", "alpha", float("inf"))),
-        "attribute is inf",
+        "attribute 'alpha' is inf",
     ),
     # Products
     "Gemm not across": ("fp32", model(HEAD, attribute(GEMM, "transB", 0)), "Gemm .*lies across"),
@@ -109,7 +113,7 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
     ),
     "zero points of another size": ("int4", model(SEGMENT, zero_points(3, 3)), "its zero points are no constant"),
     "zero points of floats": ("int4", model(SEGMENT, zero_points(64, 1, dtype=np.float32)), "its zero points"),
-    "five inputs": ("int4", model(SEGMENT, extra_input(NBITS, "residual", "residual")), "MatMulNBits .*5 inputs"),
+    "five inputs": ("int4", model(SEGMENT, extra_input(NBITS, "residual")), "MatMulNBits .*5 inputs"),
     "an input left out": ("int4", model(SEGMENT, extra_input(NBITS, "")), "'' is used before it is defined"),
     # Tables
     "rows by position": ("fp32", model(FIRST, index_by_position), "Gather .*by ids of tokens"),

@@ -75,7 +75,7 @@ def test_a_norm_of_heads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_zero_points_of_quantized_weights(flat: bool, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The middle of the codes, said instead of left out: the same logits."""
-    folder = export(str(tiny_checkpoint), tmp_path / "bundle", weights="int4", block=32).path
+    folder = export(str(tiny_checkpoint), tmp_path / "bundle", weights="int8", block=32).path
     plain = logits(folder)
 
     def change(model: onnx.ModelProto) -> None:

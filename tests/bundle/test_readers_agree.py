@@ -31,7 +31,8 @@ def checked(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_fact
     """A bundle; the quantized one with all that an export can put into a graph."""
     folder = tmp_path_factory.mktemp("bundle") / request.param
     activations = "int16-head" if request.param == "int4" else "int8"
-    return Bundle(export(str(tiny_checkpoint), folder, weights=request.param, activations=activations, block=32).path)
+    options = {"weights": request.param, "activations": activations, "block": 32, "compensate": False}
+    return Bundle(export(str(tiny_checkpoint), folder, **options).path)
 
 
 def form_of(bundle: Bundle, name: str) -> forms.Form:
