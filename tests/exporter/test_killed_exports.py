@@ -131,3 +131,12 @@ def test_a_name_that_no_terminal_should_show_is_written_so_that_it_can_be_read(
         str(tiny_checkpoint), tmp_path / "b", weights="fp32", center=False, name="a\x1b[2J\n" + "x" * 999
     ).path
     assert open_bundle(path).bundle.manifest.name == ("a?[2J?" + "x" * 999)[:256]
+
+
+def test_a_draft_beside_what_was_left_goes_too(tmp_path: Path) -> None:
+    for name in (f".bundle{WRITING}abcdefgh", f".bundle{WRITING}abcdefgh_draft01"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.bin").write_text("x")
+    with replaced_folder(tmp_path / "bundle", overwrite=False):
+        pass
+    assert hidden(tmp_path) == []
