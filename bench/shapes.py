@@ -61,7 +61,7 @@ class Assets:
     @cached_property
     def manifest(self) -> Manifest:
         """The bundle's."""
-        return Manifest.from_json((self.bundle / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.of_file(self.bundle / MANIFEST)
 
     @property
     def head_dim(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -134,16 +135,7 @@ def export(
         raise click.UsageError("--keys balanced centres keys too; leave --no-center out")
     from kvq.exporter.export import export as run_export
 
-    with ExitStack() as stack:
-        bar = None
-
-        def progress(done: int, total: int, what: str) -> None:
-            nonlocal bar
-            if bar is None:  # only now: a refused checkpoint is one line on stderr
-                bar = stack.enter_context(click.progressbar(length=100, label=what, file=sys.stderr))
-            bar.label = what
-            bar.update(100 * done // total - bar.pos)
-
+    with _bar() as progress:
         summary = run_export(
             checkpoint,
             out,
@@ -160,6 +152,22 @@ def export(
             progress=progress,
         )
     click.echo("\n".join(summary.lines()))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, from the first progress on: a refused checkpoint is one line."""
+    with ExitStack() as stack:
+        bar = None
+
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = stack.enter_context(click.progressbar(length=100, label=what, file=sys.stderr))
+            bar.label = what
+            bar.update(100 * done // total - bar.pos)
+
+        yield progress
 
 
 def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:

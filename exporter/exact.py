@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from kvq.exporter.export import write_text
+from kvq.exporter.folder import write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.few_bits import FewBits
+from kvq.exporter.folder import replaced_folder, write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
@@ -24,10 +22,10 @@ from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach
+from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
-from kvq.runtime.errors import BundleError, CheckpointError
-from kvq.runtime.files import sync_folder, write_atomically
+from kvq.runtime.errors import CheckpointError
 
 # What keys can be, and what a manifest says of them: of plain ones nothing, as ever.
 KEYS: dict[str, dict[str, str]] = {"plain": {}, "balanced": {"keys": "balanced"}}
@@ -59,6 +57,11 @@ class Summary:
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
             *(f"  {note}" for note in self.notes),
+            *(
+                [f"  controllers: {', '.join(found)}, trained for this model"]
+                if (found := self.manifest.controllers)
+                else []
+            ),
         ]
 
 
@@ -104,33 +107,30 @@ def export(
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
     few = FewBits(weights, compensate)
-    weights = few.weights
-    _check_options(weights=weights, activations=activations, block=block, **({} if keys is None else {"keys": keys}))
+    _check_options(
+        weights=few.weights, activations=activations, block=block, **({} if keys is None else {"keys": keys})
+    )
     begun, out = time.perf_counter(), Path(out).absolute()
-    progress = progress or (lambda done, total, what: None)
+    progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
-        if not isinstance(checkpoint, Checkpoint):
-            checkpoint = load_checkpoint(checkpoint)
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         tokenizer, notes = checkpoint.tokenizer_json(), list[str]()
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
-        rotation_name, rotation = head_rotation(checkpoint.architecture.head_dim, rotate)
-        if rotate and rotation_name == "none":
-            notes.append(f"no rotation: head_dim {checkpoint.architecture.head_dim} is not a power of two")
-        fold = not _keeps_values(checkpoint, weights, activations)
-        options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
-        kv = {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online", **KEYS[keys]}
+        options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
         text = None if tokenizer is None else calibration_ids(tokenizer, calibration or calibration_text())
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
-            written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, known)
+            written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, progress, known)
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
-        if manifest.controllers:
-            notes.append(f"controllers: {', '.join(manifest.controllers)}, trained for this model")
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress is shown."""
 
 
 def _check_options(**options: Any) -> None:
@@ -139,6 +139,24 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
+
+
+def _shown(name: str) -> str:
+    """A name as a manifest may hold it: files are called anything."""
+    return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in name)[: limits.NAME]
+
+
+def _graph_options(
+    checkpoint: Checkpoint, weights: str, activations: str, block: int, rotate: bool, notes: list[str]
+) -> tuple[GraphOptions, dict[str, Any]]:
+    """How graphs are written before means of keys are known, and what a manifest says of keys and values then."""
+    head_dim = checkpoint.architecture.head_dim
+    rotation_name, rotation = head_rotation(head_dim, rotate)
+    if rotate and rotation_name == "none":
+        notes.append(f"no rotation: head_dim {head_dim} is not a power of two")
+    fold = not _keeps_values(checkpoint, weights, activations)
+    options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
+    return options, {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
 
 
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
@@ -151,7 +169,7 @@ def _write_graphs(
     checkpoint: Checkpoint,
     options: GraphOptions,
     kv: dict[str, Any],
-    name: str,
+    name: str | None,
     folder: Path,
     ids: np.ndarray | None,
     progress: Progress,
@@ -162,6 +180,7 @@ def _write_graphs(
     Args:
         options: with means of zero.
         kv: of the manifest.
+        name: of the model; None is the checkpoint's.
         ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
         known: see `GraphWriter`.
     """
@@ -173,24 +192,22 @@ def _write_graphs(
         for segment in writer.segments():
             segments.append(segment)
             progress(5 * len(segments), total, "writing segments")
-        decoder, head, uncertainty = writer.decoder(), writer.head(), writer.uncertainty()
-        file.flush()
-        source = checkpoint.source
+        source, said = checkpoint.source, {"activations": options.activations, "compensated": bool(known.moments)}
         manifest = Manifest(
-            name=name,
+            name=_shown(name or checkpoint.name),
             architecture=checkpoint.architecture,
-            weights=writer.matrices.describe()
-            | {"activations": options.activations, "compensated": known.moments is not None},
+            segments=segments,
+            decoder=writer.decoder(),
+            head=writer.head(),
+            uncertainty=writer.uncertainty(),
+            weights=writer.matrices.describe() | said,
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
             eos_token_ids=source.eos_token_ids(),
-            segments=segments,
-            decoder=decoder,
-            head=head,
-            uncertainty=uncertainty,
             special_tokens=source.special_tokens(),
             source=source.describe(),
         )
+        file.flush()
         if ids is not None:
             write_text(folder, MANIFEST, replace(manifest, files=NewBundle.files(folder)).to_json())
             half = 5 * (layers + 1)
@@ -254,60 +271,3 @@ def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> boo
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """`Manifest.files` of a folder."""
     return {f.name: {"nbytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(folder.iterdir())}
-
-
-@contextmanager
-def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that takes the name `out` when the block ends well, and vanishes when not.
-
-    An existing folder is replaced only with `overwrite`, and only if it is a bundle.
-
-    Raises:
-        CheckpointError: `out` exists and must not be replaced, or cannot be written.
-    """
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already; choose another name or pass --overwrite")
-    if out.exists() and not _replaceable(out):
-        raise CheckpointError(f"{out} exists and holds more than a bundle, so it is not replaced; choose another name")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out.parent} ({error.strerror}); choose another folder") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        sync_folder(folder)
-        if out.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.rename(aside / out.name)
-            try:
-                folder.rename(out)
-            except BaseException:
-                (aside / out.name).rename(out)
-                raise
-            shutil.rmtree(aside)
-        else:
-            folder.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _replaceable(folder: Path) -> bool:
-    """Whether a folder is empty or holds a bundle and no file besides."""
-    if not folder.is_dir():
-        return False
-    found = {path.name for path in folder.iterdir()}
-    try:
-        listed = set(Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8")).files)
-    except (OSError, ValueError, BundleError):
-        return not found
-    return found <= listed | {MANIFEST}
-
-
-def write_text(folder: Path, name: str, text: str | None) -> None:
-    """Write a UTF-8 file that survives a power cut; None writes nothing."""
-    if text is not None:
-        write_atomically(folder / name, text)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kvq.exporter.checkpoint import load_checkpoint
-from kvq.exporter.export import replaced_folder
+from kvq.exporter.folder import replaced_folder
 from kvq.runtime.errors import CheckpointError
 
 

@@ -67,6 +67,10 @@ class BackendError(KvqError):
     """An attention backend or thread setting cannot be had in this process."""
 
 
+class MemoryShortageError(KvqError, MemoryError):
+    """The machine, or a limit that was set for the process, has not the memory that a model needs."""
+
+
 class ServerError(KvqError):
     """`kvq serve` cannot start: the address is taken, or an option is out of its range."""
 

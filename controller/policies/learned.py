@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.compute.failures import refusal
 from kvq.runtime.errors import PolicyError
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.policy.base import FEATURE_NAMES, ScoredPolicy, TokenFeatures
@@ -43,19 +44,19 @@ class LearnedPolicy(ScoredPolicy):
                 raise PolicyError(f"controller {name!r} was trained for another model than this bundle; {remedy}")
             self.classes = np.asarray(entry["classes"], np.uint8)
             self._curve = tuple(np.asarray(entry["curve"][part], float) for part in ("bytes", "mu"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PolicyError(f"controller {name!r} is damaged in the manifest ({error!r:.60}); {remedy}") from None
         pairs = self.classes.ndim == 2 and self.classes.shape[1] == 2 and np.isin(self.classes, list(CODECS)).all()
         bytes_, mu = self._curve
         curve = bytes_.ndim == 1 and bytes_.shape == mu.shape and len(mu) and np.isfinite([bytes_, mu]).all()
         if not pairs or not curve or (np.diff(bytes_) <= 0).any():
             raise PolicyError(f"controller {name!r} is damaged in the manifest; {remedy}")
-        graph = bundle.controller_graph(entry["file"])
+        graph, options = bundle.controller_graph(entry["file"], len(self.classes)), session_options()
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            self._session = onnxruntime.InferenceSession(graph, session_options(), ["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
-            why = str(error).strip().splitlines()[0]
-            raise PolicyError(f"controller {name!r} cannot be loaded ({why}); {remedy}") from None
+            raise refusal(error, f"controller {name!r} cannot be loaded", remedy, PolicyError) from None
         self._inputs = [value.name for value in self._session.get_inputs()]
         outputs = [(value.name, value.shape[1:]) for value in self._session.get_outputs()]
         if not set(self._inputs) <= set(INPUTS) or outputs != [("scores", [len(self.classes)])]:
@@ -73,19 +74,18 @@ class LearnedPolicy(ScoredPolicy):
         zeros = TokenFeatures(
             one, scalar, scalar, scalar, scalar, one, np.zeros((1, hidden), np.float32), *np.zeros((2, *kv), np.float32)
         )
-        try:
-            self.score(zeros)
-        except Exception:
-            raise PolicyError(
-                f"controller {self.name!r} does not fit this model; train one with kvq train-controller"
-            ) from None
+        self.score(zeros)
 
     def score(self, features: TokenFeatures) -> np.ndarray:
         inputs = {name: features.get(name) for name in self._inputs}
         tokens = len(features.positions)
         if missing := -tokens % ROWS:
             inputs = {name: _padded(array, missing) for name, array in inputs.items()}
-        return self._session.run(None, inputs)[0][:tokens]
+        try:
+            return self._session.run(None, inputs)[0][:tokens]
+        except Exception as error:  # onnxruntime's errors share no base class
+            remedy = "train one with kvq train-controller"
+            raise refusal(error, f"controller {self.name!r} does not fit this model", remedy, PolicyError) from None
 
     def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._curve[0], self._curve[1]

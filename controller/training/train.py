@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from kvq.controller.training.network import Controller, features_of, inputs_of, write_onnx
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import Progress, Samples, collect
-from kvq.exporter.export import replaced_folder, write_text
+from kvq.exporter.folder import replaced_folder, write_text
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError

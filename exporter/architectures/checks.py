@@ -7,7 +7,8 @@ from typing import Any
 
 from kvq.exporter.architectures.description import Model
 from kvq.exporter.sources.base import Source, positive
-from kvq.runtime.bundle.manifest import MOST, MOST_FEATURES, Architecture
+from kvq.runtime.bundle import limits
+from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # What configurations leave out when it is the usual (transformers' LlamaConfig).
@@ -67,7 +68,7 @@ def shape_of(config: Mapping[str, Any], name: str, fields: Mapping[str, str] = F
         context=integer("context", CONTEXT),
     )
     for part, field in fields.items():  # a manifest of more would be refused by whoever reads it
-        value, most = getattr(shape, part), MOST.get(part, MOST_FEATURES)
+        value, most = getattr(shape, part), limits.SHAPE.get(part, limits.FEATURES)
         if value > most:
             raise UnsupportedArchitectureError(f"{name} has {field}={value}; kvq supports at most {most}")
     return shape

@@ -1,20 +1,24 @@
 """A model bundle on disk: the manifest, and the checks before anything in it is used.
 
 A bundle is a folder with ``kvq.json``, ONNX graphs, one file of weights they share, and a
-tokenizer. Loading trusts nothing: names, kinds of file, sizes and digests come first.
+tokenizer. Loading trusts nothing: names, kinds of file, sizes and digests come first, then the graphs.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvq.runtime.bundle import forms, limits
 from kvq.runtime.bundle.guard import check_graph
-from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest
-from kvq.runtime.errors import BundleError
-
-MANIFEST_MAX_BYTES = 1 << 20
+from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, text_of
+from kvq.runtime.bundle.onnx_file import GraphReader
+from kvq.runtime.bundle.regions import Regions
+from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
 
 
 def digest(path: Path) -> str:
@@ -39,25 +43,23 @@ class Bundle:
             BundleError: with the file and the remedy.
         """
         self.path = Path(path).absolute()
-        if not self.path.is_dir():
-            raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
         try:
+            if not self.path.is_dir():
+                raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
             text = self._manifest_text()
             self.manifest = Manifest.from_json(text)
             self.digest = hashlib.sha256(text.encode()).hexdigest()
             for name, entry in self.manifest.files.items():
                 self._check_file(name, entry)
-        except OSError as error:
-            raise BundleError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
+        except (OSError, MemoryError) as error:
+            raise unreadable(error, self.path) from None
 
     def _manifest_text(self) -> str:
         file = self.path / MANIFEST
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{self.path} holds no {MANIFEST}; point --model at a folder made by kvq export")
-        if file.stat().st_size > MANIFEST_MAX_BYTES:
-            raise BundleError(f"{MANIFEST} is larger than {MANIFEST_MAX_BYTES} bytes; export the bundle again")
         try:
-            return file.read_text(encoding="utf-8")
+            return text_of(file)
         except UnicodeDecodeError:
             raise BundleError(f"{MANIFEST} is not UTF-8; export the bundle again") from None
 
@@ -74,15 +76,77 @@ class Bundle:
         if digest(file) != entry["sha256"]:
             raise BundleError(f"{name} has another sha256 than the manifest says; copy or export the bundle again")
 
+    def check_graphs(self) -> None:
+        """Look into the graphs now, as the first `graph` would.
+
+        Raises:
+            BundleError, MemoryShortageError: as for `graph`.
+        """
+        self.graph(self.manifest.head)
+
     def graph(self, name: str) -> bytes:
-        """Bytes of an ONNX graph that holds only our own operators and data from `WEIGHTS`."""
-        return self._graph(name, {WEIGHTS})
+        """Bytes of an ONNX graph of the model, whose graphs have been understood, all of them.
 
-    def controller_graph(self, name: str) -> bytes:
-        """Bytes of a controller's graph, which holds all its data itself."""
-        return self._graph(name, set())
+        Raises:
+            BundleError: one of them is not what our exporter writes, or a file has changed or gone since.
+            MemoryShortageError: there is no memory to read them.
+        """
+        return self._graphs[name]
 
-    def _graph(self, name: str, external_files: set[str]) -> bytes:
-        data = (self.path / name).read_bytes()
-        check_graph(data, name, external_files)
+    def controller_graph(self, name: str, classes: int) -> bytes:
+        """Bytes of the graph of a controller of so many classes, which holds all its data itself.
+
+        Raises:
+            BundleError, MemoryShortageError: as for `graph`.
+        """
+        data = self._read(name, limits.CONTROLLER_BYTES)
+        check_graph(data, name, set(), forms.controller(self.manifest.architecture, classes))
         return data
+
+    @cached_property
+    def _graphs(self) -> dict[str, bytes]:
+        """Name -> bytes of the graphs of the model. They are kept: what was checked is what runs."""
+        manifest, shape = self.manifest, self.manifest.architecture
+        kinds = {name: forms.segment(shape, i) for i, name in enumerate(manifest.segments)}
+        kinds[manifest.decoder] = forms.decoder(shape)
+        kinds[manifest.head] = forms.head(shape)
+        kinds[manifest.uncertainty] = forms.uncertainty(shape)
+        found, reader = {}, GraphReader()
+        try:
+            regions = Regions((self.path / WEIGHTS).stat().st_size)
+            for name, form in kinds.items():
+                found[name] = self._read(name, limits.GRAPH_BYTES + limits.LAYER_BYTES * form.layers)
+                regions.add(name, check_graph(found[name], name, {WEIGHTS}, form, reader).constants)
+            regions.check_cover(self.path / WEIGHTS, shape)
+        except (OSError, MemoryError) as error:
+            raise unreadable(error, self.path) from None
+        return found
+
+    def _read(self, name: str, most: int) -> bytes:
+        """The content of a file of up to so many bytes, which is still what the manifest says."""
+        try:
+            with open(self.path / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > most:
+                    raise BundleError(f"{name} is larger than {most} bytes; export the bundle again")
+                data = file.read(size)
+        except (OSError, MemoryError) as error:
+            raise unreadable(error, self.path / name) from None
+        self._check_content(name, data)
+        return data
+
+    def _check_content(self, name: str, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name]["sha256"]:
+            raise BundleError(f"{name} has changed since the bundle was opened; copy or export the bundle again")
+
+
+def unreadable(error: BaseException, path: Path) -> KvqError:
+    """What to say of a file that the operating system, or Python, does not let us read."""
+    if isinstance(error, KvqError):
+        return error
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return MemoryShortageError(f"not enough memory to read {path}; free some, or take a smaller model")
+    named, why = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
+    if isinstance(error, FileNotFoundError):
+        return BundleError(f"{named} is gone; copy or export the bundle again")
+    return BundleError(f"{named} cannot be read ({why}); check its permissions, or export the bundle again")

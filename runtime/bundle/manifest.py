@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from kvq.runtime.bundle import limits
+from kvq.runtime.bundle.fields import (
+    SAFE_NAME,
+    SHA256,
+    file_names,
+    integer,
+    mapping,
+    named,
+    number,
+    parse,
+    scalars,
+    sequence,
+    text,
+)
 from kvq.runtime.errors import BundleError
 
 MANIFEST = "kvq.json"
@@ -26,17 +40,6 @@ TOKENIZER = "tokenizer.json"
 
 
 CHAT_TEMPLATE = "chat_template.jinja"
-
-
-# Far above any model of this kind: buffers are made after the manifest, before the graphs are compared with it.
-MOST_FEATURES = 1 << 17
-
-
-MOST = {"layers": 1024, "heads": 1024, "kv_heads": 1024, "head_dim": 1024, "vocab": 1 << 22, "context": 1 << 24}
-
-
-# One path component: no separators, no leading dot, so neither ".." nor an absolute path.
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,17 @@ class Manifest:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Manifest:
+    def of_file(file: Path) -> Manifest:
+        """`from_json` of a file.
+
+        Raises:
+            BundleError: as there, or it is too large.
+            OSError, UnicodeDecodeError: it cannot be read, or is no text.
+        """
+        return Manifest.from_json(text_of(file))
+
+    @staticmethod
+    def from_json(content: str) -> Manifest:
         """Parse kvq.json.
 
         Raises:
@@ -112,15 +125,15 @@ class Manifest:
         """
         remedy = "export the bundle again with kvq export"
         try:
-            data = json.loads(text)
+            data = parse(content)
             if data.get("format") != FORMAT:
                 raise BundleError(
                     f"{MANIFEST} is not of format {FORMAT!r}; point --model at a folder made by kvq export"
                 )
             if data["format_version"] != FORMAT_VERSION:
                 raise BundleError(
-                    f"bundle format version {data['format_version']!r} is not {FORMAT_VERSION}, the one this kvq reads;"
-                    f" {remedy}"
+                    f"bundle format version {data['format_version']!r:.40} is not {FORMAT_VERSION}, the one this kvq"
+                    f" reads; {remedy}"
                 )
             architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
             later = ("controllers", "special_tokens", "source")  # older bundles have none
@@ -135,33 +148,100 @@ class Manifest:
         except BundleError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{MANIFEST} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise BundleError(f"{MANIFEST} is damaged ({why}); {remedy}") from None
+
+
+def text_of(file: Path) -> str:
+    """The text of a manifest, which nobody has looked at yet.
+
+    Raises:
+        BundleError: it is too large.
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+    """
+    with open(file, "rb") as opened:
+        data = opened.read(limits.MANIFEST_BYTES + 1)
+    if len(data) > limits.MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST} is larger than {limits.MANIFEST_BYTES} bytes; export the bundle again")
+    return data.decode()
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raise ValueError for values that would only fail much later."""
-    shape = manifest.architecture
+    """Raise ValueError for a field of another type, or beyond its bounds."""
+    _check_shape(manifest.architecture)
+    shape, files = manifest.architecture, manifest.files
+    text(manifest.name, "name")
+    scalars(manifest.weights, "weights")
+    scalars(manifest.kv, "kv")
+    integer(manifest.decode_weight_nbytes, "decode_weight_nbytes", 0, limits.FILE_BYTES)
+    for end in sequence(manifest.eos_token_ids, "eos_token_ids", limits.END_IDS):
+        integer(end, f"eos_token_ids {manifest.eos_token_ids!r:.60}, one of which", 0, shape.vocab - 1)
+    if len(sequence(manifest.segments, "segments", limits.FILES)) != shape.layers + 1:
+        raise ValueError(f"{len(manifest.segments)} segments for {shape.layers} layers")
+    for name, entry in mapping(files, "files", limits.FILES).items():
+        _check_entry(name, entry)
+    _check_sizes({name: entry["nbytes"] for name, entry in files.items()}, shape)
+    for name, token in named(manifest.special_tokens, "special_tokens", limits.NAME).items():
+        text(token, f"special token {name}", limits.TEXT, printable=False)
+    source = dict(named(manifest.source, "source", 64))
+    scalars(source.pop("types", {}), "types of source", limits.FILES)
+    scalars(source, "source", printable=False)  # whoever shows a licence looks at what is in it
+    controllers = named(manifest.controllers, "controllers", limits.CONTROLLERS)
+    for name, entry in controllers.items():
+        _check_controller(name, entry)
+    graphs = (manifest.decoder, manifest.head, manifest.uncertainty)
+    file_names((*manifest.segments, *graphs, WEIGHTS), files)
+    for entry in controllers.values():
+        file_names([entry["file"]], files)  # a controller may have two names
+
+
+def _check_shape(shape: Architecture) -> None:
     for name, value in asdict(shape).items():
-        if not isinstance(value, int) or not 0 < value <= MOST.get(name, MOST_FEATURES):
-            raise ValueError(f"{name} is {value!r}")
+        integer(value, name, 1, limits.SHAPE.get(name, limits.FEATURES))
     if shape.heads % shape.kv_heads or shape.head_dim % 8:
         raise ValueError(f"heads {shape.heads}, kv_heads {shape.kv_heads}, head_dim {shape.head_dim}")
-    if len(manifest.segments) != shape.layers + 1:
-        raise ValueError(f"{len(manifest.segments)} segments for {shape.layers} layers")
-    if not all(isinstance(i, int) and 0 <= i < shape.vocab for i in manifest.eos_token_ids):
-        raise ValueError(f"eos_token_ids {manifest.eos_token_ids}")
-    if not isinstance(manifest.decode_weight_nbytes, int) or manifest.decode_weight_nbytes < 0:
-        raise ValueError(f"decode_weight_nbytes {manifest.decode_weight_nbytes!r}")
-    for name, entry in manifest.files.items():
-        if not SAFE_NAME.fullmatch(name):
-            raise ValueError(f"file name {name!r}")
-        if not isinstance(entry["nbytes"], int) or not isinstance(entry["sha256"], str):
-            raise ValueError(f"entry of {name}")
-    if not isinstance(manifest.source, dict):
-        raise ValueError(f"source {manifest.source!r:.60}")
-    if not all(isinstance(text, str) for item in manifest.special_tokens.items() for text in item):
-        raise ValueError(f"special_tokens {manifest.special_tokens}")
-    controllers = [entry["file"] for entry in manifest.controllers.values()]
-    for name in (*manifest.segments, manifest.decoder, manifest.head, manifest.uncertainty, WEIGHTS, *controllers):
-        if name not in manifest.files:
-            raise ValueError(f"{name} is not in the file list")
+    if (shape.heads + 2 * shape.kv_heads) * shape.head_dim > 2 * limits.FEATURES:
+        raise ValueError(f"heads {shape.heads}, head_dim {shape.head_dim}: too many features together")
+    if shape.layers * shape.kv_heads * shape.head_dim > limits.TOKEN_VALUES:
+        raise ValueError(f"layers {shape.layers}, kv_heads {shape.kv_heads}, head_dim {shape.head_dim}: too many")
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Name, size and digest of a file."""
+    if not SAFE_NAME.fullmatch(name) or name == MANIFEST:
+        raise ValueError(f"file name {name!r:.80}")
+    nbytes, sha256 = entry["nbytes"], entry["sha256"]
+    if type(nbytes) is not int or not 0 <= nbytes <= limits.FILE_BYTES:
+        raise ValueError(f"entry of {name}")
+    if type(sha256) is not str or not SHA256.fullmatch(sha256) or len(entry) > 2:
+        raise ValueError(f"entry of {name}")
+
+
+def _check_sizes(nbytes: dict[str, int], shape: Architecture) -> None:
+    """Before anything is read: a file with holes in it is as long as it likes, and takes as long to digest."""
+    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    parameters = 2 * shape.vocab * shape.hidden + shape.layers * shape.hidden * (heads + 3 * shape.ffn)
+    weights = nbytes.get(WEIGHTS, 0)
+    if weights > limits.WEIGHT_BYTES * parameters + limits.OTHER_BYTES:
+        raise ValueError(f"{WEIGHTS} has {weights} bytes, for a model of {parameters} parameters")
+    if (others := sum(nbytes.values()) - weights) > limits.OTHER_BYTES:
+        raise ValueError(f"files besides {WEIGHTS} have {others} bytes")
+
+
+def _check_controller(name: str, entry: Any) -> None:
+    """What stands in the manifest of a learned policy; whether it can be followed is for the policy to say."""
+    what = f"controller {name}"
+    named(entry, what, 32)
+    text(entry["file"], f"file of {what}")
+    for key in ("set", "objective", "model"):
+        text(entry.get(key, ""), f"{key} of {what}")
+    for value in sequence(entry.get("inputs", []), f"inputs of {what}", 16):
+        text(value, f"an input of {what}")
+    for pair in sequence(entry.get("classes", []), f"classes of {what}", limits.CLASSES):
+        for precision in sequence(pair, f"a class of {what}", 2):
+            integer(precision, f"a precision of {what}", 0, 255)
+    for value in sequence(entry.get("bytes", []), f"bytes of {what}", limits.CLASSES):
+        number(value, f"a size of {what}", limits.NUMBER)
+    for part, values in mapping(entry.get("curve", {}), f"curve of {what}", 2).items():
+        for value in sequence(values, f"{part} of {what}", limits.CURVE_POINTS):
+            number(value, f"{part} of {what}", limits.CURVE)

@@ -36,7 +36,7 @@ def is_checkpoint(path: Path) -> bool:
 def usable(folder: Path) -> bool:
     """A bundle of the version that this kvq reads; its files are checked when it is loaded."""
     try:
-        Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        Manifest.of_file(folder / MANIFEST)
     except (OSError, UnicodeDecodeError, BundleError):
         return False
     return True

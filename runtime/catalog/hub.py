@@ -65,12 +65,12 @@ def copy_bundle(source: Path, folder: Path, reference: str) -> None:
         if not (source / name).is_file():
             raise BundleError(f"{reference} lacks {name}, which its {MANIFEST} lists; it has to be uploaded again")
         shutil.copyfile(source / name, folder / name)
-    Bundle(folder)
+    Bundle(folder).check_graphs()
 
 
 def _listed(manifest: Path, reference: str) -> list[str]:
     try:
-        return list(Manifest.from_json(manifest.read_text(encoding="utf-8")).files)
+        return list(Manifest.of_file(manifest).files)
     except UnicodeDecodeError:
         raise BundleError(f"{MANIFEST} of {reference} is not UTF-8; it has to be exported again") from None
     except FileNotFoundError:

@@ -190,7 +190,7 @@ def _unknown(reference: str, damage: str) -> str:
 def described(path: Path) -> dict[str, Any]:
     """What `kvq list` tells of a bundle, from its manifest alone: JSON values; {"error"} for a damaged one."""
     try:
-        manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.of_file(path / MANIFEST)
     except (OSError, UnicodeDecodeError, BundleError) as error:
         return {"path": str(path), "error": str(error)}
     return {

@@ -122,6 +122,8 @@ def guarded(command: Callable[[], object]) -> None:
         from kvq.runtime.extras import install
 
         _exit(1, f"this command needs {package}: {install(EXTRA_OF[package])}")
+    except MemoryError:
+        _exit(1, "not enough memory; free some, take a smaller model, or store fewer bits a value with --kv-bits")
     except OSError as error:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
+from kvq.runtime.compute.failures import refusal
 from kvq.runtime.errors import BundleError
 
 
@@ -24,7 +25,8 @@ class Bound:
     """
 
     def __init__(self, named: NamedSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-        session = self._session = named.session
+        self._name, session = named
+        self._session = session
         self._arrays = (inputs, outputs)
         self._binding = session.io_binding()
         for bind, arrays, declared in (
@@ -36,8 +38,16 @@ class Bound:
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def run(self) -> None:
-        """Run the graph once, on what the inputs hold now; the outputs are overwritten."""
-        self._session.run_with_iobinding(self._binding)
+        """Run the graph once, on what the inputs hold now; the outputs are overwritten.
+
+        Raises:
+            BundleError: it does not run.
+            MemoryShortageError: there is no memory for it.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise refusal(error, f"{self._name} does not fit the session", "export the bundle again") from None
 
 
 def _check_fit(graph: str, arrays: dict[str, np.ndarray], declared: dict[str, list[int | str]]) -> None:

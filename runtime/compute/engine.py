@@ -15,7 +15,7 @@ import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.binding import NamedSession
-from kvq.runtime.errors import BundleError
+from kvq.runtime.compute.failures import refusal
 from kvq.runtime.machine import hugepages
 from kvq.runtime.machine.threads import configure, session_options
 
@@ -34,8 +34,7 @@ class Engine:
         self._lock = threading.Lock()
         self.huge_nbytes = 0  # of the loaded graphs' memory, on huge pages
         hugepages.wanted()  # refuses an unknown setting
-        for name in (*bundle.manifest.segments, bundle.manifest.decoder):
-            bundle.graph(name)  # refuses a foreign graph now, even one that no backend asks for later
+        # The first graph that is asked for has all of them checked, those too that no backend asks for later.
         self.head = self._session(bundle.manifest.head)
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
@@ -63,6 +62,8 @@ class Engine:
         options.enable_cpu_mem_arena = library is not None
         # Graphs are handed over as checked bytes, so the folder of their weights is stated here.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
+        # What was checked as ONNX is not to be guessed at again.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         graph = self._bundle.graph(name)
         try:
             if library is not None:
@@ -72,5 +73,4 @@ class Engine:
             self.huge_nbytes += done[0]
             return NamedSession(name, session)
         except Exception as error:  # onnxruntime's errors share no base class
-            why = str(error).strip().splitlines()[0]
-            raise BundleError(f"{name} cannot be loaded ({why}); export the bundle again") from None
+            raise refusal(error, f"{name} cannot be loaded", "export the bundle again") from None

@@ -88,7 +88,10 @@ def zeros(shape: tuple[int, ...], dtype: type[np.generic] = np.uint8) -> np.ndar
         return np.zeros(shape, dtype)
     with _lock:
         if _slab is None or _slab.used + nbytes > SLAB:
-            _slab = _Slab()
+            try:
+                _slab = _Slab()
+            except OSError:  # no room for a whole slab: there may be for this one, and else it is a MemoryError
+                return np.zeros(shape, dtype)
         mapping, begin = _slab.mapping, _slab.used
         _slab.used += -(-nbytes // ALIGNMENT) * ALIGNMENT
     cut = np.frombuffer(mapping, np.uint8, nbytes, begin)

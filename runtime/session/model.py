@@ -15,8 +15,9 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.head import Head
-from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
+from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.table import Geometry
@@ -50,11 +51,18 @@ class Model:
         self.optional_tokenizer = _tokenizer(bundle)
 
     def _check(self) -> None:
-        """Load the layers in the form sessions will use, and run them once: what does not fit is refused now."""
+        """Load the layers in the form sessions will use, and run them and the head once: what does not fit is refused
+        now.
+        """
         shape = self.architecture
-        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
-        Head(self.engine, 1)
-        make_backend().forward_pass(self.engine, 1).forward(np.zeros(1, np.int64), store)
+        try:
+            store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+            layers, head = make_backend().forward_pass(self.engine, 1), Head(self.engine, 1)
+            layers.forward(np.zeros(1, np.int64), store)
+            head.logits(layers.residual)
+            head.uncertainty(1)
+        except MemoryError as error:
+            raise refusal(error, f"{self.path.name} cannot be run", "export the bundle again") from None
 
     def tell(self, note: str) -> None:
         """Give a line to `notice`, unless it had it before."""
@@ -185,7 +193,7 @@ def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_file(str(bundle.path / TOKENIZER))
     except Exception as error:  # the Rust library raises plain Exception
-        raise BundleError(f"{TOKENIZER} cannot be read ({error}); export the bundle again") from None
+        raise refusal(error, f"{TOKENIZER} cannot be read", "export the bundle again") from None
     # Left behind by training: either would change a prompt without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()

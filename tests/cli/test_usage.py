@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvq.runtime.cli.main import guarded
+from kvq.runtime.errors import MemoryShortageError
 from tests.tools.command_line import GENERATED, assert_one_line_error, kvq, run
 
 
@@ -70,3 +72,16 @@ def test_a_folder_that_is_missing_is_told_before_a_text_is_read(tiny_bundle, tmp
     done = kvq("prefill", str(tmp_path / "text.txt"), "-o", str(out), "-m", str(tiny_bundle))
     assert_one_line_error(done, f"there is no folder {out.parent}", code=2, who="Error")
     assert_one_line_error(kvq("run", *GENERATED, "--session", str(out), "x"), f"there is no folder {out.parent}")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryShortageError("head.onnx: not enough memory; free some")])
+def test_too_little_memory_is_one_line(error, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        guarded(fail)
+    assert caught.value.code == 1
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "not enough memory" in told

@@ -105,3 +105,14 @@ def test_an_unknown_setting_is_refused(tiny_model, monkeypatch):
     with pytest.raises(BackendError, match="KVQ_HUGE_PAGES=yes is not known; use auto or off"):
         kvq.load(tiny_model.path)
     assert_one_line_error(run(tiny_model.path, "-n", "1", "x", env={"KVQ_HUGE_PAGES": "yes"}), "KVQ_HUGE_PAGES", code=2)
+
+
+def test_where_no_slab_can_be_had_memory_is_asked_for_as_numpy_does(monkeypatch):
+    def none() -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(hugepages, "_slab", None)
+    monkeypatch.setattr(hugepages, "_Slab", none)
+    array = hugepages.zeros((LEAST_CUT,))
+    assert not array.any()
+    array[:] = 1  # and it is our own

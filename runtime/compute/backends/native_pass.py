@@ -12,7 +12,7 @@ from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
 from kvq.runtime.compute.passes import ForwardPass
-from kvq.runtime.errors import BundleError
+from kvq.runtime.errors import KvqError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.library import FILE, Pass, check, error_of, load
 from kvq.runtime.native.stepwise import StepwiseTable
@@ -55,9 +55,7 @@ class NativePass(ForwardPass):
             *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
         )
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
-        decoder = engine.decoder(FILE)
-        self._name = decoder.name
-        self._graph = Bound(decoder, inputs, outputs)
+        self._graph = Bound(engine.decoder(FILE), inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
         table = self._table
@@ -74,12 +72,11 @@ class NativePass(ForwardPass):
         check(self._library.kvq_set_pass(self._pass))
         try:
             self._graph.run()
-        except Exception as error:  # onnxruntime's errors share no base class; the operator's come through it
+        except KvqError:  # the operator's errors come through onnxruntime, as others
             refused = self._library.kvq_set_pass(None)
             if refused:
                 raise error_of(refused) from None
-            why = str(error).strip().splitlines()[0]
-            raise BundleError(f"{self._name} does not fit the session ({why}); export the bundle again") from None
+            raise
         finally:
             self._library.kvq_set_pass(None)
 
