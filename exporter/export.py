@@ -86,15 +86,13 @@ def export(
     Args:
         checkpoint: a Hugging Face folder, a .gguf file, a hub id, or a loaded checkpoint.
         out: the bundle's folder; must not exist unless `overwrite`.
-        weights: "auto": what the checkpoint holds in blocks that are multiplied as they are stays as it is, the rest
-            takes 8 bits. "int8" and "int4": of that many bits. "fp32": all decoded. A number from 4 to 8: so many bits
-            on average, 4 where that does least damage by measurement, see `kvq.exporter.damage`, else 8.
+        weights: "auto": 4-bit blocks of the checkpoint stay as they are, the rest takes 8 bits. "int8", "int4", "fp32".
+            A number from 4 to 8: bits on average, 4 where that does least damage, see `kvq.exporter.damage`, else 8.
         activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `GraphOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
         center: subtract each head's mean key, calibrated on a text.
-        keys: "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`; or "plain". None is balanced
-            where keys are centred.
+        keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
         calibration: that text; None takes a built-in one.
