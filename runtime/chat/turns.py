@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any
@@ -46,16 +49,33 @@ class Document:
     pending: list[int] = field(default_factory=list)
 
 
-def to_metadata(messages: list[dict[str, str]], turns: list[Turn], document: Document | None) -> dict[str, Any]:
-    """JSON values that `from_metadata` reads."""
+def to_metadata(
+    messages: list[dict[str, str]], turns: list[Turn], document: Document | None, identity: str
+) -> dict[str, Any]:
+    """JSON values that `from_metadata` reads; identity: of what the conversation is written with, see `identity_of`."""
     rows: list[list[Any]] = []
     for turn in turns:
         ahead = [turn.document, turn.read] if turn.document else []
         rows.append([turn.start, turn.pending, turn.prompt, *ahead])
-    kept: dict[str, Any] = {"messages": messages, "turns": rows}
+    kept: dict[str, Any] = {"messages": messages, "turns": rows, "written_with": identity}
     if document is not None:
         kept["document"] = dict(vars(document))
     return kept
+
+
+def identity_of(template: str, special_tokens: Mapping[str, str], eos_token_ids: Sequence[int]) -> str:
+    """sha256 of what turns a conversation into tokens beside the tokenizer, and ends its replies."""
+    parts = [template, sorted(special_tokens.items()), sorted(eos_token_ids)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_identity(data: Any, identity: str) -> None:
+    """Raise PromptError for a conversation that was written with something else; files of before do not say."""
+    if isinstance(data, Mapping) and data.get("written_with", identity) != identity:
+        raise PromptError(
+            "the session's conversation was written with another chat template, or other special tokens or end ids, than"
+            " the bundle has now; load it with the bundle it was made with, or begin a new one"
+        )
 
 
 def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], list[Turn], Document | None]:
