@@ -96,8 +96,10 @@ def stream(
         ContextError: the prompt does not fit.
         SamplingError: an option is out of range.
     """
-    if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 1):
-        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r}")
+    if max_tokens is not None and (
+        not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1
+    ):
+        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
     if not isinstance(stop, str | Iterable):
         raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
     stop = [stop] if isinstance(stop, str) else list(stop)
@@ -171,7 +173,7 @@ def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequenc
 def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:
     eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
     vocab = session.model.architecture.vocab
-    if not all(isinstance(token, int | np.integer) for token in stop_tokens):
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in stop_tokens):
         raise SamplingError(f"stop_tokens must be token ids, got {list(stop_tokens)!r}; give strings as stop")
     if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
         raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")

@@ -216,7 +216,10 @@ def _check_types(header: SessionHeader) -> None:
         raise ValueError(f"tokenizer_digest is {header.tokenizer_digest!r}")
     if type(header.logits) is not bool or type(header.metadata) is not dict:
         raise ValueError("logits or metadata is of another type")
-    if type(header.policy_options) not in (dict, type(None)) or "bundle" in (header.policy_options or {}):
+    if (
+        type(header.policy_options) not in (dict, type(None))
+        or {"policy", "bundle"} & (header.policy_options or {}).keys()
+    ):
         raise ValueError("policy_options is not a dictionary of options")
     if header.prefill not in PREFILLS:
         raise ValueError(f"prefill is {header.prefill!r}")

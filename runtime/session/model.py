@@ -16,7 +16,7 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
-from kvq.runtime.errors import BundleError, ChatTemplateError, PromptError, TokenizerError
+from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.table import Geometry
@@ -64,12 +64,14 @@ class Model:
             self._told.add(note)
             self.notice(note)
 
-    def policy(self, policy: str | Policy, **options: Any) -> Policy:
+    def policy(self, policy: str | Policy, /, **options: Any) -> Policy:
         """The policy of that name for this model, with its own options; a `Policy` is returned as it is.
 
         Raises:
             PolicyError: unknown name, an option the policy does not take, or a bundle that lacks what it needs.
         """
+        if reserved := sorted({"policy", "bundle"} & options.keys()):
+            raise PolicyError(f"a policy takes no option {reserved[0]}; leave it out")
         return self._make_policy(policy, self.bundle, **options)
 
     @property
