@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any
 
 from kvq.runtime.errors import PromptError
+from kvq.runtime.session.header import MOST_TOKENS
 
 # Where `Session.metadata`, and so a saved session, holds the conversation.
 KEY = "chat"
@@ -52,7 +52,7 @@ class Document:
 def to_metadata(
     messages: list[dict[str, str]], turns: list[Turn], document: Document | None, identity: str
 ) -> dict[str, Any]:
-    """JSON values that `from_metadata` reads; identity: of what the conversation is written with, see `identity_of`."""
+    """JSON values that `from_metadata` reads; identity: as `identity_of` says it."""
     rows: list[list[Any]] = []
     for turn in turns:
         ahead = [turn.document, turn.read] if turn.document else []
@@ -81,9 +81,9 @@ def check_identity(data: Any, identity: str) -> None:
 def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], list[Turn], Document | None]:
     """Messages, turns and open document from a session's metadata, which may come from anybody's file."""
     try:
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+        messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in data["messages"]]
         turns = [
-            Turn(None if start is None else index(start), [index(token) for token in pending], *map(index, places))
+            Turn(None if start is None else _place(start), [_place(token) for token in pending], *map(_place, places))
             for start, pending, *places in data["turns"]
         ]
         roles = [message["role"] for message in messages]
@@ -92,7 +92,7 @@ def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, st
         document = None
         if "document" in data:
             kept = data["document"]
-            document = Document(str(kept["text"]), index(kept["start"]), [index(token) for token in kept["pending"]])
+            document = Document(_text(kept["text"]), _place(kept["start"]), [_place(id) for id in kept["pending"]])
             if not document.text.strip():
                 raise ValueError("an empty document")
         _check_places(
@@ -103,9 +103,24 @@ def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, st
             raise ValueError("ids outside the vocabulary")
     except (KeyError, TypeError, ValueError) as error:
         raise PromptError(
-            f"the session's conversation is damaged ({type(error).__name__}: {error}); begin a new one"
+            f"the session's conversation is damaged ({type(error).__name__}: {error!s:.100}); begin a new one"
         ) from None
     return messages, turns, document
+
+
+def _place(value: Any) -> int:
+    """A place in the session, or an id, as the file has it."""
+    if type(value) is not int or not 0 <= value < MOST_TOKENS:
+        raise ValueError(f"a place or an id is {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    """A text that UTF-8 can encode, as the file has it."""
+    if type(value) is not str:
+        raise ValueError(f"a text is {value!r:.40}")
+    value.encode()
+    return value
 
 
 def _check_places(turns: list[Turn], document: Document | None, lengths: list[int], tokens: int) -> None:

@@ -225,8 +225,8 @@ def _empty_session(
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         # Options are a policy's own: what one does not look at before it computes is no option of its kind.
         raise SessionError(
-            f"the policy of {path} cannot be made of its options ({type(error).__name__}: {' '.join(str(error).split()):.80});"
-            " pass another policy to load it with"
+            f"the policy of {path} cannot be made of its options ({type(error).__name__}:"
+            f" {' '.join(str(error).split()):.80}); pass another policy to load it with"
         ) from None
 
 

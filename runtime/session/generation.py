@@ -181,7 +181,7 @@ def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) ->
 
 
 def _stops_that_are_tokens(session: Session, stop: Sequence[str]) -> frozenset[int]:
-    """Ids of the stop strings that are added tokens: as special ones they give no text that a string could be found in."""
+    """Ids of the stop strings that are added tokens: special ones give no text that a string could be found in."""
     tokenizer = session.model.optional_tokenizer
     if not stop or tokenizer is None:
         return frozenset()

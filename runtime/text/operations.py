@@ -30,11 +30,12 @@ TEXT = {
     "lower": 3, "round": 1, "safe": 1, "string": 1, "title": 12, "trim": 1, "truncate": 1, "upper": 3, "urlencode": 12,
     "wordcount": 12,
 }  # fmt: skip
-LOOKING = ("!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in", "le",
-           "lessthan", "lower", "lt", "ne", "odd", "upper")  # fmt: skip
+LOOKING = ("!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in",
+           "le", "lessthan", "lower", "lt", "ne", "odd", "upper")  # fmt: skip
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "gteq": operator.ge, "lt": operator.lt,
-    "lteq": operator.le, "in": lambda value, values: value in values, "notin": lambda value, values: value not in values,
+    "lteq": operator.le, "in": lambda value, values: value in values,
+    "notin": lambda value, values: value not in values,
 }  # fmt: skip
 # Methods of text by what they take.
 LOOKS = {

@@ -41,8 +41,8 @@ def guarded(call: Callable[[], T], what: str) -> T:
     except BaseException as error:  # a panic is not an Exception
         lines = str(error).strip().splitlines()
         raise TokenizerError(
-            f"the tokenizer fails {what} ({lines[0] if lines else type(error).__name__:.120}); export the checkpoint with"
-            " another"
+            f"the tokenizer fails {what} ({lines[0] if lines else type(error).__name__:.120}); export the checkpoint"
+            " with another"
         ) from None
 
 
@@ -172,7 +172,9 @@ def _wrong_model(model: dict[str, Any], added: set[Any]) -> str:
     if not isinstance(vocab, dict):
         return f"is a {kind} model without a vocabulary"
     if kind != "BPE" and model.get("unk_token") not in vocab:
-        return f"is a {kind} model without its unknown token {model.get('unk_token')!r:.40}, which cannot encode every text"
+        return (
+            f"is a {kind} model without its unknown token {model.get('unk_token')!r:.40}: it cannot encode every text"
+        )
     if kind == "BPE" and model.get("dropout"):
         return "draws its ids (dropout)"
     return ""

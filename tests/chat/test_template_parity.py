@@ -94,12 +94,15 @@ def test_what_published_templates_use_renders_as_in_transformers(compiled_pairs,
     if called:
         messages = [*messages, *([USER] if messages[-1]["role"] != "user" else []), CALL, RESULT]
     names = {"bos_token": "<s>", "eos_token": "</s>", "tools": TOOLS if tools else None}
+    refusal = ""
     try:
         expected = theirs.render(messages=messages, documents=None, add_generation_prompt=prompt, **names)
     except jinja2.TemplateError as error:
+        refusal = " ".join(str(error).split())
+    if refusal:
         with pytest.raises(kvq.ChatTemplateError, match="refuses this conversation") as caught:
             ours(messages, prompt, names)
-        assert " ".join(str(error).split()) in str(caught.value)
+        assert refusal in str(caught.value)
     else:
         assert ours(messages, prompt, names) == expected
 

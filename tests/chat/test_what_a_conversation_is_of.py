@@ -1,4 +1,4 @@
-"""What a conversation is written with: templates that leave out reasoning, stop strings that are tokens, other files."""
+"""What a conversation is written with: templates that leave out reasoning, stop strings that are tokens, files."""
 
 from __future__ import annotations
 

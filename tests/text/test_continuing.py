@@ -37,7 +37,8 @@ def spaced(kind: str) -> Tokenizer:
             {"id": vocab[mark], "content": mark, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": mark != "<|user|>"} for mark in MARKS
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]} if legacy else None,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+            if legacy else None,
         "pre_tokenizer": None if legacy else
             {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
         "decoder": {"type": "Sequence", "decoders": [
