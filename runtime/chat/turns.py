@@ -73,8 +73,8 @@ def check_identity(data: Any, identity: str) -> None:
     """Raise PromptError for a conversation that was written with something else; files of before do not say."""
     if isinstance(data, Mapping) and data.get("written_with", identity) != identity:
         raise PromptError(
-            "the session's conversation was written with another chat template, or other special tokens or end ids, than"
-            " the bundle has now; load it with the bundle it was made with, or begin a new one"
+            "the session's conversation was written with another chat template, or other special tokens or end ids,"
+            " than the bundle has now; load it with the bundle it was made with, or begin a new one"
         )
 
 

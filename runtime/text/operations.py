@@ -11,15 +11,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from jinja2 import filters as jinja_filters
 from jinja2 import pass_context
+from jinja2 import tests as jinja_tests
 from jinja2.exceptions import SecurityError
-from jinja2.filters import FILTERS
 from jinja2.runtime import Context, Undefined
-from jinja2.tests import TESTS
 from markupsafe import Markup
 
 from kvq.runtime.text.allowance import CHARACTERS_OF_AN_OBJECT, Allowance
 
+FILTERS: dict[str, Callable[..., Any]] = {**jinja_filters.FILTERS}
+TESTS: dict[str, Callable[..., Any]] = {**jinja_tests.TESTS}
 # Filters by what they take: nothing that grows; a look at the list; a look at everything in it, text made of it.
 FREE = ("attr", "count", "d", "default", "first", "last", "length", "random")
 SHALLOW = ("items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr")

@@ -82,7 +82,7 @@ def cost(parts: list[nodes.Node]) -> tuple[int, int]:
     return count, text
 
 
-def _filter(value: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+def _filter(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
 
 

@@ -27,7 +27,7 @@ def saved(model, path, change=None, pending=False):
 
 
 def refused(model, path, *words, most=MOST_NBYTES):
-    """Load a bad file: a one-line SessionError with the words, and no more memory than the file is worth, `most` bytes."""
+    """Load a bad file: a one-line SessionError with the words, and no more memory than it is worth, `most` bytes."""
     tracemalloc.start()
     try:
         with pytest.raises(SessionError) as caught:
