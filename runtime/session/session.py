@@ -72,8 +72,10 @@ class Session:
         if prefill not in PREFILLS:
             raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
-            if not _is_integer(value) or not least <= value <= MOST_TOKENS:
-                raise PolicyError(f"{name} must be an integer of at least {least} and at most 2^31, got {value!r:.60}")
+            if not _is_integer(value) or value < least:
+                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
+            if value > MOST_TOKENS:
+                raise PolicyError(f"{name} must be at most {MOST_TOKENS}, got {value!r:.60}")
         shape = model.architecture
         self.model = model
         self.metadata: dict[str, Any] = {}

@@ -20,8 +20,8 @@ from markupsafe import Markup
 
 from kvq.runtime.text.allowance import CHARACTERS_OF_AN_OBJECT, Allowance
 
-FILTERS: dict[str, Callable[..., Any]] = {**jinja_filters.FILTERS}
-TESTS: dict[str, Callable[..., Any]] = {**jinja_tests.TESTS}
+FILTERS: dict[str, Any] = {**jinja_filters.FILTERS}
+TESTS: dict[str, Any] = {**jinja_tests.TESTS}
 # Filters by what they take: nothing that grows; a look at the list; a look at everything in it, text made of it.
 FREE = ("attr", "count", "d", "default", "first", "last", "length", "random")
 SHALLOW = ("items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr")
@@ -76,9 +76,9 @@ class Operations:
     def __init__(self, allowance: Allowance) -> None:
         self.allowance = allowance
 
-    def filters(self) -> dict[str, Callable[..., Any]]:
+    def filters(self) -> dict[str, Any]:
         """By name: what a template may use, and what `rewriting` puts into it."""
-        found = {name: self._free(FILTERS[name]) for name in FREE}
+        found: dict[str, Any] = {name: self._free(FILTERS[name]) for name in FREE}
         found |= {name: self._shallow(FILTERS[name]) for name in SHALLOW}
         found |= {name: self._deep(FILTERS[name]) for name in DEEP}
         found |= {name: self._text(FILTERS[name], most) for name, most in TEXT.items()}
@@ -89,7 +89,7 @@ class Operations:
         }  # fmt: skip
         return found | {name: _of_context(function) for name, function in own.items()}
 
-    def tests(self) -> dict[str, Callable[..., Any]]:
+    def tests(self) -> dict[str, Any]:
         """By name."""
         return {name: self._looking(test) if name in LOOKING else test for name, test in TESTS.items()}
 

@@ -39,8 +39,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.allowance = Allowance()
         self.operations = Operations(self.allowance)
-        self.filters: dict[str, Callable[..., Any]] = self.operations.filters()
-        self.tests: dict[str, Callable[..., Any]] = self.operations.tests()
+        self.filters = self.operations.filters()
+        self.tests = self.operations.tests()
         self.globals = {
             "range": self.counted_range, "dict": self.made_dict, "namespace": self.made_namespace, "cycler": Cycler,
             "joiner": Joiner, "raise_exception": self.refuse, "strftime_now": self.strftime_now,
