@@ -76,7 +76,7 @@ def _make_special(
     special += [token for token in others if isinstance(token, str)] if isinstance(others, list) else []
     entries += [{"content": token, "special": True} for token in special]
     added = document.setdefault("added_tokens", [])
-    known = {token["content"] for token in added}
+    known, before = {token["content"] for token in added}, len(added)
     for entry in entries:
         content = entry.get("content")
         if isinstance(content, str) and content in vocab and content not in known:
@@ -84,7 +84,8 @@ def _make_special(
             made = added_token(vocab[content], content, special=entry.get("special") is True)
             made |= {key: entry[key] for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry}
             added.append(made)
-    added.sort(key=lambda token: token["id"])
+    if len(added) > before:
+        added.sort(key=lambda token: token["id"])
 
 
 def _set_prefix_space(document: dict[str, Any], settings: Mapping[str, Any]) -> None:

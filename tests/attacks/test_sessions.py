@@ -22,11 +22,19 @@ import kvq
 from kvq.runtime.chat.conversation import KEY, Conversation
 from kvq.runtime.errors import SessionError
 from kvq.runtime.session.header import HEADER_MAX_BYTES
-from tests.tools.bad_sessions import MOST_NBYTES, refused
+from tests.tools.bad_sessions import MOST_NBYTES, refused, saved
 from tests.tools.session_files import START, contents, sealed, split
 from tests.tools.tree import ROOT
 
 MOST_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def good(tiny_model, tmp_path_factory):
+    """Path of a session file with every precision, a window and logits."""
+    path = tmp_path_factory.mktemp("attacked") / "good.kvq"
+    saved(tiny_model, path)
+    return path
 
 
 def resealed(**changes):
@@ -211,6 +219,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_writer_that_is_ended_leaves_a_whole_file(by, tmp_path, embedded):
     """At any moment of a save: the name holds a whole session, and the next save goes through."""

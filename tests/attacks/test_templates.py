@@ -183,6 +183,7 @@ def test_a_template_without_end_is_stopped_by_name_at_once(name):
     assert taken < MOST_S
 
 
+@pytest.mark.slow
 def test_templates_without_end_take_no_memory():
     """All of them in one process, as the system counts its memory."""
     command = "from tests.attacks.test_templates import peak; print(peak())"

@@ -164,7 +164,9 @@ def test_logprobs_hold_no_token_beyond_a_stop_string(client, stream):
         offsets = [0]
         for token in whole.logprobs.tokens:
             offsets.append(offsets[-1] + len(token))
-        stop = whole.text[offsets[first] + 1 : offsets[first + length]] or whole.text[offsets[first] : offsets[first + 1]]
+        stop = (
+            whole.text[offsets[first] + 1 : offsets[first + length]] or whole.text[offsets[first] : offsets[first + 1]]
+        )
         shown = whole.text.partition(stop)[0]
         if stream:
             chunks = [c.choices[0] for c in client.completions.create(**options, stop=stop, stream=True) if c.choices]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from kvq.runtime.server.connections import HEAD_S, most_connections
 from kvq.runtime.server.leftovers import LOCK, PREFIX, OwnFolder, remove_leftovers
@@ -53,6 +54,7 @@ WAITING = {
 }
 
 
+@pytest.mark.slow
 def test_a_connection_that_asks_for_nothing_is_cut(server):
     def waits(start: bytes, drip: bytes) -> float:
         with connected(server) as connection:
@@ -91,6 +93,7 @@ def few_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
 
 
+@pytest.mark.slow
 def test_with_few_file_descriptors_the_server_keeps_answering(monkeypatch):
     """Those of one process: `most_connections` leaves some to everything else."""
     start = subprocess.Popen
