@@ -10,7 +10,8 @@ import kvq
 from kvq.composition import open_bundle
 from kvq.runtime.chat.conversation import KEY, Conversation
 from kvq.runtime.text.template import ChatTemplate
-from tests.tools.chats import CHATML, GREEDY, cached, counted, said, special_of, spelled
+from tests.text.test_continuing import TOKENIZERS
+from tests.tools.chats import CHATML, GREEDY, cached, chat_bundle, counted, said, special_of, spelled
 
 # Leaves out of earlier replies everything up to their last "e", as others leave out what stands before </think>.
 DROPPING = CHATML.replace(
@@ -103,3 +104,39 @@ def test_a_lone_surrogate_is_a_prompt_error(every, name, text):
     assert (conversation.messages, conversation.session.tokens) == ([], [])
     with pytest.raises(kvq.PromptError):
         Conversation(every[name].session(), text).reply("Hello")
+
+
+@pytest.fixture(scope="module", params=["legacy", "first"])
+def spaced_model(request, tiny_checkpoint, tmp_path_factory):
+    """A model whose tokenizer puts a space before a text."""
+    folder = tmp_path_factory.mktemp("spaced")
+    return open_bundle(chat_bundle(tiny_checkpoint, TOKENIZERS[request.param], "chatml", folder / request.param))
+
+
+def test_later_turns_have_the_ids_of_the_whole_conversation(spaced_model):
+    """No space comes in between, whether the reply ended by itself, was cut, or quotes a mark."""
+    template, tokenizer = spaced_model.chat_template, spaced_model.tokenizer
+    begin = tokenizer.token_to_id("<|im_start|>")
+    conversation = Conversation(spaced_model.session(), "the capital")
+    for question, options in (("of a", {}), (" is", {"max_tokens": 3}), ("<|im_end|> the", {"stop": ["e", "a"]})):
+        said(conversation.reply(question, **GREEDY | options))
+        held = [*conversation.session.tokens, *conversation.session.pending]
+        whole = template.encode([*conversation.messages[:-1]])
+        marks = [[at for at, token in enumerate(ids) if token == begin] for ids in (held, whole)]
+        assert len(marks[0]) == len(marks[1])
+        ours, theirs = (ids[places[-2] : places[-1]] for ids, places in zip((held, whole), marks, strict=True))
+        assert ours == theirs  # the question; what was said has ids of its own
+
+
+def test_a_reply_behind_text_keeps_its_first_space(spaced_model):
+    session = spaced_model.session()
+    tokenizer = spaced_model.tokenizer
+    session.append(tokenizer.encode("the capital of").ids)
+    word = tokenizer.token_to_id("▁Lon")
+    session.last_logits[:] = -10.0
+    session.last_logits[word] = 10.0
+    (response,) = session.generate(None, max_tokens=1, temperature=0)
+    assert response.text == " Lon"
+    first = next(session.generate(" is", max_tokens=1, temperature=0))
+    assert first.index == 0
+    assert tokenizer.decode(session.tokens) == "the capital of Lon is"
