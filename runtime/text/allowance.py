@@ -12,10 +12,10 @@ from jinja2.runtime import Undefined
 # A step is an expression of a template: 0.1 microseconds. Published templates take some hundred for a message.
 MOST_STEPS = 1_500_000
 STEPS_OF_A_MESSAGE = 5_000
-# A character is one made, eight read, or a quarter of a reference: at most eight bytes.
+# A character is one made, eight read, or a reference: at most eight bytes.
 MOST_CHARACTERS = 1 << 22  # and some times what the messages hold
 CHARACTERS_OF_A_CHARACTER = 32  # a template with reasoning splits, strips and joins a reply a dozen times
-CHARACTERS_OF_AN_ITEM = 4  # of a list, whose items are there already
+CHARACTERS_OF_AN_ITEM = 1  # of a list, whose items are there already
 CHARACTERS_OF_AN_OBJECT = 16  # one that is made anew
 MOST_DEPTH = 64
 MOST_BITS = 1100  # of integers: as many as floats reach

@@ -18,7 +18,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, Undefined
 from markupsafe import Markup
 
-from kvq.runtime.text.allowance import CHARACTERS_OF_AN_OBJECT, Allowance
+from kvq.runtime.text.allowance import CHARACTERS_OF_AN_ITEM, CHARACTERS_OF_AN_OBJECT, MOST_BITS, Allowance
 
 FILTERS: dict[str, Any] = {**jinja_filters.FILTERS}
 TESTS: dict[str, Any] = {**jinja_tests.TESTS}
@@ -57,6 +57,7 @@ METHODS: dict[type, set[str]] = {
     float: {"is_integer"},
     int: {"bit_length", "is_integer"},
 }
+STEPS_OF_A_FILTER = 15  # jinja2's own work, whatever it is given
 MOST_INDENT = 16
 MOST_PLACES = 100
 
@@ -96,7 +97,11 @@ class Operations:
     # -- filters and tests of jinja2 --------------------------------------------------------------
 
     def _free(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _of_context(function, named=True)
+        def counted(context: Context, *given: Any, **named: Any) -> Any:
+            self.allowance.step(STEPS_OF_A_FILTER)
+            return _called(function, context, *given, **named)
+
+        return pass_context(counted)
 
     def _shallow(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(context: Context, value: Any, *given: Any, **named: Any) -> Any:
@@ -120,6 +125,7 @@ class Operations:
             places = [part for part in (*given, *named.values()) if isinstance(part, int)]
             if function is FILTERS["round"] and any(abs(part) > MOST_PLACES for part in places):
                 raise SecurityError("it rounds to more places than a number has")
+            self.allowance.step(STEPS_OF_A_FILTER)
             weight = self.allowance.weigh(value, *given, *named.values())
             self.allowance.make(most * (weight.characters + 4 * weight.items))
             result = _called(function, context, value, *given, **named)
@@ -130,6 +136,7 @@ class Operations:
 
     def _looking(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(context: Context, *values: Any) -> Any:
+            self.allowance.step(STEPS_OF_A_FILTER)
             self.allowance.weigh(*values)
             return _called(function, context, *values)
 
@@ -168,6 +175,7 @@ class Operations:
         """`left op right`, or a chain of them: pairs are op, right, op, right."""
         result: Any = True
         for name, right in zip(pairs[::2], pairs[1::2], strict=True):
+            self.allowance.step(5)
             if isinstance(left, str) and isinstance(right, str):
                 self.allowance.read(len(left) + len(right))
             elif name in ("in", "notin") and isinstance(right, dict):
@@ -284,15 +292,18 @@ class Operations:
         for value in (left, right):
             if isinstance(value, int):
                 self.allowance.integer(value)
-        if sign == "**" and not all(isinstance(value, int | float) and abs(value) < 1000 for value in (left, right)):
-            raise SecurityError("it computes a power of large numbers")
+        if sign == "**":
+            if not all(isinstance(value, int | float) and abs(value) < 1000 for value in (left, right)):
+                raise SecurityError("it computes a power of large numbers")
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MOST_BITS:
+                raise SecurityError(f"it computes with integers of more than {MOST_BITS} bits")
         sizes = [len(value) if isinstance(value, str | list | tuple) else None for value in (left, right)]
         if sign == "*" and sizes != [None, None]:
             once, times = (sizes[0], right) if sizes[0] is not None else (sizes[1], left)
             made = (once or 0) * max(0, times) if isinstance(times, int) else 0
             self.allowance.make(8 * made)
         elif sign == "+" and None not in sizes:
-            many = 1 if isinstance(left, str) else 4
+            many = 1 if isinstance(left, str) else CHARACTERS_OF_AN_ITEM
             escaped = 6 if isinstance(left, Markup) or isinstance(right, Markup) else 1
             self.allowance.make(many * escaped * sum(size or 0 for size in sizes))
         elif sign == "%" and isinstance(left, str):
@@ -302,11 +313,11 @@ class Operations:
             self.allowance.make(len(left) + left.count("%") * (1000 + 6 * (weight.characters + weight.items)))
 
 
-def _of_context(function: Callable[..., Any], named: bool = False) -> Callable[..., Any]:
+def _of_context(function: Callable[..., Any]) -> Callable[..., Any]:
     """As a filter that is never computed while a template is compiled: there is no allowance then."""
 
-    def called(context: Context, *given: Any, **keywords: Any) -> Any:
-        return _called(function, context, *given, **keywords) if named else function(*given, **keywords)
+    def called(context: Context, *given: Any, **named: Any) -> Any:
+        return function(*given, **named)
 
     return pass_context(called)
 
