@@ -83,7 +83,7 @@ class Operations:
         found |= {name: self._shallow(FILTERS[name]) for name in SHALLOW}
         found |= {name: self._deep(FILTERS[name]) for name in DEEP}
         found |= {name: self._text(FILTERS[name], most) for name, most in TEXT.items()}
-        own = {
+        own: dict[str, Callable[..., Any]] = {
             "compared": self.compared, "concatenated": self.joined, "counted": self.counted, "hashed": self.hashed,
             "join": self.joined, "replace": self.replaced, "shown": self.text, "sliced": self.sliced,
             "spent": self.spent, "sum": self.sum, "tojson": self.tojson,
