@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
+from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 MAX_TOKENS = 4096
 WINDOW, CHUNK = 1024, 256
@@ -42,9 +42,9 @@ def calibration_text() -> str:
 
 def calibration_ids(tokenizer_json: str, text: str) -> np.ndarray:
     """The first tokens of the text, int64 [at most MAX_TOKENS]."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = load_tokenizer(tokenizer_json)
     tokenizer.no_truncation()
-    return np.asarray(tokenizer.encode(text).ids[:MAX_TOKENS], np.int64)
+    return np.asarray(encoded(tokenizer, text, special=True)[:MAX_TOKENS], np.int64)
 
 
 def windows(ids: np.ndarray, context: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from kvq.exporter.architectures import Model, describe
 from kvq.exporter.sources import open_source
-from kvq.exporter.sources.base import Blocks, Source, short
+from kvq.exporter.sources.base import Blocks, Source
 from kvq.runtime.bundle.manifest import Architecture
-from kvq.runtime.errors import CheckpointError
+from kvq.runtime.errors import CheckpointError, TokenizerError
+from kvq.runtime.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Checkpoint:
         if text is None:
             return None
         try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises plain Exception
+            tokenizer = load_tokenizer(text)
+        except TokenizerError as error:
             raise CheckpointError(
-                f"tokenizer.json of {self.name} cannot be read ({short(error)}); give a checkpoint with a valid one"
+                f"tokenizer.json of {self.name} cannot be read ({error}); give a checkpoint with a valid one"
             ) from None
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= self.architecture.vocab:

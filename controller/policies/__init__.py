@@ -39,7 +39,7 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
         return policy
     if policy not in POLICIES:
         names = sorted(POLICIES.keys() - {str(pair) for pair in pairs()})
-        raise PolicyError(f"unknown policy {policy!r}; use one of: {', '.join(names)}; or a pair, such as k8v4")
+        raise PolicyError(f"unknown policy {policy!r:.60}; use one of: {', '.join(names)}; or a pair, such as k8v4")
     factory, recipe = POLICIES[policy], (policy, dict(options))
     signature = inspect.signature(factory)
     if "bundle" in signature.parameters and "bundle" not in options:

@@ -13,6 +13,19 @@ from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency.
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
+# What each reads beside its kind. Whatever else a file says would change the frequencies, and is refused.
+READ = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "truncate"),
+    "factors": ("factors",),
+}  # fmt: skip
+# Read elsewhere, or here.
+OUTSIDE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+# How fields that set a rotary embedding begin, in config.json.
+BEGINNINGS = ("rope_", "rotary_", "partial_rotary", "use_rope", "no_rope", "nope_")
 # What a scaling holds beside its kind that must be a positive number.
 NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
@@ -25,7 +38,7 @@ def settings(config: Mapping[str, Any], name: str) -> tuple[float, dict[str, Any
 
     Raises:
         CheckpointError: one of them is not what it must be.
-        UnsupportedArchitectureError: only a part of every head is rotated.
+        UnsupportedArchitectureError: only a part of every head is rotated, or a field that nobody reads.
     """
     what = f"the configuration of {name} has"
     scaling: dict[str, Any] = {}
@@ -33,17 +46,45 @@ def settings(config: Mapping[str, Any], name: str) -> tuple[float, dict[str, Any
         part = config.get(field)
         if part is not None and not isinstance(part, Mapping):
             raise CheckpointError(f"{what} {field}={part!r:.60}; fix it: it must be an object")
-        scaling |= part or {}
+        for key, value in (part or {}).items():
+            if value is not None and scaling.get(key) not in (None, value):
+                raise CheckpointError(f"{what} {key} twice, in rope_parameters and rope_scaling; fix it: leave one out")
+            scaling[key] = scaling.get(key) if value is None else value
     inside, outside = scaling.pop("rope_theta", None), config.get("rope_theta")
     theta = outside if inside is None else inside
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedArchitectureError(
             f"{what} partial_rotary_factor={scaling['partial_rotary_factor']!r:.60}; kvq supports 1.0 only"
         )
+    _refuse_unread(config, scaling, what)
     for field in NUMBERS:
         if scaling.get(field) is not None:
             positive_number(scaling[field], f"{what} rope_scaling with {field}")
     return positive_number(10000.0 if theta is None else theta, f"{what} rope_theta"), scaling
+
+
+def _refuse_unread(config: Mapping[str, Any], scaling: Mapping[str, Any], what: str) -> None:
+    """Raise for fields of the rotary embedding that nothing here reads: the model would be another one."""
+    kinds = {scaling[field] for field in ("rope_type", "type") if isinstance(scaling.get(field), str)}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{what} rope_scaling of two kinds, {' and '.join(sorted(kinds)):.60}; fix it: keep one")
+    kind = kind_of(scaling)
+    if not isinstance(kind, str) or kind not in READ:
+        return  # refused as a whole
+    known = ("rope_type", "type", "partial_rotary_factor", *READ[kind])
+    unread = sorted(
+        f"rope_scaling with {field}" for field, value in scaling.items() if value is not None and field not in known
+    )
+    unread += sorted(
+        field
+        for field, value in config.items()
+        if value not in (None, False) and field not in OUTSIDE and field.startswith(BEGINNINGS)
+    )
+    if unread:
+        raise UnsupportedArchitectureError(
+            f"{what} {unread[0]:.60}, which kvq does not read; kvq supports {', '.join(sorted(KINDS[:4]))} with their"
+            " own fields"
+        )
 
 
 def kind_of(scaling: Mapping[str, Any]) -> str:

@@ -94,10 +94,12 @@ class HuggingFaceFolder(Source):
 
     def tokenizer_json(self) -> str | None:
         from kvq.exporter.sources import tokenizers
+        from kvq.exporter.sources.resolved import resolved
 
         try:
             if (file := self.path / "tokenizer.json").is_file():
-                return file.read_text(encoding="utf-8")
+                settings = read_json(self.path / "tokenizer_config.json")
+                return resolved(file.read_text(encoding="utf-8"), settings, self.special_tokens(), self.name)
             if (file := self.path / "tokenizer.model").is_file():
                 settings = read_json(self.path / "tokenizer_config.json")
                 return tokenizers.from_sentencepiece(

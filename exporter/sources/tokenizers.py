@@ -134,7 +134,7 @@ def from_vocab_and_merges(vocab: str, merges: str, name: str, *, special: Sequen
     for token in special:
         if token not in found:
             raise CheckpointError(f"special token {token[:40]!r} is not in vocab.json of {name}; name one that is")
-    added = [_added_token(found[token], token, special=True) for token in sorted(special, key=found.__getitem__)]
+    added = [added_token(found[token], token, special=True) for token in sorted(special, key=found.__getitem__)]
     return _byte_level(found, pairs, added, GPT2, None, name)
 
 
@@ -281,13 +281,14 @@ def _pair(merge: str, what: str, name: str) -> tuple[str, str]:
 def _added(texts: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens that are found in text as they are, before anything else."""
     return [
-        _added_token(index, text, special=type_ != USER_DEFINED)
+        added_token(index, text, special=type_ != USER_DEFINED)
         for index, (text, type_) in enumerate(zip(texts, types, strict=True))
         if type_ in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
 
 
-def _added_token(index: int, text: str, *, special: bool) -> dict[str, Any]:
+def added_token(index: int, text: str, *, special: bool) -> dict[str, Any]:
+    """An entry of added_tokens."""
     return {
         "id": index,
         "content": text,
@@ -299,7 +300,14 @@ def _added_token(index: int, text: str, *, special: bool) -> dict[str, Any]:
     }
 
 
-def _ends(texts: Sequence[str], bos: int | None, eos: int | None) -> dict[str, Any] | None:
+def ends_of(bos: str | None, eos: str | None, vocab: Mapping[str, int]) -> dict[str, Any] | None:
+    """Post-processor that adds these tokens to a text; None adds none."""
+    tokens = [token for token in (bos, eos) if token is not None]
+    texts = {vocab[token]: token for token in tokens}
+    return _ends(texts, None if bos is None else vocab[bos], None if eos is None else vocab[eos])
+
+
+def _ends(texts: Sequence[str] | Mapping[int, str], bos: int | None, eos: int | None) -> dict[str, Any] | None:
     """Post-processor that adds these ids to a text (each text of a pair); None adds none."""
     if bos is None and eos is None:
         return None

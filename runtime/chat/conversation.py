@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
 from kvq.runtime.chat.feeds import Feed, feed_of, said, shared
-from kvq.runtime.chat.turns import KEY, Document, Turn, from_metadata, to_metadata
+from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_metadata, identity_of, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.session.generation import Progress, Response
 from kvq.runtime.session.sampling import SamplingOptions
@@ -39,7 +39,8 @@ class Conversation:
         document: what has been read ahead of the next question; None for nothing.
 
     Raises:
-        PromptError: the session holds tokens but no conversation, or `system` is given besides one.
+        PromptError: the session holds tokens but no conversation, one that was written with another chat template, or
+            `system` is given besides one.
         ChatTemplateError: the bundle's chat template is not valid.
         TokenizerError: the bundle has no tokenizer.
     """
@@ -48,10 +49,14 @@ class Conversation:
         self.session = session
         self.template = session.model.chat_template
         self.tokenizer = session.model.tokenizer
+        self._identity = identity_of(
+            self.template.source, self.template.special_tokens, session.model.bundle.manifest.eos_token_ids
+        )
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
         self.document: Document | None = None
         if KEY in session.metadata:
+            check_identity(session.metadata[KEY], self._identity)
             self.messages, self.turns, self.document = from_metadata(
                 session.metadata[KEY], len(session.tokens), session.model.architecture.vocab
             )
@@ -288,7 +293,7 @@ class Conversation:
         self._remember()
 
     def _remember(self) -> None:
-        self.session.metadata[KEY] = to_metadata(self.messages, self.turns, self.document)
+        self.session.metadata[KEY] = to_metadata(self.messages, self.turns, self.document, self._identity)
 
     def _cut(self, length: int, pending: list[int]) -> None:
         """Leave so many tokens in the cache, and these behind it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvq.runtime.chat.turns import Document, Turn
+from kvq.runtime.text.continuing import decoded_behind
 from kvq.runtime.text.template import REPLY, ChatTemplate
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def said(session: Session, turn: Turn, reply: str, start: int, pending: list[int
         pending: ids behind that.
     """
     ids = [*session.tokens[turn.prompt : start], *pending]
-    decode = session.model.tokenizer.decode
+    tokenizer, before = session.model.tokenizer, session.tokens[: turn.prompt]
     shown = len(ids)
-    while not reply.startswith(text := decode(ids[:shown], skip_special_tokens=False)):
+    while not reply.startswith(text := decoded_behind(tokenizer, before, ids[:shown])):
         shown -= 1
-    return Said(ids[:shown], text, decode(ids[shown:], skip_special_tokens=False) if shown < len(ids) else "")
+    beyond = decoded_behind(tokenizer, [*before, *ids[:shown]], ids[shown:]) if shown < len(ids) else ""
+    return Said(ids[:shown], text, beyond)
 
 
 def feed_of(
@@ -91,11 +93,17 @@ def feed_of(
 
 
 def _after_last_reply(template: ChatTemplate, messages: list[dict[str, str]], question: dict[str, str]) -> str | None:
-    """The text between the last reply and the next, with guards; None if the template rewrites what precedes."""
+    """The text between the last reply and the next, with guards; None if the template rewrites what precedes.
+
+    That may be the reply itself: some templates leave out its reasoning once another question follows.
+    """
     *before, reply = messages
     prompt = template.render_guarded(before)
     text = template.render_guarded([*before, {**reply, "content": REPLY}, question])
     if not text.startswith(prompt):
+        return None
+    kept = text.replace(REPLY, template.guarded(reply["content"]))
+    if "".join(kept.split()) != "".join(template.render_guarded([*messages, question]).split()):
         return None
     blank, found, rest = text[len(prompt) :].partition(REPLY)
     return rest if found and not blank.strip() and rest else None
@@ -113,7 +121,9 @@ def _behind_reply(session: Session, turn: Turn, reply: str, start: int, pending:
         length, kept = start, shown[start - turn.prompt :]
     else:
         length, kept = turn.prompt + len(shown), []
-    return Feed(length, kept, session.model.chat_template.encode_guarded(rest, beginning=False))
+    held = kept or session.tokens[:length]
+    ids = session.model.chat_template.encode_guarded(rest, beginning=False, before=held[-1] if held else None)
+    return Feed(length, kept, ids)
 
 
 def shared(first: Sequence[int], *others: Sequence[int]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any
 
 from kvq.runtime.errors import PromptError
+from kvq.runtime.session.header import MOST_TOKENS
 
 # Where `Session.metadata`, and so a saved session, holds the conversation.
 KEY = "chat"
@@ -46,24 +49,41 @@ class Document:
     pending: list[int] = field(default_factory=list)
 
 
-def to_metadata(messages: list[dict[str, str]], turns: list[Turn], document: Document | None) -> dict[str, Any]:
-    """JSON values that `from_metadata` reads."""
+def to_metadata(
+    messages: list[dict[str, str]], turns: list[Turn], document: Document | None, identity: str
+) -> dict[str, Any]:
+    """JSON values that `from_metadata` reads; identity: as `identity_of` says it."""
     rows: list[list[Any]] = []
     for turn in turns:
         ahead = [turn.document, turn.read] if turn.document else []
         rows.append([turn.start, turn.pending, turn.prompt, *ahead])
-    kept: dict[str, Any] = {"messages": messages, "turns": rows}
+    kept: dict[str, Any] = {"messages": messages, "turns": rows, "written_with": identity}
     if document is not None:
         kept["document"] = dict(vars(document))
     return kept
 
 
+def identity_of(template: str, special_tokens: Mapping[str, str], eos_token_ids: Sequence[int]) -> str:
+    """sha256 of what turns a conversation into tokens beside the tokenizer, and ends its replies."""
+    parts = [template, sorted(special_tokens.items()), sorted(eos_token_ids)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_identity(data: Any, identity: str) -> None:
+    """Raise PromptError for a conversation that was written with something else; files of before do not say."""
+    if isinstance(data, Mapping) and data.get("written_with", identity) != identity:
+        raise PromptError(
+            "the session's conversation was written with another chat template, or other special tokens or end ids,"
+            " than the bundle has now; load it with the bundle it was made with, or begin a new one"
+        )
+
+
 def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, str]], list[Turn], Document | None]:
     """Messages, turns and open document from a session's metadata, which may come from anybody's file."""
     try:
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+        messages = [{"role": _text(m["role"]), "content": _text(m["content"])} for m in data["messages"]]
         turns = [
-            Turn(None if start is None else index(start), [index(token) for token in pending], *map(index, places))
+            Turn(None if start is None else _place(start), [_place(token) for token in pending], *map(_place, places))
             for start, pending, *places in data["turns"]
         ]
         roles = [message["role"] for message in messages]
@@ -72,7 +92,7 @@ def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, st
         document = None
         if "document" in data:
             kept = data["document"]
-            document = Document(str(kept["text"]), index(kept["start"]), [index(token) for token in kept["pending"]])
+            document = Document(_text(kept["text"]), _place(kept["start"]), [_place(id) for id in kept["pending"]])
             if not document.text.strip():
                 raise ValueError("an empty document")
         _check_places(
@@ -83,9 +103,24 @@ def from_metadata(data: Any, tokens: int, vocab: int) -> tuple[list[dict[str, st
             raise ValueError("ids outside the vocabulary")
     except (KeyError, TypeError, ValueError) as error:
         raise PromptError(
-            f"the session's conversation is damaged ({type(error).__name__}: {error}); begin a new one"
+            f"the session's conversation is damaged ({type(error).__name__}: {error!s:.100}); begin a new one"
         ) from None
     return messages, turns, document
+
+
+def _place(value: Any) -> int:
+    """A place in the session, or an id, as the file has it."""
+    if type(value) is not int or not 0 <= value < MOST_TOKENS:
+        raise ValueError(f"a place or an id is {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    """A text that UTF-8 can encode, as the file has it."""
+    if type(value) is not str:
+        raise ValueError(f"a text is {value!r:.40}")
+    value.encode()
+    return value
 
 
 def _check_places(turns: list[Turn], document: Document | None, lengths: list[int], tokens: int) -> None:

@@ -46,6 +46,7 @@ from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
 HORIZON = 64
+MOST_LIMIT = 1e18  # bits of a value, or bytes: more than any machine has; sums of it stay finite
 # Tokens whose allowance a shorter text may use under kv_bits, and how early: see above. Tried on chats, no other values
 # beside them: docs/measurements.md#budgets-in-short-texts.
 SHORT_TEXT = 1024
@@ -87,8 +88,8 @@ class Budget:
         if kv_bits is not None and kv_memory is not None:
             raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
         name, limit = ("kv_bits", kv_bits) if kv_memory is None else ("kv_memory", kv_memory)
-        if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not 0 < limit < float("inf"):
-            raise BudgetError(f"{name} must be a positive number, got {limit!r}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not 0 < limit < MOST_LIMIT:
+            raise BudgetError(f"{name} must be a positive number below {MOST_LIMIT:g}, got {limit!r:.60}")
         if not isinstance(policy, ScoredPolicy):
             raise BudgetError(
                 f"policy {policy.name!r} has fixed precisions and cannot follow a budget; use adaptive, paper, rule"

@@ -193,7 +193,7 @@ class Api:
             self._texts = TokenTexts(model.tokenizer)
         fingerprint = f"kvq-{kvq.__version__}-{model.bundle.manifest.model_digest[:12]}"
         end_tokens = {*stop_tokens, *model.bundle.manifest.eos_token_ids}
-        reply = Reply(parsed, self._model_name(model), fingerprint, len(ids), self._texts, end_tokens)
+        reply = Reply(parsed, self._model_name(model), fingerprint, len(ids), self._texts, end_tokens, bool(stop))
         job = Job(
             ids, parsed.settings, capacity, length, max_tokens, stop, stop_tokens, parsed.sampling,
             parsed.top_logprobs or 0, 0.0, _nowhere,
@@ -259,10 +259,18 @@ def make_app(api: Api) -> Starlette:
         message = "this path takes another method" if status == 405 else "no such path; the API is under /v1"
         return refusal(RequestError(message, status))
 
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return refusal(error)  # starlette raises it once more, for the guard's log
+
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the access log does
 
     return Starlette(
         routes=api.routes(),
-        exception_handlers={KvqError: known, HTTPException: unknown_path, Disconnected: gone},
+        exception_handlers={
+            KvqError: known,
+            HTTPException: unknown_path,
+            Disconnected: gone,
+            Exception: unexpected,
+        },
     )

@@ -15,6 +15,7 @@ from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Done, Event, Job, Step
 
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 SEND_S = 60.0  # seconds a client may take to accept a part of a stream
 
 
@@ -121,4 +122,6 @@ class EventStream(Response):
 
 
 def _sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    # Line ends to some clients, where they would split the event; JSON's own escapes are left to split nothing.
+    return b"data: " + text.translate(LINE_ENDS).encode() + b"\n\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvq.runtime.errors import KvqError
+from kvq.runtime.server.leftovers import OwnFolder
 from kvq.runtime.server.protocol import Settings
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Prefixes:
         self, model: Model, backend: str | None, folder: Path | None, disk_limit: int, log: Callable[[str], None]
     ) -> None:
         self._model, self._backend, self._disk_limit, self._log = model, backend, disk_limit, log
-        self._temporary = tempfile.TemporaryDirectory(prefix="kvq-serve-", dir=folder)
+        self._own = OwnFolder(folder)
+        if self._own.removed:
+            log(f"removed the files of {self._own.removed} server(s) that did not come to their end")
         self._kept: list[Prefix] = []
         self._clock = 0
         self._files = 0
@@ -77,7 +79,7 @@ class Prefixes:
     @property
     def folder(self) -> Path:
         """Where the files are, until `close`."""
-        return Path(self._temporary.name)
+        return self._own.path
 
     def __contains__(self, prefix: Prefix) -> bool:
         return prefix in self._kept
@@ -171,4 +173,4 @@ class Prefixes:
     def close(self) -> None:
         """Let go of all, and remove the files with their folder."""
         self._kept.clear()
-        self._temporary.cleanup()
+        self._own.close()

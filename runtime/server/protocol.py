@@ -11,6 +11,7 @@ from kvq.runtime.errors import RequestError
 from kvq.runtime.session.sampling import DEFAULTS, SamplingOptions, make_sampler
 
 MOST_STOPS = 4
+MOST_NUMBER = 1e300
 MOST_COMPLETION_LOGPROBS = 5
 MOST_TOP_LOGPROBS = 20
 COMPLETION_MAX_TOKENS = 16  # what the API says a completion has if the request names no number
@@ -179,7 +180,9 @@ class _Fields:
         return self.typed(name, what, lambda v: _is_integer(v) and least <= v and (most is None or v <= most))
 
     def number(self, name: str) -> float | None:
-        return self.typed(name, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+        # 1 and 400 zeros is an integer in JSON, and 1e400 infinity.
+        value = self.typed(name, f"a number below {MOST_NUMBER:g}", _is_number)
+        return None if value is None else float(value)
 
     def object(self, name: str) -> dict[str, Any] | None:
         return self.typed(name, "an object", lambda v: isinstance(v, dict))
@@ -187,6 +190,10 @@ class _Fields:
     def done(self) -> None:
         for name in self.values:
             raise RequestError(f"unknown field {self.prefix + name!r:.80}; leave it out", param=self.prefix + name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_NUMBER < value < MOST_NUMBER
 
 
 def _is_integer(value: Any) -> bool:
@@ -205,6 +212,8 @@ def _stop(value: Any) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise RequestError(f"stop must be a string or a list of at most {MOST_STOPS}, none of them empty", param="stop")
+    if any("\ud800" <= character <= "\udfff" for stop in stops for character in stop):
+        raise RequestError("stop must be text; a lone surrogate is no character", param="stop")
     return stops
 
 

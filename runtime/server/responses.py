@@ -25,6 +25,7 @@ class Reply:
         prompt_tokens: tokens of the prompt.
         texts: of single tokens, for log-probabilities.
         end_tokens: ids that end a text and are no part of it.
+        stops: whether strings can end it: the tokens of one are no part of it either.
 
     Attributes:
         generated: tokens so far.
@@ -38,10 +39,14 @@ class Reply:
         prompt_tokens: int,
         texts: TokenTexts,
         end_tokens: set[int],
+        stops: bool = False,
     ) -> None:
         self.request = request
         self._texts = texts
         self._end_tokens = end_tokens
+        self._stops = stops
+        self._held: list[tuple[int, Step]] = []  # steps whose text has not been shown: where it begins, in bytes
+        self._said = self._shown = 0  # bytes of all tokens, and of the text that was shown
         self._prompt_tokens = prompt_tokens
         self.generated = 0
         self._offset = 0  # characters of the tokens so far, for completion log-probabilities
@@ -95,7 +100,7 @@ class Reply:
         self.generated += len(steps)
         if self.request.top_logprobs is None:
             return None
-        shown = [step for step in steps if step.response.token not in self._end_tokens]
+        shown = self._released(steps)
         if self.request.stream and not shown:
             return None
         chosen = [Scored(step.response.token, step.response.logprob) for step in shown]
@@ -105,6 +110,20 @@ class Reply:
         found = completion_logprobs(self._texts, chosen, alternatives, self._offset)
         self._offset += sum(map(len, found["tokens"]))
         return found
+
+    def _released(self, steps: list[Step]) -> list[Step]:
+        """Those whose text is shown, with those held back before: what may be a part of a stop string waits with it."""
+        released: list[Step] = []
+        for step in steps:
+            response, ended = step.response, step.response.token in self._end_tokens
+            if not ended:
+                self._held.append((self._said, step))
+                self._said += self._texts.shown_nbytes(response.token)
+            self._shown += len(response.text.encode())
+            whole = not self._stops or ended or response.finish_reason not in (None, "stop")
+            released += [held for begin, held in self._held if whole or begin < self._shown]
+            self._held = [(begin, held) for begin, held in self._held if not whole and begin >= self._shown]
+        return released
 
     def _usage(self, done: Done) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 import kvq
 from kvq.runtime.errors import ServerError
 from kvq.runtime.server.app import Api, Limits, make_app
+from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Settings
@@ -28,6 +29,9 @@ from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.session.model import Model
 
 BACKLOG = 128
+# asyncio takes as many connections at a time as its backlog says, before any of them is seen, and each takes a file
+# descriptor; the system's own queue is set apart, afterwards.
+ACCEPTED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ class Server(uvicorn.Server):
     """uvicorn's server, with the signals that end it turned into an orderly end with exit code 0."""
 
     scheduler: Scheduler
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT
@@ -117,10 +127,12 @@ def serve(options: Options) -> None:
             failures.append(error)
             server.should_exit = True
 
+    Connection.most = most_connections()
     server = Server(
         uvicorn.Config(
-            _nothing, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
+            _nothing, http=Connection, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
             access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=10,
+            timeout_keep_alive=IDLE_S, backlog=ACCEPTED_AT_ONCE, h11_max_incomplete_event_size=HEAD_NBYTES,
         )
     )  # fmt: skip
     scheduler = Scheduler(load, make_pool, options.concurrency, options.queue, on_ready, _say)

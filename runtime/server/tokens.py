@@ -26,7 +26,9 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = set(added)
+        self._skipped = {id for id, token in added.items() if token.special}
         byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self._bytes_of = _byte_alphabet() if byte_level else None
 
@@ -40,6 +42,10 @@ class TokenTexts:
         if code := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):  # byte fallback
             return bytes.fromhex(code[1])
         return piece.replace("▁", " ").encode()
+
+    def shown_nbytes(self, token: int) -> int:
+        """How many bytes of text a token adds to a response."""
+        return 0 if token in self._skipped else len(self.nbytes(token))
 
     def text(self, token: int) -> str:
         """The text of a token; U+FFFD where it is a part of a character."""

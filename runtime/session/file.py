@@ -222,6 +222,12 @@ def _empty_session(
         return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
     except (PolicyError, BudgetError) as error:
         raise SessionError(f"the policy of {path}: {error}; or pass another policy to load it with") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        # Options are a policy's own: what one does not look at before it computes is no option of its kind.
+        raise SessionError(
+            f"the policy of {path} cannot be made of its options ({type(error).__name__}:"
+            f" {' '.join(str(error).split()):.80}); pass another policy to load it with"
+        ) from None
 
 
 class _Source:

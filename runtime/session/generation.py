@@ -10,7 +10,8 @@ import numpy as np
 
 from kvq.runtime.errors import PromptError, SamplingError
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
-from kvq.runtime.text.decoder import StopMatcher, StreamingDecoder
+from kvq.runtime.text.continuing import added_tokens
+from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
@@ -84,7 +85,7 @@ def stream(
         session: where the text so far is cached; the prompt is appended to it.
         prompt: text, or token ids; None continues the cached text.
         max_tokens: most tokens to generate; None goes on until the context is full.
-        stop: strings that end the text and are not part of it.
+        stop: strings that end the text and are not part of it; one that is an added token ends it as that token, too.
         stop_tokens: ids that end it, besides the model's end-of-text ids.
         ignore_eos: do not end at the model's end-of-text ids.
         progress: as in `Session.append`, while the prompt is read.
@@ -95,8 +96,10 @@ def stream(
         ContextError: the prompt does not fit.
         SamplingError: an option is out of range.
     """
-    if max_tokens is not None and (not isinstance(max_tokens, int | np.integer) or max_tokens < 1):
-        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r}")
+    if max_tokens is not None and (
+        not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1
+    ):
+        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
     if not isinstance(stop, str | Iterable):
         raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
     stop = [stop] if isinstance(stop, str) else list(stop)
@@ -106,7 +109,7 @@ def stream(
         raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
     options: SamplingOptions = {**DEFAULTS, **sampling}
     sampler = make_sampler(**options)
-    stop_ids = _stop_ids(session, stop_tokens, ignore_eos)
+    stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
     ids = _prompt_ids(session, prompt)
     return _stream(session, ids, sampler, max_tokens, stop, stop_ids, progress)
 
@@ -122,12 +125,12 @@ def _stream(
 ) -> Iterator[Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
-    if decoder and not len(ids):
-        decoder.follow([*session.tokens, *session.pending])
     matcher = StopMatcher(stop)
     for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
         reason = None
         text = ""
+        if decoder and not index:  # it has to know what the first token stands behind
+            decoder.follow(session.tokens[-FOLLOWED:])
         if token in stop_ids:
             reason = "stop"
         elif decoder:
@@ -156,7 +159,8 @@ def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequenc
             raise PromptError("nothing to continue: the session is empty; give a prompt")
         return ()
     if isinstance(prompt, str):
-        prompt = session.model.encode(prompt, beginning=not session.tokens)
+        held = session.pending or session.tokens
+        prompt = session.model.encode(prompt, beginning=not session.tokens, before=held[-1] if held else None)
     try:
         empty = not len(prompt)
     except TypeError:
@@ -169,8 +173,17 @@ def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequenc
 def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:
     eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
     vocab = session.model.architecture.vocab
-    if not all(isinstance(token, int | np.integer) for token in stop_tokens):
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in stop_tokens):
         raise SamplingError(f"stop_tokens must be token ids, got {list(stop_tokens)!r}; give strings as stop")
     if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
         raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")
     return frozenset(int(token) for token in (*stop_tokens, *eos))
+
+
+def _stops_that_are_tokens(session: Session, stop: Sequence[str]) -> frozenset[int]:
+    """Ids of the stop strings that are added tokens: special ones give no text that a string could be found in."""
+    tokenizer = session.model.optional_tokenizer
+    if not stop or tokenizer is None:
+        return frozenset()
+    added = added_tokens(tokenizer)
+    return frozenset(added[text] for text in stop if text in added)

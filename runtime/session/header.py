@@ -38,6 +38,7 @@ HEADER_MAX_BYTES = 1 << 24
 PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
 MOST_TOKENS = 1 << 31
+MOST_OPTION, MOST_OPTION_DEPTH = 1 << 128, 8
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,12 @@ def _check_types(header: SessionHeader) -> None:
         raise ValueError(f"tokenizer_digest is {header.tokenizer_digest!r}")
     if type(header.logits) is not bool or type(header.metadata) is not dict:
         raise ValueError("logits or metadata is of another type")
-    if type(header.policy_options) not in (dict, type(None)) or "bundle" in (header.policy_options or {}):
+    if (
+        type(header.policy_options) not in (dict, type(None))
+        or {"policy", "bundle"} & (header.policy_options or {}).keys()
+    ):
         raise ValueError("policy_options is not a dictionary of options")
+    _check_option(header.policy_options)
     if header.prefill not in PREFILLS:
         raise ValueError(f"prefill is {header.prefill!r}")
     for name in ("kv_bits", "kv_memory"):
@@ -228,6 +233,16 @@ def _check_types(header: SessionHeader) -> None:
         raise ValueError("pending or buckets is not a list")
     if not all(type(row) is list and len(row) == 3 for row in header.buckets):
         raise ValueError("buckets are not rows of key bits, value bits, tokens")
+
+
+def _check_option(value: Any, depth: int = 0) -> None:
+    """Raise ValueError for an option of a policy that arithmetic need not bear."""
+    if depth > MOST_OPTION_DEPTH:
+        raise ValueError(f"policy_options are nested deeper than {MOST_OPTION_DEPTH}")
+    if type(value) in (int, float) and not -MOST_OPTION < value < MOST_OPTION:
+        raise ValueError(f"policy_options hold {value!r:.40}")
+    for part in value.values() if type(value) is dict else value if type(value) is list else ():
+        _check_option(part, depth + 1)
 
 
 def _check_counts(header: SessionHeader) -> None:

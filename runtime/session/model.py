@@ -17,12 +17,14 @@ from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.head import Head
-from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
+from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import Policy
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import Session
+from kvq.runtime.text.continuing import added_tokens, encoded_behind
 from kvq.runtime.text.template import ChatTemplate
+from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 # Makes a policy by its name: (name or policy, bundle, **options).
 PolicyMaker = Callable[..., Policy]
@@ -70,12 +72,14 @@ class Model:
             self._told.add(note)
             self.notice(note)
 
-    def policy(self, policy: str | Policy, **options: Any) -> Policy:
+    def policy(self, policy: str | Policy, /, **options: Any) -> Policy:
         """The policy of that name for this model, with its own options; a `Policy` is returned as it is.
 
         Raises:
             PolicyError: unknown name, an option the policy does not take, or a bundle that lacks what it needs.
         """
+        if reserved := sorted({"policy", "bundle"} & options.keys()):
+            raise PolicyError(f"a policy takes no option {reserved[0]}; leave it out")
         return self._make_policy(policy, self.bundle, **options)
 
     @property
@@ -118,20 +122,31 @@ class Model:
                 source = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
-        return ChatTemplate(source, tokenizer, special_tokens)
+        return ChatTemplate(source, tokenizer, special_tokens, self.architecture.context)
 
-    def encode(self, text: str, beginning: bool = True) -> list[int]:
+    def encode(self, text: str, beginning: bool = True, before: int | None = None) -> list[int]:
         """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
+
+        Args:
+            text: of any length.
+            beginning: of a session.
+            before: the id that a text which is no beginning stands behind; None where that is not known, and the text
+                is encoded as if it stood alone.
 
         Raises:
             PromptError: not a string, or one that UTF-8 cannot encode.
-            TokenizerError: the bundle has no tokenizer.
+            ContextError: it has far more tokens than the context; what has a few more is encoded.
+            TokenizerError: the bundle has no tokenizer, or it fails.
         """
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError):
             raise PromptError(f"the prompt must be text or token ids, got {text!r:.60}") from None
-        return self.tokenizer.encode(text, add_special_tokens=beginning).ids
+        most = self.architecture.context
+        if beginning or before is None:
+            return encoded(self.tokenizer, text, beginning, most)
+        token = self.tokenizer.id_to_token(before)
+        return encoded_behind(self.tokenizer, text, token if token in added_tokens(self.tokenizer) else None, most)
 
     def session(
         self,
@@ -191,9 +206,9 @@ def _tokenizer(bundle: Bundle) -> Tokenizer | None:
     if TOKENIZER not in bundle.manifest.files:
         return None
     try:
-        tokenizer = Tokenizer.from_file(str(bundle.path / TOKENIZER))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise refusal(error, f"{TOKENIZER} cannot be read", "export the bundle again") from None
+        tokenizer = load_tokenizer((bundle.path / TOKENIZER).read_text(encoding="utf-8"))
+    except (TokenizerError, OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{TOKENIZER} cannot be read ({error}); export the bundle again") from None
     # Left behind by training: either would change a prompt without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()

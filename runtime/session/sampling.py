@@ -72,8 +72,8 @@ def make_sampler(
     _check("min_p", min_p, 0.0, 1.0)
     _check("repetition_penalty", repetition_penalty, 0.01, 100.0)
     for name, value in (("top_k", top_k), ("seed", seed)):
-        if value is not None and not isinstance(value, Integral):
-            raise SamplingError(f"{name} must be an integer, got {value!r}")
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise SamplingError(f"{name} must be an integer, got {value!r:.60}")
     if seed is not None and seed < 0:
         raise SamplingError(f"seed must not be negative, got {seed}")
     stream = (secrets.randbits(64) if seed is None else int(seed)) ^ SAMPLING_STREAM
@@ -139,8 +139,12 @@ def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _check(name: str, value: float, least: float, most: float, above: bool = False) -> None:
-    if not isinstance(value, Real):
-        raise SamplingError(f"{name} must be a number, got {value!r}")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise SamplingError(f"{name} must be a number, got {value!r:.60}")
+    try:
+        float(value)
+    except OverflowError:
+        raise SamplingError(f"{name} is larger than any number it can be; give less") from None
     inside = (least < value if above else least <= value) and value <= most
     if not inside:  # also refuses NaN
         border = "above" if above else "at least"

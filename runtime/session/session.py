@@ -20,7 +20,7 @@ from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.generation import Response, stream
-from kvq.runtime.session.header import PREFILLS
+from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
 from kvq.runtime.session.sampling import SamplingOptions
 from kvq.runtime.session.statistics import Clock, Stats
 
@@ -72,8 +72,10 @@ class Session:
         if prefill not in PREFILLS:
             raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
-            if not isinstance(value, int | np.integer) or value < least:
-                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if not _is_integer(value) or value < least:
+                raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
+            if value > MOST_TOKENS:
+                raise PolicyError(f"{name} must be at most {MOST_TOKENS}, got {value!r:.60}")
         shape = model.architecture
         self.model = model
         self.metadata: dict[str, Any] = {}
@@ -255,8 +257,8 @@ class Session:
         Raises:
             ContextError: length is negative or beyond the cached tokens.
         """
-        if not 0 <= length <= len(self.tokens):
-            raise ContextError(f"cannot trim to {length} tokens, the session holds {len(self.tokens)}; give less")
+        if not _is_integer(length) or not 0 <= length <= len(self.tokens):
+            raise ContextError(f"cannot trim to {length!r:.40} tokens, the session holds {len(self.tokens)}; give less")
         window = self.store.window
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
@@ -347,6 +349,11 @@ class Session:
             gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
             huge_weight_nbytes=self.model.engine.huge_nbytes,
         )
+
+
+def _is_integer(value: object) -> bool:
+    """Whether it counts something: true and false do not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def kv_nbytes(sessions: Iterable[Session]) -> int:

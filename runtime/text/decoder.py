@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from kvq.runtime.text.tokenizer import decoded, guarded
+
 # Tokens before a continuation that its decoder has to know: no character and no group of invalid bytes is longer.
 FOLLOWED = 24
 
@@ -24,6 +26,8 @@ class StreamingDecoder:
         self._tail: list[int] = []
         self._shown = 0  # characters of the decoded tail that have been returned
         self._clean = 0  # ids of the tail up to the last whole character
+        found = guarded(tokenizer.get_added_tokens_decoder, "to list its added tokens") if skip_special_tokens else {}
+        self._skipped = {index for index, token in found.items() if token.special}
 
     @property
     def whole(self) -> bool:
@@ -31,10 +35,12 @@ class StreamingDecoder:
         return self._clean == len(self._tail)
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self._tail, skip_special_tokens=self.skip_special_tokens)
+        return decoded(self.tokenizer, self._tail, self.skip_special_tokens)
 
     def push(self, token: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
+        if token in self._skipped:  # as the next one's only context it would take away the next one's space
+            return ""
         self._tail.append(token)
         text = self._decode()
         # What ends in U+FFFD may yet become a character; byte-fallback tokenizers show one for every

@@ -1,173 +1,109 @@
-"""Running a chat template: jinja2's immutable sandbox, with its steps and the size of what it makes bounded.
+"""Running a chat template: jinja2's immutable sandbox, with its work and the size of what it makes bounded.
 
 jinja2 keeps a template from reaching Python's internals and from changing what it is given. That it
-ends, and within a laptop's memory, is seen to here.
+ends, and within a laptop's memory, is seen to here: by counting, so that the same template and the same
+messages are refused, or not, on every machine.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
+from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2.utils import Cycler, Joiner, Namespace
 
 from kvq.runtime.errors import ChatTemplateError
+from kvq.runtime.text.allowance import Allowance
+from kvq.runtime.text.operations import METHODS, Operations, kind_of
+from kvq.runtime.text.rewriting import Generation, counting
 
-MOST_TEMPLATE_BYTES = 1 << 18  # the longest published ones, with tools, take 20 kB
-MOST_STEPS = 100_000  # rounds of loops and calls in one rendering; jinja2's own limit for range()
-MOST_CHARACTERS = 1 << 22  # of all text a rendering makes on its way, and sixteen times what the messages hold
-# No template needs them, and their results can be far longer than what they are given.
-BARRED_METHODS = {"center", "encode", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"}
-BARRED_FILTERS = ("batch", "center", "format", "indent", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
+MOST_TEMPLATE_BYTES = 1 << 17  # the longest published ones, with tools, take 30 kB
 
 # (messages, add_generation_prompt, special tokens) -> text
 Program = Callable[[list[dict[str, str]], bool, dict[str, str]], str]
 
 
-class Allowance(threading.local):
-    """What is left of the bounds in the rendering that this thread is at."""
-
-    steps = 0
-    characters = 0
-
-    def step(self, count: int = 1) -> None:
-        """Take steps from what is left."""
-        self.steps -= count
-        if self.steps < 0:
-            raise SecurityError(f"it takes more than {MOST_STEPS} steps")
-
-    def make(self, characters: int) -> None:
-        """Take the characters of a text that is about to be made."""
-        self.characters -= characters
-        if self.characters < 0:
-            raise SecurityError("it makes more text than its messages account for")
-
-
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment of one template."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-        self.allowance = Allowance()
-        for name in BARRED_FILTERS:
-            del self.filters[name]
-        self.filters.update(
-            tojson=tojson, counted=self.counted, concatenated=self.joined, join=self.joined, replace=self.replaced
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"], optimized=False
         )
-        del self.globals["lipsum"]
-        self.globals.update(range=self.counted_range, raise_exception=raise_exception, strftime_now=strftime_now)
+        self.allowance = Allowance()
+        self.operations = Operations(self.allowance)
+        self.filters = self.operations.filters()
+        self.tests = self.operations.tests()
+        self.globals = {
+            "range": self.counted_range, "dict": self.made_dict, "namespace": self.made_namespace, "cycler": Cycler,
+            "joiner": Joiner, "raise_exception": self.refuse, "strftime_now": self.strftime_now,
+        }  # fmt: skip
+        self._functions = set(self.globals.values())
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return not (isinstance(obj, str) and attr in BARRED_METHODS) and super().is_safe_attribute(obj, attr, value)
+        kind = kind_of(obj)
+        if kind is not None and callable(value) and attr not in METHODS[kind]:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
         """No wrapper for str.format: it is barred."""
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.operations.hashed(argument))
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not all(
-            isinstance(value, int | float) and abs(value) < 1000 for value in (left, right)
-        ):
-            raise SecurityError("it computes a power of large numbers")
-        if operator == "*" and (hasattr(left, "__len__") or hasattr(right, "__len__")):
-            once, times = (left, right) if hasattr(left, "__len__") else (right, left)
-            self.allowance.make(len(once) * max(0, times) if isinstance(times, int) else 0)
-        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            self.allowance.make(len(left) + len(right))
-        if operator == "%" and isinstance(left, str):
-            if re.search(r"\d{4}|\*", left):
-                raise SecurityError("it pads text to a large width")
-            values = right if isinstance(right, tuple) else (right,)
-            self.allowance.make(len(left) * max((len(str(value)) for value in values), default=0))
+        self.operations.before(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(*arguments: Any, **named: Any) -> Any:  # self, context, function, and what the function is given
         self, function, given = arguments[0], arguments[2], arguments[3:]
-        self.allowance.step()
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if isinstance(owner, str) and name == "replace" and len(given) > 1:
-            return self.replaced(owner, *given)
-        if isinstance(owner, str) and name == "join" and given:
-            return self.joined(given[0], owner)
+        self.allowance.step(20 + len(given) + len(named))
+        owner = getattr(function, "__self__", None)
+        if kind_of(owner) is not None:
+            for scope in ("_loop_vars", "_block_vars"):  # jinja2's own, for functions that want the context
+                named.pop(scope, None)
+            return self.operations.method(owner, function.__name__, given, named)
+        if isinstance(owner, LoopContext):  # changed() compares
+            self.allowance.weigh(*given)
+        elif not (
+            isinstance(function, Macro | LoopContext | Joiner | Undefined)
+            or isinstance(owner, Cycler)
+            or function in self._functions
+        ):
+            raise SecurityError(f"it calls a {type(function).__name__}")
         return ImmutableSandboxedEnvironment.call(*arguments, **named)
-
-    def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The values of a loop, a step each."""
-        for value in values:
-            self.allowance.step()
-            yield value
 
     def counted_range(self, *bounds: int) -> range:
         """Python's range, all its steps taken at once."""
         values = range(*bounds)
-        self.allowance.step(len(values))
+        self.allowance.step(2 * len(values))
         return values
 
-    def replaced(self, text: str, old: str, new: str, count: int | None = None) -> str:
-        """str.replace, and the filter of that name."""
-        text, old, new = str(text), str(old), str(new)
-        self.allowance.make(len(text) + text.count(old) * len(new))
-        return text.replace(old, new, -1 if count is None else count)
+    def made_dict(self, *given: Any, **named: Any) -> dict[Any, Any]:
+        """Python's dict."""
+        self.allowance.weigh(*given)
+        self.allowance.step(10 * len(named))
+        return dict(*given, **named)
 
-    def joined(self, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
-        """str.join, the filter of that name, and the operator ~."""
-        pick = (lambda value: value) if attribute is None else (lambda value: self.getitem(value, attribute))
-        parts = [str(pick(value)) for value in values]
-        self.allowance.make(sum(map(len, parts)) + len(separator) * len(parts))
-        return str(separator).join(parts)
+    def made_namespace(self, *given: Any, **named: Any) -> Namespace:
+        """jinja2's namespace."""
+        return Namespace(self.made_dict(*given, **named))
 
+    def refuse(self, message: Any) -> None:
+        """How a template refuses a conversation."""
+        raise TemplateError(self.operations.text(message))
 
-class Generation(Extension):
-    """`{% generation %}` marks replies for training; here it is what it contains."""
-
-    tags = {"generation"}  # noqa: RUF012 # as jinja2 declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class Counting(NodeTransformer):
-    """Puts every loop and every `~` under the allowance."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "counted", [], [], None, None, lineno=node.lineno)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        parts = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(parts, "concatenated", [], [], None, None, lineno=node.lineno)
-
-
-def raise_exception(message: str) -> None:
-    """How a template refuses a conversation."""
-    raise TemplateError(message)
-
-
-def strftime_now(form: str) -> str:
-    """The present local time."""
-    return datetime.now().strftime(form[:100])
-
-
-def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-           sort_keys: bool = False) -> str:  # fmt: skip
-    """JSON without the HTML escapes of jinja2's own filter."""
-    widths = [indent or 0, *(len(text) for text in separators or ())]
-    if not all(isinstance(width, int) and 0 <= width <= 16 for width in widths):
-        raise SecurityError("it pads text to a large width")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def strftime_now(self, form: str) -> str:
+        """The present local time."""
+        return datetime.now().strftime(form[:100])
 
 
 def compiled(source: str) -> Program:
@@ -184,24 +120,21 @@ def compiled(source: str) -> Program:
         )
     environment = Sandbox()
     try:
-        template = environment.from_string(Counting().visit(environment.parse(source)))
-    except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
+        template = environment.from_string(counting(environment.parse(source)))
+    except (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError, OverflowError) as error:
         raise ChatTemplateError(
             f"the chat template cannot be compiled ({_line(error)}); export the bundle with a valid one"
         ) from None
 
     def program(messages: list[dict[str, str]], add_generation_prompt: bool, special_tokens: dict[str, str]) -> str:
-        allowance = environment.allowance
-        allowance.steps = MOST_STEPS
-        allowance.characters = MOST_CHARACTERS + 16 * sum(len(text) for m in messages for text in m.values())
-        values = {**special_tokens, "messages": messages, "tools": None, "documents": None}
-        parts = []
+        values = {"tools": None, "documents": None, **special_tokens, "messages": messages}
         try:
-            for part in template.generate(values, add_generation_prompt=add_generation_prompt):
-                allowance.make(len(part))
-                parts.append(part)
+            environment.allowance.begin(messages)
+            return "".join(template.generate(values, add_generation_prompt=add_generation_prompt))
         except SecurityError as error:
-            raise ChatTemplateError(f"the chat template was stopped: {error}; export the bundle with another") from None
+            raise ChatTemplateError(
+                f"the chat template was stopped: {_line(error)}; export the bundle with another"
+            ) from None
         except TemplateError as error:
             raise ChatTemplateError(
                 f"the chat template refuses this conversation ({_line(error)}); change its roles or their order"
@@ -210,7 +143,6 @@ def compiled(source: str) -> Program:
             raise ChatTemplateError(
                 f"the chat template failed ({type(error).__name__}: {_line(error)}); export the bundle with another"
             ) from None
-        return "".join(parts)
 
     return program
 

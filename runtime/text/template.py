@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,6 +10,8 @@ from functools import cached_property
 from tokenizers import Tokenizer
 
 from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
+from kvq.runtime.text.continuing import added_tokens, adds_space, encoded_behind
+from kvq.runtime.text.tokenizer import encoded, guarded
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -36,6 +39,7 @@ class ChatTemplate:
         source: Jinja source; None takes a plain transcript (`TRANSCRIPT`).
         tokenizer: of the same model; without one only `render` works.
         special_tokens: names a template may use -> text, such as {"bos_token": "<s>"}.
+        most_tokens: what there is room for, as in `kvq.runtime.text.tokenizer.encoded`; None does not look.
 
     Attributes:
         builtin: whether this is the plain transcript.
@@ -51,16 +55,18 @@ class ChatTemplate:
         source: str | None,
         tokenizer: Tokenizer | None = None,
         special_tokens: Mapping[str, str] | None = None,
+        most_tokens: int | None = None,
     ) -> None:
         self.builtin = source is None
         self.tokenizer = tokenizer
         self.special_tokens = dict(special_tokens or {})
+        self.most_tokens = most_tokens
+        self.source = TRANSCRIPT if source is None else source
         from kvq.runtime.text.sandbox import compiled  # jinja2 loads only for a chat
 
-        self._program = compiled(TRANSCRIPT if source is None else source)
-        self._plain: Tokenizer | None = None
-        added = tokenizer.get_added_tokens_decoder() if tokenizer else {}
-        self._specials = {token.content: index for index, token in added.items() if token.special and token.content}
+        self._program = compiled(self.source)
+        # All of them: a template's markers need not be flagged as special.
+        self._specials = added_tokens(tokenizer) if tokenizer else {}
         longest_first = sorted(self._specials, key=len, reverse=True)
         any_special = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._special = re.compile(f"({any_special})(?!{GUARD})")
@@ -93,35 +99,65 @@ class ChatTemplate:
     def render_guarded(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """As `render`, with `GUARD` inside every special token that a message quotes, for `encode_guarded`."""
         guarded = [
-            {key: text if key == "role" else self._guarded(text) for key, text in message.items()}
+            {key: text if key == "role" else self.guarded(text) for key, text in message.items()}
             for message in self._checked(messages)
         ]
         return self._program(guarded, add_generation_prompt, self.special_tokens)
 
-    def encode_guarded(self, text: str, beginning: bool) -> list[int]:
+    def encode_guarded(self, text: str, beginning: bool, before: int | None = None) -> list[int]:
         """Token ids of a text from `render_guarded`, or of a part of one.
 
         Args:
             text: where a special token's text holds `GUARD`, it is ordinary text.
             beginning: of a session: a plain transcript begins as any prompt does (BOS), a template brings its own.
+            before: the id that a text which is no beginning stands behind.
+
+        Raises:
+            ContextError: far more tokens than there is room for.
+            TokenizerError: there is no tokenizer, or it fails.
         """
         if self.tokenizer is None:
             raise TokenizerError("this bundle has no tokenizer; export a checkpoint with tokenizer.json to chat")
-        special = beginning and self.builtin
+        behind = {index: content for content, index in self._specials.items()}.get(-1 if before is None else before)
+        if GUARD not in text and beginning:
+            return encoded(self.tokenizer, text, self.builtin, self.most_tokens)
         if GUARD not in text:
-            return self.tokenizer.encode(text, add_special_tokens=special).ids
-        if self._plain is None:
-            # A second tokenizer, because the switch is a property of the tokenizer, which other threads may be using.
-            plain = Tokenizer.from_str(self.tokenizer.to_str())
-            plain.encode_special_tokens = True
-            self._plain = plain
-        ids = self.tokenizer.encode("", add_special_tokens=special).ids
+            return encoded_behind(self.tokenizer, text, behind, self.most_tokens)
+        ids = encoded(self.tokenizer, "", beginning and self.builtin)
         for at, piece in enumerate(self._special.split(text)):
             if at % 2:
                 ids.append(self._specials[piece])
+                behind, beginning = piece, False
             elif piece:
-                ids += self._plain.encode(piece.replace(GUARD, ""), add_special_tokens=False).ids
+                ids += self._plain_ids(piece.replace(GUARD, ""), beginning, behind)
+                behind, beginning = None, False
         return ids
+
+    def _plain_ids(self, text: str, beginning: bool, before: str | None) -> list[int]:
+        """Token ids of a text in which nothing is a special token; before: the one that it stands behind."""
+        # Some tokenizers put a space behind a special token as at a beginning.
+        if beginning or (before is not None and self._begins_behind(before)):
+            return encoded(self._plain, text, most=self.most_tokens)
+        return encoded_behind(self._plain, text, None, self.most_tokens)
+
+    def _begins_behind(self, special: str) -> bool:
+        """Whether what stands behind a special token is encoded as a text of its own."""
+        if self.tokenizer is None or not adds_space(self.tokenizer):
+            return True
+        return encoded(self.tokenizer, special + "a")[1:] == encoded(self.tokenizer, "a")
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """A second tokenizer, which finds no added token in a text but blanks.
+
+        The switch is a property of a tokenizer, which other threads may be using, and it is for special tokens only.
+        """
+        document = json.loads(self.tokenizer.to_str()) if self.tokenizer else {}
+        for token in document["added_tokens"]:
+            token["special"] = token["content"] in self._specials
+        plain = guarded(lambda: Tokenizer.from_str(json.dumps(document)), "to load")
+        plain.encode_special_tokens = True
+        return plain
 
     @cached_property
     def takes_system(self) -> bool:
@@ -136,7 +172,8 @@ class ChatTemplate:
             return False
         return 0 <= text.find(REPLY) < text.find("first question")
 
-    def _guarded(self, text: str) -> str:
+    def guarded(self, text: str) -> str:
+        """A message's text with `GUARD` inside every special token that it quotes."""
         clean = text.replace(GUARD, "\ufffd").replace(REPLY, "\ufffd") if text != REPLY else text
         return self._special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], clean)
 
@@ -145,7 +182,9 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise PromptError(f"a message must have role and content, got {message!r:.80}")
-            if not all(isinstance(text, str) for text in message.values()) or not ROLE.fullmatch(message["role"]):
+            if not all(isinstance(text, str) and _encodable(text) for text in message.values()) or not ROLE.fullmatch(
+                message["role"]
+            ):
                 raise PromptError(f"role and content must be text, the role one lower-case word, got {message!r:.80}")
             checked.append(dict(message))
         return checked
@@ -162,3 +201,12 @@ class ChatTemplate:
         if found:
             return [], [self._specials[found[0]]]
         return ([between.rstrip()] if between.strip() else []), []
+
+
+def _encodable(text: str) -> bool:
+    """Whether UTF-8 can encode it: lone surrogates come from JSON and from broken terminals."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

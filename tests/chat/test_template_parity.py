@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvq
 from kvq.exporter.sources.huggingface import HuggingFaceFolder
+from kvq.runtime.text.sandbox import compiled
 from kvq.runtime.text.template import ChatTemplate
 from tests.tools.chats import ASSISTANT, SPECIAL, SYSTEM, TEMPLATES, USER, save_tokenizer, special_of, with_special
 from tests.tools.packages import needs
+from tests.tools.templates import CALL, PUBLISHED, RESULT, TOOLS
 
 transformers = needs("transformers")
 
@@ -71,3 +75,44 @@ def test_an_export_reads_what_transformers_saves(tiny_checkpoint, base, pairs, n
     assert theirs.chat_template() == ours.chat_template() == TEMPLATES[name]
     assert theirs.special_tokens() == ours.special_tokens() == special_of(name)
     assert json.loads(theirs.tokenizer_json()) == json.loads(ours.tokenizer_json())
+
+
+@pytest.fixture(scope="module")
+def compiled_pairs():
+    """Name of a published template -> (kvq's program, transformers' template)."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return {name: (compiled(source), _compile_jinja_template(source)) for name, source in PUBLISHED.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(messages=conversations, prompt=st.booleans(), tools=st.booleans(), called=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_what_published_templates_use_renders_as_in_transformers(compiled_pairs, name, messages, prompt, tools, called):
+    """Tools, calls of them and their results, reasoning, dates; and what no template uses all of."""
+    ours, theirs = compiled_pairs[name]
+    if called:
+        messages = [*messages, *([USER] if messages[-1]["role"] != "user" else []), CALL, RESULT]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tools": TOOLS if tools else None}
+    refusal = ""
+    try:
+        expected = theirs.render(messages=messages, documents=None, add_generation_prompt=prompt, **names)
+    except jinja2.TemplateError as error:
+        refusal = " ".join(str(error).split())
+    if refusal:
+        with pytest.raises(kvq.ChatTemplateError, match="refuses this conversation") as caught:
+            ours(messages, prompt, names)
+        assert refusal in str(caught.value)
+    else:
+        assert ours(messages, prompt, names) == expected
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
+def test_long_conversations_are_within_the_bounds(name):
+    """Two thousand turns, or turns as long as a book: what a rendering may take grows with them."""
+    program = compiled({**PUBLISHED, **TEMPLATES}[name])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tools": TOOLS}
+    thought = {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nYes. "}
+    assert program([USER, thought] * 2000, True, names)
+    book = "It was the best of times, it was the worst of times.\n" * 20_000
+    assert program([{**USER, "content": book}, {**thought, "content": thought["content"] + book}] * 2, True, names)

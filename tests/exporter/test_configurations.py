@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.export import export
@@ -124,6 +125,57 @@ def test_rope_parameters_equal_rope_theta_and_rope_scaling(
     }
     (checkpoint / "config.json").write_text(kept)
     assert np.abs(frequencies - load_checkpoint(checkpoint).model.inv_freq).max() > 1e-3
+
+
+UNREAD = {
+    "a field of another kind": {"rope_scaling": LLAMA3 | {"beta_fast": 16.0}},
+    "a field of nobody": {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "short_factor": [1.0]}},
+    "a base for some layers": {"rope_local_base_freq": 10000.0},
+    "parameters of layer types": {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
+    "a factor without a kind": {"rope_scaling": {"factor": 4.0}},
+    "interleaved halves": {"rope_interleaved": True},
+    "layers without": {"no_rope_layers": [1, 0]},
+    "a part of a head": {"rotary_pct": 0.25},
+    "the same, by another name": {"rotary_dim": 4},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_fields_of_the_rotary_embedding_that_nobody_reads_are_refused(name: str, checkpoint: Path) -> None:
+    error = refusal(checkpoint, **UNREAD[name])
+    assert isinstance(error, UnsupportedArchitectureError)
+    assert "does not read" in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 4.0}},
+     {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "rope_scaling": {"type": "linear"}},
+     {"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}}],
+    ids=["two factors", "two kinds", "two kinds in one"],
+)  # fmt: skip
+def test_a_configuration_that_contradicts_itself_is_refused(changes: dict[str, Any], checkpoint: Path) -> None:
+    assert re.search("twice|two kinds", str(refusal(checkpoint, **changes)))
+
+
+@pytest.mark.parametrize("field", ["rope_interleaved", "rope_local_base_freq", "rotary_dim", "no_rope_layers"])
+def test_fields_that_say_nothing_change_nothing(field: str, checkpoint: Path) -> None:
+    expected = load_checkpoint(checkpoint).model.inv_freq
+    for value in (None, False):
+        edit_config(checkpoint, **{field: value})
+        assert np.array_equal(load_checkpoint(checkpoint).model.inv_freq, expected)
+
+
+def test_a_parameter_of_another_shape_is_named_whole(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "c", SMALL | {"tie_word_embeddings": False}, tokenizer=False)
+    edit_config(folder, vocab_size=500)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        error = str(refusal(folder))
+        assert f"first {name}, which has the shape (512, 64), not (500, 64)" in error
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensors[name][:500]
+        save_file(tensors, folder / "model.safetensors")
+    load_checkpoint(folder)
 
 
 def test_fields_that_are_null_or_absent_take_the_usual_values(checkpoint: Path) -> None:

@@ -153,3 +153,29 @@ def test_a_conversation_is_continued_from_its_cache(client, model):
         reused = (len(ids) - 1) // 128 * 128
         messages.append({"role": "assistant", "content": done.choices[0].message.content})
     assert reused >= 256
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_hold_no_token_beyond_a_stop_string(client, stream):
+    """However the string is cut into tokens, each of which may have come long before the string was whole."""
+    options = {"model": "kvq-books", "prompt": LONG, "max_tokens": 40, "temperature": 0, "logprobs": 1}
+    whole = client.completions.create(**options).choices[0]
+    for first, length in ((7, 1), (10, 2), (12, 4), (20, 7)):
+        offsets = [0]
+        for token in whole.logprobs.tokens:
+            offsets.append(offsets[-1] + len(token))
+        stop = (
+            whole.text[offsets[first] + 1 : offsets[first + length]] or whole.text[offsets[first] : offsets[first + 1]]
+        )
+        shown = whole.text.partition(stop)[0]
+        if stream:
+            chunks = [c.choices[0] for c in client.completions.create(**options, stop=stop, stream=True) if c.choices]
+            text = "".join(chunk.text for chunk in chunks)
+            tokens = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens]
+        else:
+            choice = client.completions.create(**options, stop=stop).choices[0]
+            text, tokens = choice.text, choice.logprobs.tokens
+        assert text == shown
+        assert tokens == whole.logprobs.tokens[: len(tokens)]
+        assert "".join(tokens).startswith(shown)  # the last one may hold the beginning of the string
+        assert not tokens or len("".join(tokens[:-1])) < max(1, len(shown))

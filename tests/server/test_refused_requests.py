@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
 import openai
@@ -26,6 +27,25 @@ from tests.tools.serving import JSON, QUESTION
         ({"temperature": -1}, "temperature must be at least 0"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"seed": 1.5}, "seed must be an integer"),
+        ({"temperature": 10**400}, "temperature must be a number"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"top_p": -(10**400)}, "top_p must be a number"),
+        ({"repetition_penalty": 10**350}, "repetition_penalty must be a number"),
+        ({"kv_bits": 10**400}, "kv_bits must be a number"),
+        ({"kv_bits": 1e299}, "kv_bits must be a positive number"),
+        ({"kv_bits": True}, "kv_bits must be a number"),
+        ({"kv_bits": -1}, "kv_bits must be a positive number"),
+        ({"max_tokens": True}, "max_tokens must be an integer"),
+        ({"max_tokens": 10**400}, "max_tokens is at most 1500"),
+        ({"top_k": True}, "top_k must be an integer"),
+        ({"logprobs": True}, "logprobs must be an integer"),
+        ({"policy": "x" * 100_000}, "unknown policy 'xxxx"),
+        ({"policy": "\x1b[2J\n\u202e"}, "unknown policy"),
+        ({"policy": "policy"}, "unknown policy"),
+        ({"prompt": [True, False]}, "prompt"),
+        ({"prompt": [1, 1.5]}, "prompt"),
+        ({"prompt": [[[[1]]]]}, "prompt must be"),
+        ({"stop": "\ud800"}, "stop must be"),
         ({"stop": ["a"] * 5}, "at most 4"),
         ({"stop": [""]}, "none of them empty"),
         ({"logprobs": 6}, "at most 5"),
@@ -51,6 +71,8 @@ def test_a_completion_request_that_would_be_misunderstood_is_refused_by_name(ser
     error = answer.json()["error"]
     assert words in error["message"]
     assert "\n" not in error["message"]
+    assert error["message"].isprintable()
+    assert len(answer.content) < 1000
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
 
@@ -70,11 +92,16 @@ def test_a_completion_request_that_would_be_misunderstood_is_refused_by_name(ser
         ({"logprobs": 3}, "logprobs must be true or false"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
         ({"prompt": "x"}, "unknown field 'prompt'"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}, "text"),
+        ({"messages": [{"role": "\ud800", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
     ],
     ids=str,
 )
 def test_a_chat_request_that_would_be_misunderstood_is_refused_by_name(server, change, words):
-    answer = server.post("/v1/chat/completions", {"messages": QUESTION} | change)
+    body = json.dumps({"messages": QUESTION} | change)
+    answer = server.post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
 
@@ -87,10 +114,34 @@ def test_a_chat_request_that_would_be_misunderstood_is_refused_by_name(server, c
         (b"\xff", 400, "not JSON"),
         (b'{"temperature": NaN}', 400, "not a JSON number"),
         (b"[" * 100_000, 400, "not JSON"),
+        (b'{"temperature": 1e400, "prompt": "x"}', 400, "temperature must be a number"),
+        (b'{"temperature": -1e999, "prompt": "x"}', 400, "temperature must be a number"),
+        (b'{"kv_bits": 1e400, "prompt": "x"}', 400, "kv_bits must be a number"),
+        (b'{"prompt": "x", "temperature": Infinity}', 400, "not a JSON number"),
+        (b'{"a":' * 100_000, 400, "not JSON"),
+        (b'{"prompt": "x", "metadata": ' + b"[" * 500 + b"]" * 500 + b', "n": 2}', 400, "n is not supported"),
+        (b'"' + b"x" * 100_000 + b'"', 400, "must be a JSON object"),
+        (b"\xef\xbb\xbf{}", 400, "not JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
         (b" " * 4_000_001, 413, "larger than"),
     ],
-    ids=["cut", "list", "bytes", "nan", "deep", "long number", "large"],
+    ids=[
+        "cut",
+        "list",
+        "bytes",
+        "nan",
+        "deep",
+        "infinity by a power",
+        "minus infinity",
+        "infinite bits",
+        "infinity",
+        "deep objects",
+        "deep labels",
+        "text",
+        "byte order mark",
+        "long number",
+        "large",
+    ],
 )
 def test_bodies_that_are_none(server, body, status, words):
     answer = server.post("/v1/completions", content=body, headers=JSON)
@@ -123,3 +174,52 @@ def test_paths_and_methods(server):
 def test_a_wrong_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match="this server has 'kvq-books'"):
         client.completions.create(model="gpt", prompt="x")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("text", ["word ", "a", " .", "é漢"], ids=repr)
+def test_a_text_far_too_long_is_refused_before_it_is_tokenized(server, path, text):
+    """Four megabytes take half a minute to tokenize; what the context holds of them takes none."""
+    long = text * (1_900_000 // len(text.encode()))
+    body = {"prompt": long} if path == "/v1/completions" else {"messages": [{"role": "user", "content": long}]}
+    begun = time.monotonic()
+    answer = server.post(path, body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert time.monotonic() - begun < 3
+
+
+def test_an_unexpected_error_has_the_apis_form_and_tells_nothing(embedded):
+    """Whatever a fault of ours raises, on the way to the model or behind it."""
+    import asyncio
+
+    from kvq.runtime.server.app import Api, Limits, make_app
+    from kvq.runtime.server.guard import Guard
+    from kvq.runtime.server.protocol import Settings
+
+    class Broken:
+        def ready(self):
+            raise ZeroDivisionError("secret /home/somebody")
+
+    logged: list[str] = []
+    app = Guard(make_app(Api(Broken(), None, Settings(), Limits())), None, logged.append, None)
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as asking:
+            return [await asking.get("/health"), await asking.post("/v1/completions", json={"prompt": "x"})]
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "server_error"
+        assert "secret" not in answer.text
+        assert "Traceback" not in answer.text
+    assert all("ZeroDivisionError" in entry for entry in logged)
+    assert logged
+
+
+def test_line_ends_of_other_alphabets_do_not_split_an_event():
+    from kvq.runtime.server.events import _sse
+
+    text = "a\u2028b\u2029c\x85d\ne"
+    event = _sse({"text": text})
+    assert len(event.decode().splitlines()) == 2  # the event, and the empty line behind it
+    assert json.loads(event.removeprefix(b"data: ")) == {"text": text}

@@ -152,6 +152,9 @@ class CountingTokenizer:
     def __init__(self) -> None:
         self.lengths: list[int] = []
 
+    def get_added_tokens_decoder(self) -> dict:
+        return TOKENIZER.get_added_tokens_decoder()
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         self.lengths.append(len(ids))
         return TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -26,8 +26,8 @@ def saved(model, path, change=None, pending=False):
     return session
 
 
-def refused(model, path, *words):
-    """Load a bad file: a one-line SessionError with the words, and no more memory than the file is worth."""
+def refused(model, path, *words, most=MOST_NBYTES):
+    """Load a bad file: a one-line SessionError with the words, and no more memory than it is worth, `most` bytes."""
     tracemalloc.start()
     try:
         with pytest.raises(SessionError) as caught:
@@ -40,4 +40,4 @@ def refused(model, path, *words):
     assert len(message) < 400 + len(str(path))
     for word in words:
         assert word in message
-    assert peak < MOST_NBYTES
+    assert peak < most

@@ -1,0 +1,150 @@
+"""The syntax tree of a chat template: what may stand in it, and where its work is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.visitor import NodeTransformer
+
+MOST_NODES = 20_000  # the longest published templates have 5,000; compiling this many takes half a second
+# What a template is made of. Anything else (inheritance, includes, blocks) reaches beyond it.
+ALLOWED = (
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock,
+    nodes.FilterBlock, nodes.With, nodes.Assign, nodes.AssignBlock, nodes.Scope, nodes.Break, nodes.Continue,
+    nodes.Name, nodes.NSRef, nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword,
+    nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat,
+    nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr,
+)  # fmt: skip
+# Their bodies run more than once, or later: they take their own steps.
+REPEATED = (nodes.For, nodes.Macro, nodes.CallBlock)
+CONTAINERS = (nodes.List, nodes.Tuple, nodes.Dict)
+# Steps of an expression, by what it costs beside an ordinary one.
+STEPS_OF_A_CONTAINER, STEPS_OF_AN_OPERATION, STEPS_OF_A_ROUND = 8, 5, 12
+OPERATIONS = (nodes.Filter, nodes.Test, nodes.Call, nodes.Getattr, nodes.Getitem, nodes.Compare, nodes.Concat,
+              nodes.Add, nodes.Mul)  # fmt: skip
+
+
+class Generation(Extension):
+    """`{% generation %}` marks replies for training; here it is what it contains."""
+
+    tags = {"generation"}  # noqa: RUF012 # as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def counting(tree: nodes.Template) -> nodes.Template:
+    """The tree with everything that can take long, or make much, as a filter of `kvq.runtime.text.operations`.
+
+    Raises:
+        TemplateSyntaxError: it holds what no chat template needs, or too much.
+    """
+    for count, node in enumerate(walk(tree)):
+        if count > MOST_NODES:
+            raise TemplateSyntaxError(f"more than {MOST_NODES} expressions", node.lineno or 1)
+        if not isinstance(node, ALLOWED):
+            raise TemplateSyntaxError(f"{type(node).__name__} is not known", node.lineno or 1)
+    return Counting().visit(tree)
+
+
+def walk(node: nodes.Node) -> Iterator[nodes.Node]:
+    """A node and all below it, without recursion."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(node.iter_child_nodes())
+
+
+def cost(parts: list[nodes.Node]) -> tuple[int, int]:
+    """Steps of running these once, and characters of their text; bodies that take their own are left out."""
+    waiting, count, text = list(parts), 0, 0
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, nodes.TemplateData):
+            text += len(node.data)
+        if isinstance(node, CONTAINERS):
+            count += STEPS_OF_A_CONTAINER
+        elif isinstance(node, OPERATIONS):
+            count += STEPS_OF_AN_OPERATION
+        if isinstance(node, REPEATED):
+            count += STEPS_OF_A_CONTAINER  # of the loop itself
+            once = (node.iter,) if isinstance(node, nodes.For) else ()
+            waiting.extend(once)
+            continue
+        waiting.extend(node.iter_child_nodes())
+    return count, text
+
+
+def _filter(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
+
+
+class Counting(NodeTransformer):
+    """Names in parentheses are those of `kvq.runtime.text.operations`."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        """A step for each expression in each round (counted, spent)."""
+        if node.recursive and node.test is not None:
+            raise TemplateSyntaxError("a recursive loop has a condition", node.lineno)
+        test = STEPS_OF_A_ROUND + (cost([node.test])[0] if node.test is not None else 0)
+        body = cost(node.body)
+        self.generic_visit(node)
+        node.iter = _filter(node.iter, "counted", nodes.Const(test, lineno=node.lineno))
+        return _spending(node, body)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        """As in a loop, in each call."""
+        body = cost([*node.body, *node.defaults])
+        self.generic_visit(node)
+        return _spending(node, body)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        """As a macro."""
+        body = cost([*node.body, *node.defaults])
+        self.generic_visit(node)
+        return _spending(node, body)
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        """What is shown is made text (shown)."""
+        self.generic_visit(node)
+        node.nodes = [part if isinstance(part, nodes.TemplateData) else _filter(part, "shown") for part in node.nodes]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """The operator ~ (concatenated)."""
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), "concatenated")
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        """Comparisons, and `in` (compared)."""
+        self.generic_visit(node)
+        pairs = [part for each in node.ops for part in (nodes.Const(each.op, lineno=node.lineno), each.expr)]
+        return _filter(node.expr, "compared", *pairs)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        """Slices, which jinja2 leaves to Python (sliced)."""
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        none = nodes.Const(None, lineno=node.lineno)
+        return _filter(node.node, "sliced", node.arg.start or none, node.arg.stop or none, node.arg.step or none)
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        """Keys of dictionaries, which are hashed (hashed)."""
+        self.generic_visit(node)
+        node.key = _filter(node.key, "hashed")
+        return node
+
+
+def _spending(node: nodes.For | nodes.Macro | nodes.CallBlock, body: tuple[int, int]) -> nodes.Node:
+    """The node, whose body takes so many steps and characters whenever it runs."""
+    count, text = (nodes.Const(value, lineno=node.lineno) for value in body)
+    node.body = [nodes.ExprStmt(_filter(count, "spent", text), lineno=node.lineno), *node.body]
+    return node

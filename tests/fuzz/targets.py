@@ -1,0 +1,96 @@
+"""What a fuzzer may be given bytes for: each target takes any bytes and raises nothing but a KvqError of one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from kvq.runtime.errors import KvqError
+from kvq.runtime.server.protocol import Settings, parse_generation, parse_json
+from kvq.runtime.session.header import _parse
+from kvq.runtime.text.template import ChatTemplate
+from kvq.runtime.text.tokenizer import decoded, encoded, load_tokenizer
+from tests.tools.chats import TEMPLATES, USER
+from tests.tools.templates import PUBLISHED
+
+Target = Callable[[bytes], None]
+HEADER = {
+    "kvq": "0.3.0", "model": "tiny", "model_digest": "0" * 64, "tokenizer_digest": None,
+    "architecture": {"layers": 3, "hidden": 64, "ffn": 172, "heads": 8, "kv_heads": 4, "head_dim": 8, "vocab": 512,
+                     "context": 256},
+    "policy": "random", "policy_options": {"seed": 1, "weights": [1, 2.5]}, "recent": 5, "sink": 4,
+    "prefill_chunk": 128, "kv_bits": 3.5, "kv_memory": None, "tokens": 60, "pending": [], "window": 5,
+    "buckets": [[4, 4, 30], [16, 8, 25]], "logits": True, "metadata": {"chat": {"messages": [], "turns": []}},
+    "payload_sha256": "0" * 64, "prefill": "auto",
+}  # fmt: skip
+REQUESTS = [
+    {"prompt": "Hello", "max_tokens": 5, "temperature": 0.5, "top_k": 3, "seed": 7, "stop": ["a"], "logprobs": 2},
+    {"prompt": [1, 2, 3], "kv_bits": 3.5, "policy": "rule", "stream": True, "stream_options": {"include_usage": True}},
+    {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "y"}]}],
+     "logprobs": True, "top_logprobs": 3, "n": 1, "tools": [], "response_format": {"type": "text"}},
+]  # fmt: skip
+TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None,
+    "added_tokens": [{"id": 2, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False, "special": True}],
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": " ?a+|b"}, "behavior": "Isolated", "invert": False},
+    "post_processor": None, "decoder": {"type": "Fuse"},
+    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+              "vocab": {"a": 0, "b": 1, "<s>": 2, "ab": 3}, "merges": [["a", "b"]]},
+}  # fmt: skip
+
+
+def session_header(data: bytes) -> None:
+    """The JSON at the beginning of a session file."""
+    header = _parse(data, "file")
+    assert 0 <= header.payload_nbytes < 1 << 200
+    header.encode()
+
+
+def template(data: bytes) -> None:
+    """A chat template, compiled and run."""
+    text = ChatTemplate(data.decode(errors="replace")).render([USER])
+    assert len(text) < 1 << 23
+
+
+def request(data: bytes) -> None:
+    """A request's body, at both endpoints."""
+    for chat in (False, True):
+        try:
+            parse_generation(parse_json(data), chat, Settings())
+        except KvqError:
+            if chat:
+                raise
+
+
+def tokenizer(data: bytes) -> None:
+    """A tokenizer.json, and a text there and back."""
+    found = load_tokenizer(data.decode(errors="replace"))
+    ids = encoded(found, "ab a  b <s> \u00e9" * 20, special=True)
+    decoded(found, ids)
+    decoded(found, [0, 1, 1 << 30])
+
+
+TARGETS: dict[str, Target] = {
+    "session_header": session_header, "template": template, "request": request, "tokenizer": tokenizer,
+}  # fmt: skip
+SEEDS: dict[str, list[bytes]] = {
+    "session_header": [json.dumps(HEADER).encode()],
+    "template": [text.encode() for text in (*TEMPLATES.values(), *PUBLISHED.values())],
+    "request": [json.dumps(body).encode() for body in REQUESTS],
+    "tokenizer": [json.dumps(TOKENIZER).encode()],
+}
+
+
+def held(name: str, data: bytes) -> bool:
+    """Run a target; whether it took the bytes. What it refuses has to be one line of a length to be read."""
+    said = ""
+    try:
+        TARGETS[name](data)
+    except KvqError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000, said
+    return not said
