@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +15,15 @@ import numpy as np
 
 from kvq.exporter.calibration import NewBundle, calibration_ids, calibration_text, mean_keys
 from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
+from kvq.exporter.damage import damages, plan_of_bits
+from kvq.exporter.draft import Moments, draft_of
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import key_statistics
-from kvq.exporter.moments import draft_moments
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS, Moments, carried_over
+from kvq.exporter.weights.matrices import LAYER_BITS, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -66,7 +67,7 @@ def export(
     checkpoint: str | Path | Checkpoint,
     out: str | Path,
     *,
-    weights: str = "auto",
+    weights: str | float = "auto",
     activations: str = "int8",
     block: int = 64,
     rotate: bool = True,
@@ -84,7 +85,8 @@ def export(
         checkpoint: a Hugging Face folder, a .gguf file, a hub id, or a loaded checkpoint.
         out: the bundle's folder; must not exist unless `overwrite`.
         weights: "auto": what the checkpoint holds in blocks that are multiplied as they are stays as it is, the rest
-            takes 8 bits. "int8" and "int4": of that many bits. "fp32": all decoded.
+            takes 8 bits. "int8" and "int4": of that many bits. "fp32": all decoded. A number from 4 to 8: so many bits
+            on average, 4 where that does least damage by measurement, see `kvq.exporter.damage`, else 8.
         activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `GraphOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
@@ -92,7 +94,7 @@ def export(
         keys: "balanced": in a basis measured on that text, see `kvq.exporter.key_basis`; or "plain". None is balanced
             where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
-            `kvq.exporter.weights.compensate`, which takes as long again. None: those of "int4" do.
+            `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
         calibration: that text; None takes a built-in one.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
@@ -102,6 +104,8 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
+    bits = None if isinstance(weights, str) else _checked_bits(weights)
+    weights = weights if isinstance(weights, str) else "mixed"
     _check_options(weights=weights, activations=activations, block=block, **({} if keys is None else {"keys": keys}))
     begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or (lambda done, total, what: None)
@@ -120,12 +124,19 @@ def export(
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
         with ExitStack() as stack:
-            moments = None
-            if _compensates(compensate, weights, tokenizer, notes):
-                progress(0, 1, "measuring inputs")
-                text = calibration_ids(str(tokenizer), calibration or calibration_text())
-                moments = stack.enter_context(draft_moments(checkpoint, options, folder, text))
-            written = _write_graphs(checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, moments)
+            moments = plan = None
+            compensates = _compensates(compensate, weights, tokenizer, notes)
+            if compensates or bits is not None:
+                progress(0, 1, "writing a draft")
+                text = calibration_ids(_readable(tokenizer), calibration or calibration_text())
+                draft = stack.enter_context(draft_of(checkpoint, options, folder, text))
+                moments = Moments(draft) if compensates else None
+                if bits is not None:
+                    found = damages(draft, block, lambda done, count: progress(done, count, "measuring damage"))
+                    plan = plan_of_bits(found, bits)
+            written = _write_graphs(
+                checkpoint, options, kv, name or checkpoint.name, folder, ids, progress, moments, plan
+            )
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
         if manifest.controllers:
@@ -139,6 +150,28 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option]:
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
+
+
+def _checked_bits(bits: float) -> float:
+    """Bits a weight that a plan can reach.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if not 4 <= bits <= 8:
+        raise CheckpointError(f"weights of {bits:g} bits are not possible; give a number from 4 to 8")
+    return float(bits)
+
+
+def _readable(tokenizer: str | None) -> str:
+    """The tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if tokenizer is None:
+        raise CheckpointError("errors of weights are measured on a text, and the checkpoint has no tokenizer; use int8")
+    return tokenizer
 
 
 def _compensates(wanted: bool | None, weights: str, tokenizer: str | None, notes: list[str]) -> bool:
@@ -173,6 +206,7 @@ def _write_graphs(
     ids: np.ndarray | None,
     progress: Progress,
     moments: Moments | None,
+    plan: Mapping[str, int] | None,
 ) -> Manifest:
     """Write graphs and weights into a folder; the manifest of all that is in it then.
 
@@ -180,12 +214,12 @@ def _write_graphs(
         options: with means of zero.
         kv: of the manifest.
         ids: int64 [tokens] to measure mean keys on; None leaves keys as they are.
-        moments: see `GraphWriter`.
+        moments, plan: see `GraphWriter`.
     """
     layers = checkpoint.architecture.layers
     total = 10 * (layers + 4)
     with WeightFile(folder) as file:
-        writer = GraphWriter(checkpoint, options, folder, file, moments)
+        writer = GraphWriter(checkpoint, options, folder, file, moments, plan)
         segments = []
         for segment in writer.segments():
             segments.append(segment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnx import TensorProto
 
@@ -11,7 +13,7 @@ from kvq.exporter.graphs.builder import CONTRIB, Graph
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.rotation import hadamard
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Change, Matrices, Moments, StoredMatrix
+from kvq.exporter.weights.matrices import Change, Matrices, MomentsByName, StoredMatrix
 
 
 class Products:
@@ -21,14 +23,19 @@ class Products:
         checkpoint: where the matrices come from.
         file: where they go.
         options: how.
-        moments: see `Matrices`.
+        moments, plan: see `Matrices`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, file: WeightFile, options: GraphOptions, moments: Moments | None = None
+        self,
+        checkpoint: Checkpoint,
+        file: WeightFile,
+        options: GraphOptions,
+        moments: MomentsByName | None = None,
+        plan: Mapping[str, int] | None = None,
     ) -> None:
         self._checkpoint, self._file, self._activations = checkpoint, file, options.activations
-        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block, moments)
+        self.matrices = Matrices(checkpoint, file, options.weights, options.activations, options.block, moments, plan)
 
     def turn(self, step: Project, change: Change | None = None) -> int:
         """Size of the blocks in which `project` wants its x rotated, 0 for not at all; asked before it is called."""

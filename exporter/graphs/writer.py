@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.products import Products
 from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import Matrices, Moments
+from kvq.exporter.weights.matrices import Matrices, MomentsByName
 
 
 class GraphWriter:
@@ -27,7 +27,7 @@ class GraphWriter:
         options: how.
         folder: of the graphs.
         file: of the weights.
-        moments: see `Matrices`.
+        moments, plan: see `Matrices`.
     """
 
     def __init__(
@@ -36,10 +36,11 @@ class GraphWriter:
         options: GraphOptions,
         folder: Path,
         file: WeightFile,
-        moments: Moments | None = None,
+        moments: MomentsByName | None = None,
+        plan: Mapping[str, int] | None = None,
     ) -> None:
         self._checkpoint, self._options, self._folder, self._file = checkpoint, options, folder, file
-        self._products = Products(checkpoint, file, options, moments)
+        self._products = Products(checkpoint, file, options, moments, plan)
 
     @property
     def matrices(self) -> Matrices:

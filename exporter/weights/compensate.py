@@ -1,8 +1,8 @@
 """Quantization that makes up for its own errors (GPTQ, Frantar et al., arXiv 2210.17323).
 
-What a matrix's rounding does to its product depends on what it is multiplied with: the squared error of the products is
-tr(D M D^T), with D the errors of the weights and M the second moments of the inputs. Columns are quantized one after the
-other; what each loses is made up for by those that are still to come, as well as they can.
+What rounding a matrix does to its products depends on what it is multiplied with: their squared error is tr(D M D^T),
+with D the errors of the weights and M the second moments of the inputs. Columns are quantized one after the other; what
+each loses is made up for by those that are still to come, as well as they can.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,13 @@ from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
 
 # Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is;
-# "auto" leaves that in its own bits and takes 8 for the rest.
-LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4}
+# "auto" leaves that in its own bits and takes 8 for the rest; of "mixed" a plan says which matrices take fewer.
+LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4, "mixed": 8}
 # The head decides between tokens directly: 4 bits there cost more than they save.
-HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8}
+HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8, "mixed": 8}
 Change = Callable[[np.ndarray], np.ndarray]
 # Name of a matrix of the layers -> second moments of what it is multiplied with, float64 [k, k].
-Moments = Callable[[str], np.ndarray]
+MomentsByName = Callable[[str], np.ndarray]
 
 
 @dataclass
@@ -30,7 +30,7 @@ class StoredMatrix:
 
     `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
     source holds the same numbers. `turn` is the size of the blocks along k that are rotated by a Hadamard matrix, as
-    what it is multiplied with has to be; 0: none are. `parts` are the tensors of a quantized one in the operator's order.
+    what it is multiplied with has to be; 0: none are. `parts` are a quantized one's tensors in the operator's order.
     """
 
     name: str
@@ -54,7 +54,7 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     tables = (checkpoint.model.embedding, checkpoint.model.head)
     most = (HEAD_BITS if names[0] in tables else LAYER_BITS)[weights]
     held = [checkpoint.source.block_bits(name) for name in names]
-    if not most or any(bits is None or bits > most for bits in held):
+    if weights == "mixed" or not most or any(bits is None or bits > most for bits in held):
         return False
     return activations == "fp32" or (weights == "auto" and names[0] not in tables and max(filter(None, held)) == 4)
 
@@ -69,6 +69,7 @@ class Matrices:
         activations: of the products, see `carried_over`.
         block: elements per scale of what is quantized here.
         moments: with them the quantization of layers makes up for its own errors; asked in the order of the layers.
+        plan: bits of matrices of the layers by name, where they are not those of `weights`.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Matrices:
         weights: str,
         activations: str,
         block: int,
-        moments: Moments | None = None,
+        moments: MomentsByName | None = None,
+        plan: Mapping[str, int] | None = None,
     ) -> None:
         self._checkpoint, self._file, self._weights, self._block = checkpoint, file, weights, block
-        self._activations, self._moments = activations, moments
+        self._activations, self._moments, self._plan = activations, moments, plan or {}
         self._tables = (checkpoint.model.embedding, checkpoint.model.head)
         self._stored: dict[str, StoredMatrix] = {}
 
@@ -93,10 +95,13 @@ class Matrices:
     def describe(self) -> dict[str, Any]:
         """What a manifest says of them, once the graphs are written."""
         names = {0: "fp32", 4: "int4", 8: "int8"}
-        layers = {matrix.bits for name, matrix in self._stored.items() if name not in self._tables}
+        of_layers = [matrix for name, matrix in self._stored.items() if name not in self._tables]
+        layers = {matrix.bits for matrix in of_layers}
+        held = sum(matrix.bits * matrix.n * matrix.k for matrix in of_layers)
         head = self._stored[self._checkpoint.model.head]
         return {
             "layers": names[layers.pop()] if len(layers) == 1 else "mixed",
+            "bits": round(held / sum(matrix.n * matrix.k for matrix in of_layers), 2) or 32,
             "head": names[head.bits],
             "block": self._block,
             "exact": sum(matrix.exact for matrix in self._stored.values()),
@@ -114,7 +119,7 @@ class Matrices:
 
         With `turns` its inputs can be rotated: they are if it is quantized here.
         """
-        return self._store(name, parts, LAYER_BITS[self._weights], change, turns)
+        return self._store(name, parts, self._plan.get(name, LAYER_BITS[self._weights]), change, turns)
 
     def _store(
         self, name: str, sources: list[str], bits: int, change: Change | None = None, turns: bool = False

@@ -8,6 +8,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -109,20 +110,27 @@ def grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     if bits == 8:
         scales = np.abs(x).max(axis=-1) / np.float32(127)
         return scales, np.full(scales.shape, 128, np.uint8)
-    most = (1 << bits) - 1
+    best = np.full(x.shape[:-1], np.inf, np.float32)
+    scales, zeros = np.zeros_like(best), np.zeros(best.shape, np.uint8)
+    for scale, zero in _grids(x, bits):
+        codes = encode(x, scale[..., None], zero[..., None], bits)
+        error = np.square((codes - zero[..., None]) * scale[..., None] - x).sum(axis=-1)
+        better = error < best
+        best[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
+    return scales, zeros
+
+
+def _grids(x: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scales and zero points that are tried for blocks x [..., block], float32 [...] each."""
+    most, half = (1 << bits) - 1, 1 << (bits - 1)
     low, high = np.minimum(x.min(axis=-1), 0), np.maximum(x.max(axis=-1), 0)
-    best = np.full(low.shape, np.inf, np.float32)
-    scales, zeros = np.zeros_like(low), np.zeros(low.shape, np.uint8)
     for factor in FOUR_BIT_FACTORS:
         scale = (high - low) * np.float32(factor / most)
         exact = np.divide(-low * np.float32(factor), scale, out=np.zeros_like(low), where=scale > 0)
         for shift in FOUR_BIT_SHIFTS:
-            zero = np.clip(np.rint(exact) + shift, 0, most)
-            codes = encode(x, scale[..., None], zero[..., None], bits)
-            error = np.square((codes - zero[..., None]) * scale[..., None] - x).sum(axis=-1)
-            better = error < best
-            best[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
-    return scales, zeros
+            yield scale, np.clip(np.rint(exact) + shift, 0, most)
+    # The plain one: as many steps on both sides but one, which the side of the extreme value has.
+    yield np.maximum(-low, high) / np.float32(half), np.where(-low >= high, half, half - 1).astype(np.float32)
 
 
 def encode(x: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:

@@ -71,12 +71,14 @@ def test_4_bits_err_by_at_most_half_a_step_or_what_is_clipped(k: int, block: int
     back = quantized.dequantize()
     assert (back.shape, back.dtype) == (matrix.shape, np.float32)
     wanted, step = in_blocks(matrix, block), quantized.scales[..., None]
-    clipped = np.clip(wanted / step, -8, 7) * step
+    zero = quantized.zeros[..., None].astype(np.float32)
+    clipped = (np.clip(wanted / step + zero, 0, 15) - zero) * step
     assert (np.abs(in_blocks(back, block) - clipped) <= 0.5001 * np.abs(step)).all()
-    # The extreme value is clipped by no more than the smallest factor allows.
-    peak = np.abs(wanted).max(-1)
-    assert (8 * np.abs(quantized.scales) >= 0.999 * min(FOUR_BIT_FACTORS) * peak).all()
-    assert (8 * np.abs(quantized.scales) <= 1.001 * max(FOUR_BIT_FACTORS) * peak).all()
+    # The range, which holds zero, is clipped by no more than the smallest factor allows.
+    reach = np.maximum(wanted.max(-1), 0) - np.minimum(wanted.min(-1), 0)
+    assert (15 * quantized.scales >= 0.999 * min(FOUR_BIT_FACTORS) * reach).all()
+    plain = np.abs(wanted).max(-1) / 8
+    assert (quantized.scales <= 1.001 * np.maximum(max(FOUR_BIT_FACTORS) * reach / 15, plain)).all()
 
 
 @pytest.mark.parametrize("k", WIDTHS)
@@ -113,7 +115,8 @@ def test_zeros_stay_zeros(bits: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_values_on_the_grid_come_back_exactly(bits: int) -> None:
     codes = np.random.default_rng(3).integers(-(1 << (bits - 1)) + 1, 1 << (bits - 1), (8, 128))
-    codes[:, ::16] = -8 if bits == 4 else 127  # the extreme that fixes the scale
+    codes[:, ::16] = -8 if bits == 4 else 127  # the extremes that fix the grid
+    codes[:, 1::16] = 7 if bits == 4 else -127
     matrix = codes.astype(np.float32) / 64
     assert np.array_equal(quantize_matrix(matrix, bits, 16).dequantize(), matrix)
 
@@ -141,7 +144,7 @@ def mat_mul_n_bits(quantized: QuantizedMatrix) -> onnxruntime.InferenceSession:
     n, k = len(quantized.codes), quantized.k
     node = helper.make_node(
         "MatMulNBits",
-        ["x", "codes", "scales"],
+        ["x", "codes", "scales", *(["zeros"] if quantized.zeros is not None else [])],
         ["y"],
         domain="com.microsoft",
         K=k,
@@ -155,7 +158,12 @@ def mat_mul_n_bits(quantized: QuantizedMatrix) -> onnxruntime.InferenceSession:
         "product",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", k])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", n])],
-        [numpy_helper.from_array(quantized.codes, "codes"), numpy_helper.from_array(quantized.scales, "scales")],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in zip(
+                node.input[1:], (quantized.codes, quantized.scales, quantized.packed_zeros), strict=False
+            )
+        ],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -214,7 +222,7 @@ def test_bundle_equals_transformers_on_the_dequantized_weights(
 def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) -> None:
     fields = TINY | {"tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True}
     checkpoint = load_checkpoint(str(save_checkpoint(tmp_path / "checkpoint", fields)))
-    bundle = exported(checkpoint, tmp_path / "bundle", weights="int4", activations="fp32", block=32)
+    bundle = exported(checkpoint, tmp_path / "bundle", weights="int4", activations="fp32", block=32, compensate=False)
     model = in_transformers(bundle, checkpoint.source.path)
     effective, original = model.state_dict(), reference_model(checkpoint.source.path).state_dict()
     torch = needs("torch")
