@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from kvq.runtime.cli.twins import variable
 from kvq.runtime.errors import BudgetError
+from kvq.runtime.policy.base import DEFAULT_POLICY
 from kvq.runtime.session.sampling import DEFAULTS
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -154,7 +155,7 @@ SAMPLING = [
 CACHE = [
     option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
            help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper, adaptive or auto "
-           "(adaptive, or rule for a model without a controller); fp16 if not given, auto with a budget."),
+           f"(adaptive, or rule for a model without a controller); {DEFAULT_POLICY} if not given, auto with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
     option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 32MB, 1GB."),
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",

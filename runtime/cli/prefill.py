@@ -65,7 +65,7 @@ def prefill(
 
     \b
     Examples:
-      kvq prefill lease.txt -o lease.kvq -p int8
+      kvq prefill lease.txt -o lease.kvq
       kvq-run --session lease.kvq --session-readonly "When is the rent due?"
       kvq chat --session lease.kvq
       kvq prefill letter.txt -o letter.kvq --as user

@@ -9,6 +9,10 @@ import numpy as np
 
 from kvq.runtime.errors import PolicyError
 
+# What a session is made with where neither policy nor budget is named: the fewest bits whose difference to the exact
+# cache is noise, docs/decisions.md.
+DEFAULT_POLICY = "int8"
+
 
 class TokenFeatures(NamedTuple):
     """What is known about tokens when their precision is chosen; float32 [tokens] each.

@@ -34,7 +34,7 @@ from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.policy.base import Policy
+from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import Pair
 from kvq.runtime.session.header import SessionHeader, open_session_file
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
 
 FIRST_PAGE_ENDS = (16, 32, 64)  # where the pieces of a bucket's first page end, besides its own
+# What a session has where neither policy nor budget is named, and what it had up to 0.2: a budget may replace it.
+UNNAMED = (DEFAULT_POLICY, "fp16")
 # The largest scale that a token in the window can have: it leaves with values that half precision holds.
 MOST_WINDOW_SCALE = np.float16(2)
 
@@ -213,7 +215,7 @@ def _empty_session(
         )
     if policy is None and kv_bits is None and kv_memory is None:
         kv_bits, kv_memory = header.kv_bits, header.kv_memory
-    elif policy is None and header.policy == "fp16":  # what a session has where neither policy nor budget is named
+    elif policy is None and header.policy in UNNAMED:
         policy = "auto"
     if policy is not None:
         return Session(model, policy, **settings, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)

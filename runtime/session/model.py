@@ -19,7 +19,7 @@ from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.head import Head
 from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.policy.base import Policy
+from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -162,11 +162,11 @@ class Model:
     ) -> Session:
         """A new, empty session; arguments as in `Session`.
 
-        Without a policy it is "fp16", or "auto" where a budget is given: "adaptive", or "rule" where the bundle has no
-        such controller, which `Session.note` and `Stats.policy_reason` then say.
+        Without a policy it is `DEFAULT_POLICY`, or "auto" where a budget is given: "adaptive", or "rule" where the
+        bundle has no such controller, which `Session.note` and `Stats.policy_reason` then say.
         """
         if policy is None:
-            policy = "fp16" if kv_bits is None and kv_memory is None else "auto"
+            policy = DEFAULT_POLICY if kv_bits is None and kv_memory is None else "auto"
         return Session(
             self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
             kv_bits=kv_bits, kv_memory=kv_memory,
@@ -187,7 +187,7 @@ class Model:
         Args:
             path: the file.
             policy: for the tokens to come; those stored stay as they are. None takes the file's; with a budget given
-                here, "auto" instead of "fp16".
+                here, "auto" instead of the default policy.
             prefill: as in `Session`, for the tokens to come; None takes the file's.
             backend: as in `Session`.
             kv_bits, kv_memory: a budget for the tokens to come. A policy or a budget given here replaces the

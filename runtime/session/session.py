@@ -15,7 +15,7 @@ from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.runner import Runner, Timer
 from kvq.runtime.errors import ContextError, PolicyError, PromptError, SessionError
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
-from kvq.runtime.policy.base import Policy
+from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import Geometry
@@ -59,7 +59,7 @@ class Session:
     def __init__(
         self,
         model: Model,
-        policy: str | Policy = "fp16",
+        policy: str | Policy = DEFAULT_POLICY,
         *,
         recent: int = 16,
         sink: int = 4,

@@ -70,7 +70,7 @@ def test_leaving_the_loop_ends_a_reply_and_the_next_goes_on(every):
 
 @pytest.mark.parametrize("name", ["chatml", "plain", "rewriting"])
 def test_undo_goes_back_to_before_the_question(every, name):
-    conversation = Conversation(every[name].session(recent=64))
+    conversation = Conversation(every[name].session("fp16", recent=64))
     said(conversation.reply("Hello", **GREEDY))
     before = list(conversation.session.tokens), list(conversation.session.pending), list(conversation.messages)
     reply = said(conversation.reply("Why?", **GREEDY))

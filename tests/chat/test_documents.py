@@ -87,7 +87,7 @@ def test_a_document_in_the_middle_of_a_conversation(every, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_undo_takes_back_the_question_and_keeps_the_document(every, name):
-    conversation = Conversation(every[name].session(recent=64))
+    conversation = Conversation(every[name].session("fp16", recent=64))
     conversation.read(LEASE)
     before = list(conversation.session.tokens)
     reply = said(conversation.reply("When is the rent due?", **GREEDY))
@@ -127,9 +127,9 @@ def test_a_saved_document_is_asked_many_questions(every, name, role, tmp_path):
 
 def test_a_document_alone_can_be_answered(every):
     for model in every.values():
-        conversation = Conversation(model.session())
+        conversation = Conversation(model.session("fp16"))
         conversation.read("Name three ships.")
-        whole = Conversation(model.session())
+        whole = Conversation(model.session("fp16"))
         assert said(conversation.reply("", **GREEDY)) == said(whole.reply("Name three ships.", **GREEDY))
         assert conversation.messages == whole.messages
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvq.runtime.policy.base import DEFAULT_POLICY
 from tests.tools.command_line import GENERATED, HEAVY, LOADED, assert_one_line_error, command, kvq, python, run
 
 # Beside the interpreter, wherever the environment is; not every installation has scripts.
@@ -36,7 +37,7 @@ def test_text_goes_to_stdout_and_one_line_of_statistics_to_stderr(greedy, expect
     assert greedy.returncode == 0
     assert greedy.stdout == expected_text + "\n"
     assert greedy.stderr.count("\n") == 1
-    for part in ("length after 12 tokens", "tokens cached in", "policy fp16", "ms/token", "attention"):
+    for part in ("length after 12 tokens", "tokens cached in", f"policy {DEFAULT_POLICY}", "ms/token", "attention"):
         assert part in greedy.stderr
         assert part not in greedy.stdout
 

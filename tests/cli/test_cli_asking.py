@@ -43,9 +43,9 @@ def lease(tmp_path):
     return file
 
 
-def answers(model, *questions, system=None, document=None, role="user") -> list[str]:
+def answers(model, *questions, policy=None, system=None, document=None, role="user") -> list[str]:
     """What the library says, one question after the other, without the blanks an answer begins with."""
-    conversation = Conversation(model.session(), system)
+    conversation = Conversation(model.session(policy), system)
     if document:
         conversation.read(document, role)
     return ["".join(r.text for r in conversation.reply(question, **GREEDY)).lstrip() for question in questions]
@@ -215,12 +215,13 @@ def test_a_chat_begins_with_the_question_of_the_command_line(bundle, model):
 
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_a_document_is_asked_through_the_template(bundle, model, lease, path, role):
-    done = kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "--as", role, "--system", "Be brief.")
+    exact = ["-p", "fp16"]  # what is read in one go below comes in other chunks
+    done = kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "--as", role, "--system", "Be brief.", *exact)
     assert (done.returncode, done.stdout) == (0, "")
     assert f"in the turn of the {role}, read in " in done.stderr
     held = path.read_bytes()
     document = LEASE.rstrip("\n")
-    expected = answers(model, "When?", "How much?", system="Be brief.", document=document, role=role)
+    expected = answers(model, "When?", "How much?", policy="fp16", system="Be brief.", document=document, role=role)
     session = ["--session", str(path)]
     for _ in range(2):
         done = run(bundle, *session, "--session-readonly", "When?")
@@ -231,7 +232,7 @@ def test_a_document_is_asked_through_the_template(bundle, model, lease, path, ro
     chat = ["chat", "-q", "-m", str(bundle), "-n", "12", "-t", "0", "--ignore-eos", *session, "--session-readonly"]
     assert kvq(*chat, "When?", input="How much?\n").stdout == "".join(text + "\n" for text in expected)
     # In one go: what the model sees is the template over all of it.
-    whole = Conversation(model.session(), "Be brief." if role == "user" else f"Be brief.\n\n{document}")
+    whole = Conversation(model.session("fp16"), "Be brief." if role == "user" else f"Be brief.\n\n{document}")
     question = f"{document}\n\nWhen?" if role == "user" else "When?"
     assert "".join(r.text for r in whole.reply(question, **GREEDY)).lstrip() == expected[0]
     # And as a conversation that goes on.
@@ -253,9 +254,10 @@ def test_a_document_is_the_system_s_where_the_template_has_one(name, role, tiny_
 def test_a_document_is_itself_the_question_where_none_is_given(bundle, model, tmp_path, path):
     (tmp_path / "task.txt").write_text("Name three ships.")
     prefill = ["prefill", str(tmp_path / "task.txt"), "-o", str(path), "-m", str(bundle), "-q", "--as", "user"]
+    prefill += ["-p", "fp16"]  # the question alone is read in another chunk
     assert kvq(*prefill).returncode == 0
     done = run(bundle, "-q", "--session", str(path), "--session-readonly")
-    assert (done.returncode, done.stdout) == (0, answers(model, "Name three ships.")[0] + "\n")
+    assert (done.returncode, done.stdout) == (0, answers(model, "Name three ships.", policy="fp16")[0] + "\n")
 
 
 def test_a_chat_takes_up_a_document_and_goes_back_to_it(bundle, model, lease, path):

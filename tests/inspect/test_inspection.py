@@ -105,7 +105,7 @@ def test_a_policy_sees_the_features_it_asked_for_and_no_others(tiny_model):
 def test_features_are_those_of_their_formulas(tiny_model):
     ids = tiny_model.encode(TEXT)
     found = inspect_text(tiny_model, TEXT, "fp16", prefill_chunk=16)
-    logits = tiny_model.session(prefill_chunk=16).append(ids, all_logits=True).astype(np.float64)
+    logits = tiny_model.session("fp16", prefill_chunk=16).append(ids, all_logits=True).astype(np.float64)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     rows = [token.features for token in found.tokens]

@@ -77,18 +77,28 @@ def test_forks_and_saved_sessions_know_it_too(tiny_model, tmp_path):
 
 
 def test_a_budget_for_a_session_saved_without_one(tiny_model, tmp_path):
-    for policy, file in ((None, "default.kvq"), ("int8", "int8.kvq")):
+    # fp16 is what files of up to 0.2 have where nobody named a policy.
+    for policy, file in ((None, "default.kvq"), ("fp16", "fp16.kvq"), ("k8v4", "k8v4.kvq")):
         session = tiny_model.session(policy, recent=4)
         session.append(IDS)
         session.save(tmp_path / file)
-    loaded = tiny_model.load_session(tmp_path / "default.kvq", kv_bits=12)
-    for token in IDS:
-        loaded.append([token])
-    budget = loaded.chooser.budget
-    assert budget.used(loaded.store) <= budget.allowed(loaded.store.length)
-    assert loaded.note.startswith(SAID)
+    for file in ("default.kvq", "fp16.kvq"):
+        loaded = tiny_model.load_session(tmp_path / file, kv_bits=12)
+        for token in IDS:
+            loaded.append([token])
+        budget = loaded.chooser.budget
+        assert budget.used(loaded.store) <= budget.allowed(loaded.store.length)
+        assert loaded.note.startswith(SAID)
     with pytest.raises(SessionError, match="cannot follow a budget"):
-        tiny_model.load_session(tmp_path / "int8.kvq", kv_bits=12)
+        tiny_model.load_session(tmp_path / "k8v4.kvq", kv_bits=12)
+
+
+def test_a_file_keeps_its_own_policy(tiny_model, tmp_path):
+    for policy in ("fp16", "int4"):
+        session = tiny_model.session(policy)
+        session.append(IDS)
+        session.save(tmp_path / "session.kvq")
+        assert tiny_model.load_session(tmp_path / "session.kvq").stats().policy == policy
 
 
 def test_it_is_told_once_a_model(tiny_bundle):

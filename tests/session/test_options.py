@@ -7,10 +7,15 @@ import pytest
 
 import kvq
 from kvq.controller.policies import POLICIES, Policy, make_policy
+from kvq.controller.policies.static import EQUAL
+from kvq.runtime.cli.run import run as kvq_run
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import BackendError, PolicyError
+from kvq.runtime.policy.base import DEFAULT_POLICY
 from kvq.runtime.precision.table import named
+from kvq.runtime.session.session import Session
 from tests.tools.sessions import IDS, greedy, rows
+from tests.tools.tree import ROOT
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"adaptive", "paper"}))  # these need training
@@ -22,6 +27,22 @@ def test_every_policy_runs_and_two_runs_are_identical(tiny_model, policy):
         runs.append((logits, greedy(session, IDS[50:51], 8), rows(session)))
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
     assert runs[0][1:] == runs[1][1:]
+
+
+def test_the_default_policy_is_int8(tiny_model):
+    assert DEFAULT_POLICY == "int8"
+    for session in (tiny_model.session(recent=4), Session(tiny_model, recent=4)):
+        session.append(IDS[:30])
+        assert session.stats().policy == "int8"
+        assert rows(session) == {"k16v16": 4, "k8v8": 22, "recent": 4}
+
+
+def test_pages_and_help_name_the_default_policy():
+    assert f"# a cache of {EQUAL[DEFAULT_POLICY]} bits\n" in (ROOT / "README.md").read_text("utf-8")
+    for page in ("guide", "embedding", "server"):
+        assert f"`{DEFAULT_POLICY}` is the default" in (ROOT / f"docs/{page}.md").read_text("utf-8"), page
+    policy = next(each for each in kvq_run.params if each.name == "policy")
+    assert f"; {DEFAULT_POLICY} if not given" in policy.help
 
 
 def test_a_policy_object_is_used_as_it_is(tiny_model):
