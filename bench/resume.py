@@ -2,7 +2,7 @@
 
     python -m kvq.bench.resume --tokens 512,2048
 
-For the embedded model and a random-weight model of SmolLM-135M's shape (int4 weights, made on first use). Times are
+For the embedded model and a random-weight model of SmolLM-135M's shape (int8 weights, made on first use). Times are
 medians, with the model loaded and the file in the page cache; each resumed session first has to continue exactly as the
 saved one. The table goes to stdout.
 """

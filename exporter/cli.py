@@ -64,7 +64,12 @@ class Weights(click.ParamType):
     show_default=True,
     help="Weights that share a scale.",
 )
-@click.option("--rotate/--no-rotate", default=True, show_default=True, help="Rotate heads by a Hadamard matrix.")
+@click.option(
+    "--rotate/--no-rotate",
+    default=True,
+    show_default=True,
+    help="Rotate heads, and what products take, by Hadamard matrices.",
+)
 @click.option("--center/--no-center", default=True, show_default=True, help="Subtract each head's mean key.")
 @click.option(
     "--keys",

@@ -72,7 +72,7 @@ def export(
     weights: str | float = "auto",
     activations: str = "int8",
     block: int = 64,
-    rotate: bool = True,
+    rotate: bool | str = True,
     center: bool = True,
     keys: str | None = None,
     compensate: bool | None = None,
@@ -90,7 +90,7 @@ def export(
             A number from 4 to 8: bits on average, 4 where that does least damage, see `kvq.exporter.damage`, else 8.
         activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `GraphOptions`.
         block: elements per scale, a power of two from 16 to 256.
-        rotate: rotate heads by a Hadamard matrix where head_dim is a power of two.
+        rotate: heads, and what products take, by Hadamard matrices where there are any; "heads": these alone.
         center: subtract each head's mean key, calibrated on a text.
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
@@ -145,15 +145,15 @@ def _shown(name: str) -> str:
 
 
 def _graph_options(
-    checkpoint: Checkpoint, weights: str, activations: str, block: int, rotate: bool, notes: list[str]
+    checkpoint: Checkpoint, weights: str, activations: str, block: int, rotate: bool | str, notes: list[str]
 ) -> tuple[GraphOptions, dict[str, Any]]:
     """How graphs are written before means of keys are known, and what a manifest says of keys and values then."""
     head_dim = checkpoint.architecture.head_dim
-    rotation_name, rotation = head_rotation(head_dim, rotate)
+    rotation_name, rotation = head_rotation(head_dim, bool(rotate))
     if rotate and rotation_name == "none":
         notes.append(f"no rotation: head_dim {head_dim} is not a power of two")
     fold = not _keeps_values(checkpoint, weights, activations)
-    options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold)
+    options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold, turns=rotate is True)
     return options, {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
 
 

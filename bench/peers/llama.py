@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's binding of its C interface, and the bundle's model as a GGUF file.
 
-A bundle's int4 block of 64 is two Q4_0 blocks of 32 with the same scale, its int8 block two of Q8_0; all that changes
+A bundle's int8 block of 64 is two Q8_0 blocks of 32 with the same scale, an int4 block two of Q4_0; all that changes
 is that scales are rounded to half precision.
 """
 
@@ -37,7 +37,7 @@ class LlamaArm(Arm):
     context = None
 
     runtime = "llama.cpp"
-    settings = "Q4_0 weights, Q8_0 embedding and head, {cache} cache, flash attention"
+    settings = "Q8_0 weights, {cache} cache, flash attention"
     files = "gguf"
     packages = ("llama_cpp", "gguf", "onnx")
     distributions = ("llama-cpp-python",)

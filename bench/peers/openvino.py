@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kvq.bench.arm import Arm
-
-if TYPE_CHECKING:
-    from kvq.bench.weights import BundleWeights
 
 # Bytes per cached value; u8 has a scale and a zero point (float32) per token and head besides.
 CACHE_BYTES = {"u8": 1, "f16": 2}
@@ -21,9 +18,8 @@ CACHE_BYTES = {"u8": 1, "f16": 2}
 class OpenvinoArm(Arm):
     """A stateful model, called through its infer request: the cache never leaves the plugin.
 
-    nncf lays the weights out as the plugin likes them: int4 in groups of 64, embedding and head int8. The int4 codes
-    and scales are then replaced by the bundle's; the int8 ones keep nncf's per row. Precision of the computation is the
-    plugin's choice, bfloat16 where the processor has it: prefill is faster so, 284 against 173 tokens/s.
+    nncf lays the weights out as the plugin likes them: int8, a scale a row, of the bundle's decoded weights. Precision
+    of the computation is the plugin's choice, bfloat16 where the processor has it: prefill is faster so.
 
     Attributes:
         cache: precision of the plugin's cache, u8, or f16 as is its default.
@@ -32,9 +28,7 @@ class OpenvinoArm(Arm):
     cache: str
 
     runtime = "OpenVINO CPU plugin"
-    settings = (
-        "int4 weights in groups of 64, int8 embedding and head, {cache} cache, stateful, computing in {computing}"
-    )
+    settings = "int8 weights, {cache} cache, stateful, computing in {computing}"
     files = "openvino"
     packages = ("openvino", "optimum.intel", "nncf", "torch")
     distributions = ("openvino", "nncf", "optimum-intel")
@@ -46,13 +40,10 @@ class OpenvinoArm(Arm):
         import openvino
         from optimum.intel import OVModelForCausalLM
 
-        from kvq.bench.weights import BundleWeights
-
         checkpoint = str(self.assets.checkpoint)
         model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, load_in_8bit=False).model
         keep_last_row(model)
-        compressed = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64)
-        take_weights(compressed, BundleWeights(self.assets))
+        compressed = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
         openvino.save_model(compressed, folder / "model.xml", compress_to_fp16=False)
 
     def load(self) -> None:
@@ -91,32 +82,6 @@ class OpenvinoArm(Arm):
 
     def weight_bytes(self) -> int:
         return (self.folder / "model.bin").stat().st_size
-
-
-def take_weights(model: Any, weights: BundleWeights) -> None:
-    """Replace the int4 weights of a compressed model by those of the bundle, scales rounded to half precision."""
-    import openvino
-    from openvino import opset13 as ops
-
-    matrices = {name: matrix for name, matrix in weights.parts() if matrix.bits == 4}
-    replaced = 0
-    for node in model.get_ordered_ops():
-        name = node.get_friendly_name().removeprefix("self.")
-        matrix = matrices.get(name.removesuffix("/scale"))
-        if matrix is None or node.get_type_name() != "Constant":
-            continue
-        shape = list(node.output(0).get_shape())
-        if name.endswith("/scale"):
-            new = ops.constant(matrix.scales.reshape(shape).astype(np.float16))
-        else:  # from an offset of 8 to two's complement
-            packed = openvino.Tensor(openvino.Type.i4, shape)  # owns its memory, unlike one made of an array
-            packed.data.reshape(-1)[:] = matrix.codes.reshape(-1) ^ 0x88
-            new = ops.constant(packed)
-        for target in node.output(0).get_target_inputs():
-            target.replace_source_output(new.output(0))
-        replaced += 1
-    if replaced != 2 * len(matrices):
-        raise RuntimeError(f"{replaced} tensors replaced: this nncf lays weights out in another way")
 
 
 def keep_last_row(model: Any) -> None:

@@ -24,6 +24,7 @@ class GraphOptions:
         rotation: float32 [head_dim, head_dim] applied to every head of queries, keys and values.
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
         key_basis: of queries and keys, in front of the rotation; None leaves them as they are. Mean keys are of it.
+        turns: what a product takes is rotated in blocks, if its matrix is quantized here.
         fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
             else as they come, which leaves weights that a source holds in blocks as they are.
     """
@@ -34,6 +35,7 @@ class GraphOptions:
     rotation: np.ndarray
     mean_keys: np.ndarray
     fold_values: bool = True
+    turns: bool = True
     key_basis: KeyBasis | None = None
 
     @property

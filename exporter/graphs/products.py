@@ -32,13 +32,14 @@ class Products:
         knowledge: Knowledge,
     ) -> None:
         self._checkpoint, self._file, self._activations = checkpoint, file, options.activations
+        self._turns = options.turns
         self.matrices = Matrices(
             checkpoint, file, options.weights, options.activations, options.block, knowledge or Knowledge()
         )
 
     def turn(self, step: Project, change: Change | None = None) -> int:
         """Size of the blocks in which `project` wants its x rotated, 0 for not at all; asked before it is called."""
-        return self.matrices.projection(step.name, step.weights, change, turns=True).turn
+        return self.matrices.projection(step.name, step.weights, change, self._turns).turn
 
     def turned(self, graph: Graph, x: str, block: int) -> str:
         """x [tokens, features] with every block of features rotated; the rotation is its own inverse."""
@@ -57,14 +58,14 @@ class Products:
 
     def head(self, graph: Graph, x: str) -> str:
         """x [rows, hidden] -> logits [rows, vocab]."""
-        matrix = self.matrices.table(self._checkpoint.model.head)
+        matrix = self.matrices.table(self._checkpoint.model.head, self._turns)
         x = self.turned(graph, x, matrix.turn) if matrix.turn else x
         product = self._two_byte_product if self._activations == "int16-head" else self._product
         return product(graph, x, matrix)
 
     def embedding(self, graph: Graph, ids: str) -> str:
         """ids [tokens] -> rows of the embedding [tokens, hidden]."""
-        table = self.matrices.table(self._checkpoint.model.embedding)
+        table = self.matrices.table(self._checkpoint.model.embedding, self._turns)
         if not table.bits:
             return graph.op("Gather", graph.stored(table.name), ids)
         rows = self._decoded(graph, ids, table)

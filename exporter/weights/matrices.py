@@ -118,9 +118,10 @@ class Matrices:
             "matrices": len(self._stored),
         }
 
-    def table(self, name: str) -> StoredMatrix:
-        """Embedding or head; only what the head takes is ever rotated."""
-        return self._store(name, [name], HEAD_BITS[self._weights], turns=name == self._checkpoint.model.head)
+    def table(self, name: str, turns: bool) -> StoredMatrix:
+        """Embedding or head; with `turns` what the head takes is rotated, if it is quantized here."""
+        turns = turns and name == self._checkpoint.model.head
+        return self._store(name, [name], HEAD_BITS[self._weights], turns=turns)
 
     def projection(
         self, name: str, parts: list[str], change: Change | None = None, turns: bool = False

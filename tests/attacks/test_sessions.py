@@ -24,6 +24,7 @@ from kvq.runtime.errors import SessionError
 from kvq.runtime.session.header import HEADER_MAX_BYTES
 from tests.tools.bad_sessions import MOST_NBYTES, refused, saved
 from tests.tools.session_files import START, contents, sealed, split
+from tests.tools.signals import interruptible
 from tests.tools.tree import ROOT
 
 MOST_S = 1.0
@@ -226,7 +227,7 @@ def test_a_writer_that_is_ended_leaves_a_whole_file(by, tmp_path, embedded):
     path = tmp_path / "text.kvq"
     for delay in (0.0, 0.003, 0.01, 0.03):
         process = subprocess.Popen([sys.executable, "-c", SAVING, str(path)], stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, cwd=ROOT)  # fmt: skip
+                                   stderr=subprocess.DEVNULL, cwd=ROOT, preexec_fn=interruptible)  # fmt: skip
         try:
             assert process.stdout.readline() == b"ready\n"
             while not path.exists():

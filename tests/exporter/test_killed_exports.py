@@ -16,6 +16,7 @@ from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.exporter.folder import WRITING, replaced_folder
 from kvq.runtime.errors import CheckpointError
+from tests.tools.signals import interruptible
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="what a killed process leaves stays there on Windows")
 # An export that stops at a step, told by a line, until it is killed.
@@ -36,7 +37,10 @@ def hidden(folder: Path) -> list[str]:
 
 def stopped(checkpoint: Path, out: Path, step: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", STOP, str(checkpoint), str(out), step], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STOP, str(checkpoint), str(out), step],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
