@@ -23,8 +23,8 @@ is written by `python -m kvq.bench.report` from measurements of `python -m kvq.b
 How it is measured:
 
 * All arms run the same random weights of a SmolLM's shape: int8 in blocks of 64 with int8 activations (one scale a row
-  in OpenVINO); transformers runs their float32 values. What kvq's products take is not rotated here, as it is in bundles
-  of real models, where that is 2 % of a step.
+  in OpenVINO); transformers runs their float32 values. What kvq's products take is not rotated here; in
+  bundles of real models it is, for 2 % of a step.
 * Each arm has a process of its own and is set up in the fastest form we found, which its settings below name. A step
   goes from a token id to the logits of the next token; sampling is left out.
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first
