@@ -21,6 +21,25 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick`."""
+    parser.addoption("--quick", action="store_true", help="the first case of every test that is not slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--quick`, leave out slow tests and all cases of a test but its first."""
+    if not config.getoption("--quick"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = list(first.values())
+    left_out = set(map(id, items)) - set(map(id, kept))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = kept
+
+
 # Random weights say anything: one word for ever, or special tokens, which no conversation of a real model has within a
 # reply. These say text, and different things to different prompts.
 SEED = 20

@@ -77,6 +77,7 @@ def test_permissions_follow_the_umask_or_the_old_file(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_writers_of_one_file_never_mix(tmp_path):
     path = tmp_path / "a.bin"
     start = threading.Barrier(6)
@@ -139,6 +140,7 @@ print(kills, *seen, cut)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_session(tiny_bundle, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), str(tiny_bundle), "6"]

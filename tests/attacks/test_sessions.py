@@ -154,6 +154,7 @@ ATTACKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_strangers_session_file_is_refused_by_name(tiny_model, good, tmp_path, name):
     attack, words = ATTACKS[name]

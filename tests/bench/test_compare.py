@@ -40,6 +40,7 @@ def test_checkouts_are_compared_turn_by_turn(tiny_bundle, tmp_path):
     assert f"| decode, ms/token | int4 | {longest} | " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_checkout_is_refused(tiny_bundle, tmp_path):
     (tmp_path / "kvq").mkdir()
     result = CliRunner().invoke(compare.main, [str(ROOT), str(tmp_path), "--model", str(tiny_bundle), "--threads", "1"])
@@ -63,6 +64,7 @@ def test_memory_is_split_without_rest(tiny_bundle, tmp_path):
     assert result.output.splitlines()[2].startswith("| int4 | 64 | ")
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_process_is_one_line(tiny_bundle):
     arguments = ["--model", str(tiny_bundle), "--policy", "int5", "--context", "64"]
     result = CliRunner().invoke(memory.main, arguments)

@@ -212,6 +212,7 @@ def test_every_cut_of_a_graph_is_a_bundle_error_or_passes_the_guard(tiny_bundle:
     assert refused > 0.9 * len(range(0, len(data), 7))
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_graph_makes_the_guard_fail_otherwise(tiny_bundle: Path) -> None:
     data = (tiny_bundle / SEGMENT).read_bytes()
     rng = np.random.default_rng(1)

@@ -37,6 +37,7 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     assert manifest.decode_weight_nbytes == 4 * parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", "int4"])
 def test_exporting_twice_gives_identical_files(weights: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     first, second = (export(str(tiny_checkpoint), tmp_path / name, weights=weights).path for name in "ab")

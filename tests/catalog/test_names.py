@@ -24,6 +24,7 @@ HINT = "kvq: using kvq-books, an offline model trained on novels; kvq pull smoll
 SHORT = ["run", "-n", "1", "Hello"]
 
 
+@pytest.mark.slow
 def test_with_nothing_chosen_one_line_says_how_to_get_a_real_model(tiny_bundle):
     done = process(*SHORT)
     assert done.returncode == 0
@@ -38,6 +39,7 @@ def test_with_nothing_chosen_one_line_says_how_to_get_a_real_model(tiny_bundle):
         assert "novels" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_default_is_what_use_says_and_flag_and_variable_go_before_it(own_home, tiny_bundle, tmp_path):
     bundle = shutil.copytree(tiny_bundle, tmp_path / "mine")
     assert process("use").stdout == "kvq-books\n"
@@ -122,6 +124,7 @@ def test_a_name_that_cannot_be_had_is_refused(own_home, tiny_bundle, capsys, nam
     assert not tree(own_home)
 
 
+@pytest.mark.slow
 def test_rm_removes_what_was_pulled_and_resets_the_default(shelf, own_home, capsys):
     here(capsys, "pull", "tiny-instruct")
     here(capsys, "name", "tiny-instruct", "mine")
@@ -162,6 +165,7 @@ def test_rm_never_touches_what_is_outside(own_home, tiny_bundle, tmp_path, capsy
     assert tree(outside) == before
 
 
+@pytest.mark.slow
 def test_models_may_lie_on_another_disk(shelf, own_home, tmp_path, capsys):
     (tmp_path / "disk" / ".x.partial-abcdefgh").mkdir(parents=True)
     own_home.mkdir()
@@ -172,6 +176,7 @@ def test_models_may_lie_on_another_disk(shelf, own_home, tmp_path, capsys):
     assert os.listdir(tmp_path / "disk") == []
 
 
+@pytest.mark.slow
 def test_rm_of_an_export_takes_its_path_or_its_name(shelf, own_home, tmp_path, capsys):
     model = tmp_path / "a.gguf"
     model.write_bytes(GGUF)
@@ -194,6 +199,7 @@ def test_rm_of_an_export_takes_its_path_or_its_name(shelf, own_home, tmp_path, c
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_rm_asks_on_a_terminal(own_home, tiny_bundle):
     pty = pytest.importorskip("pty")
     shutil.copytree(tiny_bundle, own_home / "models" / "someone" / "one")
@@ -209,6 +215,7 @@ def test_rm_asks_on_a_terminal(own_home, tiny_bundle):
         assert (own_home / "models" / "someone" / "one").exists() == (code != 0)
 
 
+@pytest.mark.slow
 def test_list_says_what_is_here_and_what_can_be_fetched(shelf, capsys):
     here(capsys, "pull", "tiny-instruct")
     code, out, err = here(capsys, "list")
@@ -225,6 +232,7 @@ def test_list_says_what_is_here_and_what_can_be_fetched(shelf, capsys):
     assert rows["tiny-instruct"]["default"]
 
 
+@pytest.mark.slow
 def test_show_tells_all_of_a_model_and_how_to_get_one(shelf, capsys, tiny_bundle):
     code, out, _ = here(capsys, "show", "tiny-instruct")
     assert code == 0
@@ -262,6 +270,7 @@ def test_a_name_completes(words):
     assert done.stdout.split() == ["plain,smollm2-360m", "plain,smollm2-360m-instruct"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_or_gguf_file_is_exported_once_by_its_content(shelf, own_home, tmp_path):
     model = tmp_path / "Small.Q8_0.gguf"
     model.write_bytes(GGUF)
@@ -289,6 +298,7 @@ def test_an_unchanged_checkpoint_is_not_read_again(shelf, tmp_path, monkeypatch)
     assert references.locate(str(model))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_folder_is_a_model(own_home, tiny_checkpoint, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "mine")
     model = kvq.load(folder)

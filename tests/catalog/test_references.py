@@ -61,6 +61,7 @@ def test_a_bundle_by_hub_id_is_fetched_once_and_kept(hub, own_home, tiny_bundle)
     assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_hub_id_is_exported_once_and_kept(hub, own_home):
     told = []
     model = kvq.load("someone/checkpoint", notice=told.append)
@@ -72,6 +73,7 @@ def test_a_checkpoint_by_hub_id_is_exported_once_and_kept(hub, own_home):
     assert not hub
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_exported_is_the_exporters_error(hub, tmp_path, own_home):
     config = tmp_path / "hub" / "someone" / "checkpoint" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2"}))
@@ -171,6 +173,7 @@ def test_what_is_no_reference_is_never_asked_of_the_hub(hub, reference):
     assert not hub
 
 
+@pytest.mark.slow
 def test_list_shows_embedded_and_fetched_models(own_home, tiny_bundle):
     for name in ("good", "bad"):
         shutil.copytree(tiny_bundle, own_home / "models" / "someone" / name)
@@ -190,6 +193,7 @@ def test_list_shows_embedded_and_fetched_models(own_home, tiny_bundle):
     assert rows["someone/good"]["nbytes"] == size - (Path(rows["someone/good"]["path"]) / MANIFEST).stat().st_size
 
 
+@pytest.mark.slow
 def test_offline_on_the_command_line_is_one_line(own_home):
     needs("huggingface_hub")
     for arguments, env in ((["--offline"], {}), ([], {"HF_HUB_OFFLINE": "1"}), ([], {"KVQ_OFFLINE": "1"})):

@@ -42,6 +42,7 @@ def test_text_goes_to_stdout_and_one_line_of_statistics_to_stderr(greedy, expect
         assert part not in greedy.stdout
 
 
+@pytest.mark.slow
 def test_the_kvq_run_script_is_the_same_command(tiny_bundle, greedy):
     if not SCRIPT.exists():
         pytest.skip(f"no {SCRIPT}")
@@ -56,6 +57,7 @@ def test_quiet_leaves_stderr_empty(tiny_bundle, greedy):
     assert (done.returncode, done.stdout, done.stderr) == (0, greedy.stdout, "")
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_one_line(tiny_bundle, expected_text):
     done = run(tiny_bundle, "--json", "-p", "mixed", "--recent", "4", "Hello")
     assert (done.returncode, done.stderr) == (0, "")
@@ -72,6 +74,7 @@ def test_json_is_one_object_on_one_line(tiny_bundle, expected_text):
     assert same["text"] == expected_text
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text(tiny_bundle):
     options = ["-q", "-t", "1.2", "-n", "20", "Hello"]
     texts = [run(tiny_bundle, *options, "--seed", seed).stdout for seed in ("7", "7", "8")]
@@ -79,6 +82,7 @@ def test_the_same_seed_gives_the_same_text(tiny_bundle):
     assert texts[0] != texts[2]
 
 
+@pytest.mark.slow
 def test_argument_file_and_stdin_are_the_same_prompt(tiny_bundle, tmp_path, greedy):
     file = tmp_path / "prompt.txt"
     file.write_text("Hello\n")
@@ -254,6 +258,7 @@ def long_run(**options) -> subprocess.Popen:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **options)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_without_a_traceback():
     process = long_run()
     assert process.stdout.read(1)
@@ -289,6 +294,7 @@ def test_closed_and_full_streams_end_without_a_traceback(tiny_bundle, closing, c
     assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_text_so_far_and_exits_with_130():
     process = long_run()
     first = process.stdout.read(1)
@@ -303,6 +309,7 @@ def test_an_interrupt_keeps_the_text_so_far_and_exits_with_130():
     assert text.startswith(again) or again.startswith(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
@@ -329,6 +336,7 @@ def test_a_prompt_beyond_ascii_reaches_the_model_in_the_c_locale(tiny_bundle):
     assert json.loads(done.stdout)["prompt"] == prompt
 
 
+@pytest.mark.slow
 def test_export_prints_the_summary_on_stdout_and_progress_on_stderr(tiny_checkpoint, tmp_path):
     out = tmp_path / "bundle"
     done = kvq("export", str(tiny_checkpoint), str(out), "--weights", "int4", "--no-center")

@@ -56,6 +56,7 @@ def found(done: subprocess.CompletedProcess) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_question_is_asked_through_the_template(bundle, model):
     expected = answers(model, "Where is <|im_end|>?")[0]
     done = run(bundle, "Where is <|im_end|>?")
@@ -70,6 +71,7 @@ def test_a_question_is_asked_through_the_template(bundle, model):
     assert told["stats"]["tokens"] == len(ids) + told["tokens"] - 1
 
 
+@pytest.mark.slow
 def test_a_system_prompt_and_an_empty_one_take_the_place_of_the_templates_own(bundle, model):
     texts = set()
     for system in ("Be brief.", ""):
@@ -80,6 +82,7 @@ def test_a_system_prompt_and_an_empty_one_take_the_place_of_the_templates_own(bu
     assert run(bundle, "-q", "Hello", env={"KVQ_SYSTEM": "Be brief."}).stdout in texts
 
 
+@pytest.mark.slow
 def test_raw_goes_on_with_the_text(bundle, model):
     expected = "".join(r.text for r in model.session().generate("Hello", **GREEDY))
     done = run(bundle, "-q", "--raw", "Hello")
@@ -89,11 +92,13 @@ def test_raw_goes_on_with_the_text(bundle, model):
     assert found(run(bundle, "--json", "Hello"))["text"] != expected
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_goes_on_with_the_text(tiny_bundle):
     assert found(run(tiny_bundle, "--json", "Hello"))["template"] is False
     assert found(run(tiny_bundle, "--json", "--raw", "Hello"))["template"] is False
 
 
+@pytest.mark.slow
 def test_a_system_prompt_without_a_place_is_refused(bundle, tiny_bundle, path, lease):
     words = ["has no chat template", "leave --system out"]
     assert_one_line_error(run(tiny_bundle, "--system", "Be brief.", "Hello"), *words)
@@ -110,6 +115,7 @@ def test_a_system_prompt_without_a_place_is_refused(bundle, tiny_bundle, path, l
     assert_one_line_error(done, "the session holds plain text", "leave --system out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "stdin", "parts"),
     [
@@ -131,6 +137,7 @@ def test_stdin_file_and_argument_are_one_prompt(bundle, tiny_bundle, lease, argu
     assert found(run(tiny_bundle, "--json", *arguments, input=stdin))["prompt"] == "\n".join(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdin", ["</dev/null", "<&-", "0>/dev/null"], ids=["empty", "closed", "as nohup leaves it"])
 def test_a_stdin_without_text_is_none(bundle, stdin):
     line = f'"{sys.executable}" -m kvq run -q -m "{bundle}" -t 0 -n 3 --ignore-eos "Hello" {stdin}'
@@ -143,6 +150,7 @@ def test_a_stdin_without_text_is_none(bundle, stdin):
     assert without.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_stdin_that_stays_open_is_waited_for_and_the_user_is_told(bundle):
     process = subprocess.Popen(
         [sys.executable, "-m", "kvq", "run", "-m", str(bundle), "-n", "3", "What is it?"],
@@ -157,6 +165,7 @@ def test_a_stdin_that_stays_open_is_waited_for_and_the_user_is_told(bundle):
     assert out
 
 
+@pytest.mark.slow
 def test_text_that_is_not_utf8_is_told_by_its_source(bundle):
     assert_one_line_error(run(bundle, "What is it?", input=b"caf\xe9"), "stdin is not UTF-8", "byte 3")
     assert_one_line_error(kvq("chat", "-m", str(bundle), b"caf\xe9"), "the question is not UTF-8")
@@ -169,6 +178,7 @@ def first_token(model, question=None, prompt=None) -> int:
     return next(model.session().generate(prompt, **GREEDY)).token
 
 
+@pytest.mark.slow
 def test_an_empty_answer_says_why(bundle, model):
     token = first_token(model, question="Hello")
     name = model.tokenizer.id_to_token(token)
@@ -184,6 +194,7 @@ def test_an_empty_answer_says_why(bundle, model):
     assert kvq(*chat, "-q").stderr == ""
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_at_once_says_why(tiny_bundle, tiny_model):
     text = "".join(r.text for r in tiny_model.session().generate("Hello", **GREEDY))
     done = run(tiny_bundle, "-q", "--stop", text[:2], "Hello")
@@ -201,6 +212,7 @@ def test_a_text_that_ends_at_once_says_why(tiny_bundle, tiny_model):
     assert done.stderr.startswith(f"kvq: the model ended the text at once ({end}): it goes on with texts")
 
 
+@pytest.mark.slow
 def test_a_chat_begins_with_the_question_of_the_command_line(bundle, model):
     expected = answers(model, "Who wrote Emma?", "/help me?", "When was she born?")
     chat = ["chat", "-q", "-m", str(bundle), "-n", "12", "-t", "0", "--ignore-eos", "Who wrote Emma?"]
@@ -213,6 +225,7 @@ def test_a_chat_begins_with_the_question_of_the_command_line(bundle, model):
     assert (slash.returncode, slash.stdout) == (0, answers(model, "/help me?")[0] + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_a_document_is_asked_through_the_template(bundle, model, lease, path, role):
     exact = ["-p", "fp16"]  # what is read in one go below comes in other chunks
@@ -243,6 +256,7 @@ def test_a_document_is_asked_through_the_template(bundle, model, lease, path, ro
     assert run(bundle, *session, "Why?").stderr.splitlines()[0].endswith("; 2 turns")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "role"), [("chatml", "system"), ("llama3", "system"), ("rewriting", "user")])
 def test_a_document_is_the_system_s_where_the_template_has_one(name, role, tiny_checkpoint, lease, path, tmp_path):
     made = chat_bundle(tiny_checkpoint, small_tokenizer(490), name, tmp_path / "of")
@@ -251,6 +265,7 @@ def test_a_document_is_the_system_s_where_the_template_has_one(name, role, tiny_
     assert f"in the turn of the {role}, read in " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_document_is_itself_the_question_where_none_is_given(bundle, model, tmp_path, path):
     (tmp_path / "task.txt").write_text("Name three ships.")
     prefill = ["prefill", str(tmp_path / "task.txt"), "-o", str(path), "-m", str(bundle), "-q", "--as", "user"]
@@ -260,6 +275,7 @@ def test_a_document_is_itself_the_question_where_none_is_given(bundle, model, tm
     assert (done.returncode, done.stdout) == (0, answers(model, "Name three ships.", policy="fp16")[0] + "\n")
 
 
+@pytest.mark.slow
 def test_a_chat_takes_up_a_document_and_goes_back_to_it(bundle, model, lease, path):
     assert kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "-q", "--as", "user").returncode == 0
     chat = ["chat", "-m", str(bundle), "-n", "12", "-t", "0", "--ignore-eos"]
@@ -273,6 +289,7 @@ def test_a_chat_takes_up_a_document_and_goes_back_to_it(bundle, model, lease, pa
     assert "nothing to undo" in told[-1]
 
 
+@pytest.mark.slow
 def test_plain_text_stays_plain_text(bundle, model, lease, path):
     done = kvq("prefill", str(lease), "-o", str(path), "-m", str(bundle), "--raw")
     assert "plain text, read in " in done.stderr
@@ -286,6 +303,7 @@ def test_plain_text_stays_plain_text(bundle, model, lease, path):
     assert_one_line_error(kvq("chat", "-m", str(bundle), "--session", str(path), "Hello"), "no conversation")
 
 
+@pytest.mark.slow
 def test_a_session_of_before_conversations_were_kept_is_plain_text(bundle, model, path):
     session = model.session()
     session.append(model.encode("Once upon a time"))
@@ -295,6 +313,7 @@ def test_a_session_of_before_conversations_were_kept_is_plain_text(bundle, model
     assert run(bundle, "-q", "--session", str(path), "--session-readonly", " there").stdout == expected + "\n"
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_with_kvq_run(bundle, model, path):
     session = ["--session", str(path)]
     expected = answers(model, "Hello", "Why?", "And?")
@@ -305,6 +324,7 @@ def test_a_chat_goes_on_with_kvq_run(bundle, model, path):
     assert_one_line_error(run(bundle, *session, "--system", "Be brief.", "So"), "leave system out")
 
 
+@pytest.mark.slow
 def test_a_transcript_of_a_model_without_a_template_goes_on_too(tiny_bundle, tiny_model, path):
     session = ["--session", str(path)]
     expected = answers(tiny_model, "Hello", "Why?")
@@ -312,6 +332,7 @@ def test_a_transcript_of_a_model_without_a_template_goes_on_too(tiny_bundle, tin
     assert run(tiny_bundle, "-q", *session, "Why?").stdout == expected[1] + "\n"
 
 
+@pytest.mark.slow
 def test_a_cut_answer_goes_on_without_a_prompt_and_a_finished_one_does_not(bundle, model, path):
     session = ["--session", str(path)]
     whole = "".join(r.text for r in Conversation(model.session()).reply("Hello", **GREEDY))
@@ -325,6 +346,7 @@ def test_a_cut_answer_goes_on_without_a_prompt_and_a_finished_one_does_not(bundl
     assert path.read_bytes() == held
 
 
+@pytest.mark.slow
 def test_a_document_beyond_the_context_leaves_no_file(bundle, tmp_path, path):
     (tmp_path / "long.txt").write_text("word " * 300)
     done = kvq("prefill", str(tmp_path / "long.txt"), "-o", str(path), "-m", str(bundle), "-q")
@@ -345,6 +367,7 @@ def interrupted(when: str, *arguments: str) -> subprocess.CompletedProcess:
     return command([sys.executable, "-c", code, "run", "-t", "0", "--ignore-eos", *arguments])
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_said_of_an_answer_and_it_goes_on(bundle, model, path):
     options = ["-m", str(bundle), "--session", str(path)]
     done = interrupted("steps[-3:] == [1, 1, 1]", *options, "-n", "12", "Hello")

@@ -23,6 +23,7 @@ def chat(model, *arguments, input="", **options):
     return kvq(*CHAT, "-m", str(model), *arguments, input=input, **options)
 
 
+@pytest.mark.slow
 def test_each_line_of_stdin_is_a_turn_and_stdout_is_the_answers(tiny_bundle, tiny_model):
     from kvq.runtime.chat.conversation import Conversation
 
@@ -36,6 +37,7 @@ def test_each_line_of_stdin_is_a_turn_and_stdout_is_the_answers(tiny_bundle, tin
     assert done.stdout == "".join(answer + "\n" for answer in expected)
 
 
+@pytest.mark.slow
 def test_notices_go_to_stderr(tiny_bundle):
     done = chat(
         tiny_bundle, input="Hello\n/stats\n/help\n/undo\n/reset\n/policy int4\nHello\n/stats\n/quit\nnot asked\n"
@@ -48,6 +50,7 @@ def test_notices_go_to_stderr(tiny_bundle):
         assert words not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_policy_is_changed_with_the_conversation_kept(tiny_bundle):
     done = chat(tiny_bundle, input="Hello\n/policy k8v4\n/undo\nHello\n/policy fp16\n")
     assert done.returncode == 0, done.stderr
@@ -55,6 +58,7 @@ def test_a_policy_is_changed_with_the_conversation_kept(tiny_bundle):
     assert "0 turns, 0 tokens left" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_saved_conversation_goes_on_as_if_it_had_never_been_away(tiny_bundle, tmp_path):
     file = tmp_path / "talk.kvq"
     system = ["--system", "Be brief."]
@@ -67,6 +71,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_never_been_away(tiny_bundle, 
     assert "0 turns, 0 tokens left" in rest.stderr
 
 
+@pytest.mark.slow
 def test_a_session_file_is_taken_up_and_kept(tiny_bundle, tmp_path):
     file = tmp_path / "talk.kvq"
     options = ["-t", "1", "-s", "3"]
@@ -85,6 +90,7 @@ def test_a_session_file_is_taken_up_and_kept(tiny_bundle, tmp_path):
     assert_one_line_error(done, "leave system out")
 
 
+@pytest.mark.slow
 def test_a_file_that_holds_no_conversation_is_refused_and_the_chat_goes_on(tiny_bundle, tiny_model, tmp_path):
     session = tiny_model.session()
     session.append([1, 2, 3])
@@ -122,6 +128,7 @@ def test_in_a_script_the_first_error_ends_it(tiny_bundle, input, words, code):
     assert_one_line_error(chat(tiny_bundle, "-q", input=after), *words, code=code)
 
 
+@pytest.mark.slow
 def test_a_wrong_option_is_told_before_the_first_question(tiny_bundle):
     assert_one_line_error(chat(tiny_bundle, "--temp=-1"), "temperature must be at least 0", code=2)
     assert_one_line_error(chat(tiny_bundle, "-p", "nonsense"), "unknown policy", code=2)
@@ -181,6 +188,7 @@ class Terminal:
         return out
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_answer_and_the_chat_goes_on():
     terminal = Terminal("-n", "-1")  # the embedded model: an answer of many seconds
     terminal.until("> ")
@@ -208,6 +216,7 @@ def test_an_interrupt_stops_the_answer_and_the_chat_goes_on():
     assert "> " not in first.decode() + out
 
 
+@pytest.mark.slow
 def test_a_line_that_ends_in_a_backslash_goes_on(tiny_bundle):
     terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01")
     terminal.until("> ")
@@ -220,6 +229,7 @@ def test_a_line_that_ends_in_a_backslash_goes_on(tiny_bundle):
     assert terminal.end().endswith("\n")
 
 
+@pytest.mark.slow
 def test_a_question_of_the_command_line_is_asked_first(tiny_bundle):
     terminal = Terminal("-m", str(tiny_bundle), "-n", "3", "--stop", "\x01", "Hello")
     terminal.until("/help lists commands")
@@ -247,6 +257,7 @@ def cleared(shown: str) -> bool:
     return last != shown and re.match(r"\r +\r(?!reading)", last) is not None
 
 
+@pytest.mark.slow
 def test_a_long_question_shows_how_far_it_has_been_read():
     terminal = Terminal("-n", "3", LONG)
     terminal.until("(cut after 3 tokens")
@@ -261,6 +272,7 @@ def test_a_long_question_shows_how_far_it_has_been_read():
     assert "reading" not in terminal.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "drawn"),
     [
@@ -278,6 +290,7 @@ def test_a_long_prompt_shows_how_far_it_has_been_read(arguments, drawn):
     assert cleared(terminal.shown) if drawn else "reading" not in terminal.shown
 
 
+@pytest.mark.slow
 def test_prefill_shows_how_far_it_has_read_and_a_pipe_gets_no_bar(tmp_path):
     (tmp_path / "long.txt").write_text(LONG)
     arguments = [str(tmp_path / "long.txt"), "-o", str(tmp_path / "long.kvq"), "--overwrite"]
@@ -295,6 +308,7 @@ def test_a_closed_pipe_ends_a_chat_quietly(tiny_bundle):
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_a_question_may_begin_with_a_path_and_a_policy_without_a_budget_drops_it(tiny_bundle):
     lines = "/etc/passwd is what?\n/policy int8\n/stats\n"
     done = kvq("chat", "-m", str(tiny_bundle), "--kv-bits", "12", "-n", "3", input=lines)

@@ -25,6 +25,7 @@ def with_session(bundle, path, *arguments, **options):
     return run(bundle, "--session", str(path), *arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(tiny_bundle, path):
     whole = run(tiny_bundle, "-q", *SEEDED, "-n", "24", "Hello")
     parts = []
@@ -35,6 +36,7 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(tiny_bundle
     assert "".join(parts) + "\n" == whole.stdout
 
 
+@pytest.mark.slow
 def test_what_is_done_with_the_file_is_said_on_stderr(tiny_bundle, path):
     made = with_session(tiny_bundle, path, "-p", "int4", "Hello")
     assert made.stderr.splitlines()[0] == f"new session {path}"
@@ -46,6 +48,7 @@ def test_what_is_done_with_the_file_is_said_on_stderr(tiny_bundle, path):
     assert "kvq" not in again.stdout
 
 
+@pytest.mark.slow
 def test_json_tells_of_the_session(tiny_bundle, path):
     made = json.loads(with_session(tiny_bundle, path, "--json", "Hello").stdout)
     assert made["session"] == {"path": str(path), "loaded_tokens": 0, "saved": True}
@@ -55,6 +58,7 @@ def test_json_tells_of_the_session(tiny_bundle, path):
     assert json.loads(done.stdout)["session"] == {"path": str(path), "loaded_tokens": tokens, "saved": False}
 
 
+@pytest.mark.slow
 def test_a_document_read_once_is_asked_many_questions(tiny_bundle, tmp_path, path):
     document = tmp_path / "doc.txt"
     document.write_text("Once upon a time there was a ship. " * 5)
@@ -101,6 +105,7 @@ def test_the_resume_benchmark_measures_what_it_has_checked(tiny_model, path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_prefill_does_not_replace_a_file_unasked(tiny_bundle, tmp_path, path):
     document = tmp_path / "doc.txt"
     document.write_text("Hello")
@@ -115,6 +120,7 @@ def test_prefill_does_not_replace_a_file_unasked(tiny_bundle, tmp_path, path):
     )
 
 
+@pytest.mark.slow
 def test_info_of_a_session_and_of_a_bundle(tiny_bundle, path):
     with_session(tiny_bundle, path, "-p", "mixed", "--recent", "3", "Hello")
     done = kvq("info", str(path))
@@ -151,6 +157,7 @@ def test_a_file_that_is_no_session_is_a_one_line_error_and_stays(tiny_bundle, pa
     assert path.read_text() == "Once upon a time"
 
 
+@pytest.mark.slow
 def test_wrong_uses_of_a_session_are_one_line_errors(tiny_bundle, tmp_path, path):
     done = run(tiny_bundle, "--session-readonly", "Hello")
     assert done.returncode == 2
@@ -168,6 +175,7 @@ def test_wrong_uses_of_a_session_are_one_line_errors(tiny_bundle, tmp_path, path
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_was_said_and_the_next_run_goes_on_there(tiny_bundle, path):
     arguments = [
         sys.executable,

@@ -54,6 +54,7 @@ def test_a_variable_that_a_flag_beats_is_not_blamed(tiny_bundle):
     assert "KVQ_" not in done.stderr
 
 
+@pytest.mark.slow
 def test_more_recent_or_sink_tokens_than_the_context_holds_are_told(tiny_bundle, tmp_path):
     for name in ("recent", "sink"):
         told = f"kvq: {name} 100000 is more than the context of 256 tokens: all stay at 16 bits\n"

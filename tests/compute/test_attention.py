@@ -96,6 +96,7 @@ def situations(draw):
     return new, store, as_read(cached, recent, sink)
 
 
+@pytest.mark.slow
 @every_backend
 @given(situation=situations(), layer=st.integers(0, 1))
 @examples(150)

@@ -104,6 +104,7 @@ def test_variant_equals_transformers(changes: dict[str, Any], tmp_path: Path) ->
     assert np.abs(through_the_cache(exported(variant, tmp_path / "bundle"), 7) - wanted).max() <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_rotation_and_centring_change_the_stored_bytes_but_not_the_logits(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def run_single(
     return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
 
 
+@pytest.mark.slow
 def test_single_file_export_equals_transformers_and_the_bundle(
     single_file: onnxruntime.InferenceSession, tiny_checkpoint: Path, tiny_model: Model
 ) -> None:
@@ -172,6 +174,7 @@ def test_single_file_export_continues_from_its_cache(
     assert np.abs(logits - reference_logits(tiny_checkpoint, IDS.tolist()).numpy()).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_single_file_export_works_in_a_process_that_has_loaded_a_bundle(
     tiny_model: Model, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_chunks_do_not_change_the_choices(name, trained):
     assert (bits[0] == bits[2]).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(["adaptive", "paper"]),
@@ -210,6 +211,7 @@ def test_a_trained_bundle_generates_under_a_budget(name, trained):
     assert session.stats().policy == name
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_controller(trained, tiny_bundle, tmp_path):
     path = shutil.copytree(tiny_bundle, tmp_path / "again")
     train_controllers(path, TEXT, RECIPES[:1])

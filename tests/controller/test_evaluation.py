@@ -83,6 +83,7 @@ def test_the_oracle_does_less_damage_than_its_precisions_shuffled():
     assert total(bits) < 0.5 * total(shuffled(SPACE, bits, rng))
 
 
+@pytest.mark.slow
 def test_all_arms_are_measured_and_compared(tiny_model):
     texts = [np.random.default_rng(seed).integers(0, 512, 100) for seed in range(3)]
     rows = measure(tiny_model, texts, [9.0, 12.0], recent=4, arms=ARMS)
@@ -98,6 +99,7 @@ def test_all_arms_are_measured_and_compared(tiny_model):
     assert all(row["low"] <= row["difference"] <= row["high"] for row in compared)
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows(tiny_bundle, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "rows.json"
     text.write_text(calibration_text())
@@ -168,6 +170,7 @@ def test_refusals_are_one_line(tiny_bundle, tmp_path, capsys):
         assert found == code
 
 
+@pytest.mark.slow
 def test_one_text_at_the_edges_of_the_budgets(tiny_model):
     ids = np.random.default_rng(0).integers(0, 512, 60)
     lowest = Bytes(tiny_model.session().store.geometry, 60, 4, sink=4)
@@ -178,6 +181,7 @@ def test_one_text_at_the_edges_of_the_budgets(tiny_model):
     assert tables(rows)
 
 
+@pytest.mark.slow
 def test_arms_measured_apart_are_those_measured_together(tiny_model):
     texts = [np.random.default_rng(seed).integers(0, 512, 60) for seed in range(2)]
     together = measure(tiny_model, texts, [9.0], recent=4)

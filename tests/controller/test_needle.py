@@ -44,6 +44,7 @@ def test_documents_are_as_long_as_asked_for_and_answer_every_question_once(kind,
             assert np.allclose(places, [question.depth for question in document.questions], atol=0.25)
 
 
+@pytest.mark.slow
 def test_variables_can_be_followed_to_their_value(embedded):
     for document, _ in made(embedded, "variables", 1000, items=3, depths=6):
         values: dict[str, str] = {}
@@ -87,6 +88,7 @@ def test_a_text_without_sentences_is_cut_between_words():
     assert {word for piece in pieces for word in piece.split()} == {"word"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fp16", "int4", "mixed"])
 def test_a_fork_answers_as_a_whole_reading_does(policy, embedded):
     _, asked = made(embedded, "multi", 400, items=1)[0]
@@ -98,6 +100,7 @@ def test_a_fork_answers_as_a_whole_reading_does(policy, embedded):
     assert bits == pytest.approx(session.stats().kv_used_bits)
 
 
+@pytest.mark.slow
 def test_an_arm_that_stores_all_at_16_bits_keeps_everything(embedded):
     arms = [("fp16", SETTINGS), ("k16v16", SETTINGS), ("int2", {"recent": 2048, "sink": 0}), ("int2", SETTINGS)]
     rows = measure(embedded, arms, [400], ["single"], items=2, depths=2)
@@ -111,6 +114,7 @@ def test_an_arm_that_stores_all_at_16_bits_keeps_everything(embedded):
         assert row["kept"] is None if not exact["hits"] else row["kept"]["low"] <= row["kept"]["mean"] <= 1
 
 
+@pytest.mark.slow
 def test_a_chat_template_has_the_document_in_the_turn_of_the_system(tiny_checkpoint, tmp_path):
     from kvq.composition import open_bundle
 
@@ -130,6 +134,7 @@ def test_a_chat_template_has_the_document_in_the_turn_of_the_system(tiny_checkpo
 COMMON = ["eval", "needle", "-m", "kvq-books", "--threads", "1"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_a_table(tmp_path):
     out = tmp_path / "rows.json"
     options = ["--tokens", "400,500", "--kinds", "single,variables", "--items", "2", "--depths", "2", "--recent", "0"]
@@ -191,6 +196,7 @@ def test_wrong_usage_is_one_line(options, words):
     assert_one_line_error(kvq(*COMMON, *options), *words, code=2, who="Error")
 
 
+@pytest.mark.slow
 def test_too_short_a_text_is_refused_before_any_arm_is_measured(embedded):
     with pytest.raises(CalibrationError, match="too short"):
         measure(embedded, [("fp16", {})], [400, 2000], filler=Filler("It was late in the year. " * 100, "text"))

@@ -89,6 +89,7 @@ def test_the_roundtrip_is_the_codec_s_with_the_gradient_of_the_identity(bits):
     assert (x.grad == 1).all()
 
 
+@pytest.mark.slow
 def test_probes_rank_tokens_as_exact_damage_does(twin):
     twin.recent = 2
     ids = torch.tensor(some_ids(48))

@@ -54,6 +54,7 @@ def test_wrong_usage_is_one_line(options, words, text):
     assert_one_line_error(kld(text, *options), *words, code=2, who="Error")
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_told(text, crashing):
     done = kld(text, "--peer", "llama.cpp", "--gguf", "model.gguf", env=crashing)
     assert_one_line_error(done, "no GGUF file model.gguf", "--gguf")
@@ -69,6 +70,7 @@ def test_a_missing_package_is_told(text, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_crash_of_the_peer_is_one_line(text, crashing):
     done = kld(text, "-p", "int8", "--peer", "llama.cpp", "--gguf", text, env=crashing)
     assert_one_line_error(done, "llama.cpp crashed", "pip install", code=2)

@@ -53,6 +53,7 @@ def expected(model, checkpoint):
     return np.mean(right), np.mean(normed)
 
 
+@pytest.mark.slow
 def test_the_16_bit_arm_scores_as_transformers_does(tiny_model, tiny_bundle, tiny_checkpoint, data, tmp_path):
     options = ["tasks", "-m", tiny_bundle, "--tasks", "sea", "--data", data, "-p", "fp16", "-p", "int8", "--recent", 2]
     rows = command(options, tmp_path / "rows.json")
@@ -95,6 +96,7 @@ def test_examples_stand_in_front_of_every_item_and_are_not_asked(tiny_model, dat
     assert len(seen) > 1  # the seed draws them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--recent", "0", "--sink", "0"]], ids=" ".join)
 def test_the_16_bit_arm_scores_examples_as_transformers_does(options, tiny_model, tiny_checkpoint, data, tmp_path):
     common = ["tasks", "-m", tiny_model.path, "--tasks", "sea", "--data", data, "--shots", "2", "--seed", "1"]

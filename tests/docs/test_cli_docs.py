@@ -52,6 +52,7 @@ def test_no_variable_is_a_switch_here_and_a_value_there():
     assert all(len(found) == 1 for found in kinds.values()), kinds
 
 
+@pytest.mark.slow
 def test_a_variable_sets_a_flag_and_the_flag_beats_it(tiny_bundle):
     env = {
         "KVQ_MODEL": str(tiny_bundle), "KVQ_POLICY": "int4", "KVQ_MAX_TOKENS": "5", "KVQ_RECENT": "3", "KVQ_SINK": "1",
@@ -65,6 +66,7 @@ def test_a_variable_sets_a_flag_and_the_flag_beats_it(tiny_bundle):
     assert (found["tokens"], found["stats"]["policy"], found["stats"]["recent"]) == (7, "int8", 2)
 
 
+@pytest.mark.slow
 def test_a_stop_string_in_the_environment_keeps_its_blanks(tiny_bundle):
     arguments = ["--json", "-t", "1", "-s", "2", "-n", "40", "Hello"]
     whole = json.loads(run(tiny_bundle, *arguments).stdout)["text"]
@@ -75,6 +77,7 @@ def test_a_stop_string_in_the_environment_keeps_its_blanks(tiny_bundle):
     assert cut["text"] == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_a_wrong_value_names_the_variable_it_came_from(tiny_bundle):
     done = run(tiny_bundle, "Hello", env={"KVQ_THREADS": "many"})
     assert done.returncode == 2

@@ -28,6 +28,7 @@ def test_there_are_three_programs():
     assert len(PROGRAMS[0].splitlines()) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PROGRAMS, ids=["script", "worker", "service"])
 def test_a_program_runs(code, tmp_path):
     done = program(tmp_path / "program.py", code)
@@ -36,6 +37,7 @@ def test_a_program_runs(code, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_completes_its_argument_and_tells_an_error_in_one_line(tmp_path):
     done = program(tmp_path / "program.py", PROGRAMS[0], "The captain looked at the sea")
     assert done.stdout.strip()
@@ -45,6 +47,7 @@ def test_the_script_completes_its_argument_and_tells_an_error_in_one_line(tmp_pa
     assert done.stderr.startswith("cannot complete: the prompt is empty")
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs(real_home, tmp_path):
     assert len(README) == 1
     done = program(tmp_path / "program.py", README[0], KVQ_HOME=str(real_home))
@@ -98,6 +101,7 @@ except kvq.KvqError as error:
 '''
 
 
+@pytest.mark.slow
 def test_callers_code_passes_strict_type_checks(tmp_path):
     """Errors in callers' code alone: kvq is followed silently, as an installed package is."""
     package = tmp_path / "site" / "kvq"
@@ -115,6 +119,7 @@ def test_callers_code_passes_strict_type_checks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_strict_program_runs(tmp_path):
     done = program(tmp_path / "program.py", USE)
     assert done.returncode == 0, done.stderr

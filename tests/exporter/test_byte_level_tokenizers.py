@@ -56,6 +56,7 @@ def converted(fields) -> Tokenizer:
     return Tokenizer.from_str(from_gguf(fields, "a.gguf"))
 
 
+@pytest.mark.slow
 @MANY
 @given(text=TEXT)
 def test_byte_level_there_and_back(original, converted, text):

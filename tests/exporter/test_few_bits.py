@@ -171,6 +171,7 @@ def test_moments_are_those_of_what_the_products_take(draft: Draft, damaged: Path
         moments("model.layers.0.mlp.down_proj")  # they are gone by
 
 
+@pytest.mark.slow
 def test_matrices_that_hardly_matter_are_found_and_take_4_bits(draft: Draft, damaged: Path, tmp_path: Path) -> None:
     found = damages(draft, 64)
     last = {name for name in found if name.startswith("model.layers.2.")}

@@ -341,6 +341,7 @@ def sharded(checkpoint: Path, dtype: Any) -> None:
     (checkpoint / "model.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_exports_need_neither_torch_nor_transformers(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "c", SMALL)
     file = write_gguf(tmp_path / "m.gguf", checkpoint, "Q8_0", tokenizer="gpt2")

@@ -47,6 +47,7 @@ def traces(matrix, keys, queries):
     return np.trace(matrix @ keys @ matrix.T) * np.trace(inverse.T @ queries @ inverse)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 64]))
 def test_with_all_axes_errors_of_codes_are_least(seed, dim):
@@ -57,6 +58,7 @@ def test_with_all_axes_errors_of_codes_are_least(seed, dim):
     np.testing.assert_allclose(found, least, rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 64]))
 def test_a_few_axes_do_better_than_scales_and_scales_better_than_a_rotation(seed, dim):
@@ -71,6 +73,7 @@ def test_a_few_axes_do_better_than_scales_and_scales_better_than_a_rotation(seed
     assert left[0] <= rotated * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 64]))
 def test_axes_are_orthonormal_and_signs_even_out_the_channels(seed, dim):

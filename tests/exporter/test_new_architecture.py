@@ -127,6 +127,7 @@ def twin(bundle: Path) -> np.ndarray:
         return effective_model(Bundle(bundle))(torch.from_numpy(IDS)[None]).logits[0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotate", [True, False])
 def test_it_computes_what_the_family_does(
     rotate: bool, checkpoint: Path, weights: dict[str, np.ndarray], tmp_path: Path
@@ -138,6 +139,7 @@ def test_it_computes_what_the_family_does(
     assert np.abs(twin(bundle) - wanted).max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_its_weights_are_quantized(kind: str, checkpoint: Path, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path / "bundle", weights=kind, activations="fp32").path

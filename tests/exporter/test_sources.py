@@ -327,6 +327,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         assert cause in str(refusal(tmp_path / f"{name}.gguf"))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_changed_header_is_exported_or_refused(data: st.DataObject, pieces: Raw, tmp_path: Path) -> None:

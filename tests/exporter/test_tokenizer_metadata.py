@@ -100,6 +100,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(base=st.sampled_from([GPT2, LLAMA]), data=st.data())
 def test_mutated_metadata_raises_nothing_else(base, data):

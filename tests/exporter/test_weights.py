@@ -218,6 +218,7 @@ def test_bundle_equals_transformers_on_the_dequantized_weights(
     assert np.abs(effective - reference_logits(checkpoint.source.path, IDS).numpy()).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) -> None:
     fields = TINY | {"tie_word_embeddings": tied, "attention_bias": True, "mlp_bias": True}
@@ -245,6 +246,7 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
     assert np.abs(bundle_logits(bundle) - twin).max() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_int8_activations_add_a_small_error(checkpoint: Checkpoint, weights: str, tmp_path: Path) -> None:
     exact = bundle_logits(exported(checkpoint, tmp_path / "fp32", weights=weights, activations="fp32"))
@@ -258,6 +260,7 @@ def test_int8_activations_add_a_small_error(checkpoint: Checkpoint, weights: str
     assert np.abs(error).max() <= 0.35 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("hidden", [128, 144])  # whole blocks of 64, and not
@@ -278,6 +281,7 @@ def test_two_bytes_at_the_head_take_its_error_away(hidden: int, block: int, rows
     assert error["int16-head"] < error["int8"] / 50
 
 
+@pytest.mark.slow
 def test_layers_are_the_same_under_both_kinds_of_int8(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plain = exported(checkpoint, tmp_path / "int8", weights="int4")
     head = exported(checkpoint, tmp_path / "int16-head", weights="int4", activations="int16-head")
@@ -285,6 +289,7 @@ def test_layers_are_the_same_under_both_kinds_of_int8(checkpoint: Checkpoint, tm
     assert files == {plain.manifest.head}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["int8", "int16-head"])
 def test_an_exact_copy_is_the_bundle_with_fp32_activations(
     checkpoint: Checkpoint, activations: str, tmp_path: Path

@@ -15,6 +15,7 @@ def test_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_types(tmp_path):
     """mypy on the tree as it is installed: the folders below a kvq package."""
     needs("torch"), needs("transformers")  # whose types it reads

@@ -6,6 +6,7 @@ from tests.house.layers import broken
 from tests.tools.tree import ROOT
 
 
+@pytest.mark.slow
 def test_nobody_imports_upwards():
     assert not broken(ROOT)
 

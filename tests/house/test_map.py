@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.tools.map import HEADING, PAGE, listing, promise
 from tests.tools.tree import named, sources
 
@@ -13,6 +15,7 @@ def test_every_test_file_says_what_it_guards():
     assert not silent
 
 
+@pytest.mark.slow
 def test_the_map_lists_every_test_file_and_no_other():
     """After a change of test files or of what they say: python -m tests.tools.map"""
     found = PAGE.read_text(encoding="utf-8").partition(HEADING)[2]

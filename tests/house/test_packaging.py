@@ -57,6 +57,7 @@ def test_what_counts_as_a_wrong_name(text, wrong):
     assert bool(MISNAMED.search(text)) == wrong
 
 
+@pytest.mark.slow
 def test_nobody_is_told_to_install_another_project():
     files = [path for path in ROOT.rglob("*") if path.suffix in TEXTS and path != Path(__file__).resolve()]
     ours = [path for path in files if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.tools.tree import PACKAGES, ROOT, named, parsed, sources
 
 MOST_FILE_LINES = 400
@@ -34,6 +36,7 @@ def test_no_file_has_more_than_400_lines():
     assert not long, "split by topic: " + ", ".join(f"{name} has {length} lines" for name, length in long.items())
 
 
+@pytest.mark.slow
 def test_no_function_has_more_than_60_lines():
     long = [
         f"{named(path)}:{line} {name} has {length} lines"

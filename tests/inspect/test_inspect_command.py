@@ -25,6 +25,7 @@ def inspect(model, *arguments, **options) -> subprocess.CompletedProcess:
     return command_line("inspect", "--model", str(model), *arguments, **options)
 
 
+@pytest.mark.slow
 def test_text_goes_to_stdout_and_totals_to_stderr(tiny_bundle, tiny_model):
     done = inspect(tiny_bundle, "-p", "mixed", "--recent", "2", TEXT.strip())
     assert done.returncode == 0
@@ -35,6 +36,7 @@ def test_text_goes_to_stdout_and_totals_to_stderr(tiny_bundle, tiny_model):
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
 
 
+@pytest.mark.slow
 def test_colours_on_demand_and_a_file_or_stdin(tiny_bundle, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(HOSTILE)
@@ -83,6 +85,7 @@ def test_json_is_one_object_in_ascii(tiny_bundle):
     assert {"entropy", "rarity", "attention_variance", "confidence"} <= result["tokens"][0].keys()
 
 
+@pytest.mark.slow
 def test_page_and_plot_are_written_instead_of_the_text(tiny_bundle, tmp_path):
     made = tmp_path / "page.html", tmp_path / "plot.png"
     made[0].write_text("old")
@@ -121,6 +124,7 @@ def test_a_saved_session_is_what_it_was(saved, tiny_model):
     assert found.totals == expected.totals
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_saved_session(saved, tiny_bundle):
     file, session = saved
     expected = inspect_session(session)
@@ -150,6 +154,7 @@ def test_what_a_session_has_of_its_own_is_refused_beside_it(saved, tiny_bundle, 
     assert "exclude each other" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_session_file_that_is_none_is_one_line(tiny_bundle, tmp_path):
     (tmp_path / "text.kvq").write_text("Hello")
     assert_one_line_error(inspect(tiny_bundle, "--session", str(tmp_path / "text.kvq")), "is not a session file")

@@ -178,6 +178,7 @@ def test_pictures_of_short_and_long_texts(tiny_model, text, recent):
     assert plot.png(found).startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_a_plot_has_five_panels_and_no_colour(tiny_model, recwarn):
     from matplotlib import image
 

@@ -35,6 +35,7 @@ def held(sessions) -> int:
     return sum(array.nbytes for array in arrays_in([(store.window, store.buckets) for store in stores]))
 
 
+@pytest.mark.slow
 @given(
     steps=STEPS, policy=st.sampled_from(["fp16", "int4", "mixed"]), recent=st.sampled_from([0, 4, 16]),
     backend=st.sampled_from(AVAILABLE),

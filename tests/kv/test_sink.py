@@ -148,6 +148,7 @@ def test_the_server_s_bound_holds_and_does_not_take_all_for_sinks(tiny_model, po
         assert capacity.most_nbytes(150) <= plain.most_nbytes(150) + a_page_of_16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sink", [0, 4])
 def test_all_arms_of_an_evaluation_have_the_same_sink_and_bytes(tiny_model, sink):
     scorer = Scorer(tiny_model, recent=4, sink=sink)

@@ -84,6 +84,7 @@ def positions(store, pair):
     return [p for page in store.buckets[pair].pages for p in page.positions[: page.count].tolist()]
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts, fraction=st.floats(0, 1))
 @examples(120)
 def test_accounted_bytes_add_up_to_all_arrays_of_the_store(text, recent, sink, cuts, fraction):
@@ -97,6 +98,7 @@ def test_accounted_bytes_add_up_to_all_arrays_of_the_store(text, recent, sink, c
         assert store.peak_nbytes == full >= store.nbytes
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
 @examples(80)
 def test_accounted_tokens_add_up_to_the_length(text, recent, sink, cuts):
@@ -126,6 +128,7 @@ def test_accounted_slack_is_the_free_room(text, recent):
     assert account["recent"]["slack_nbytes"] == unused + 2 * (recent - min(recent, store.length))
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
 @examples(120)
 def test_chunking_changes_nothing_that_is_stored(text, recent, sink, cuts):
@@ -135,6 +138,7 @@ def test_chunking_changes_nothing_that_is_stored(text, recent, sink, cuts):
     assert content(chunked) == content(whole)
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks)
 @examples(30)
 def test_token_by_token_stores_what_one_append_stores(text, recent, sink):
@@ -144,6 +148,7 @@ def test_token_by_token_stores_what_one_append_stores(text, recent, sink):
     assert content(single) == content(filled_store(geometry, tokens, recent, sink))
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
 @examples(80)
 def test_stored_bytes_never_change_when_tokens_are_added(text, recent, sink, cuts):
@@ -176,6 +181,7 @@ def test_growth_opens_pages_and_keeps_the_arrays_of_those_of_full_size(text, rec
                 assert all(a is b for a, b in zip(old_arrays, arrays, strict=True))
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, cuts=cuts, fraction=st.floats(0, 1), again=st.booleans())
 @examples(80)
 def test_pages_follow_from_the_count_of_a_bucket(text, recent, cuts, fraction, again):
@@ -205,6 +211,7 @@ def test_a_page_keeps_the_tokens_before_an_append():
     assert bucket.count == 20
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
 @examples(80)
 def test_every_position_is_stored_once_at_the_precision_asked_for(text, recent, sink, cuts):
@@ -240,6 +247,7 @@ def test_sink_tokens_are_stored_at_16_bits_and_the_caller_s_bits_stay_as_they_we
     assert (tokens.bits == 2).all()
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, cuts=cuts, fraction=st.floats(0, 1))
 @examples(80)
 def test_trim_keeps_the_earlier_tokens_and_their_bytes(text, recent, cuts, fraction):
@@ -263,6 +271,7 @@ def test_trim_keeps_the_earlier_tokens_and_their_bytes(text, recent, cuts, fract
             assert all(x.startswith(y) for x, y in zip(stored[4:], page_bytes(page)[4:], strict=True))
 
 
+@pytest.mark.slow
 @given(text=texts(), more=seeds, sink=sinks, fraction=st.floats(0, 1), extra=st.integers(0, 60))
 @examples(120)
 def test_continuing_after_a_trim_equals_never_having_had_the_rest(text, more, sink, fraction, extra):
@@ -276,6 +285,7 @@ def test_continuing_after_a_trim_equals_never_having_had_the_rest(text, more, si
     assert content(trimmed) == content(fill(fresh, other))
 
 
+@pytest.mark.slow
 @given(text=texts(), more=seeds, recent=recents, sink=sinks, fraction=st.floats(0, 1), extra=st.integers(0, 60))
 @examples(120)
 def test_continuing_after_a_trim_with_a_refilled_window_equals_a_fresh_store(text, more, recent, sink, fraction, extra):
@@ -313,6 +323,7 @@ def test_trimming_outside_the_store_is_refused(length):
     assert content(store) == before
 
 
+@pytest.mark.slow
 @given(
     text=texts(),
     recent=recents,
@@ -361,6 +372,7 @@ def test_a_token_the_window_took_can_leave_it(width):
     assert positions(store, Pair(width, width)) == [0]
 
 
+@pytest.mark.slow
 @given(text=texts(), recent=recents, sink=sinks, cuts=cuts, limit=st.sampled_from((128, 129, 200, 1024)))
 @examples(120)
 def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, sink, cuts, limit):

@@ -41,6 +41,7 @@ def run(ids, out, recipe):
     return result.state_dict()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(ids, tmp_path, monkeypatch):
     whole = run(ids, tmp_path / "whole", RECIPE)
 
@@ -62,6 +63,7 @@ def test_a_killed_run_resumes_to_the_same_weights(ids, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_training_learns(ids, tmp_path):
     recipe = dataclasses.replace(RECIPE, steps=40)
     before = model()
@@ -96,6 +98,7 @@ def test_every_family_member_is_a_llama_with_heads_of_64():
         assert json.dumps(config(name))
 
 
+@pytest.mark.slow
 def test_one_command_goes_from_a_text_to_a_bundle_that_generates(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(f"\n{END_OF_TEXT}\n".join([calibration_text()] * 3), encoding="utf-8")

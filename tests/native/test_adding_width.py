@@ -19,6 +19,8 @@ from tests.native.test_native import assert_equals_numpy, native, new_tokens
 from tests.native.test_native_c import CC, NATIVE, host_kernels, need, recipe
 from tests.tools.kvdata import filled_store, random_tokens
 
+pytestmark = pytest.mark.slow
+
 # NF4 (Dettmers et al., arXiv 2305.14314): quantiles of a normal variable.
 LEVELS = np.array(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,

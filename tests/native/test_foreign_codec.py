@@ -114,6 +114,7 @@ def test_a_session_on_native_is_the_one_on_numpy(make, name, stepwise, recent, t
     assert_same(loaded, IDS[120:160])
 
 
+@pytest.mark.slow
 @STEPWISE
 @pytest.mark.parametrize("name", POLICIES)
 def test_from_the_first_token_on_the_two_agree(make, name, stepwise):

@@ -205,6 +205,7 @@ moves = st.lists(
 )
 
 
+@pytest.mark.slow
 @every_kernel
 @given(steps=moves, recent=st.sampled_from((0, 1, 5, 16, 37)), sink=st.sampled_from((0, 3)), seed=seeds)
 @examples(40)
@@ -298,6 +299,7 @@ def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_sessions_in_several_threads_give_the_logits_they_give_alone(tiny_model):
     rng = np.random.default_rng(5)
     options = [

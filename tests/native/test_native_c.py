@@ -97,6 +97,7 @@ def host_kernels() -> str:
     return names[platform.machine()]
 
 
+@pytest.mark.slow
 def test_every_kernel_equals_the_reference(tmp_path):
     need(CC)
     check = compiled_check(tmp_path, CC, host_kernels())
@@ -112,10 +113,12 @@ def sanitized_check(tmp_path_factory):
     return compiled_check(tmp_path_factory.mktemp("sanitized"), CC, host_kernels(), *SANITIZED)
 
 
+@pytest.mark.slow
 def test_no_kernel_reads_beyond_a_page_or_does_the_undefined(sanitized_check):
     assert "attentions" in kernel_lines(sanitized_check, "quick")["plain"]
 
 
+@pytest.mark.slow
 def test_queries_that_are_tiny_or_not_finite_do_nothing_undefined(sanitized_check):
     kernel_lines(sanitized_check, "odd")
 
@@ -126,6 +129,7 @@ def arm_check(tmp_path_factory):
     return compiled_check(tmp_path_factory.mktemp("arm"), ARM_CC, "ARM", link=("-static",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "has_dotprod"), [("max", True), ("cortex-a53", False)])
 def test_every_arm_kernel_equals_the_reference(arm_check, cpu, has_dotprod):
     lines = kernel_lines(EMULATOR, "-cpu", cpu, arm_check, "quick")
@@ -167,6 +171,7 @@ def build_wheel(tree: Path, folder: Path, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_wheel_for_arm_is_made_by_cross_compiling(source_tree, tmp_path):
     need(ARM_CC, ARM_NM)
     done = build_wheel(source_tree, tmp_path, CC=ARM_CC, _PYTHON_HOST_PLATFORM="linux-aarch64", KVQ_REQUIRE_NATIVE="1")
@@ -180,6 +185,7 @@ def test_a_wheel_for_arm_is_made_by_cross_compiling(source_tree, tmp_path):
     assert {"kvq_attend", "kvq_encode", "RegisterCustomOps"} <= set(symbols.stdout.split())
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_wheel_is_made_that_runs_on_numpy(source_tree, tmp_path):
     done = build_wheel(source_tree, tmp_path, CC="/nonexistent/cc")
     said = done.stdout + done.stderr
@@ -192,6 +198,7 @@ def test_without_a_compiler_a_wheel_is_made_that_runs_on_numpy(source_tree, tmp_
     assert not any(name.endswith(".so") for name in names)
 
 
+@pytest.mark.slow
 def test_a_source_distribution_holds_all_of_the_library_s_sources(source_tree, tmp_path):
     if not has_setuptools():
         pytest.skip("setuptools of the version that pyproject.toml asks for is not installed")
@@ -206,6 +213,7 @@ def test_a_source_distribution_holds_all_of_the_library_s_sources(source_tree, t
     assert c_sources() <= names
 
 
+@pytest.mark.slow
 def test_a_required_library_that_cannot_be_built_is_an_error(source_tree, tmp_path):
     done = build_wheel(source_tree, tmp_path, CC="/nonexistent/cc", KVQ_REQUIRE_NATIVE="1")
     assert done.returncode != 0

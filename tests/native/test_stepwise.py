@@ -59,6 +59,7 @@ def new_parts(tokens, new, layer):
     return [np.ascontiguousarray(x[layer, :, -new:].transpose(1, 0, 2)) for x in (tokens.keys, tokens.values)]
 
 
+@pytest.mark.slow
 @every_backend
 @given(situation=situations())
 @examples(120)
@@ -88,6 +89,7 @@ def test_rows_are_those_of_single_tokens(backend, situation):
     assert whole.account() == single.account()
 
 
+@pytest.mark.slow
 @every_backend
 @given(situation=situations(), other=seeds)
 @examples(40)
@@ -152,6 +154,7 @@ def test_all_logits_are_those_of_single_tokens(tiny_model):
     assert np.abs(chunked - rows).max() > 0.02, "at 2 bits it makes a difference"
 
 
+@pytest.mark.slow
 def test_the_embedded_model_chooses_for_a_chunk_what_it_chooses_token_by_token():
     """With int8 activations: where the last bit of a product differs, a choice in some hundreds may."""
     model = kvq.load()
@@ -186,6 +189,7 @@ def test_what_runs_is_reported_and_kept(policy, prefill, runs, tiny_model, tmp_p
     assert tiny_model.load_session(tmp_path / "kept.kvq", own, prefill="stepwise").stats().prefill == "stepwise"
 
 
+@pytest.mark.slow
 def test_an_unknown_prefill_is_refused(tiny_model, tiny_bundle):
     with pytest.raises(PolicyError, match="no prefill 'fast'; use one of: auto, stepwise, chunked"):
         tiny_model.session(prefill="fast")

@@ -111,6 +111,7 @@ def test_it_is_told_once_a_model(tiny_bundle):
     assert told == [first.note]
 
 
+@pytest.mark.slow
 def test_commands_tell_it_once_on_stderr(tiny_bundle, tmp_path):
     budget = ["--kv-bits", "9", "--recent", "4"]
     done = run(tiny_bundle, *budget, "-n", "3", "--json", "Hello there")
@@ -136,6 +137,7 @@ def test_commands_tell_it_once_on_stderr(tiny_bundle, tmp_path):
     assert (done.returncode, notes(done.stderr)) == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_server_logs_it_once_and_answers_with_the_reason(tiny_bundle):
     with served("-m", tiny_bundle, "--kv-bits", "9") as server:
         done = [server.client().completions.create(model="tiny", prompt=text, max_tokens=2) for text in ("A b", "C d")]
@@ -148,6 +150,7 @@ def test_the_server_logs_it_once_and_answers_with_the_reason(tiny_bundle):
         assert plain.kvq["policy_reason"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["pareto", "kld"])
 def test_evaluations_do_without_a_controller(tiny_bundle, tmp_path, task):
     text = tmp_path / "text.txt"

@@ -64,6 +64,7 @@ def spend(budget, policy, length, cuts, recent, sink):
     return store
 
 
+@pytest.mark.slow
 @given(
     seed=seeds,
     length=st.integers(1, 1500),
@@ -88,6 +89,7 @@ def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, s
         assert bits <= kv_bits * max(1, SHORT_TEXT / length) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [3.25, 4.25])
 @pytest.mark.parametrize("singles", [False, True])
 def test_a_short_text_spends_the_allowance_of_a_long_one_early(kv_bits, singles):
@@ -122,6 +124,7 @@ def test_a_budget_without_short_texts_holds_at_every_length():
         assert store.used_nbytes <= max(4.25 * 2 * 64 * length / 8, budget.least(length))
 
 
+@pytest.mark.slow
 @given(
     seed=seeds,
     length=st.integers(1, 1500),

@@ -31,6 +31,7 @@ class EveryStep(RulePolicy):
     reads = None
 
 
+@pytest.mark.slow
 @given(
     steps=STEPS,
     recent=st.sampled_from([0, 1, 4, 16, 40]),

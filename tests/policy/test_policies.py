@@ -130,6 +130,7 @@ def test_the_rule_goes_up_one_step_for_each_sign(focused, common, early):
     assert make_policy("rule").choose(features).tolist() == [list(ladder[focused + common + early])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2, 3, 4), (0.7, 0.1, 0.1, 0.1), (10, 1, 1, 30)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_draws_each_width_as_often_as_its_weight_says(weights, seed):
@@ -154,6 +155,7 @@ def test_random_depends_on_the_seed_and_the_position_only():
     assert 0.15 < (drawn(1, text=0) == drawn(0, text=0)).all(axis=1).mean() < 0.35
 
 
+@pytest.mark.slow
 def test_random_successive_positions_are_not_correlated():
     policy = make_policy("random")
     bits = np.log2(policy.choose(features_for(policy, 0, 20_000))[:, 0])

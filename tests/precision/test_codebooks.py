@@ -96,6 +96,7 @@ def test_codebook_codes_are_the_nearest_levels_of_a_scale(book, x):
     assert (np.diff(sizes, axis=-1)[falls] <= np.broadcast_to(sizes[..., -1:], falls.shape)[falls] * 2.0**-16).all()
 
 
+@pytest.mark.slow
 @given(codes=hnp.arrays(np.uint8, st.tuples(st.integers(0, 3), st.integers(1, 200)), elements=st.integers(0, 7)))
 @examples(100)
 def test_3_bit_packing_is_lossless_in_any_shape(codes):

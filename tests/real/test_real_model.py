@@ -24,6 +24,8 @@ from tests.tools.references import effective_model, logits_of
 from tests.tools.shared_data import shared_file
 from tests.tools.tree import ROOT
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 

@@ -32,6 +32,7 @@ def test_a_client_that_goes_away_frees_its_work_at_once(server, client, stream):
     assert client.completions.create(model="kvq-books", prompt=LONG, max_tokens=3).choices[0].text
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_told(server):
     """Twelve requests find a place (four at work, eight waiting), the thirteenth is told to come again."""
     server.until(active=0, waiting=0)
@@ -62,6 +63,7 @@ def converse(client, model, number, turns=3):
     return pairs
 
 
+@pytest.mark.slow
 def test_clients_at_once_under_a_bound_that_forces_sessions_to_disk(model, tmp_path):
     limit = 3 * Capacity(model.session("k8v4")).most_nbytes(400)
     arguments = ["--kv-memory-total", str(limit), "--session-dir", tmp_path, "--max-tokens", "16"]
@@ -82,6 +84,7 @@ def test_clients_at_once_under_a_bound_that_forces_sessions_to_disk(model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_load_measurement_checks_every_text():
     command = [sys.executable, "-m", "kvq.bench.serve", "--seconds", "2", "--clients", "2", "--max-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -135,6 +135,7 @@ def test_logprobs_of_chat(client):
     assert [t.token for t in streamed] == [t.token for t in content]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_continued_from_its_cache(client, model):
     """Every turn is what the library says to the whole prompt; what it begins with is not processed again."""
     messages = [{"role": "system", "content": "A long week. " + LONG * 3}]

@@ -68,6 +68,7 @@ def test_a_connection_that_asks_for_nothing_is_cut(server):
         )
 
 
+@pytest.mark.slow
 def test_a_connection_is_used_again(server):
     with httpx.Client() as client:
         for _ in range(3):
@@ -75,6 +76,7 @@ def test_a_connection_is_used_again(server):
             time.sleep(1)
 
 
+@pytest.mark.slow
 def test_many_silent_connections_do_not_keep_others_out(server):
     """More than there may be: the oldest silent one makes room each time."""
     silent = []
@@ -119,6 +121,7 @@ def test_how_many_connections_there_may_be():
 # -- what a killed server leaves --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_files_of_a_killed_server_are_removed_by_the_next(tmp_path):
     with served("--session-dir", tmp_path) as server:
         (folder,) = tmp_path.iterdir()

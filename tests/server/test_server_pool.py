@@ -159,6 +159,7 @@ def test_a_shorter_prompt_than_a_kept_one(tiny_model, runner):
         assert runner.run(ids[:length])[0] == alone(tiny_model, ids[:length])
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_response_depends_on_what_was_answered_before_or_beside_it(tiny_model, data):

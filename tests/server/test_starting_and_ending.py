@@ -15,6 +15,7 @@ from tests.tools.command_line import kvq
 from tests.tools.serving import LONG, served
 
 
+@pytest.mark.slow
 def test_the_port_answers_while_the_model_loads(tmp_path):
     with served("--session-dir", tmp_path, ready=False) as server:
         codes = []
@@ -31,6 +32,7 @@ def test_the_port_answers_while_the_model_loads(tmp_path):
         assert server.get("/health").json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_signal_ends_streams_with_an_error_event_and_the_process_with_0(by, tmp_path):
     with served("--session-dir", tmp_path) as server:
@@ -47,6 +49,7 @@ def test_a_signal_ends_streams_with_an_error_event_and_the_process_with_0(by, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_key_origin_and_log():
     secret = "a secret the log must not have"
     with served("--cors-origin", "http://app.example", "--max-body", "10kB", env={"KVQ_API_KEY": "k-1"}) as server:
@@ -68,6 +71,7 @@ def test_key_origin_and_log():
             assert hidden not in log.replace("%0Akvq:%20forged", "")
 
 
+@pytest.mark.slow
 def test_what_keeps_a_server_from_starting_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = kvq("serve", "--port", str(taken.getsockname()[1]))
@@ -94,6 +98,7 @@ def test_a_warning_where_others_can_reach_it_without_a_key():
         server.process.kill()
 
 
+@pytest.mark.slow
 def test_a_request_has_its_time():
     with served("--timeout", "0.5", "--max-tokens", "2000") as server:
         begun = time.monotonic()

@@ -129,6 +129,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tiny_model, goo
         tiny_model.load_session(path)
 
 
+@pytest.mark.slow
 @given(place=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
 @examples(150)
 def test_a_file_with_any_byte_changed_is_refused(tiny_model, good, tmp_path_factory, place, mask):

@@ -214,6 +214,7 @@ def test_arrays_that_no_session_writes_are_refused(tiny_model, tmp_path, name):
     refused(tiny_model, path, words, str(path))
 
 
+@pytest.mark.slow
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6),
     numbers=st.lists(

@@ -53,6 +53,7 @@ STEP_PEAK_NBYTES = 262_144 + 80_000
 STEPS_KEPT_NBYTES = 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fp16", "mixed", "rule"])
 def test_a_decode_step_allocates_little_and_keeps_nothing(tiny_model, policy):
     tracemalloc.start()  # before the first page: one that is replaced by a larger one is then known to be gone

@@ -44,6 +44,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("sessions") / "session.kvq"
 
 
+@pytest.mark.slow
 @given(
     settings=SETTINGS,
     sink=st.sampled_from([0, 0, 3]),
@@ -158,6 +159,7 @@ def test_the_arrays_of_a_loaded_session_are_its_own(tiny_model, path):
     assert loaded.store.nbytes == sum(array.nbytes for array in arrays_in(loaded.store)) == session.store.nbytes
 
 
+@pytest.mark.slow
 def test_metadata_and_settings_come_back(tiny_model, path):
     policy = make_policy("random", weights=[0, 1, 2, 1], seed=9)
     session = tiny_model.session(policy, recent=3, sink=2, prefill_chunk=50, kv_bits=11)
@@ -228,6 +230,7 @@ def test_a_policy_given_at_load_decides_about_new_tokens_alone(tiny_model, path)
         tiny_model.load_session(path, "int5")
 
 
+@pytest.mark.slow
 def test_a_budget_given_at_load_counts_tokens_of_any_precision(tiny_model, path):
     session = tiny_model.session("k8v2", recent=4)  # not a class of `random`
     session.append(IDS[:60])

@@ -81,6 +81,7 @@ def test_no_piece_of_a_valid_text_holds_half_a_character(text):
     assert pieces[-1] == ""  # nothing was left to flush: the last character was whole
 
 
+@pytest.mark.slow
 @given(TEXTS.filter(lambda text: REPLACEMENT not in text), st.data())
 @settings(max_examples=300, deadline=None)
 def test_characters_cut_anywhere_into_tokens_come_out_whole(text, data):
@@ -122,6 +123,7 @@ def test_random_ids_never_raise_and_keep_every_valid_character(ids):
     assert "".join(pieces).replace(REPLACEMENT, "") == whole.replace(REPLACEMENT, "")
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([0x41, 0x80, 0x82, 0xAC, 0xC3, 0xE2, 0xF0, 0x9F, 0x98, 0xFF, 0xED, 0xC0]), max_size=24))
 @settings(max_examples=500, deadline=None)
 def test_broken_utf8_never_loses_a_valid_character(raw):
@@ -210,6 +212,7 @@ def test_character_by_character_the_text_ends_before_the_stop_string_that_is_com
     assert ("".join(shown), stopped) == literal_stop(text, stops)
 
 
+@pytest.mark.slow
 @given(LETTERS, STOPS, st.data())
 @settings(max_examples=1000, deadline=None)
 def test_the_shown_text_does_not_depend_on_how_it_is_cut_into_pieces(text, stops, data):
@@ -229,6 +232,7 @@ def test_no_whole_stop_string_is_ever_shown_and_shown_text_is_never_taken_back(t
     assert not any(stop in joined for stop in stops if stop)
 
 
+@pytest.mark.slow
 @given(LETTERS, st.text("ab", min_size=1, max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_only_what_may_become_a_stop_string_is_held_back(text, stop):
