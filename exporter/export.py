@@ -118,7 +118,7 @@ def export(
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
         write_text(folder, TOKENIZER, tokenizer)
         write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
-        text = None if tokenizer is None else calibration_ids(tokenizer, calibration or calibration_text())
+        text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
             written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, progress, known)
@@ -257,6 +257,13 @@ def _calibration(
     if len(ids) < 2:
         raise CheckpointError("the calibration text has fewer than two tokens; give a few paragraphs")
     return ids
+
+
+def _text_of_weights(ids: np.ndarray | None, tokenizer: str | None, text: str | None) -> np.ndarray | None:
+    """Token ids to measure errors of weights on: those of the keys, or where keys need none, read for it."""
+    if ids is not None or tokenizer is None:
+        return ids
+    return calibration_ids(tokenizer, text or calibration_text())
 
 
 def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> bool:

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's binding of its C interface, and the bundle's model as a GGUF file.
 
-A bundle's int8 block of 64 is two Q8_0 blocks of 32 with the same scale, an int4 block two of Q4_0; all that changes
-is that scales are rounded to half precision.
+A bundle's int8 block of 64 is two Q8_0 blocks of 32 with the same scale; all that changes is that scales are rounded to
+half precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvq.controller.evaluation.llama import CACHE_BITS, LlamaModel
 if TYPE_CHECKING:
     from kvq.exporter.weights.quantize import QuantizedMatrix
 
-QK = 32  # values per block of Q4_0 and Q8_0
+QK = 32  # values per block of Q8_0
 CACHES = ("f16", "q8_0", "q4_0")
 
 
@@ -26,8 +26,7 @@ CACHES = ("f16", "q8_0", "q4_0")
 class LlamaArm(Arm):
     """`llama_decode` called directly, without the binding's Python layers; flash attention on.
 
-    Weights are Q4_0, which llama.cpp repacks for this machine's instructions when it loads them, and Q8_0 for embedding
-    and head, with the bundle's numbers.
+    Weights are Q8_0, with the bundle's numbers.
 
     Attributes:
         cache: type of keys and values: f16, q8_0 or q4_0.
@@ -130,18 +129,14 @@ def gguf_blocks(matrix: QuantizedMatrix) -> tuple[Any, np.ndarray]:
     """A matrix's GGML type and bytes, uint8 [n, bytes per row]: each block a half-precision scale and its codes."""
     from gguf import GGMLQuantizationType
 
-    n, codes = len(matrix.codes), matrix.codes
-    if matrix.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1)  # the even element is in the low half
-    codes = codes.reshape(n, -1, QK)
+    n = len(matrix.codes)
+    codes = matrix.codes.reshape(n, -1, QK)
     if codes.shape[1] * QK != matrix.k:
         raise ValueError(f"rows of {matrix.k} weights are not whole blocks of {matrix.block}")
     scales = np.repeat(matrix.scales, matrix.block // QK, axis=1).astype(np.float16)
-    if matrix.bits == 4:  # element i and i + 16 share a byte
-        codes, kind = codes[..., :16] | (codes[..., 16:] << 4), GGMLQuantizationType.Q4_0
-    else:
-        codes, kind = codes ^ 128, GGMLQuantizationType.Q8_0  # from an offset of 128 to two's complement
-    return kind, np.concatenate([scales[..., None].view(np.uint8), codes], axis=-1).reshape(n, -1)
+    codes = codes ^ 128  # from an offset of 128 to two's complement
+    stored = np.concatenate([scales[..., None].view(np.uint8), codes], axis=-1).reshape(n, -1)
+    return GGMLQuantizationType.Q8_0, stored
 
 
 ARMS = {f"llama-{cache}": LlamaArm(cache) for cache in CACHES}

@@ -138,10 +138,9 @@ class Matrices:
         """Write a matrix unless it is there."""
         if name in self._stored:
             return self._stored[name]
-        turn, exact = 0, change is None and not bits
-        if change is None and carried_over(self._checkpoint, self._weights, self._activations, sources):
-            quantized, exact = self._carried_over(sources, bits), True
-        else:
+        quantized = None if change is not None else self._carried_over(sources, bits)
+        turn, exact = 0, quantized is not None or (change is None and not bits)
+        if quantized is None:
             matrix = self._checkpoint.stacked(sources)
             matrix = matrix if change is None else change(matrix)
             n, k = matrix.shape
@@ -175,9 +174,12 @@ class Matrices:
             return quantize_matrix(matrix, bits, block)
         return quantize_compensated(matrix, bits, block, self._knowledge.moments(name))
 
-    def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix:
-        """Stacked matrices as their source holds them."""
+    def _carried_over(self, parts: list[str], bits: int) -> QuantizedMatrix | None:
+        """Stacked matrices as their source holds them, if they keep that."""
+        if not carried_over(self._checkpoint, self._weights, self._activations, parts):
+            return None
         blocks = self._checkpoint.stacked_blocks(parts)
-        assert blocks is not None, f"{parts} are said to be in blocks"
+        if blocks is None:
+            return None
         keeps = self._weights == "auto" and parts[0] not in self._tables  # looked up in 8 bits
         return packed(blocks if keeps else blocks.as_form(bits, blocks.block))

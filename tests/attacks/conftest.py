@@ -65,6 +65,13 @@ def refused(folder: Path, words: str, use: Callable[[kvq.Model], Any] = id) -> N
     assert seconds < SECONDS
 
 
+def refused_of(request: pytest.FixtureRequest, weights: str, attack: Attack, words: str) -> None:
+    """Attack a copy of a bundle, a fixture named after its weights, and load it; see `refused`."""
+    folder: Path = request.getfixturevalue(weights)
+    attack(folder)
+    refused(folder, words)
+
+
 @pytest.fixture(scope="session")
 def int4_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with quantized weights and the head that takes two bytes a value. Read only."""

@@ -17,6 +17,9 @@ Model = onnx.ModelProto
 Attack = Callable[[Path], Any]
 GRAPH, NODE, INITIALIZER = 7, 1, 5  # fields of a model and of a graph
 SEGMENT, HEAD, DECODER, UNCERTAINTY = "segment_001.onnx", "head.onnx", "decoder.onnx", "uncertainty.onnx"
+FIRST = "segment_000.onnx"
+NORM, NBITS, GEMM, ROTARY = "SimplifiedLayerNormalization", "MatMulNBits", "Gemm", "RotaryEmbedding"
+ONE, FLOATS = np.array([1], np.int64), TensorProto.FLOAT
 
 
 def wire(graph: str, change: Callable[[Fields], Any]) -> Attack:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.attacks.conftest import Attack, refused
+from tests.attacks.conftest import Attack, refused_of
 from tests.attacks.graphs import (
+    FLOATS,
     HEAD,
+    NORM,
     SEGMENT,
     UNCERTAINTY,
     Model,
@@ -22,10 +22,6 @@ from tests.attacks.graphs import (
     nodes,
     replace,
 )
-
-FIRST = "segment_000.onnx"
-NORM, NBITS, GEMM, ROTARY = "SimplifiedLayerNormalization", "MatMulNBits", "Gemm", "RotaryEmbedding"
-ONE, FLOATS = np.array([1], np.int64), TensorProto.FLOAT
 
 
 def renamed(found: Model, old: str, new: str) -> None:
@@ -193,7 +189,4 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_graph_is_refused(name: str, request: pytest.FixtureRequest) -> None:
-    weights, attack, words = ATTACKS[name]
-    folder: Path = request.getfixturevalue(weights)
-    attack(folder)
-    refused(folder, words)
+    refused_of(request, *ATTACKS[name])
