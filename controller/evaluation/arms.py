@@ -8,7 +8,7 @@ import numpy as np
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import BudgetError
-from kvq.runtime.precision.table import EXACT, Geometry, named
+from kvq.runtime.precision.table import EXACT, PROTECTED, Geometry, named
 
 # One precision for all tokens, in order of bytes; keys deserve more where a pair is not of equals.
 LADDER = [*(named(*pair) for pair in ("2", "32", "3", "43", "4", "84", "8")), EXACT]
@@ -21,7 +21,8 @@ class Bytes:
     Args:
         geometry: of the store.
         length: tokens of the text.
-        recent, sink: newest and first tokens at 16 bits.
+        recent, sink: newest and first tokens, which are protected.
+        protect_bits: bits of these.
 
     Attributes:
         stored: tokens that have left the window.
@@ -29,12 +30,13 @@ class Bytes:
         protected: bytes of the window and the sink tokens.
     """
 
-    def __init__(self, geometry: Geometry, length: int, recent: int, sink: int) -> None:
+    def __init__(self, geometry: Geometry, length: int, recent: int, sink: int, protect_bits: int = 8) -> None:
         self.geometry, self.length, self.recent, self.sink = geometry, length, recent, sink
+        self.protect_bits = protect_bits
         self.stored = max(0, length - recent)
         self.sunk = min(self.stored, sink)
-        window = min(length, recent) * geometry.window_token_bytes
-        self.protected = window + self.sunk * geometry.token_bytes(EXACT)
+        window = min(length, recent) * geometry.window_token_bytes(protect_bits)
+        self.protected = window + self.sunk * geometry.token_bytes(PROTECTED[protect_bits])
 
     def each(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
         """Bytes of a token of each pair, int64 [pairs]."""
@@ -50,8 +52,8 @@ class Bytes:
         if kv_bits < lowest:
             raise BudgetError(
                 f"{kv_bits:g} bits per value are below what is possible: {lowest:.2f} for {self.length} tokens with"
-                f" {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, a longer context, or protect"
-                " fewer"
+                f" {self.recent} recent and {self.sink} sink tokens at {self.protect_bits} bits; give more, a"
+                " longer context, or protect fewer"
             )
 
     def bits(self, nbytes: float) -> float:

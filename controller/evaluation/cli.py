@@ -89,11 +89,15 @@ CHUNKS = click.option(
     "--chunks", "count", type=click.IntRange(1), default=16, show_default=True, help="Chunks, spread over the texts."
 )
 RECENT = click.option(
-    "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens at 16 bits, in every arm."
+    "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens to protect, in every arm."
 )
 SINK = click.option(
-    "--sink", type=click.IntRange(0), default=4, show_default=True, help="First tokens at 16 bits, in every arm."
+    "--sink", type=click.IntRange(0), default=4, show_default=True, help="First tokens to protect, in every arm."
 )
+PROTECT = click.option(
+    "--protect-bits", type=click.Choice(["8", "16"]), callback=lambda ctx, parameter, bits: bits and int(bits),
+    help="Of the protected tokens; 8 if not given. Always 16 in the fp16 arm.",
+)  # fmt: skip
 EXACT = click.option(
     "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
     " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
@@ -115,6 +119,7 @@ JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Wri
 @CHUNKS
 @RECENT
 @SINK
+@PROTECT
 @EXACT
 @click.option("--oracle", is_flag=True, help="Add the arm that knows every token's damage (needs torch).")
 @click.option(
@@ -122,7 +127,9 @@ JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Wri
 )
 @JSON
 @click.option("--compare", "comparison", **OUTPUT, help="Write paired intervals there, as JSON.")
-def pareto(model, texts, bits, context, count, recent, sink, exact, oracle, arms, out, comparison, threads) -> None:
+def pareto(
+    model, texts, bits, context, count, recent, sink, protect_bits, exact, oracle, arms, out, comparison, threads
+) -> None:
     """All arms at equal bytes: a list of rows with arm, bits and divergence."""
     from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 
@@ -151,7 +158,7 @@ def pareto(model, texts, bits, context, count, recent, sink, exact, oracle, arms
         with bar() as progress:
             for cut in cuts:
                 each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-                rows += measure(loaded, cut, budgets, recent, sink, wanted, progress, each)
+                rows += measure(loaded, cut, budgets, recent, sink, protect_bits or 8, wanted, progress, each)
         write(rows)
 
 
@@ -164,13 +171,16 @@ def pareto(model, texts, bits, context, count, recent, sink, exact, oracle, arms
 @CHUNKS
 @RECENT
 @SINK
+@PROTECT
 @EXACT
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Add its caches, each against its own 16-bit one.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The GGUF file that the model was made from, for --peer.")
 @click.option("--cache-type", "kinds", default="q8_0,q5_1,q4_1,q4_0", show_default=True,
               help="Types of the peer's keys and values, with commas.")  # fmt: skip
 @JSON
-def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, peer, gguf, kinds, out, threads) -> None:
+def kld(
+    model, texts, policies, kv_bits, context, count, recent, sink, protect_bits, exact, peer, gguf, kinds, out, threads
+) -> None:
     """Divergence of policies from 16 bits: mean, 99th percentile, same-top-1, perplexity, by context length.
 
     With --peer the caches of llama.cpp get the same token ids, all of them at one type, without window and sink; the
@@ -187,9 +197,10 @@ def kld(model, texts, policies, kv_bits, context, count, recent, sink, exact, pe
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
         other = _peer(peer, gguf, kinds, loaded)
-        arms = [(name, options.get("kv_bits")) for name, options in _arms(loaded, policies, kv_bits, recent, sink)]
+        arms = [(name, options.get("kv_bits")) for name, options in _arms(loaded, policies, kv_bits, {})]
         for length in _numbers(context, "--context", int):
-            found = measure(loaded, chunks(loaded, list(texts), length, count), arms, recent, sink, other, progress)
+            cut = chunks(loaded, list(texts), length, count)
+            found = measure(loaded, cut, arms, recent, sink, protect_bits or 8, other, progress)
             rows += by_position(found, length)
         rows = _of(loaded, rows)
     write_json(out, rows)
@@ -226,8 +237,11 @@ def _peer(peer: str | None, gguf: Path | None, kinds: str, model):
 @SEED
 @RECENT
 @SINK
+@PROTECT
 @JSON
-def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, recent, sink, out, threads) -> None:
+def needle(
+    model, policies, kv_bits, text, tokens, kinds, items, depths, seed, recent, sink, protect_bits, out, threads
+) -> None:
     """Find again what a long text says: a number among filler, asked for at its end, beside the 16-bit cache.
 
     \b
@@ -256,7 +270,12 @@ def needle(model, policies, kv_bits, text, tokens, kinds, items, depths, seed, r
     lengths = _numbers(tokens, "--tokens", int)
     filler = Filler() if text is None else Filler(read_text(text, "--text"), str(text))
     loaded = load_model(model, threads)
-    arms = _arms(loaded, ("fp16", *(name for name in policies if name != "fp16")), kv_bits, recent, sink)
+    arms = _arms(
+        loaded,
+        ("fp16", *(name for name in policies if name != "fp16")),
+        kv_bits,
+        _protected(recent, sink, protect_bits),
+    )
     with bar() as progress:
         rows = measure(loaded, arms, lengths, wanted, items, depths, filler, seed, progress)
     rows = _of(loaded, rows)
@@ -281,10 +300,11 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; al
 @SEED
 @RECENT
 @SINK
+@PROTECT
 @DATA
 @LIMIT
 @JSON
-def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, data, limit, out, threads) -> None:
+def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, protect_bits, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm.
 
     An item alone is short: most of its tokens stand in the window and among the sinks, at 16 bits in every arm.
@@ -294,7 +314,7 @@ def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, data, limi
     from kvq.controller.evaluation.tasks import run_tasks
 
     loaded = load_model(model, threads)
-    arms = _arms(loaded, policies, kv_bits, recent, sink)
+    arms = _arms(loaded, policies, kv_bits, _protected(recent, sink, protect_bits))
     write_json(out, run_tasks(loaded, arms, tasks.split(","), data, limit, shots, seed))
 
 
@@ -305,10 +325,11 @@ def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, data, limi
 @BUDGETS
 @RECENT
 @SINK
+@PROTECT
 @DATA
 @LIMIT
 @JSON
-def paper_table(models, kv_bits, recent, sink, data, limit, out, threads) -> None:
+def paper_table(models, kv_bits, recent, sink, protect_bits, data, limit, out, threads) -> None:
     """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
 
     \b
@@ -323,13 +344,18 @@ def paper_table(models, kv_bits, recent, sink, data, limit, out, threads) -> Non
     for name in models.split(","):
         loaded = load_model(name, threads)
         learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
-        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, recent, sink)
+        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, _protected(recent, sink, protect_bits))
         for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
             rows.append({"model": loaded.bundle.manifest.name, **row})
     write_json(out, rows)
 
 
-def _arms(model, policies, budgets: list[float], recent: int, sink: int) -> list[tuple[str, dict]]:
+def _protected(recent: int, sink: int, protect_bits: int | None) -> dict[str, int | None]:
+    """What is protected, as arguments of `Model.session`."""
+    return {"recent": recent, "sink": sink, "protect_bits": protect_bits}
+
+
+def _arms(model, policies, budgets: list[float], protected: dict) -> list[tuple[str, dict]]:
     """Policies with what is protected; one that can follow a budget once for each, if there are any."""
     from kvq.controller.policies import ScoredPolicy, make_policy
 
@@ -337,7 +363,7 @@ def _arms(model, policies, budgets: list[float], recent: int, sink: int) -> list
     for name in dict.fromkeys(policies):
         policy = make_policy(name, model.bundle)  # one that is unknown is refused before anything is read
         for budget in budgets if budgets and isinstance(policy, ScoredPolicy) else [None]:
-            arms.append((name, {"recent": recent, "sink": sink} | ({} if budget is None else {"kv_bits": budget})))
+            arms.append((name, protected | ({} if budget is None else {"kv_bits": budget})))
     return arms
 
 

@@ -50,6 +50,7 @@ def measure(
     budgets: list[float],
     recent: int = 16,
     sink: int = 4,
+    protect_bits: int = 8,
     arms: Sequence[str] = ARMS[:-1],
     progress: Progress | None = None,
     each: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -60,19 +61,18 @@ def measure(
         model: the loaded model.
         texts: int64 [context] each, of one length.
         budgets: total bits per value.
-        recent, sink: newest and first tokens at 16 bits, in all arms.
+        recent, sink: newest and first tokens, protected at protect_bits, in all arms.
         arms: which of `ARMS` to measure; "shuffled" needs "adaptive", "oracle" torch. Those that the bundle lacks are
             left out.
         progress: called as work goes on.
         each: called with the rows so far after each text; a long run that is cut short leaves something.
 
     Returns:
-        Rows with arm, bits_requested, bits_measured, bits_with_slack, context, recent, sink, texts,
-        kld_mean, kld_p99, top1, perplexity, kld_by_text.
+        Rows, see `_row`.
     """
     context = len(texts[0])
-    scorer, shape = Scorer(model, recent, sink), model.architecture
-    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent, sink)
+    scorer, shape = Scorer(model, recent, sink, protect_bits), model.architecture
+    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent, sink, protect_bits)
     for budget in budgets:
         space.check(budget)
     meter = DamageMeter(model.bundle, recent) if "oracle" in arms else None
@@ -107,6 +107,7 @@ def measure(
 
 
 def _row(arm: str, requested: float | None, context: int, space: Bytes, found: list[Outcome]) -> dict[str, Any]:
+    """What a table has of an arm."""
     kld = np.concatenate([o.kld for o in found])
     return {
         "arm": arm,
@@ -117,6 +118,7 @@ def _row(arm: str, requested: float | None, context: int, space: Bytes, found: l
         "context": context,
         "recent": space.recent,
         "sink": space.sink,
+        "protect_bits": space.protect_bits,
         "texts": len(found),
         "kld_mean": float(kld.mean()),
         "kld_p99": float(np.quantile(kld, 0.99)),

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvq.controller.policies import Policy
 from kvq.runtime.kv.records import stored_tokens
+from kvq.runtime.policy.base import protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.session.model import Model
 from kvq.runtime.session.session import Session
@@ -35,12 +36,14 @@ class Scorer:
 
     Attributes:
         model: the loaded model.
-        recent, sink: newest and first tokens read at 16 bits.
+        recent, sink: newest and first tokens, which are protected.
+        protect_bits: bits of these; one that has fixed precisions has what it has by itself.
     """
 
     model: Model
     recent: int = 16
     sink: int = 4
+    protect_bits: int = 8
 
     def score(self, ids: np.ndarray, policy: Policy, kv_bits: float | None = None) -> Scored:
         """Score a text int64 [tokens].
@@ -50,11 +53,22 @@ class Scorer:
             kv_bits: budget of a scored policy, to be kept at the end of the text, however short: arms are compared at
                 equal bytes.
         """
-        session = self.model.session(policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits)
+        equal = policy.classes is None or kv_bits is not None  # precisions are given token by token, or bytes are
+        session = self.model.session(
+            policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits,
+            protect_bits=self.protect_bits if equal else max(self.protect_bits, protect_bits_for(policy)),
+        )  # fmt: skip
         if kv_bits is not None:
             held, context = session.store, self.model.architecture.context
             session.chooser.budget = Budget(
-                session.policy, held.geometry, context, held.recent, held.sink, kv_bits=kv_bits, short_text=0
+                session.policy,
+                held.geometry,
+                context,
+                held.recent,
+                held.sink,
+                kv_bits=kv_bits,
+                short_text=0,
+                protect_bits=held.protect_bits,
             )
         logits = session.append(ids, all_logits=True)
         store = session.store

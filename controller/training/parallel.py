@@ -51,11 +51,13 @@ class ParallelModel:
 
     Attributes:
         twin: the bundle's graphs with its dequantized, un-rotated weights.
-        recent: newest tokens, besides the query's own, that are read in full precision.
+        recent: newest tokens, besides the query's own, that are read as the window keeps them.
+        protect_bits: at which it does.
     """
 
     twin: Twin
     recent: int = 16
+    protect_bits: int = 8
 
     @classmethod
     def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
@@ -74,7 +76,7 @@ class ParallelModel:
 
     def _as_kept(self, x: Tensor) -> Tensor:
         """x as the window rounds it, if there is one."""
-        return _straight(x, _codecs().window) if self.recent else x
+        return _straight(x, _codecs().windows[self.protect_bits]) if self.recent else x
 
     def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
         """One pass over int64 ids [batch, tokens], all tokens scored.
@@ -96,7 +98,7 @@ class ParallelModel:
                 window = seen = (key, value)
             else:
                 # A query's own key and value are exact; the window's, and what passes through it on its
-                # way to a codec, are rounded to the window's 16 bits.
+                # way to a codec, are rounded as the window does.
                 window = (self._as_kept(key), self._as_kept(value))
                 seen = read(layer, *window)
             mixed, row_squares = _attention(query * shape.head_dim**-0.5, (key, value), window, seen, blocks)

@@ -57,7 +57,8 @@ def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
     lines = [
         f"session of {header.tokens} tokens, {nbytes / 1e3:.1f} kB, format version {FORMAT_VERSION}, kvq {header.kvq}",
         f"  model {header.model}, digest {header.model_digest[:16]}; {_shape(header.architecture)}",
-        f"  policy {', '.join([policy, *budget])}; recent {header.recent}, sink {header.sink}",
+        f"  policy {', '.join([policy, *budget])}; recent {header.recent}, sink {header.sink}, at"
+        f" {header.protect_bits} bits",
         f"  tokens by precision: {held or 'none'}",
     ]
     if header.metadata:

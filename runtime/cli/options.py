@@ -159,8 +159,10 @@ CACHE = [
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
     option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 32MB, 1GB."),
     option("--recent", default=16, metavar="N", show_default=True, section="Cache",
-           help="Newest tokens kept at 16 bits."),
-    option("--sink", default=4, metavar="N", show_default=True, section="Cache", help="First tokens kept at 16 bits."),
+           help="Newest tokens to protect from a policy's low precisions."),
+    option("--sink", default=4, metavar="N", show_default=True, section="Cache", help="First tokens to protect."),
+    option("--protect-bits", type=int, metavar="BITS", section="Cache",
+           help="8 or 16, of protected tokens; if not given 16 with policies of 8 bits and more, else 8."),
     option("--prefill", default="auto", metavar="HOW", show_default=True, section="Cache",
            help="Read prompts stepwise, as token by token, or chunked, which is faster; auto is stepwise where the "
            "policy looks at tokens."),
@@ -169,7 +171,7 @@ CACHE = [
 
 
 # Arguments of `Model.session`: the names of `CACHE`.
-SESSION_SETTINGS = ("policy", "kv_bits", "kv_memory", "recent", "sink", "prefill", "backend")
+SESSION_SETTINGS = ("policy", "kv_bits", "kv_memory", "recent", "sink", "protect_bits", "prefill", "backend")
 
 
 def session_settings(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,9 @@ LIMITS = [
 @options(SESSIONS)
 @options(LIMITS)
 def serve(
-    model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, prefill, backend, chunk,
-    kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens, max_body, timeout,
-    threads, quiet,
+    model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, protect_bits, prefill,
+    backend, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens,
+    max_body, timeout, threads, quiet,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API.
 
@@ -74,7 +74,7 @@ def serve(
     run(
         Options(
             model=model, threads=threads, host=host, port=port, name=name,
-            settings=Settings(policy, kv_bits, kv_memory, recent, sink, prefill),
+            settings=Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits),
             backend=backend, chunk=chunk,
             kv_memory_total=None if kv_memory_total is None else int(kv_memory_total),
             session_dir=session_dir, session_disk=int(session_disk),

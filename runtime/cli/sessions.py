@@ -22,7 +22,7 @@ SESSION = [
     option("--session-readonly", is_flag=True, section="Basics", help="Leave FILE as it is: ask many questions of it."),
 ]  # fmt: skip
 # Fixed when a session is made: its stored tokens depend on them.
-FIXED = ("recent", "sink")
+FIXED = ("recent", "sink", "protect_bits")
 
 
 class SessionFile:
@@ -61,13 +61,14 @@ class SessionFile:
         changed = {name: value for name, value in settings.items() if name in given and name not in FIXED}
         session = model.load_session(self.path, **changed)
         stats, context = session.stats(), model.architecture.context
-        held = {"recent": stats.recent, "sink": stats.sink}
-        wanted = {"recent": min(settings["recent"], context), "sink": settings["sink"]}  # as a new session has them
+        held = {name: getattr(stats, name) for name in FIXED}
+        wanted = {**settings, "recent": min(settings["recent"], context)}  # as a new session has them
         for name in FIXED:
             if name in given and wanted[name] != held[name]:
+                flag = f"--{name.replace('_', '-')}"
                 raise SessionError(
-                    f"{self.path} was made with --{name} {held[name]}, which cannot become {settings[name]}: leave"
-                    f" --{name} out, or start another session"
+                    f"{self.path} was made with {flag} {held[name]}, which cannot become {settings[name]}: leave"
+                    f" {flag} out, or start another session"
                 )
         self._loaded = len(session.tokens)
         return session

@@ -21,8 +21,8 @@ TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag be
 # Errors of a value that an option had, and the options it may have been.
 BLAMED: dict[type[KvqError], tuple[str, ...]] = {
     BackendError: ("backend", "threads"),
-    BudgetError: ("policy", "kv_bits", "kv_memory", "recent", "sink"),
-    PolicyError: ("policy", "prefill", "recent", "sink"),
+    BudgetError: ("policy", "kv_bits", "kv_memory", "recent", "sink", "protect_bits"),
+    PolicyError: ("policy", "prefill", "recent", "sink", "protect_bits"),
     SamplingError: (
         "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_tokens",
     ),

@@ -77,7 +77,7 @@ def inspect_session(session: Session, *, features: bool = True) -> Inspection:
         stats, same = session.stats(), _Replay(stored_tokens(session.store).chosen)
         second = session.model.session(
             same, recent=stats.recent, sink=stats.sink, prefill_chunk=session.prefill_chunk, prefill=stats.prefill,
-            backend=stats.backend,
+            backend=stats.backend, protect_bits=stats.protect_bits,
         )  # fmt: skip
         found = _run(second, session.tokens)
     return _inspection(session, found)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.table import EXACT
+from kvq.runtime.precision.table import PROTECTED
 
 
 class StoredTokens(NamedTuple):
     """Precision and bytes of every token, by position.
 
-    bits: uint8 [tokens, 2], of keys and values as stored now; 16 in the window.
+    bits: uint8 [tokens, 2], of keys and values as stored now; in the window those of `protect_bits`.
     chosen: uint8 [tokens, 2], what they are once out of the window.
     in_window: bool [tokens].
     nbytes: int64 [tokens], codes, scales and tag.
@@ -34,6 +34,6 @@ def stored_tokens(store: KVStore) -> StoredTokens:
             bits[at], nbytes[at] = pair, bucket.token_bytes
     chosen, window, start = bits.copy(), store.window, store.bucketed
     if window.count:
-        bits[start:], nbytes[start:] = EXACT, window.token_bytes
+        bits[start:], nbytes[start:] = PROTECTED[store.protect_bits], window.token_bytes
         chosen[start:] = store.due()
     return StoredTokens(bits, chosen, np.arange(store.length) >= start, nbytes)

@@ -1,8 +1,8 @@
-"""The KV store: every token of a session at its own precision, plus the newest at 16 bits.
+"""The KV store: every token of a session at its own precision, the newest and the first at 8 or 16 bits.
 
 Attention does not depend on the order of keys (their rotary phase is already in them), so
 tokens live in one bucket per pair of precisions and no token is ever moved. The
-newest `recent` tokens stay in a ring at 16 bits and are quantized as they leave it.
+newest `recent` tokens stay in a ring and take that precision as they leave it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from kvq.runtime.kv.moves import Move, leaving, plan
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.precision.codecs import NUMPY, CodecSet
+from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
 from kvq.runtime.precision.precision import OPEN
-from kvq.runtime.precision.table import EXACT, Geometry, Pair
+from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
 
 
 class KVStore:
@@ -27,9 +27,10 @@ class KVStore:
 
     Args:
         geometry: layers, kv_heads, head_dim.
-        recent: newest tokens kept at 16 bits, in tokens.
-        sink: first tokens of the text stored at 16 bits whatever the policy says, in tokens.
+        recent: newest tokens, which the window keeps, in tokens.
+        sink: first tokens of the text, protected whatever the policy says, in tokens.
         codecs: what tokens are encoded with.
+        protect_bits: 8 or 16, of the newest and the first tokens.
 
     Attributes:
         buckets: the pages of each pair, sorted by pair.
@@ -38,11 +39,13 @@ class KVStore:
             first, how many -> uint8 [tokens, 2].
     """
 
-    def __init__(self, geometry: Geometry, recent: int = 16, sink: int = 0, codecs: CodecSet = NUMPY) -> None:
+    def __init__(
+        self, geometry: Geometry, recent: int = 16, sink: int = 0, codecs: CodecSet = NUMPY, protect_bits: int = 16
+    ) -> None:
         self.geometry = geometry
         self.codecs = codecs
         self.sink = sink
-        self.window = RecentWindow(geometry, recent)
+        self.window = RecentWindow(geometry, recent, protect_bits)
         self.buckets: dict[Pair, Bucket] = {}
         self.choose_open: Callable[[KVStore, int, int], np.ndarray] | None = None
         self.length = 0
@@ -89,9 +92,7 @@ class KVStore:
         starts = (old_stop - len(old), self.length)
         # Encode everything before changing anything: a refused value must not leave half a token.
         encoded = [part for run, start in zip(leaving, starts, strict=True) for part in self._encode(*run, start)]
-        ring = (
-            [Encoded(*self.codecs.window.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
-        )
+        ring = [Encoded(*self._as_window.encode(x[:, :, skipped:])) for x in (keys, values)] if window.capacity else []
 
         for pair, k, v, positions in encoded:
             self._bucket(pair).append(k, v, positions)
@@ -152,11 +153,11 @@ class KVStore:
         return window.chosen[window.slots(self.length - window.count, self.length)]
 
     def _protect(self, chosen: np.ndarray, start: int) -> np.ndarray:
-        """Pairs of the tokens from position `start` on, with those of the sink tokens raised to `EXACT`."""
+        """Pairs of the tokens from position `start` on, with those of the sink tokens as `protect_bits` says."""
         protected = max(0, self.sink - start)
         if protected:
             chosen = chosen.copy()
-            chosen[:protected] = EXACT
+            chosen[:protected] = PROTECTED[self.protect_bits]
         return chosen
 
     def _encode(
@@ -177,7 +178,7 @@ class KVStore:
 
     def _as_in_window(self, x: np.ndarray) -> np.ndarray:
         """x as the window would have kept it: stored bytes must not depend on how a text was chunked."""
-        return self.codecs.window.roundtrip(x) if self.window.capacity else x
+        return self._as_window.roundtrip(x) if self.window.capacity else x
 
     def trim(self, length: int) -> None:
         """Forget every token at a position >= length.
@@ -196,7 +197,7 @@ class KVStore:
     def fork(self, codecs: CodecSet) -> KVStore:
         """A store of the same tokens that goes its own way and shares the pages; codecs: what it encodes with."""
         self.settle()
-        twin = KVStore(self.geometry, self.window.capacity, self.sink, codecs)
+        twin = KVStore(self.geometry, self.window.capacity, self.sink, codecs, self.protect_bits)
         twin.window = self.window.copy()
         twin.buckets = {pair: bucket.fork() for pair, bucket in self.buckets.items()}
         twin.length, twin.peak_nbytes = self.length, self.nbytes
@@ -266,8 +267,18 @@ class KVStore:
 
     @property
     def recent(self) -> int:
-        """Newest tokens kept at 16 bits: the length of the window, in tokens."""
+        """Newest tokens that are protected: the length of the window, in tokens."""
         return self.window.capacity
+
+    @property
+    def protect_bits(self) -> int:
+        """Bits at which the newest and the first tokens are kept."""
+        return self.window.bits
+
+    @property
+    def _as_window(self) -> Codec:
+        """Encodes what the window takes."""
+        return self.codecs.windows[self.window.bits]
 
     @property
     def bucketed(self) -> int:

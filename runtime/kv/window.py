@@ -1,4 +1,4 @@
-"""The recent window: a ring of the newest tokens at 16 bits, with the precision each will be stored at."""
+"""The recent window: a ring of the newest tokens at 8 or 16 bits, with the precision each will be stored at."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from kvq.runtime.precision.table import CHOICE_BYTES, Geometry
 
 
 class RecentWindow:
-    """A ring of the newest tokens at 16 bits; the token at position p lies in slot p % capacity.
+    """A ring of the newest tokens; the token at position p lies in slot p % capacity.
 
+    bits: 8 or 16, of every value.
     keys, values: codes and scales for `capacity` tokens, rounded up to whole tiles.
     chosen: uint8 [capacity, 2], the `Pair` each token will be stored at when it leaves; (0, 0) of an open one.
     open: newest tokens whose precision is not chosen yet.
     """
 
-    def __init__(self, geometry: Geometry, capacity: int) -> None:
+    def __init__(self, geometry: Geometry, capacity: int, bits: int = 16) -> None:
         room = -(-capacity // TILE_TOKENS) * TILE_TOKENS
-        self.keys = Slots(NUMPY.window, geometry, room, tiled=True)
-        self.values = Slots(NUMPY.window, geometry, room, tiled=False)
-        self.geometry = geometry
-        self.token_bytes = geometry.window_token_bytes
+        self.keys = Slots(NUMPY.windows[bits], geometry, room, tiled=True)
+        self.values = Slots(NUMPY.windows[bits], geometry, room, tiled=False)
+        self.geometry, self.bits = geometry, bits
+        self.token_bytes = geometry.window_token_bytes(bits)
         self.chosen = np.zeros((capacity, CHOICE_BYTES), np.uint8)
         self.capacity = capacity
         self.count = 0
@@ -31,12 +32,12 @@ class RecentWindow:
 
     def copy(self) -> RecentWindow:
         """A window of the same tokens."""
-        twin = RecentWindow(self.geometry, self.capacity)
+        twin = RecentWindow(self.geometry, self.capacity, self.bits)
         twin.take(self)
         return twin
 
     def take(self, other: RecentWindow) -> None:
-        """Become a copy of a window of the same size."""
+        """Become a copy of a window of the same size and bits."""
         for new, old in ((self.keys, other.keys), (self.values, other.values)):
             new.codes[...], new.scales[...] = old.codes, old.scales
         self.chosen[...] = other.chosen

@@ -183,7 +183,7 @@ int32_t kvq_movable(const kvq_move *move) {
     if (refused) return refused;
     const kvq_kernel *chosen = kvq_choose_kernel(move->kernel);
     const size_t count = (size_t)move->layers * move->kv_heads * move->tokens * move->head_dim;
-    return chosen->within(move->keys, count, LARGEST_HALF) && chosen->within(move->values, count, LARGEST_HALF);
+    return chosen->within(move->keys, count, LARGEST_MOVED) && chosen->within(move->values, count, LARGEST_MOVED);
 }
 
 int32_t kvq_finite(int32_t kernel, const float *x, size_t count) {

@@ -78,8 +78,8 @@ static int check_steps(const kvq_move *move, int steps) {
 static int check_window(const kvq_page *window) {
     const int refused = check_page(window);
     if (refused) return refused;
-    const int is_window = window->key_precision == KVQ_WINDOW && window->value_precision == KVQ_WINDOW;
-    return is_window && !window->begin && !kvq_shares_tiles(window) ? 0 : KVQ_MISFIT_MOVE;
+    const int is_window = window->key_precision == KVQ_WINDOW || window->key_precision == KVQ_INT8;
+    return is_window && window->value_precision == window->key_precision && !window->begin && !kvq_shares_tiles(window) ? 0 : KVQ_MISFIT_MOVE;
 }
 
 int kvq_check_moved_values(const kvq_move *move) {

@@ -19,7 +19,7 @@ class NativeCodec(Codec):
 
     def __init__(self, reference: Codec, kernel: int) -> None:
         self.reference = reference
-        self.precision, self.has_scale = reference.precision, reference.has_scale
+        self.precision, self.has_scale, self.limit = reference.precision, reference.has_scale, reference.limit
         self._library, self._kernel = load(), kernel
 
     def code_bytes(self, head_dim: int) -> int:
@@ -27,7 +27,7 @@ class NativeCodec(Codec):
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         head_dim = x.shape[-1]
-        if head_dim > MOST_CHANNELS:
+        if head_dim > MOST_CHANNELS or (self.limit is not None and x.size and np.abs(x).max() > self.limit):
             return self.reference.encode(x)
         x = np.ascontiguousarray(x, np.float32)
         codes = np.empty((*x.shape[:-1], self.code_bytes(head_dim)), np.uint8)
@@ -53,4 +53,5 @@ def native_codecs(kernel: int) -> CodecSet:
         return NativeCodec(codec, kernel) if knows(codec) else codec
 
     by_id = {id_: best(codec) for id_, codec in NUMPY.by_id.items()}
-    return CodecSet(by_id, best(NUMPY.window), NativeMover(kernel))
+    windows = {bits: best(codec) for bits, codec in NUMPY.windows.items()}
+    return CodecSet(by_id, windows, NativeMover(kernel))

@@ -93,6 +93,7 @@ struct kvq_task {
 };
 
 #define LARGEST_HALF 65504.0f
+#define LARGEST_MOVED 65024.0f /* 127 * 512: at 8 bits of the window it comes back within half precision */
 #define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */

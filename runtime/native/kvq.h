@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 11 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 12 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -63,9 +63,9 @@ typedef struct {
     int32_t layers, kv_heads, head_dim;
     int32_t kernel;
     int32_t tokens;
-    int32_t pages;              /* rows of page */
+    int32_t pages;              /* rows of page; of a pass those behind them are the window's */
     const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
-    const kvq_page *window;     /* a row that begins at slot 0; its slots are counted from there, also beyond its end */
+    const kvq_page *window;     /* of WINDOW or INT8: a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
     const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
 } kvq_move;
@@ -112,8 +112,8 @@ KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x,
 /* Returns 0 or an error. The values have to be storable, see kvq_movable. */
 KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);
 
-/* Whether all keys and values of a move are within the range of half precision, as every codec needs them: 1 or 0, or an
- * error. Of a move it reads no more than those. */
+/* Whether all keys and values of a move are within the range of half precision, as every codec needs them, on whatever way
+ * through the window: 1 or 0, or an error. Of a move it reads no more than those. */
 KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
 
 /* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0, or an error. */

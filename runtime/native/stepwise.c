@@ -45,11 +45,12 @@ static void query_work(void *data, size_t t) {
                            (int32_t *)task.words + (size_t)h * integer_words_all(pass.head_dim));
 }
 
-/* Count a token that has moved: into the window, and out of it where a page has a place for another one. */
-static void count_move(kvq_page *page, int pages, const kvq_move_step *step) {
+/* Count a token that has moved: into the window, whose rows are [of_window, pages), and out of it where a page has a place
+ * for another one. */
+static void count_move(kvq_page *page, int of_window, int pages, const kvq_move_step *step) {
     if (step->page >= 0) page[step->page].count++;
-    for (int p = 0; p < pages; p++) {
-        if (page[p].key_precision != KVQ_WINDOW || page[p].count == page[p].period) continue;
+    for (int p = of_window; p < pages; p++) {
+        if (page[p].count == page[p].period) continue;
         if (++page[p].count == page[p].period) page[p].first = 0;
     }
 }
@@ -78,7 +79,7 @@ static void head_work(void *data, size_t kv_head) {
         for (int g = 0; g < group; g++) task.kernel->merge(&task, (int)kv_head * group + g);
         if (t + 1 == whole->tokens) break;
         task.kernel->move_token(move, (size_t)s->task->layer * whole->kv_heads + kv_head, t);
-        count_move(page, whole->pages, move->step + t);
+        count_move(page, move->pages, whole->pages, move->step + t);
     }
 }
 

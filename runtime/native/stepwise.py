@@ -32,7 +32,10 @@ class StepwiseTable:
         """
         layers, kv_heads, tokens, head_dim = keys.shape
         moves = store.moves_ahead(tokens - 1)
-        if self._window is None or self._window.capacity != store.window.capacity:
+        if self._window is None or (self._window.capacity, self._window.bits) != (
+            store.window.capacity,
+            store.window.bits,
+        ):
             self._window = store.window.copy()
         else:
             self._window.take(store.window)

@@ -10,7 +10,6 @@ from kvq.runtime.kv.pages import Page, settle
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, known_precisions
-from kvq.runtime.precision.codecs import NUMPY
 from kvq.runtime.precision.table import Pair
 
 
@@ -86,7 +85,7 @@ def as_buffer(row: bytes) -> ctypes.Array[ctypes.c_char]:
 
 def window_rows(window: RecentWindow) -> bytes:
     """The rows of a recent window, without what changes from step to step."""
-    own = NUMPY.window.precision.id
+    own = window.keys.codec.precision.id
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
     rows = [

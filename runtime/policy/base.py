@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvq.runtime.errors import PolicyError
+from kvq.runtime.precision.table import Pair
 
 # What a session is made with where neither policy nor budget is named: the fewest bits whose difference to the exact
 # cache is noise, docs/decisions.md.
@@ -77,6 +78,18 @@ class Policy(ABC):
     def choose(self, features: TokenFeatures) -> np.ndarray:
         """Precisions of each token, uint8 [tokens, 2]: ids of those of its keys and its values. The ids 2, 4, 8 and 16
         are the codecs of so many bits."""
+
+
+def protect_bits_for(policy: Policy) -> int:
+    """Bits of the protected tokens of window and sink where nobody names them.
+
+    16 where the policy stores the keys or the values of every token at 8 bits or more, or may choose anything: what is
+    protected is to be finer than the rest. Else 8, whose difference to 16 is noise beside that (docs/decisions.md).
+    """
+    if policy.classes is None:
+        return 16
+    bits = np.array([Pair(int(k), int(v)).bits for k, v in policy.classes])
+    return 16 if (bits.min(axis=0) >= 8).any() else 8
 
 
 class ScoredPolicy(Policy):

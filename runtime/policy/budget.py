@@ -6,7 +6,7 @@ What is held. At every length n the bytes of the store are at most
 
 * ``kv_bits`` X: budget(n) = X * values(n) / 8, values(n) being the numbers that n tokens hold, and L is SHORT_TEXT: a
   shorter text may take what one of L tokens may. Bytes are those of the stored tokens, `KVStore.used_nbytes`: codes,
-  scales, tags, and the window's and the sink's tokens at 16 bits. The free room of pages is no token's and not counted
+  scales, tags, and the protected tokens of window and sink. The free room of pages is no token's and not counted
   (`Stats.kv_bits` has it, `Stats.kv_used_bits` has not).
 * ``kv_memory`` SIZE: budget(n) = SIZE, L is the context, and bytes are those of all arrays, `KVStore.nbytes`, with the
   whole window and the free room of pages.
@@ -41,7 +41,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.policy.base import Policy, ScoredPolicy
 from kvq.runtime.precision.precision import MOST_ID
-from kvq.runtime.precision.table import EXACT, Geometry, Pair, pairs
+from kvq.runtime.precision.table import PROTECTED, Geometry, Pair, pairs
 
 # Tokens over which a surplus is spent while decoding: short enough to follow a text, long enough
 # not to chase single tokens.
@@ -63,11 +63,12 @@ class Budget:
         policy: a `ScoredPolicy`.
         geometry: of the store.
         context: most tokens a session can hold.
-        recent, sink: tokens protected at 16 bits; both count.
+        recent, sink: protected tokens; both count.
         kv_bits: total bits per stored value, or
         kv_memory: bytes of the whole store. One of the two.
         short_text: tokens whose allowance a shorter text may use under kv_bits; 0: what it is allowed is always that of
             its own length.
+        protect_bits: 8 or 16, of the protected tokens.
 
     Raises:
         BudgetError: a policy without scores, not exactly one limit, or one that no choice can keep.
@@ -84,6 +85,7 @@ class Budget:
         kv_bits: float | None = None,
         kv_memory: float | None = None,
         short_text: int = SHORT_TEXT,
+        protect_bits: int = 16,
     ) -> None:
         if kv_bits is not None and kv_memory is not None:
             raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
@@ -95,19 +97,19 @@ class Budget:
                 f"policy {policy.name!r} has fixed precisions and cannot follow a budget; use adaptive, paper, rule"
                 " or random"
             )
-        self.context, self.recent, self.sink = context, min(recent, context), sink
+        self.context, self.recent, self.sink, self.protect_bits = context, min(recent, context), sink, protect_bits
         self.kv_bits, self.kv_memory = kv_bits, kv_memory
         classes = [Pair(int(k), int(v)) for k, v in policy.classes]
         # The policy's own first; a loaded session may hold tokens of any other pair.
         self.pairs = list(dict.fromkeys([*classes, *pairs()]))
-        self._sink_pair = self.pairs.index(EXACT)
+        self._sink_pair = self.pairs.index(PROTECTED[protect_bits])
         self._bytes = np.array([geometry.token_bytes(pair) for pair in self.pairs], np.int64)
         self._class_bytes = self._bytes[: len(classes)]
         self._least = int(np.argmin(self._class_bytes))
         self._index = np.zeros((MOST_ID + 1, MOST_ID + 1), np.int64)  # place in `pairs` by ids of keys and values
         for i, pair in enumerate(self.pairs):
             self._index[pair] = i
-        window = RecentWindow(geometry, self.recent)
+        window = RecentWindow(geometry, self.recent, protect_bits)
         self._window = window.nbytes if kv_bits is None else self.recent * window.token_bytes
         self._per_token = float(limit) * geometry.values / 8 if kv_memory is None else 0.0
         self._constant = 0.0 if kv_memory is None else float(limit)
@@ -140,7 +142,8 @@ class Budget:
             lowest = (least / lengths).min() * limit / self._per_token
             raise BudgetError(
                 f"kv_bits {limit:g} is below what is possible: {lowest:.2f} with a full context of {self.context}"
-                f" tokens, {self.recent} recent and {self.sink} sink tokens at 16 bits; give more, or protect fewer"
+                f" tokens, {self.recent} recent and {self.sink} sink tokens at {self.protect_bits} bits; give more, or"
+                " protect fewer"
             )
 
     @property
@@ -190,7 +193,7 @@ class Budget:
         total = sum(of_pair[c] for of_pair, c in zip(taken, held, strict=True))
         chosen = []
         for at, score in enumerate(scores.tolist(), length):
-            # A sink token is raised to 16 bits by the store whatever is chosen here.
+            # A sink token is protected by the store whatever is chosen here.
             one = self._sink_pair if at < self.sink else self._class(score, held, total, at, end)
             total += taken[one][held[one] + 1] - taken[one][held[one]]
             held[one] += 1

@@ -34,8 +34,9 @@ def named(k: str, v: str | None = None) -> Pair:
     return Pair(_BY_NAME[k], _BY_NAME[k if v is None else v])
 
 
-# Of the first tokens of a text, whatever a policy says; and what the recent window is as good as.
 EXACT = Pair(16, 16)
+# What the newest and the first tokens of a text are kept at, whatever a policy says, by bits.
+PROTECTED = {8: Pair(8, 8), 16: EXACT}
 
 
 def pairs() -> list[Pair]:
@@ -55,10 +56,9 @@ class Geometry(NamedTuple):
         """Numbers that a token holds, keys and values of all layers: what bits per value are counted by."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
-    @property
-    def window_token_bytes(self) -> int:
-        """Bytes of a token in the recent window: codes, scales and its choice."""
-        return 2 * self.layers * self.kv_heads * NUMPY.window.vector_bytes(self.head_dim) + CHOICE_BYTES
+    def window_token_bytes(self, bits: int) -> int:
+        """Bytes of a token in the recent window of so many bits: codes, scales and its choice."""
+        return 2 * self.layers * self.kv_heads * NUMPY.windows[bits].vector_bytes(self.head_dim) + CHOICE_BYTES
 
     def token_bytes(self, pair: tuple[int, int]) -> int:
         """Bytes of a token in a page: codes and scales of all layers and heads, and its position."""

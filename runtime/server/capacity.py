@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes
-from kvq.runtime.precision.table import EXACT, Pair, pairs
+from kvq.runtime.precision.table import PROTECTED, Pair, pairs
 
 if TYPE_CHECKING:
     from kvq.runtime.kv.store import KVStore
@@ -30,7 +30,9 @@ class Capacity:
         chosen = {Pair(int(k), int(v)) for k, v in _choices(session)}
         self._token_bytes = {pair: store.geometry.token_bytes(pair) for pair in chosen}
         self._bucket_bytes = {pair: BucketBytes(pair, store.geometry) for pair in chosen}
-        self._sink_bytes, self._sunk_bytes = store.geometry.token_bytes(EXACT), BucketBytes(EXACT, store.geometry)
+        self._sink_pair = PROTECTED[store.protect_bits]
+        self._sink_bytes = store.geometry.token_bytes(self._sink_pair)
+        self._sunk_bytes = BucketBytes(self._sink_pair, store.geometry)
         self._empty, self._recent, self._sink = store.empty_nbytes, store.recent, min(store.sink, context)
         self._context = context
 
@@ -39,7 +41,7 @@ class Capacity:
         stored = min(max(0, length - self._recent), self._context + 1)
         widest = max(self._token_bytes.values())
         most = self._empty
-        if EXACT not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
+        if self._sink_pair not in self._token_bytes:  # else sink tokens lie among those that the policy gives as much
             sunk = min(stored, self._sink)
             most += self._sunk_bytes[sunk]
             stored -= sunk
@@ -55,7 +57,7 @@ class Capacity:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
         each = dict(self._token_bytes)
         if store.bucketed < self._sink:  # sink tokens are still to leave the window
-            each[EXACT] = self._sink_bytes
+            each[self._sink_pair] = self._sink_bytes
         widest = max(each.values())
         pages = PAGE_TOKENS * (widest if tokens == 1 else sum(each.values()))
         pages += widest * (tokens - 1)

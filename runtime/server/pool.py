@@ -108,6 +108,7 @@ class SessionPool:
             session = self.model.session(
                 settings.policy, recent=settings.recent, sink=settings.sink, prefill=settings.prefill,
                 backend=self.backend, kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
+                protect_bits=settings.protect_bits,
             )  # fmt: skip
             if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
                 self._capacities.clear()
@@ -162,7 +163,7 @@ class SessionPool:
         """An empty session. Its budget is the one made once: for some policies that takes a second."""
         session = self.model.session(
             capacity.policy, recent=settings.recent, sink=settings.sink, prefill_chunk=self.chunk,
-            prefill=settings.prefill, backend=self.backend,
+            prefill=settings.prefill, backend=self.backend, protect_bits=settings.protect_bits,
         )  # fmt: skip
         session.chooser.budget = capacity.budget
         return session

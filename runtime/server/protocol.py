@@ -44,7 +44,7 @@ ROLES = ("system", "developer", "user", "assistant")
 class Settings(NamedTuple):
     """What a session is made with. Sessions of equal settings and equal tokens hold the same bytes.
 
-    policy, kv_bits, kv_memory, recent, sink, prefill: as in `Model.session`; None as there.
+    policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits: as in `Model.session`; None as there.
     """
 
     policy: str | None = None
@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     recent: int = 16
     sink: int = 4
     prefill: str = "auto"
+    protect_bits: int | None = None
 
 
 @dataclass(frozen=True)

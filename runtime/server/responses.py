@@ -146,6 +146,7 @@ def extension(stats: Stats, finish: str | None) -> dict[str, Any]:
         "precisions": held,
         "recent": stats.recent,
         "sink": stats.sink,
+        "protect_bits": stats.protect_bits,
         "backend": f"{stats.backend} {stats.backend_detail}".strip(),
         "finish_reason": finish,
     }

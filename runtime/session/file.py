@@ -12,7 +12,7 @@ The payload is, without gaps, all little-endian::
         value codes           uint8 [layers, kv_heads, count, words, 4]
         value scales          float16 [layers, kv_heads, count, 1 or 0]
     of the recent window, oldest token first:
-        key codes, scales     uint8 [layers, kv_heads, window, 2 * head_dim], float16 [layers, kv_heads, window, 1]
+        key codes, scales     uint8 [layers, kv_heads, window, words * 4], float16 [layers, kv_heads, window, 1]
         value codes, scales   likewise
         bits                  uint8 [window, 2]
 """
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 FIRST_PAGE_ENDS = (16, 32, 64)  # where the pieces of a bucket's first page end, besides its own
 # What a session has where neither policy nor budget is named, and what it had up to 0.2: a budget may replace it.
 UNNAMED = (DEFAULT_POLICY, "fp16")
-# The largest scale that a token in the window can have: it leaves with values that half precision holds.
-MOST_WINDOW_SCALE = np.float16(2)
+# The largest scale that a token can have in a window of so many bits: it leaves with values that half precision holds.
+MOST_WINDOW_SCALE = {8: np.float16(512), 16: np.float16(2)}
 
 
 def write_session(session: Session, path: str | os.PathLike[str]) -> None:
@@ -77,6 +77,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
         policy_options=options,
         recent=store.window.capacity,
         sink=int(store.sink),
+        protect_bits=store.protect_bits,
         prefill_chunk=int(session.prefill_chunk),
         prefill=session.prefill,
         kv_bits=None if session.kv_bits is None else float(session.kv_bits),
@@ -206,6 +207,7 @@ def _empty_session(
     """A session of the file's settings, or of the caller's where given."""
     settings: dict[str, Any] = {
         "recent": header.recent, "sink": header.sink, "prefill_chunk": header.prefill_chunk,
+        "protect_bits": header.protect_bits,
         "prefill": header.prefill if prefill is None else prefill,
     }  # fmt: skip
     if policy is None and header.policy_options is None:
@@ -301,7 +303,7 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
         return "precisions that do not exist"
     for slots in (window.keys, window.values):
         scales = slots.scales[:, :, used]
-        if not ((scales >= 0) & (scales <= MOST_WINDOW_SCALE)).all():
+        if not ((scales >= 0) & (scales <= MOST_WINDOW_SCALE[window.bits])).all():
             return "scales out of range in the recent window"
     seen = np.zeros(store.length - window.count, bool)
     for bucket in store.buckets.values():

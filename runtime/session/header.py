@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import SessionError
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import Geometry, Pair
+from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
 
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
@@ -52,6 +52,7 @@ class SessionHeader:
         policy_options: what to make it with by its name; None: it was an object of the caller's own.
         recent, sink, prefill_chunk, kv_bits, kv_memory: as in `Session`; recent after it was limited to the context.
         prefill: as in `Session`; files of before it was a choice do not have it.
+        protect_bits: bits of window and sink, likewise.
         tokens: cached tokens.
         pending: ids sampled but not cached.
         window: how many of the tokens stand in the recent window.
@@ -81,6 +82,7 @@ class SessionHeader:
     metadata: dict[str, Any]
     payload_sha256: str = ""
     prefill: str = "auto"
+    protect_bits: int = 16
 
     def precisions(self) -> dict[str, dict[str, int]]:
         """Tokens and bytes in the file by precision, as `KVStore.account` names them."""
@@ -90,7 +92,7 @@ class SessionHeader:
             str(Pair(k, v)): {"tokens": count, "nbytes": count * geometry.token_bytes((k, v))}
             for k, v, count in self.buckets
         }
-        rows["recent"] = {"tokens": self.window, "nbytes": self.window * geometry.window_token_bytes}
+        rows["recent"] = {"tokens": self.window, "nbytes": self.window * geometry.window_token_bytes(self.protect_bits)}
         return rows
 
     @property
@@ -225,6 +227,8 @@ def _check_types(header: SessionHeader) -> None:
     _check_option(header.policy_options)
     if header.prefill not in PREFILLS:
         raise ValueError(f"prefill is {header.prefill!r}")
+    if type(header.protect_bits) is not int or header.protect_bits not in PROTECTED:
+        raise ValueError(f"protect_bits is {header.protect_bits!r}")
     for name in ("kv_bits", "kv_memory"):
         value = getattr(header, name)
         if value is not None and (type(value) not in (int, float) or not 0 < float(value) < math.inf):

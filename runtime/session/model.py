@@ -159,6 +159,7 @@ class Model:
         backend: str | None = None,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
+        protect_bits: int | None = None,
     ) -> Session:
         """A new, empty session; arguments as in `Session`.
 
@@ -169,7 +170,7 @@ class Model:
             policy = DEFAULT_POLICY if kv_bits is None and kv_memory is None else "auto"
         return Session(
             self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
-            kv_bits=kv_bits, kv_memory=kv_memory,
+            kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=protect_bits,
         )  # fmt: skip
 
     def load_session(

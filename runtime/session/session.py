@@ -15,10 +15,10 @@ from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.runner import Runner, Timer
 from kvq.runtime.errors import ContextError, PolicyError, PromptError, SessionError
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
-from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
+from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.table import PROTECTED, Geometry
 from kvq.runtime.session.generation import Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
 from kvq.runtime.session.sampling import SamplingOptions
@@ -37,8 +37,8 @@ class Session:
     Args:
         model: the loaded model.
         policy: a name (see `kvq.POLICIES`) or a `Policy`.
-        recent: newest tokens kept at 16 bits.
-        sink: first tokens kept at 16 bits: attention rests on them, see docs/quality.md.
+        recent: newest tokens, kept at `protect_bits`.
+        sink: first tokens, kept likewise: attention rests on them, see docs/quality.md.
         prefill_chunk: most tokens per forward pass; bounds the memory of a long prompt.
         prefill: how tokens appended together are processed. "stepwise": each sees what it would see if it came alone,
             in passes of up to recent + 1 tokens, so that neither precisions nor text depend on how tokens are fed.
@@ -47,6 +47,7 @@ class Session:
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
         kv_bits: most bits per stored value, all told, or
         kv_memory: most bytes of the store; either is kept as `kvq.runtime.policy.budget` defines it.
+        protect_bits: 8 or 16; None is 16 for a policy that stores all keys or all values at 8 or more, else 8.
 
     Attributes:
         store: keys and values of the text.
@@ -68,6 +69,7 @@ class Session:
         backend: str | None = None,
         kv_bits: float | None = None,
         kv_memory: float | None = None,
+        protect_bits: int | None = None,
     ) -> None:
         if prefill not in PREFILLS:
             raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
@@ -76,6 +78,8 @@ class Session:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
             if value > MOST_TOKENS:
                 raise PolicyError(f"{name} must be at most {MOST_TOKENS}, got {value!r:.60}")
+        if protect_bits is not None and (not _is_integer(protect_bits) or protect_bits not in PROTECTED):
+            raise PolicyError(f"protect_bits must be 8 or 16, got {protect_bits!r:.60}")
         shape = model.architecture
         self.model = model
         self.metadata: dict[str, Any] = {}
@@ -85,10 +89,13 @@ class Session:
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
         geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
-        self.store = KVStore(geometry, recent=min(recent, shape.context), sink=sink, codecs=self.backend.codecs)
-        chooses, window, budget = model.policy(policy), self.store.window.capacity, None
+        chooses, window, budget = model.policy(policy), min(recent, shape.context), None
+        bits = protect_bits_for(chooses) if protect_bits is None else int(protect_bits)
+        self.store = KVStore(geometry, window, sink, self.backend.codecs, bits)
         if kv_bits is not None or kv_memory is not None:
-            budget = Budget(chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory)
+            budget = Budget(
+                chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=bits
+            )
         self.chooser = Chooser(chooses, shape.vocab, window, budget)
         self.store.choose_open = self.chooser.settle
         self.prefill_chunk = prefill_chunk
@@ -104,7 +111,9 @@ class Session:
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
             if value > shape.context:
-                model.tell(f"{name} {value} is more than the context of {shape.context} tokens: all stay at 16 bits")
+                model.tell(
+                    f"{name} {value} is more than the context of {shape.context} tokens: all stay at {bits} bits"
+                )
 
     @property
     def policy(self) -> Policy:
@@ -250,7 +259,7 @@ class Session:
         """Forget every token at a position >= length; the next append continues there.
 
         The last remaining token is run through the model again for its logits, and with it those
-        that should stand in the 16-bit window but have left it. Afterwards every token is stored at
+        that should stand in the window but have left it. Afterwards every token is stored at
         the precision it would have without the rest; values of re-run tokens may differ a little at
         low precisions, because they now read quantized predecessors.
 
@@ -282,6 +291,7 @@ class Session:
         twin = Session(
             self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
             prefill_chunk=self.prefill_chunk, prefill=self.prefill, backend=self._wanted_backend,
+            protect_bits=self.store.protect_bits,
         )  # fmt: skip
         twin.chooser.budget = self.budget
         twin.restore(self.store.fork(twin.backend.codecs), list(self.tokens), list(self.pending), self.last_logits)
@@ -335,6 +345,7 @@ class Session:
             threads=self.model.engine.threads,
             recent=store.window.capacity,
             sink=store.sink,
+            protect_bits=store.protect_bits,
             prefill="stepwise" if self.stepwise else "chunked",
             tokens=store.length,
             precisions=store.account(),

@@ -30,7 +30,8 @@ class Stats:
         policy_reason: why it is that policy though nobody named it, where a user should know; else empty.
         backend_detail: the instruction set of native attention, and what numpy has done for it; of a fallback, why it
             is one; else empty.
-        recent, sink: tokens protected at 16 bits.
+        recent, sink: protected tokens, at
+        protect_bits: bits.
         prefill: "stepwise" or "chunked", see `kvq.Session`.
         tokens: in the cache.
         precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
@@ -50,6 +51,7 @@ class Stats:
     threads: int
     recent: int
     sink: int
+    protect_bits: int
     prefill: str
     tokens: int
     precisions: dict[str, dict[str, Any]]

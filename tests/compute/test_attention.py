@@ -20,6 +20,7 @@ from tests.tools.kvdata import (
     as_read,
     examples,
     filled_store,
+    protected,
     random_tokens,
     seeds,
 )
@@ -90,10 +91,11 @@ def situations(draw):
     recent, sink = draw(st.sampled_from((0, 1, 5, 16, 64))), draw(st.sampled_from((0, 4)))
     widths = draw(st.sampled_from((*((w,) for w in WIDTHS), (2, 5), WIDTHS)))
     cached = random_tokens(draw(seeds), geometry, draw(st.sampled_from(STORE_LENGTHS)), widths)
-    store = filled_store(geometry, cached, recent, sink)
+    protect_bits = draw(protected)
+    store = filled_store(geometry, cached, recent, sink, protect_bits=protect_bits)
     heads = kv_heads * draw(st.sampled_from((1, 3, 4)))
     new = new_tokens(draw(seeds), draw(st.integers(1, 9)), heads, kv_heads, head_dim)
-    return new, store, as_read(cached, recent, sink)
+    return new, store, as_read(cached, recent, sink, protect_bits)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def free_share(shares, length):
     counts[Pair(16, 16)] = SINK
     used = sum(count * SMOLLM.token_bytes(pair) for pair, count in counts.items())
     held = sum(BucketBytes(pair, SMOLLM)[count] for pair, count in counts.items())
-    return (held - used) / (used + RECENT * SMOLLM.window_token_bytes)
+    return (held - used) / (used + RECENT * SMOLLM.window_token_bytes(16))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The first tokens stay at 16 bits by default: everywhere, in every count of bytes, and at the odd lengths."""
+"""The first tokens are protected by default: everywhere, in every count of bytes, and at the odd lengths."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def test_texts_of_any_length_keep_their_first_tokens(tiny_model, recent, sink, p
         session.append(IDS[:length])
         session.store.settle()
         stored = max(0, length - recent)
-        expected = {"k16v16": min(sink, stored), "k2v2": max(0, stored - sink), "recent": min(length, recent)}
+        expected = {"k8v8": min(sink, stored), "k2v2": max(0, stored - sink), "recent": min(length, recent)}
         assert rows(session) == {name: count for name, count in expected.items() if count}
         chosen = stored_tokens(session.store).chosen
-        assert (chosen[:sink] == 16).all()  # those in the window, too, will be
+        assert (chosen[:sink] == 8).all()  # those in the window, too, will be
         assert (chosen[sink:] == 2).all()
 
 
 def test_a_context_shorter_than_what_is_protected(tiny_model):
     session = tiny_model.session("rule", recent=200, sink=200, kv_bits=18)
     session.append(IDS)
-    assert rows(session) == {"k16v16": 56, "recent": 200}
+    assert rows(session) == {"k8v8": 56, "recent": 200}
 
 
 @pytest.mark.parametrize("policy", ["int4", "mixed", "rule"])
@@ -85,8 +85,8 @@ def test_a_trim_below_the_sink_is_protected_again(tiny_model, policy, length):
     session.trim(length)
     session.append(IDS[length:60])
     straight.append(IDS[:60])
-    assert rows(session)["k16v16"] >= 4
-    assert (stored_tokens(session.store).chosen[:4] == 16).all()
+    assert rows(session)["k8v8"] >= 4
+    assert (stored_tokens(session.store).chosen[:4] == 8).all()
     if policy == "int4":
         assert rows(session) == rows(straight)
 
@@ -99,7 +99,7 @@ def test_a_fork_goes_on_with_the_same_sink(tiny_model, length):
     for one in (session, twin):
         one.append(IDS[length:60])
     assert contents(twin) == contents(session)
-    assert rows(twin) == {"k16v16": 4, "k4v4": 52, "recent": 4}
+    assert rows(twin) == {"k8v8": 4, "k4v4": 52, "recent": 4}
 
 
 def test_a_saved_session_keeps_its_own_sink(tiny_model, tmp_path):
@@ -110,7 +110,7 @@ def test_a_saved_session_keeps_its_own_sink(tiny_model, tmp_path):
         loaded = tiny_model.load_session(tmp_path / f"{sink}.kvq", "int2")
         loaded.append(IDS[3:20])
         assert loaded.stats().sink == sink
-        assert rows(loaded).get("k16v16", 0) == sink
+        assert rows(loaded).get("k8v8", 0) == sink
 
 
 @pytest.mark.parametrize("sink", [0, 1, 4, 16])
@@ -154,7 +154,7 @@ def test_all_arms_of_an_evaluation_have_the_same_sink_and_bytes(tiny_model, sink
     scorer = Scorer(tiny_model, recent=4, sink=sink)
     for policy in ("int4", "random", "rule"):
         found = scorer.score(np.array(IDS[:80]), make_policy(policy), None if policy == "int4" else 10.0)
-        assert (found.bits[:sink] == 16).all()
+        assert (found.bits[:sink] == 8).all()
     text = [np.array(IDS[:80])]
     for row in pareto.measure(tiny_model, text, [10.0], recent=4, sink=sink, arms=("static", "random", "rule")):
         assert row["sink"] == sink
@@ -162,5 +162,5 @@ def test_all_arms_of_an_evaluation_have_the_same_sink_and_bytes(tiny_model, sink
 
 
 def test_the_embedded_model_s_budgets_leave_room_for_it():
-    with pytest.raises(kvq.BudgetError, match="16 recent and 4 sink tokens"):
+    with pytest.raises(kvq.BudgetError, match="16 recent and 4 sink tokens at 8 bits"):
         kvq.load().session(kv_bits=2.2)

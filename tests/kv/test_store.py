@@ -15,9 +15,9 @@ from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes, last_capacity
 from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, NUMPY
+from kvq.runtime.precision.codecs.uniform import WINDOWS
 from kvq.runtime.precision.table import Geometry, Pair
 from tests.tools.kvdata import (
-    ODD_COUNTS,
     WIDTHS,
     Tokens,
     arrays_in,
@@ -25,71 +25,31 @@ from tests.tools.kvdata import (
     examples,
     fill,
     filled_store,
-    geometries,
+    protected,
     random_tokens,
-    seeds,
+)
+from tests.tools.stores import (
+    at,
+    content,
+    cuts,
+    page_arrays,
+    page_bytes,
+    positions,
+    recents,
+    sinks,
+    texts,
+    window_content,
 )
 
 SMALL = Geometry(layers=2, kv_heads=2, head_dim=8)
 
-recents = st.sampled_from((0, 1, 3, 16, 40))
-sinks = st.sampled_from((0, 1, 4, 20))
-counts = st.one_of(st.sampled_from(ODD_COUNTS), st.integers(0, 200))
-cuts = st.lists(st.floats(0, 1), max_size=12)  # where a text is cut, as fractions of its length
-widths = st.sampled_from(((4,), (2, 4), (2, 16), WIDTHS))
-
-
-@st.composite
-def texts(draw):
-    """A geometry and tokens for it."""
-    geometry = draw(geometries)
-    return geometry, random_tokens(draw(seeds), geometry, draw(counts), draw(widths))
-
-
-def at(fractions, count):
-    """Cut positions in a text of that many tokens."""
-    return [round(f * count) for f in fractions]
-
-
-def page_arrays(page):
-    return [page.keys.codes, page.keys.scales, page.values.codes, page.values.scales, page.positions]
-
-
-def page_bytes(page, count=None):
-    """The used bytes of the first `count` tokens of a page, array by array."""
-    count = page.count if count is None else count
-    parts = [array for part in (page.keys, page.values) for array in part.encoded(slice(0, count))]
-    return [x.tobytes() for x in parts] + [page.positions[:count].tobytes()]
-
-
-def window_content(store):
-    """The ring in order of position: keys, values, bits."""
-    window = store.window
-    slots = window.slots(store.length - window.count, store.length)
-    parts = [array.tobytes() for part in (window.keys, window.values) for array in part.encoded(slots)]
-    return *parts, window.chosen[slots].tobytes()
-
-
-def content(store):
-    """Everything a store holds, as comparable bytes: length, window, pages of every non-empty bucket."""
-    pages = {
-        pair: [(page.capacity, page.count, page_bytes(page)) for page in bucket.pages]
-        for pair, bucket in store.buckets.items()
-        if bucket.count
-    }
-    return store.length, window_content(store), pages
-
-
-def positions(store, pair):
-    return [p for page in store.buckets[pair].pages for p in page.positions[: page.count].tolist()]
-
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts, fraction=st.floats(0, 1))
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts, fraction=st.floats(0, 1))
 @examples(120)
-def test_accounted_bytes_add_up_to_all_arrays_of_the_store(text, recent, sink, cuts, fraction):
+def test_accounted_bytes_add_up_to_all_arrays_of_the_store(text, recent, sink, cuts, fraction, bits):
     geometry, tokens = text
-    store = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)))
+    store = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)), protect_bits=bits)
     full = store.nbytes
     for length in (store.length, round(fraction * store.length)):
         store.trim(length)
@@ -99,19 +59,19 @@ def test_accounted_bytes_add_up_to_all_arrays_of_the_store(text, recent, sink, c
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts)
 @examples(80)
-def test_accounted_tokens_add_up_to_the_length(text, recent, sink, cuts):
+def test_accounted_tokens_add_up_to_the_length(text, recent, sink, cuts, bits):
     geometry, tokens = text
-    store = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)))
+    store = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)), protect_bits=bits)
     assert sum(row["tokens"] for row in store.account().values()) == store.length == len(tokens.bits)
 
 
-@given(text=texts(), recent=recents)
+@given(text=texts(), recent=recents, bits=protected)
 @examples(80)
-def test_accounted_slack_is_the_free_room(text, recent):
+def test_accounted_slack_is_the_free_room(text, recent, bits):
     geometry, tokens = text
-    store = filled_store(geometry, tokens, recent)
+    store = filled_store(geometry, tokens, recent, protect_bits=bits)
     account = store.account()
     for pair, bucket in store.buckets.items():
         vectors = geometry.layers * geometry.kv_heads
@@ -123,35 +83,35 @@ def test_accounted_slack_is_the_free_room(text, recent):
         if all(page.whole_tiles for page in bucket.pages):
             assert slack == sum(page.capacity - page.count for page in bucket.pages) * each
     slots = -(-recent // TILE_TOKENS) * TILE_TOKENS
-    vector = 2 * geometry.head_dim + 2
+    vector = NUMPY.windows[bits].vector_bytes(geometry.head_dim)
     unused = 2 * geometry.layers * geometry.kv_heads * vector * (slots - min(recent, store.length))
     assert account["recent"]["slack_nbytes"] == unused + 2 * (recent - min(recent, store.length))
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts)
 @examples(120)
-def test_chunking_changes_nothing_that_is_stored(text, recent, sink, cuts):
+def test_chunking_changes_nothing_that_is_stored(text, recent, sink, cuts, bits):
     geometry, tokens = text
-    whole = filled_store(geometry, tokens, recent, sink)
-    chunked = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)))
+    whole = filled_store(geometry, tokens, recent, sink, protect_bits=bits)
+    chunked = filled_store(geometry, tokens, recent, sink, at(cuts, len(tokens.bits)), protect_bits=bits)
     assert content(chunked) == content(whole)
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks)
 @examples(30)
-def test_token_by_token_stores_what_one_append_stores(text, recent, sink):
+def test_token_by_token_stores_what_one_append_stores(text, recent, sink, bits):
     geometry, tokens = text
     count = len(tokens.bits)
-    single = filled_store(geometry, tokens, recent, sink, range(1, count))
-    assert content(single) == content(filled_store(geometry, tokens, recent, sink))
+    single = filled_store(geometry, tokens, recent, sink, range(1, count), protect_bits=bits)
+    assert content(single) == content(filled_store(geometry, tokens, recent, sink, protect_bits=bits))
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts)
 @examples(80)
-def test_stored_bytes_never_change_when_tokens_are_added(text, recent, sink, cuts):
+def test_stored_bytes_never_change_when_tokens_are_added(text, recent, sink, cuts, bits):
     geometry, tokens = text
     store = KVStore(geometry, recent, sink)
     edges = [0, *sorted(at(cuts, len(tokens.bits))), len(tokens.bits)]
@@ -163,9 +123,9 @@ def test_stored_bytes_never_change_when_tokens_are_added(text, recent, sink, cut
         stored = [(p, p.count, page_bytes(p)) for b in store.buckets.values() for p in b.pages]
 
 
-@given(text=texts(), recent=recents, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, cuts=cuts)
 @examples(80)
-def test_growth_opens_pages_and_keeps_the_arrays_of_those_of_full_size(text, recent, cuts):
+def test_growth_opens_pages_and_keeps_the_arrays_of_those_of_full_size(text, recent, cuts, bits):
     geometry, tokens = text
     store = KVStore(geometry, recent)
     edges = [0, *sorted(at(cuts, len(tokens.bits))), len(tokens.bits)]
@@ -182,11 +142,11 @@ def test_growth_opens_pages_and_keeps_the_arrays_of_those_of_full_size(text, rec
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, cuts=cuts, fraction=st.floats(0, 1), again=st.booleans())
+@given(text=texts(), recent=recents, bits=protected, cuts=cuts, fraction=st.floats(0, 1), again=st.booleans())
 @examples(80)
-def test_pages_follow_from_the_count_of_a_bucket(text, recent, cuts, fraction, again):
+def test_pages_follow_from_the_count_of_a_bucket(text, recent, cuts, fraction, again, bits):
     geometry, tokens = text
-    store = filled_store(geometry, tokens, recent, cuts=at(cuts, len(tokens.bits)))
+    store = filled_store(geometry, tokens, recent, cuts=at(cuts, len(tokens.bits)), protect_bits=bits)
     if again:
         store.trim(round(fraction * store.length))
         store.append(*tokens.part(store.length, len(tokens.bits)))
@@ -212,31 +172,31 @@ def test_a_page_keeps_the_tokens_before_an_append():
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts)
 @examples(80)
-def test_every_position_is_stored_once_at_the_precision_asked_for(text, recent, sink, cuts):
+def test_every_position_is_stored_once_at_the_precision_asked_for(text, recent, sink, cuts, bits):
     geometry, tokens = text
     count = len(tokens.bits)
-    store = filled_store(geometry, tokens, recent, sink, at(cuts, count))
+    store = filled_store(geometry, tokens, recent, sink, at(cuts, count), protect_bits=bits)
     expected = {}
     for position in range(max(0, count - recent)):
-        pair = (16, 16) if position < sink else tuple(tokens.bits[position].tolist())
+        pair = (bits,) * 2 if position < sink else tuple(tokens.bits[position].tolist())
         expected.setdefault(pair, []).append(position)
     assert {pair: positions(store, pair) for pair, b in store.buckets.items() if b.count} == expected
 
 
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts)
+@given(text=texts(), recent=recents, bits=protected, sink=sinks, cuts=cuts)
 @examples(80)
-def test_the_ring_holds_the_newest_tokens_at_16_bits(text, recent, sink, cuts):
+def test_the_ring_holds_the_newest_tokens(text, recent, sink, cuts, bits):
     geometry, tokens = text
     count = len(tokens.bits)
-    store = filled_store(geometry, tokens, recent, sink, at(cuts, count))
+    store = filled_store(geometry, tokens, recent, sink, at(cuts, count), protect_bits=bits)
     newest = tokens.part(max(0, count - recent), count)
     assert store.window.count == len(newest.bits)
-    encoded = [array.tobytes() for x in newest[:2] for array in NUMPY.window.encode(x)]
-    bits = newest.bits.copy()
-    bits[: max(0, sink - max(0, count - recent))] = 16
-    assert window_content(store) == (*encoded, bits.tobytes())
+    encoded = [array.tobytes() for x in newest[:2] for array in NUMPY.windows[bits].encode(x)]
+    due = newest.bits.copy()
+    due[: max(0, sink - max(0, count - recent))] = bits
+    assert window_content(store) == (*encoded, due.tobytes())
 
 
 def test_sink_tokens_are_stored_at_16_bits_and_the_caller_s_bits_stay_as_they_were():
@@ -248,85 +208,10 @@ def test_sink_tokens_are_stored_at_16_bits_and_the_caller_s_bits_stay_as_they_we
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, cuts=cuts, fraction=st.floats(0, 1))
-@examples(80)
-def test_trim_keeps_the_earlier_tokens_and_their_bytes(text, recent, cuts, fraction):
-    geometry, tokens = text
-    count = len(tokens.bits)
-    store = filled_store(geometry, tokens, recent, cuts=at(cuts, count))
-    length = round(fraction * count)
-    before = {pair: [(p, page_bytes(p)) for p in bucket.pages] for pair, bucket in store.buckets.items()}
-    in_ring = range(count - store.window.count, count)
-    ring = dict(zip(in_ring, store.window.slots(in_ring.start, in_ring.stop), strict=True))
-    store.trim(length)
-    kept = [p for pair in store.buckets for p in positions(store, pair)]
-    in_window = list(range(length - store.window.count, length))
-    assert sorted(kept + in_window) == list(range(length))
-    assert in_window == [p for p in ring if p < length]
-    assert [store.window.slots(p, p + 1)[0] for p in in_window] == [ring[p] for p in in_window]
-    for pair, pages in before.items():
-        for page, (old, stored) in zip(store.buckets[pair].pages, pages, strict=False):
-            assert page is old or page.capacity < old.capacity
-            assert page_bytes(old, page.count) == page_bytes(page)
-            assert all(x.startswith(y) for x, y in zip(stored[4:], page_bytes(page)[4:], strict=True))
-
-
-@pytest.mark.slow
-@given(text=texts(), more=seeds, sink=sinks, fraction=st.floats(0, 1), extra=st.integers(0, 60))
-@examples(120)
-def test_continuing_after_a_trim_equals_never_having_had_the_rest(text, more, sink, fraction, extra):
-    geometry, tokens = text
-    length = round(fraction * len(tokens.bits))
-    other = random_tokens(more, geometry, extra)
-    trimmed = filled_store(geometry, tokens, recent=0, sink=sink)
-    trimmed.trim(length)
-    fill(trimmed, other)
-    fresh = filled_store(geometry, tokens.part(0, length), recent=0, sink=sink)
-    assert content(trimmed) == content(fill(fresh, other))
-
-
-@pytest.mark.slow
-@given(text=texts(), more=seeds, recent=recents, sink=sinks, fraction=st.floats(0, 1), extra=st.integers(0, 60))
-@examples(120)
-def test_continuing_after_a_trim_with_a_refilled_window_equals_a_fresh_store(text, more, recent, sink, fraction, extra):
-    geometry, tokens = text
-    length = round(fraction * len(tokens.bits))
-    other = random_tokens(more, geometry, extra)
-    trimmed = filled_store(geometry, tokens, recent, sink)
-    # Tokens that ought to stand in the window but have left it are fed again, as `Session.trim` does.
-    begin = max(0, length - recent)
-    keep = length if trimmed.length - trimmed.window.count <= begin else begin
-    trimmed.trim(keep)
-    fill(trimmed, tokens.part(keep, length))
-    fresh = filled_store(geometry, tokens.part(0, length), recent, sink)
-    assert content(trimmed) == content(fresh)
-    assert content(fill(trimmed, other)) == content(fill(fresh, other))
-
-
-@pytest.mark.parametrize("recent", [0, 4])
-def test_trimming_to_nothing_gives_the_pages_back(recent):
-    store = filled_store(SMALL, random_tokens(1, SMALL, 90), recent)
-    peak = store.nbytes
-    store.trim(0)
-    assert store.nbytes == KVStore(SMALL, recent).nbytes
-    assert store.length == 0
-    assert store.peak_nbytes == peak
-    assert list(store.blocks(0, 1024)) == []
-
-
-@pytest.mark.parametrize("length", [-1, 11])
-def test_trimming_outside_the_store_is_refused(length):
-    store = filled_store(SMALL, random_tokens(1, SMALL, 10), recent=4)
-    before = content(store)
-    with pytest.raises(ValueError, match="cannot trim"):
-        store.trim(length)
-    assert content(store) == before
-
-
-@pytest.mark.slow
 @given(
     text=texts(),
     recent=recents,
+    bits=protected,
     sink=sinks,
     extra=st.integers(1, 40),
     where=st.floats(0, 1, exclude_max=True),
@@ -334,9 +219,9 @@ def test_trimming_outside_the_store_is_refused(length):
     bad=st.sampled_from((np.nan, np.inf, -np.inf)),
 )
 @examples(120)
-def test_a_refused_append_leaves_the_store_as_it_was(text, recent, sink, extra, where, side, bad):
+def test_a_refused_append_leaves_the_store_as_it_was(text, recent, sink, extra, where, side, bad, bits):
     geometry, tokens = text
-    store = filled_store(geometry, tokens, recent, sink)
+    store = filled_store(geometry, tokens, recent, sink, protect_bits=bits)
     rejected = random_tokens(1, geometry, extra)
     rejected[side][-1, -1, int(where * extra), -1] = bad
     before, account, peak = content(store), store.account(), store.peak_nbytes
@@ -349,37 +234,48 @@ def test_a_refused_append_leaves_the_store_as_it_was(text, recent, sink, extra, 
     assert store.peak_nbytes == peak
 
 
-@given(text=texts(), recent=recents, extra=st.integers(1, 20))
+@given(text=texts(), recent=recents, bits=protected, extra=st.integers(1, 20))
 @examples(40)
-def test_a_store_goes_on_after_a_refused_append(text, recent, extra):
+def test_a_store_goes_on_after_a_refused_append(text, recent, extra, bits):
     geometry, tokens = text
     more = random_tokens(2, geometry, extra)
-    store = filled_store(geometry, tokens, recent)
+    store = filled_store(geometry, tokens, recent, protect_bits=bits)
     poisoned = Tokens(np.full_like(more.keys, np.nan), more.values, more.bits)
     with pytest.raises(NonFiniteError):
         store.append(*poisoned)
-    untouched = filled_store(geometry, tokens, recent)
+    untouched = filled_store(geometry, tokens, recent, protect_bits=bits)
     assert content(fill(store, more)) == content(fill(untouched, more))
 
 
+@pytest.mark.parametrize("protect_bits", [8, 16])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_token_the_window_took_can_leave_it(width):
+def test_a_token_the_window_took_can_leave_it(width, protect_bits):
     # A refusal must come with the append of the bad token: later, the session could never go on.
-    token = np.tile(np.array([60000] + [43200] * 7, np.float32), (2, 2, 1, 1))
-    store = KVStore(SMALL, recent=2)
+    largest = WINDOWS[protect_bits].limit or 65504
+    token = np.tile(np.array([largest] + [43200] * 7, np.float32), (2, 2, 1, 1))
+    store = KVStore(SMALL, recent=2, protect_bits=protect_bits)
+    with pytest.raises(NonFiniteError):
+        store.append(token * np.float32(1.001), token, np.array([[width, width]], np.uint8))
     store.append(token, token, np.array([[width, width]], np.uint8))
     store.append(*random_tokens(0, SMALL, 2))
     assert positions(store, Pair(width, width)) == [0]
 
 
 @pytest.mark.slow
-@given(text=texts(), recent=recents, sink=sinks, cuts=cuts, limit=st.sampled_from((128, 129, 200, 1024)))
+@given(
+    text=texts(),
+    recent=recents,
+    bits=protected,
+    sink=sinks,
+    cuts=cuts,
+    limit=st.sampled_from((128, 129, 200, 1024)),
+)
 @examples(120)
-def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, sink, cuts, limit):
+def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, sink, cuts, limit, bits):
     geometry, tokens = text
     count = len(tokens.bits)
-    store = filled_store(geometry, tokens, recent, sink, at(cuts, count))
-    expected = as_read(tokens, recent, sink)
+    store = filled_store(geometry, tokens, recent, sink, at(cuts, count), protect_bits=bits)
+    expected = as_read(tokens, recent, sink, protect_bits=bits)
     for layer in range(geometry.layers):
         rows = []
         for keys, values in store.blocks(layer, limit):
@@ -391,10 +287,10 @@ def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, si
         assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in wanted)
 
 
-@given(limit=st.integers(1, PAGE_TOKENS - 1), recent=recents)
+@given(limit=st.integers(1, PAGE_TOKENS - 1), recent=recents, bits=protected)
 @examples(30)
-def test_blocks_are_never_larger_than_a_limit_below_the_page_size(limit, recent):
-    store = filled_store(SMALL, random_tokens(0, SMALL, 300, (4,)), recent)
+def test_blocks_are_never_larger_than_a_limit_below_the_page_size(limit, recent, bits):
+    store = filled_store(SMALL, random_tokens(0, SMALL, 300, (4,)), recent, protect_bits=bits)
     sizes = [keys.shape[1] for keys, _ in store.blocks(0, limit)]
     assert max(sizes) <= limit
     assert sum(sizes) == 300

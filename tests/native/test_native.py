@@ -20,7 +20,7 @@ from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.library import CHUNK_SLOTS
 from kvq.runtime.precision.codecs import NUMPY
 from kvq.runtime.precision.table import Geometry
-from tests.tools.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, random_tokens, seeds
+from tests.tools.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, protected, random_tokens, seeds
 
 # Of the largest output; both sides are single precision. Integer weights of values add a noise of 1.6e-5 of the root
 # mean square (dot_values.h).
@@ -70,7 +70,8 @@ def situations(draw):
     geometry = Geometry(2, draw(st.integers(1, 3)), draw(st.sampled_from(HEAD_DIMS)))
     widths = draw(st.sampled_from((*((w,) for w in WIDTHS), (2, 4), WIDTHS)))
     cached = random_tokens(draw(seeds), geometry, draw(st.sampled_from(COUNTS)), widths)
-    store = filled_store(geometry, cached, draw(st.sampled_from((0, 5, 16, 37))), draw(st.sampled_from((0, 4))))
+    recent, sink = draw(st.sampled_from((0, 5, 16, 37))), draw(st.sampled_from((0, 4)))
+    store = filled_store(geometry, cached, recent, sink, protect_bits=draw(protected))
     heads = geometry.kv_heads * draw(st.integers(1, 8))
     return store, *new_tokens(draw(seeds), draw(st.sampled_from((1, 1, 2, 5, 17))), heads, geometry)
 
@@ -141,12 +142,12 @@ def test_a_window_longer_than_a_row_of_the_table_equals_numpy(kernel):
             assert_equals_numpy(backend, store, *new_tokens(i, tokens, 3, geometry))
 
 
-CODECS = {**NUMPY.by_id, "window": NUMPY.window}
+CODECS = {**NUMPY.by_id, **{f"window{bits}": codec for bits, codec in NUMPY.windows.items()}}
 
 
 def both_codecs(kernel, name):
     codecs = native_codecs(library.kernels()[kernel])
-    return codecs.window if name == "window" else codecs.by_id[name], CODECS[name]
+    return codecs.windows[int(name[6:])] if isinstance(name, str) else codecs.by_id[name], CODECS[name]
 
 
 def assert_encodes_as_numpy(kernel, name, x):
@@ -184,7 +185,8 @@ def test_native_encoding_gives_numpy_s_bytes(kernel, name, seed, shape, exponent
 @every_kernel
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(
-    "value", [np.nan, np.inf, -np.inf, 65504, 65519, 65520, -65536, 8.3e6, 8.4e6, 3.4e38, 0, -0.0, 6e-8, 1e-40]
+    "value",
+    [np.nan, np.inf, -np.inf, 65504, 65519, 65520, -65536, 8.3e6, 65024, 65030, 8.4e6, 3.4e38, 0, -0.0, 6e-8, 1e-40],
 )
 def test_extreme_values_are_encoded_or_refused_as_numpy_does(kernel, name, value):
     x = np.linspace(-1, 1, 3 * 24, dtype=np.float32).reshape(3, 24)
@@ -207,11 +209,11 @@ moves = st.lists(
 
 @pytest.mark.slow
 @every_kernel
-@given(steps=moves, recent=st.sampled_from((0, 1, 5, 16, 37)), sink=st.sampled_from((0, 3)), seed=seeds)
+@given(steps=moves, recent=st.sampled_from((0, 1, 5, 16, 37)), sink=st.sampled_from((0, 3)), bits=protected, seed=seeds)
 @examples(40)
-def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, seed):
+def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed):
     geometry = Geometry(2, 2, 24)
-    stores = [KVStore(geometry, recent, sink, codecs) for codecs in (native(kernel).codecs, NUMPY)]
+    stores = [KVStore(geometry, recent, sink, codecs, bits) for codecs in (native(kernel).codecs, NUMPY)]
     for i, (step, amount) in enumerate([("append", 20), *steps]):
         for store in stores:
             if step == "append":
@@ -276,7 +278,7 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 @pytest.mark.parametrize("policy", ["int2", "mixed", "rule"])
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
-    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY)
+    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY, protect_bits=8)
     append, choose = session.store.append, session.store.choose_open
     chosen = {}
     store.choose_open = lambda of, start, count: chosen[start, count]

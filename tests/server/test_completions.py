@@ -90,8 +90,8 @@ def test_what_ran_is_reported(client):
     done = client.completions.create(model="kvq-books", prompt=LONG * 2, extra_body={"policy": "int4"})
     assert done.kvq["policy"] == "int4"
     held = done.kvq["precisions"]
-    assert (held["k16v16"], done.kvq["sink"]) == (4, 4)
-    assert held["k16v16"] + held["k4v4"] + held["recent"] == done.kvq["tokens"]
+    assert (held["k8v8"], done.kvq["sink"], done.kvq["protect_bits"]) == (4, 4, 8)
+    assert held["k8v8"] + held["k4v4"] + held["recent"] == done.kvq["tokens"]
     done = client.completions.create(model="kvq-books", prompt=LONG * 2, extra_body={"kv_bits": 4.5})
     assert done.kvq["policy"] == "adaptive"
     assert 3 < done.kvq["kv_bits"] <= 4.5 * max(1, 1024 / done.kvq["tokens"])  # short texts take what 1,024 tokens may

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from kvq.controller.policies import POLICIES
 from kvq.runtime.compute.backends import BACKENDS
+from kvq.runtime.errors import PolicyError
+from kvq.runtime.kv.records import stored_tokens
 from kvq.runtime.machine.threads import configure
+from kvq.runtime.policy.base import Policy
 from tests.tools.kvdata import arrays_in
-from tests.tools.sessions import CONTEXT, IDS, rows
+from tests.tools.sessions import CONTEXT, IDS
+
+
+class OfTheCallersOwn(Policy):
+    name = "caller's"
+
+    def choose(self, features):
+        return np.full((len(features.positions), 2), 2, np.uint8)
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(0, 0), (16, 0), (16, 4), (3, 30), (CONTEXT, 0), (1000, 1000)])
@@ -34,10 +45,26 @@ def test_stats_add_up_to_the_arrays_and_the_tokens(tiny_model, policy, recent, s
     assert stats.decode_tokens == 1
 
 
-def test_sink_tokens_are_stored_at_16_bits(tiny_model):
-    session = tiny_model.session("int2", recent=0, sink=5)
+@pytest.mark.parametrize(
+    ("policy", "asked", "bits"),
+    [("int2", None, 8), ("int2", 16, 16), ("int8", None, 16), ("int8", 8, 8), ("k4v8", None, 16), ("fp16", None, 16),
+     ("fp16", 8, 8), ("k16v4", None, 16),
+     ("mixed", None, 8), (OfTheCallersOwn(), None, 16)],
+)  # fmt: skip
+def test_protected_tokens_are_at_the_bits_asked_for_or_at_those_of_the_policy_s_kind(tiny_model, policy, asked, bits):
+    session = tiny_model.session(policy, recent=3, sink=5, protect_bits=asked)
     session.append(IDS[:30])
-    assert rows(session) == {"k16v16": 5, "k2v2": 25}
+    stats, geometry = session.stats(), session.store.geometry
+    assert stats.protect_bits == bits
+    assert (stored_tokens(session.store).bits[[*range(5), *range(27, 30)]] == bits).all()
+    window = 16 * 2 * geometry.layers * geometry.kv_heads * (geometry.head_dim * bits // 8 + 2) + 2 * 3
+    assert stats.precisions["recent"]["nbytes"] == window  # measured from a ring of one tile
+
+
+@pytest.mark.parametrize("bits", [0, 4, 7, 32, "8", 8.0, True])
+def test_other_bits_are_refused(tiny_model, bits):
+    with pytest.raises(PolicyError, match="protect_bits must be 8 or 16"):
+        tiny_model.session("int4", protect_bits=bits)
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

@@ -16,7 +16,7 @@ MOST_NBYTES = 2_000_000
 
 def saved(model, path, change=None, pending=False):
     """Save a session, changed in memory before."""
-    session = model.session("mixed", recent=5)
+    session = model.session("mixed", recent=5, protect_bits=16)
     session.append(IDS)
     if pending:
         session.pending = [7]

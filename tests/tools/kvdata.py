@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, Codec
-from kvq.runtime.precision.codecs.uniform import WindowCodec
+from kvq.runtime.precision.codecs.uniform import WINDOWS
 from kvq.runtime.precision.table import Geometry
 
 WIDTHS = tuple(sorted(CODECS))  # ids of all precisions: a new codec is tested at once
@@ -51,25 +51,25 @@ def fill(store, tokens, cuts=()):
     return store
 
 
-def filled_store(geometry, tokens, recent=0, sink=0, cuts=()):
+def filled_store(geometry, tokens, recent=0, sink=0, cuts=(), protect_bits=16):
     """A new store that holds the tokens."""
-    return fill(KVStore(geometry, recent=recent, sink=sink), tokens, cuts)
+    return fill(KVStore(geometry, recent=recent, sink=sink, protect_bits=protect_bits), tokens, cuts)
 
 
-def as_read(tokens, recent=0, sink=0):
+def as_read(tokens, recent=0, sink=0, protect_bits=16):
     """The keys and values a reader must see, token by token: the specification of `KVStore`, written slowly.
 
     The newest `recent` tokens are what the window's codec makes of them; every other token has
-    passed through the window, where there is one, and is what its codecs make of that, 16 bits for
-    the first `sink` ones.
+    passed through the window, where there is one, and is what its codecs make of that, those of
+    `protect_bits` for the first `sink` ones.
     """
     count = len(tokens.bits)
     read = []
     for side, x in enumerate((tokens.keys, tokens.values)):
         seen = np.empty_like(x)
         for t in range(count):
-            kept = WindowCodec().roundtrip(x[:, :, t]) if recent else x[:, :, t]
-            width = 16 if t < sink else int(tokens.bits[t, side])
+            kept = WINDOWS[protect_bits].roundtrip(x[:, :, t]) if recent else x[:, :, t]
+            width = protect_bits if t < sink else int(tokens.bits[t, side])
             seen[:, :, t] = kept if t >= count - recent else CODECS[width].roundtrip(kept)
         read.append(seen)
     return read
@@ -79,6 +79,7 @@ geometries = st.builds(
     Geometry, layers=st.integers(1, 3), kv_heads=st.integers(1, 3), head_dim=st.sampled_from((8, 16, 24))
 )
 seeds = st.integers(0, 2**32 - 1)
+protected = st.sampled_from((8, 16))
 
 
 def _is_cut(array):

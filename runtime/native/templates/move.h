@@ -27,14 +27,19 @@ static void put(slot_codes to, const uint32_t *words, uint16_t scale, int precis
     if (has_scale(precision)) *to.scale = scale;
 }
 
-static void read_window(slot_codes from, float *x) {
+/* A vector of the window, [words * codes of a word]: at 8 bits as any page of int8, or at 16. */
+static void read_window(slot_codes from, int precision, float *x) {
     const float scale = half_scalar(*from.scale);
+    const int n = from.words;
     uint32_t words[MOST_WORDS];
-    for (int j = 0; j < from.words; j++) words[j] = from.first[j * from.step];
-    for (int j = 0; j < from.words; j++) {
-        x[j] = (float)(int16_t)words[j] * scale;
-        x[from.words + j] = (float)(int16_t)(words[j] >> 16) * scale;
+    for (int j = 0; j < n; j++) words[j] = from.first[j * from.step];
+    if (precision == KVQ_INT8) {
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < n; j++) x[i * n + j] = (float)(int8_t)(words[j] >> 8 * i) * scale;
+        return;
     }
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < n; j++) x[i * n + j] = (float)(int16_t)(words[j] >> 16 * i) * scale;
 }
 
 /* One vector, whose values are storable as kvq_movable has it. In a pass nobody has looked yet: there a value that is
@@ -52,18 +57,19 @@ INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
     const float *new = (of_keys ? move->keys : move->values) + (row * move->tokens + t) * d;
     const kvq_move_step *step = move->step + t;
     const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
+    const int kept_at = move->window->key_precision; /* its values too */
     float x[MOST_CHANNELS];
     uint32_t words[MOST_WORDS];
     uint16_t scale = 0;
     if (step->page >= 0) {
         const kvq_page *page = move->page + step->page;
         const int precision = of_keys ? page->key_precision : page->value_precision;
-        read_window(held, x);
+        read_window(held, kept_at, x);
         encode_storable(precision, x, d, words, &scale);
         put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);
     }
-    encode_storable(KVQ_WINDOW, new, d, words, &scale);
-    put(held, words, scale, KVQ_WINDOW);
+    encode_storable(kept_at, new, d, words, &scale);
+    put(held, words, scale, kept_at);
 }
 
 static void move_value(const kvq_move *move, size_t row, int t) { move_vector(move, 0, row, t); }

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from kvq.runtime.discovery import discover
 from kvq.runtime.precision.codecs.base import Codec
-from kvq.runtime.precision.codecs.uniform import WindowCodec
+from kvq.runtime.precision.codecs.uniform import WINDOWS
 from kvq.runtime.precision.precision import MOST_ID, OPEN
 
 
 def _checked(codecs: dict[int, Codec]) -> dict[int, Codec]:
     """Codecs by id, as they are; RuntimeError where ids or names would be taken for one another."""
-    precisions = [WindowCodec.precision, *(codec.precision for codec in codecs.values())]
+    precisions = [WINDOWS[16].precision, *(codec.precision for codec in codecs.values())]
     for identity in ("id", "name"):
         found = [getattr(precision, identity) for precision in precisions]
         if len(set(found)) < len(found):
@@ -31,15 +31,15 @@ class CodecSet(NamedTuple):
     """The codecs a store encodes with; every set gives the same bytes.
 
     by_id: id of a precision -> codec.
-    window: the recent window's.
+    windows: bits at which the recent window keeps its tokens, 8 or 16 -> its codec.
     mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.moves.Mover`.
     """
 
     by_id: dict[int, Codec]
-    window: Codec
+    windows: dict[int, Codec]
     mover: Any = None
 
 
-NUMPY = CodecSet(CODECS, WindowCodec())
+NUMPY = CodecSet(CODECS, WINDOWS)
 
 __all__ = ["CODECS", "NUMPY", "Codec", "CodecSet"]

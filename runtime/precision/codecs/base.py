@@ -26,10 +26,14 @@ class Codec(ABC):
 
     One vector (a token's key or value in one head) becomes ``code_bytes(head_dim)`` bytes and,
     where ``has_scale``, one float16 scale. Codecs hold no state: equal input gives equal bytes.
+
+    Attributes:
+        limit: largest magnitude it takes, where that is less than what its scales allow.
     """
 
     precision: Precision
     has_scale: bool
+    limit: float | None = None
 
     @property
     def bits(self) -> int:
@@ -119,15 +123,15 @@ def absmax(x: np.ndarray) -> np.ndarray:
     return peak
 
 
-def within_half(peak: np.ndarray) -> np.ndarray:
-    """The largest magnitudes float32 [..., 1] unchanged, if half precision holds them.
+def within(peak: np.ndarray, limit: float) -> np.ndarray:
+    """The largest magnitudes float32 [..., 1] unchanged, if they are at most `limit`, which half precision holds.
 
     Raises:
-        NonFiniteError: one exceeds 65504.
+        NonFiniteError: one exceeds it.
     """
-    if peak.size and peak.max() > HALF_MAX:
+    if peak.size and peak.max() > limit:
         raise NonFiniteError(
-            f"a key or value of magnitude {peak.max():.3g} exceeds half precision ({HALF_MAX:.0f}):"
+            f"a key or value of magnitude {peak.max():.3g} exceeds half precision ({limit:.0f}):"
             " the model overflowed on this input; check the checkpoint, or use int8 with recent=0"
         )
     return peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, to_words, within_half
+from kvq.runtime.precision.codecs.base import HALF_MAX, Codec, absmax, from_words, to_words, within
 from kvq.runtime.precision.precision import Precision
 
 
@@ -19,7 +19,7 @@ class HalfCodec(Codec):
         return not ((codes.view("<u2") & 0x7C00) == 0x7C00).any()
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        within_half(absmax(x))
+        within(absmax(x), HALF_MAX)
         codes = to_words(x.astype("<f2"), 2)
         return codes.view(np.uint8), np.empty((*x.shape[:-1], 0), np.float16)
 

@@ -1,6 +1,6 @@
 """8 and 4 bits: symmetric uniform codes, round half to even, scale = absmax / largest code.
 
-The recent window uses the same scheme at 16 bits.
+The recent window uses the same scheme, at 8 bits or at 16.
 
 Codes and their packing in bytes are those of ONNX Runtime's quantized GroupQueryAttention cache,
 so its operators can check ours bit for bit: int8 codes as they are; int4 codes offset by 8, two a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvq.runtime.precision.codecs.base import (
+    HALF_MAX,
     Codec,
     absmax,
     from_words,
@@ -19,7 +20,7 @@ from kvq.runtime.precision.codecs.base import (
     pack,
     to_words,
     unpack,
-    within_half,
+    within,
 )
 from kvq.runtime.precision.precision import Precision
 
@@ -81,6 +82,20 @@ class Int4Codec(Codec):
         np.multiply(from_words(pairs, 8, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
+class Window8Codec(Int8Codec):
+    """`Int8Codec` for the recent window.
+
+    A token must be able to leave the window at any precision, so what could be decoded to more than half precision
+    holds is refused: beyond 127 * 512, a scale may be rounded up to more than 65504 / 127.
+    """
+
+    limit = 65024.0
+
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        within(absmax(x), self.limit)
+        return super().encode(x)
+
+
 class WindowCodec(Codec):
     """One int16 a value, for the recent window only.
 
@@ -93,7 +108,7 @@ class WindowCodec(Codec):
     has_scale = True
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scales = half_scale(within_half(absmax(x)) / np.float32(32767))
+        scales = half_scale(within(absmax(x), HALF_MAX) / np.float32(32767))
         return to_words(quantize(x, scales, 16).astype("<i2", copy=False), 2).view(np.uint8), scales
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
@@ -101,3 +116,4 @@ class WindowCodec(Codec):
 
 
 CODECS = {codec.precision.id: codec for codec in (Int8Codec(), Int4Codec())}
+WINDOWS: dict[int, Codec] = {8: Window8Codec(), 16: WindowCodec()}  # of the recent window, by bits
