@@ -38,12 +38,13 @@ class Checkpoint:
         return self.model.shape
 
     def tensor(self, name: str) -> np.ndarray:
-        """A parameter by its full name, as float32.
+        """A parameter by its full name, as the architecture takes it, float32.
 
         Raises:
             CheckpointError: it holds NaN or infinity, which quantization would hide.
         """
-        return self._finite(name, self.source.read(name))
+        values, adapted = self._finite(name, self.source.read(name)), self.model.adapted.get(name)
+        return values if adapted is None else adapted.of(values)
 
     def stacked(self, names: list[str]) -> np.ndarray:
         """Parameters concatenated along the first axis."""
@@ -51,7 +52,7 @@ class Checkpoint:
 
     def stacked_blocks(self, names: list[str]) -> Blocks | None:
         """Matrices concatenated along the first axis, in blocks as the source holds them; None if it does not."""
-        found = [self.source.blocks(name) for name in names]
+        found = [self._blocks(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         if len(parts) < len(names):
             return None
@@ -62,6 +63,11 @@ class Checkpoint:
         return Blocks(
             np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]), bits, block
         )
+
+    def _blocks(self, name: str) -> Blocks | None:
+        """A matrix as the architecture takes it, in blocks."""
+        blocks, adapted = self.source.blocks(name), self.model.adapted.get(name)
+        return blocks if blocks is None or adapted is None else adapted.of_blocks(blocks)
 
     def _finite(self, name: str, values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all():

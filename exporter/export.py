@@ -112,7 +112,7 @@ def export(
     progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        tokenizer, notes = checkpoint.tokenizer_json(), list[str]()
+        tokenizer, notes = checkpoint.tokenizer_json(), list(checkpoint.model.notes)
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)

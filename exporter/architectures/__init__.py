@@ -6,6 +6,7 @@ import sys
 
 from kvq.exporter.architectures.checks import check_parameters
 from kvq.exporter.architectures.description import Family, Model
+from kvq.exporter.architectures.foreign import what_is_missing
 from kvq.exporter.sources.base import Source
 from kvq.runtime.discovery import discover
 from kvq.runtime.errors import UnsupportedArchitectureError
@@ -24,11 +25,12 @@ def describe(source: Source) -> Model:
     kind = source.config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
-            f"{source.name} is of model_type {kind!r:.60}; kvq exports these only: {', '.join(sorted(ARCHITECTURES))}"
+            f"{source.name} is of model_type {kind!r:.60}{what_is_missing(str(kind))}; kvq exports these only:"
+            f" {', '.join(sorted(ARCHITECTURES))}"
         )
     model = ARCHITECTURES[kind].describe(source)
     check_parameters(model, source)
     return model
 
 
-__all__ = ["ARCHITECTURES", "Family", "Model", "describe"]
+__all__ = ["ARCHITECTURES", "Family", "Model", "describe", "what_is_missing"]

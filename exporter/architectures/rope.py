@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvq.exporter.architectures.description import Rotary
 from kvq.exporter.sources.base import positive_number
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
@@ -92,8 +93,8 @@ def kind_of(scaling: Mapping[str, Any]) -> str:
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
-def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: str) -> tuple[np.ndarray, float]:
-    """Rotary frequencies float32 [head_dim // 2], and the factor on cosine and sine.
+def rotary(config: Mapping[str, Any], head_dim: int, context: int, name: str) -> Rotary:
+    """The rotary embedding that a configuration says.
 
     Args:
         config: of config.json.
@@ -123,7 +124,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: st
             f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix it or"
             " download the model again"
         ) from None
-    return found, factor
+    return Rotary(found, np.full(len(found), factor, np.float32))
 
 
 def _linear(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:

@@ -14,7 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from kvq.exporter.architectures import ARCHITECTURES
+from kvq.exporter.architectures import ARCHITECTURES, what_is_missing
 from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Blocks, Source, positive, positive_number, short
 from kvq.exporter.sources.gguf_header import Tensor, read_header
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
@@ -67,8 +67,8 @@ class GgufFile(Source):
         known = {f.gguf.architecture: (kind, f.gguf) for kind, f in ARCHITECTURES.items() if f.gguf is not None}
         if not isinstance(architecture, str) or architecture not in known:
             raise UnsupportedArchitectureError(
-                f"{path.name} is of architecture {architecture!r:.60}; kvq exports these only:"
-                f" {', '.join(sorted(known))}"
+                f"{path.name} is of architecture {architecture!r:.60}{what_is_missing(str(architecture))}; kvq exports"
+                f" these only: {', '.join(sorted(known))}"
             )
         self._model_type, self._dialect = known[architecture]
         self._tensors: dict[str, Tensor] = {}
@@ -120,6 +120,9 @@ class GgufFile(Source):
                 )
             what = f"{self.path.name} has {self._key(key)}"
             config[field] = positive(value, what) if kind is int else positive_number(value, what)
+        for key, field in self._dialect.numbers.items():
+            if (value := self._field(key)) is not None:
+                config[field] = positive_number(value, f"{self.path.name} has {self._key(key)}")
         layers = config["num_hidden_layers"]
         surplus = [name for name in self._tensors if name.startswith("model.layers.") and _layer(name) >= layers]
         if surplus:
