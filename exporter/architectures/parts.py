@@ -103,18 +103,28 @@ class Parts:
         before, between = self.norm(layer, "input_layernorm"), self.norm(layer, "post_attention_layernorm")
         return Layer.of(before, attend, Add(), between, *mlp, Add())
 
-    def rotary(self) -> Rotary:
-        """The rotary embedding that the configuration says."""
-        return rotary(self.config, self.shape.head_dim, self.shape.context, self.name)
+    def rotary(self, *read: str) -> Rotary:
+        """The rotary embedding that the configuration says; `read`: fields of it that the family reads itself."""
+        config = {field: value for field, value in self.config.items() if field not in read}
+        return rotary(config, self.shape.head_dim, self.shape.context, self.name)
 
-    def model(self, layers: Sequence[Layer], rotaries: tuple[Rotary, ...] | None = None, **more: Any) -> Model:
-        """The description of the whole model; `more`: of its attributes."""
+    def model(
+        self, layers: Sequence[Layer], rotaries: tuple[Rotary, ...] | None = None, tied: bool = False, **more: Any
+    ) -> Model:
+        """The description of the whole model.
+
+        Args:
+            layers: of it.
+            rotaries: of the layers; None is the one that the configuration says.
+            tied: whether the head is the embedding where the configuration does not say.
+            more: of its attributes.
+        """
         return Model(
             shape=self.shape,
             embedding=EMBEDDING,
             layers=tuple(layers),
             norm=Norm(FINAL_NORM, self.shape.hidden, self.epsilon),
-            head=EMBEDDING if self.says("tie_word_embeddings") else HEAD,
+            head=EMBEDDING if self.config.get("tie_word_embeddings", tied) is True else HEAD,
             rotaries=(self.rotary(),) if rotaries is None else rotaries,
             **more,
         )
@@ -132,6 +142,7 @@ LAYER = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 # Of the families that llama.cpp converts as it does Llama.
 INTERLEAVED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 

@@ -77,16 +77,24 @@ def test_logits_are_transformers(backend: str, chunk: int, family: Family) -> No
 
 
 def test_each_feature_matters(family: Family, tmp_path: Path) -> None:
-    """A reader that overlooked one of them would not pass the test above."""
-    assert FEATURES[family.name]
+    """A reader that overlooked a field, a norm or a bias would not pass the test above."""
     weights = load_file(family.folder / "model.safetensors")
-    for field, value in FEATURES[family.name].items():
-        other = tmp_path / field
+    others: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+        field: ({field: value}, weights) for field, value in FEATURES[family.name].items()
+    }
+    for kind in {".".join(name.split(".")[-2:]) for name, values in weights.items() if values.ndim == 1}:
+        neutral = np.float32(kind.endswith("norm.weight") and not family.name.startswith("gemma"))
+        others[kind] = {}, {
+            name: np.full_like(values, neutral) if name.endswith(kind) else values for name, values in weights.items()
+        }
+    assert FEATURES[family.name]
+    for what, (changes, values) in others.items():
+        other = tmp_path / what
         other.mkdir()
         (other / "config.json").write_text((family.folder / "config.json").read_text())
-        edit_config(other, **{field: value})
-        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-        assert off(family_logits(other, IDS), family.logits) > 20 * TOLERANCE, field
+        edit_config(other, **changes)
+        save_file(values, other / "model.safetensors", metadata={"format": "pt"})
+        assert off(family_logits(other, IDS), family.logits) > 20 * TOLERANCE, what
 
 
 def test_the_twin_says_the_same(family: Family) -> None:

@@ -40,9 +40,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "granite": NARROW | {
-        "model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+        "model_type": "granite", "embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.3,
         "attention_multiplier": 0.09375, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 5e6,
     },
+    "qwen3": NARROW | {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "smollm3": NARROW | {
+        "model_type": "smollm3", "num_hidden_layers": 5, "rope_theta": 5e6, "tie_word_embeddings": True,
+    },
+    "olmo2": NARROW | {"model_type": "olmo2", "rope_theta": 5e5, "tie_word_embeddings": False},
 }  # fmt: skip
 # What a reader who knew nothing of a family would take its fields for.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -52,6 +57,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": 1.0,
     },
+    "qwen3": {"rope_theta": 10000.0},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 1, 1]},
+    "olmo2": {"rope_theta": 10000.0},
 }  # fmt: skip
 # Published config.json files, but for layers and vocabulary.
 REAL: dict[str, dict[str, Any]] = {
@@ -71,6 +79,19 @@ REAL: dict[str, dict[str, Any]] = {
     "granite-3.3-2b": SMALL["granite"] | {
         "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
         "max_position_embeddings": 131072, "attention_multiplier": 0.015625, "rope_theta": 1e7,
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    },
+    "Qwen3-0.6B": SMALL["qwen3"] | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "max_position_embeddings": 40960,
+    },
+    "SmolLM3-3B": SMALL["smollm3"] | {
+        "num_hidden_layers": 4, "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "max_position_embeddings": 65536,
+    },
+    "OLMo-2-0425-1B": SMALL["olmo2"] | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "max_position_embeddings": 4096,
     },
 }  # fmt: skip
 

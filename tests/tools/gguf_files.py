@@ -37,6 +37,7 @@ HALVES = {
 # Families by model_type: GGUF's name of each, and whether its converter permutes queries and keys as Llama's does.
 FAMILIES = {
     "llama": ("llama", True), "mistral": ("llama", True), "granite": ("granite", True), "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False), "smollm3": ("smollm3", True), "olmo2": ("olmo2", False),
 }  # fmt: skip
 # Fields that only some families have.
 NUMBERS = {
