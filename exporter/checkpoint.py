@@ -98,15 +98,18 @@ class Checkpoint:
         return text
 
 
-def load_checkpoint(reference: str | Path) -> Checkpoint:
+def load_checkpoint(reference: str | Path, context: int | None = None) -> Checkpoint:
     """Open a checkpoint; parameters are read when they are asked for.
 
     Args:
         reference: a Hugging Face folder, a .gguf file, or a hub id such as ``HuggingFaceTB/SmolLM-135M``.
+        context: tokens of the longest text that is wanted; None is what the model has, or the shortest of several
+            contexts that it has rotary factors for.
 
     Raises:
-        CheckpointError: files missing or damaged, pickled weights, hub out of reach.
+        CheckpointError: files missing or damaged, pickled weights, hub out of reach, or a longer context than there is.
         UnsupportedArchitectureError: an architecture or a variant of one that kvq does not implement.
     """
     source = open_source(str(reference))
+    source.context = context
     return Checkpoint(source, describe(source))

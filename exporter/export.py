@@ -77,6 +77,7 @@ def export(
     keys: str | None = None,
     compensate: bool | None = None,
     calibration: str | None = None,
+    context: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -96,6 +97,7 @@ def export(
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
         calibration: that text; None takes a built-in one.
+        context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
         progress: called as work goes on.
@@ -111,7 +113,7 @@ def export(
     begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
-        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, context)
         tokenizer, notes = checkpoint.tokenizer_json(), list(checkpoint.model.notes)
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)

@@ -16,7 +16,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from kvq.exporter.rotation import hadamard, head_rotation, rotate_inputs, rotate_outputs
 from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
@@ -271,6 +271,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Cast": lambda node, x: x.float(),
     "Concat": lambda node, *parts: torch.cat(parts, node.attributes["axis"]),
     "Cos": lambda node, x: x.cos(),
+    "FastGelu": lambda node, x: gelu(x, approximate="tanh"),
     "Gather": lambda node, table, ids: table[ids],
     "Identity": lambda node, x: x,
     "MatMul": lambda node, x, y: (x.double() @ y.double()).float(),  # rotates rows: what they are is rounded once

@@ -112,6 +112,15 @@ class SwiGLU:
 
 
 @dataclass(frozen=True)
+class GeGLU:
+    """gelu of the first half of the value's features, in its tanh form, times the second half."""
+
+    def parameters(self) -> Shapes:
+        """None."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Add:
     """Adds the value to the residual stream; the sum is the next step's value."""
 
@@ -120,7 +129,7 @@ class Add:
         return {}
 
 
-Step = Norm | Project | SwiGLU | Add
+Step = Norm | Project | SwiGLU | GeGLU | Add
 
 
 @dataclass(frozen=True)
@@ -251,6 +260,7 @@ class Gguf:
             in whose heads the halves that the rotary embedding pairs stand row beside row.
         config: fields of config.json that a file does not hold.
         numbers: of keys that the family has besides, what comes behind the architecture's name -> field of config.json.
+        rotates_parts: whether its rotary embedding may leave channels of a head as they are.
     """
 
     architecture: str
@@ -259,6 +269,7 @@ class Gguf:
     interleaved: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
+    rotates_parts: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from kvq.exporter.sources.base import Source, positive_number
 from kvq.runtime.bundle.manifest import Architecture
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+SWIGLU = SwiGLU()
 # Fields whose other values would be another computation.
 ONLY: Mapping[str, Any] = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
 
@@ -92,11 +93,11 @@ class Parts:
         inputs = Project((q, k, v), (queries, keys, keys), shape.hidden, bias)
         return Attend(inputs, Project((o,), (shape.hidden,), queries, output_bias), norms, rotary)
 
-    def mlp(self, layer: int, bias: bool = False) -> tuple[Step, ...]:
+    def mlp(self, layer: int, bias: bool = False, activation: Step = SWIGLU) -> tuple[Step, ...]:
         """The gated network behind attention."""
         hidden, ffn = self.shape.hidden, self.shape.ffn
         gate, up, down = (f"model.layers.{layer}.mlp.{part}_proj" for part in ("gate", "up", "down"))
-        return Project((gate, up), (ffn, ffn), hidden, bias), SwiGLU(), Project((down,), (hidden,), ffn, bias)
+        return Project((gate, up), (ffn, ffn), hidden, bias), activation, Project((down,), (hidden,), ffn, bias)
 
     def pre_norm(self, layer: int, attend: Attend, mlp: Sequence[Step]) -> Layer:
         """A layer with a norm before attention and one before the network."""

@@ -12,7 +12,8 @@ from kvq.exporter.architectures.description import Rotary
 from kvq.exporter.sources.base import positive_number
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
-# Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency.
+# Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency,
+# and perhaps a factor on cosine and sine.
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
 # What each reads beside its kind. Whatever else a file says would change the frequencies, and is refused.
 READ = {
@@ -21,7 +22,7 @@ READ = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate"),
-    "factors": ("factors",),
+    "factors": ("factors", "attention_factor"),
 }  # fmt: skip
 # Read elsewhere, or here.
 OUTSIDE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
@@ -132,7 +133,7 @@ def _linear(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tupl
 
 
 def _factors(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
-    return plain / np.asarray(scaling["factors"], np.float64), 1.0
+    return plain / np.asarray(scaling["factors"], np.float64), float(scaling.get("attention_factor") or 1.0)
 
 
 def _llama3(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:

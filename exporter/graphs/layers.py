@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
-from kvq.exporter.architectures.description import Add, Attend, Norm, Project, Rotary, Step, SwiGLU
+from kvq.exporter.architectures.description import Add, Attend, GeGLU, Norm, Project, Rotary, Step, SwiGLU
 from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graphs.builder import CONTRIB, KVQ, Graph
 from kvq.exporter.graphs.options import GraphOptions
@@ -91,12 +91,19 @@ class Layers(ABC):
                     self.value = self.project(step)
                 case SwiGLU():
                     self.value = self.swiglu()
+                case GeGLU():
+                    self.value = self.geglu()
                 case Add():
                     self.residual = self.value = self.graph.op("Add", self.residual, self.value)
 
     @abstractmethod
     def swiglu(self) -> str:
         """silu of the value's first half times its second."""
+
+    def geglu(self) -> str:
+        """gelu of the value's first half times its second."""
+        gate, up = self.graph.split(self.value, [self.shape.ffn, self.shape.ffn])
+        return self.graph.op("Mul", self.graph.op("FastGelu", gate, domain=CONTRIB), up)  # that is the tanh form
 
     def weights_of_basis(self, basis: KeyBasis, layer: int) -> list[str]:
         """A layer's scale [kv_heads, head_dim], axes [kv_heads, rank, head_dim] and stretch [kv_heads, rank]."""

@@ -139,7 +139,7 @@ def test_blocks_of_a_gguf_file_are_carried_over(family: Family, tmp_path: Path) 
         assert off(through_the_cache(open_bundle(carried.path), backend, 7), wanted) <= TOLERANCE, backend
 
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
+WIDE = {"intermediate_size": 128}  # rows of whole blocks
 
 
 @pytest.mark.parametrize("policy", ["int8", "int4"])
@@ -148,7 +148,7 @@ def test_backends_agree_on_caches_of_few_bits(policy: str, family: Family) -> No
     found = {name: through_the_cache(family.model, name, 7, policy, **options) for name in BACKENDS}
     near = np.abs(found["native"] - found["numpy"]).mean()
     far = np.abs(found["native"] - family.logits).mean()
-    assert near <= 0.05 * far + 1e-5
+    assert near <= 0.1 * far + 1e-5
     assert 0 < far < (0.05 if policy == "int8" else 0.6) * np.abs(family.logits).mean()
 
 
@@ -208,6 +208,52 @@ def test_texts_are_no_longer_than_a_window_that_is_not_there(window: int, tmp_pa
     summary = export(folder, tmp_path / "bundle", weights="fp32")
     assert summary.manifest.architecture.context == min(window, 256)
     assert any("sees the last 100" in note or "see the last 100" in note for note in summary.notes) == (window == 100)
+
+
+def test_rotary_factors_are_those_of_the_context(tmp_path: Path) -> None:
+    folder, ids = save_family(tmp_path / "c", SMALL["phi3"], tokenizer=False), np.resize(IDS, 300)
+    wanted = family_logits(folder, ids)  # of more than the original 256 tokens
+    short = export(folder, tmp_path / "short", weights="fp32")
+    assert short.manifest.architecture.context == 256
+    assert any(note.startswith("context 256 of 2048") for note in short.notes)
+    long = export(folder, tmp_path / "long", weights="fp32", context=2048)
+    assert (long.manifest.architecture.context, long.notes) == (2048, ["no tokenizer in the checkpoint: the bundle"
+        " takes token ids only", "keys not centred: there is no tokenizer to calibrate with"])
+    for backend in BACKENDS:
+        session = open_bundle(long.path).session("fp16", recent=512, prefill_chunk=64, backend=backend)
+        assert off(session.append(ids, all_logits=True), wanted) <= TOLERANCE, backend
+
+
+def test_a_context_is_at_most_the_model_s(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "c", TINY, tokenizer=False)
+    assert export(folder, tmp_path / "less", context=100).manifest.architecture.context == 100
+    for context in (257, 0):
+        with pytest.raises(CheckpointError, match="context of 256 tokens; give a context from 1 to 256"):
+            export(folder, tmp_path / "more", context=context)
+
+
+@pytest.mark.parametrize("factor", [0, -1, 1.5, 0.03, "half"])
+def test_parts_of_heads_are_whole_pairs(factor: object, tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "c", SMALL["phi3"], tokenizer=False)
+    edit_config(folder, partial_rotary_factor=factor)
+    with pytest.raises(CheckpointError, match="partial_rotary_factor"):
+        export(folder, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"], "sliding_attention", ["chunked_attention"] * 7])
+def test_kinds_of_layers_are_one_of_two(kinds: object, tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "c", SMALL["gemma3"], tokenizer=False)
+    edit_config(folder, layer_types=kinds)
+    with pytest.raises(CheckpointError, match="layer_types"):
+        export(folder, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("flags", [[1, 0], [2] * 5, "0", [1, 0, None, 1, 1]])
+def test_layers_without_rotary_embedding_are_told_by_flags(flags: object, tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "c", SMALL["smollm3"], tokenizer=False)
+    edit_config(folder, no_rope_layers=flags)
+    with pytest.raises(CheckpointError, match="no_rope_layers"):
+        export(folder, tmp_path / "bundle")
 
 
 def test_a_window_in_no_layer_is_none(tmp_path: Path) -> None:

@@ -28,6 +28,15 @@ LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Factors that are others for long texts than for short ones."""
+    places = np.arange(pairs) / pairs
+    short, long = (1 + 0.5 * places).round(4).tolist(), (1 + 20 * places**2).round(4).tolist()
+    return {"type": "longrope", "short_factor": short, "long_factor": long}
+
+
 # Of every family: model_type and fields.
 SMALL: dict[str, dict[str, Any]] = {
     "llama-3.2": NARROW | {
@@ -48,6 +57,16 @@ SMALL: dict[str, dict[str, Any]] = {
         "model_type": "smollm3", "num_hidden_layers": 5, "rope_theta": 5e6, "tie_word_embeddings": True,
     },
     "olmo2": NARROW | {"model_type": "olmo2", "rope_theta": 5e5, "tie_word_embeddings": False},
+    "phi3": NARROW | {
+        "model_type": "phi3", "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048, "original_max_position_embeddings": 256, "tie_word_embeddings": True,
+        "rope_scaling": longrope(12), "sliding_window": None,
+    },
+    "gemma3": NARROW | {
+        "model_type": "gemma3_text", "head_dim": 256, "num_hidden_layers": 7, "num_key_value_heads": 1,
+        "sliding_window": 256, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 # What a reader who knew nothing of a family would take its fields for.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -60,6 +79,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_theta": 10000.0},
     "smollm3": {"no_rope_layers": [1, 1, 1, 1, 1]},
     "olmo2": {"rope_theta": 10000.0},
+    "phi3": {"rope_scaling": None},
+    "gemma3": {
+        "rope_theta": 10000.0, "rope_local_base_freq": 1e6, "query_pre_attn_scalar": 64,
+        "layer_types": ["sliding_attention"] * 7, "hidden_activation": "silu",
+    },
 }  # fmt: skip
 # Published config.json files, but for layers and vocabulary.
 REAL: dict[str, dict[str, Any]] = {
@@ -93,6 +117,23 @@ REAL: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16,
         "max_position_embeddings": 4096,
     },
+    "Phi-4-mini": SMALL["phi3"] | {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144,
+        "rope_scaling": longrope(48),
+    },
+    "Phi-3.5-mini": SMALL["phi3"] | {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144,
+        "partial_rotary_factor": 1.0, "rope_scaling": longrope(48), "tie_word_embeddings": False,
+    },
+    "gemma-3-270m": SMALL["gemma3"] | {
+        "hidden_size": 640, "intermediate_size": 2048, "max_position_embeddings": 32768, "sliding_window": 512,
+    },
+    "gemma-3-1b": SMALL["gemma3"] | {
+        "num_hidden_layers": 6, "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768,
+        "sliding_window": 512,
+    },
 }  # fmt: skip
 
 
@@ -122,7 +163,7 @@ def save_family(folder: Path, fields: dict[str, Any], *, seed: int = 0, tokenize
     rng, deviation = np.random.default_rng(seed), fields["hidden_size"] ** -0.5
     for name, parameter in sorted(model.named_parameters()):
         with torch.no_grad():
-            parameter.copy_(_values(name, parameter, deviation, rng))
+            parameter.copy_(_values(name, parameter, deviation, rng, fields["model_type"] != "gemma3_text"))
     model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=0)
     model.save_pretrained(folder)
     if tokenizer:
@@ -130,13 +171,15 @@ def save_family(folder: Path, fields: dict[str, Any], *, seed: int = 0, tokenize
     return folder
 
 
-def _values(name: str, parameter: torch.Tensor, deviation: float, rng: np.random.Generator) -> torch.Tensor:
+def _values(
+    name: str, parameter: torch.Tensor, deviation: float, rng: np.random.Generator, one: bool
+) -> torch.Tensor:
     torch = needs("torch")
     values = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
     if parameter.ndim > 1:
         return values * deviation * (2 if "embed" in name else 1)
-    # Norms near one and biases near zero, not at it: mistakes in either would not show.
-    return values * 0.1 + float(name.endswith("norm.weight"))
+    # Norms near one (some families add it themselves) and biases near zero, not at it: mistakes in either would not show.
+    return values * 0.1 + float(name.endswith("norm.weight") and one)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

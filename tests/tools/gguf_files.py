@@ -38,6 +38,7 @@ HALVES = {
 FAMILIES = {
     "llama": ("llama", True), "mistral": ("llama", True), "granite": ("granite", True), "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False), "smollm3": ("smollm3", True), "olmo2": ("olmo2", False),
+    "phi3": ("phi3", False), "gemma3_text": ("gemma3", False),
 }  # fmt: skip
 # Fields that only some families have.
 NUMBERS = {
@@ -135,9 +136,16 @@ def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "vocab_size": config["vocab_size"],
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": int(head_dim * config.get("partial_rotary_factor", 1.0)),
     }
+    if config["model_type"] in ("phi3", "gemma3_text"):
+        found["attention.sliding_window"] = config["sliding_window"] or 0
     scaling = config.get("rope_scaling") or {}
+    if "long_factor" in scaling:
+        original = config["original_max_position_embeddings"]
+        stretch = math.log(config["max_position_embeddings"] / original) / math.log(original)
+        found["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
+        found["rope.scaling.original_context_length"] = original
     if scaling.get("rope_type") in ("linear", "yarn"):
         found |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
         if "original_max_position_embeddings" in scaling:
@@ -179,8 +187,13 @@ def write_gguf(file: Path, folder: Path, types: Types = "F32", *, tokenizer: str
             writer.add_key_value(name, value, kind or Value.get_type(value))
     if (factors := llama3_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
+    for kind in ("long", "short"):
+        if (listed := (config.get("rope_scaling") or {}).get(f"{kind}_factor")) is not None:
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(listed, np.float32))
     for seed, (name, values) in enumerate(sorted(load_file(folder / WEIGHTS).items())):
         heads, called = heads_of(name, config), theirs(name, architecture)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         kind = types if isinstance(types, str) else types(called)
         raw, type_ = encoded(permuted(values, heads) if heads else values, kind, seed)
         writer.add_tensor(called, raw, raw_dtype=type_)
