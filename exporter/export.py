@@ -107,9 +107,7 @@ def export(
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
     few = FewBits(weights, compensate)
-    _check_options(
-        weights=few.weights, activations=activations, block=block, **({} if keys is None else {"keys": keys})
-    )
+    _check_options(weights=few.weights, activations=activations, block=block, keys=keys)
     begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
@@ -137,7 +135,7 @@ def _check_options(**options: Any) -> None:
     """Raise CheckpointError for a value that an option does not have."""
     known = {"weights": LAYER_BITS, "activations": ACCURACY_LEVEL, "block": (16, 32, 64, 128, 256), "keys": KEYS}
     for option, value in options.items():
-        if value not in known[option]:
+        if value not in known[option] and (option, value) != ("keys", None):
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
 
 

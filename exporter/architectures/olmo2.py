@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv 2501.00656): norms behind attention and network, and of queries and keys, all heads of each together."""
+"""OLMo 2 (arXiv 2501.00656): norms behind attention and network, and of all queries and all keys together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Phi-3 (arXiv 2404.14219) and Phi-4-mini (arXiv 2503.01743): matrices of one piece, heads that are rotated in part, and
-a rotary embedding with factors of their own for texts up to the original context and for longer ones.
+"""Phi-3 (arXiv 2404.14219) and Phi-4-mini (arXiv 2503.01743): matrices of one piece, heads that are rotated in part,
+and factors of rotary frequencies that are others for texts beyond the original context.
 
-transformers changes from one to the other in the middle of a text, whose keys are of both then; here a bundle is of one.
+transformers changes from one to the other in the middle of a text, whose keys are of both then. A bundle has one.
 """
 
 from __future__ import annotations

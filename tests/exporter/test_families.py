@@ -84,9 +84,13 @@ def test_each_feature_matters(family: Family, tmp_path: Path) -> None:
     }
     for kind in {".".join(name.split(".")[-2:]) for name, values in weights.items() if values.ndim == 1}:
         neutral = np.float32(kind.endswith("norm.weight") and not family.name.startswith("gemma"))
-        others[kind] = {}, {
-            name: np.full_like(values, neutral) if name.endswith(kind) else values for name, values in weights.items()
-        }
+        others[kind] = (
+            {},
+            {
+                name: np.full_like(values, neutral) if name.endswith(kind) else values
+                for name, values in weights.items()
+            },
+        )
     assert FEATURES[family.name]
     for what, (changes, values) in others.items():
         other = tmp_path / what
@@ -217,8 +221,13 @@ def test_rotary_factors_are_those_of_the_context(tmp_path: Path) -> None:
     assert short.manifest.architecture.context == 256
     assert any(note.startswith("context 256 of 2048") for note in short.notes)
     long = export(folder, tmp_path / "long", weights="fp32", context=2048)
-    assert (long.manifest.architecture.context, long.notes) == (2048, ["no tokenizer in the checkpoint: the bundle"
-        " takes token ids only", "keys not centred: there is no tokenizer to calibrate with"])
+    assert (long.manifest.architecture.context, long.notes) == (
+        2048,
+        [
+            "no tokenizer in the checkpoint: the bundle takes token ids only",
+            "keys not centred: there is no tokenizer to calibrate with",
+        ],
+    )
     for backend in BACKENDS:
         session = open_bundle(long.path).session("fp16", recent=512, prefill_chunk=64, backend=backend)
         assert off(session.append(ids, all_logits=True), wanted) <= TOLERANCE, backend

@@ -170,7 +170,9 @@ def test_fields_are_checked_under_its_own_names(checkpoint: Path, tmp_path: Path
 
 def test_a_stranger_is_told_what_is_known(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, model_type="toys")
-    with pytest.raises(UnsupportedArchitectureError, match=r"model_type 'toys'; kvq exports these only: .*llama.*, toy$"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"model_type 'toys'; kvq exports these only: .*llama.*, toy$"
+    ):
         export(checkpoint, tmp_path / "bundle")
 
 

@@ -171,14 +171,12 @@ def save_family(folder: Path, fields: dict[str, Any], *, seed: int = 0, tokenize
     return folder
 
 
-def _values(
-    name: str, parameter: torch.Tensor, deviation: float, rng: np.random.Generator, one: bool
-) -> torch.Tensor:
+def _values(name: str, parameter: torch.Tensor, deviation: float, rng: np.random.Generator, one: bool) -> torch.Tensor:
     torch = needs("torch")
     values = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
     if parameter.ndim > 1:
         return values * deviation * (2 if "embed" in name else 1)
-    # Norms near one (some families add it themselves) and biases near zero, not at it: mistakes in either would not show.
+    # Norms near one (some families add it themselves) and biases near zero, not at it: mistakes would not show.
     return values * 0.1 + float(name.endswith("norm.weight") and one)
 
 
