@@ -33,7 +33,7 @@ def gemma3(source: Source) -> Model:
     parts, notes = without_window(parts, WINDOW) if any(local) else (parts, ())
     shape, offset = parts.shape, 1.0 - parts.config.get(ADDED, 0)
     # Attention divides by the root of head_dim itself.
-    queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", SCALAR))
+    queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", _scalar(parts)))
     adapted, layers = {FINAL_NORM: Adapted(offset=offset)}, []
     for i in range(shape.layers):
         of_queries, of_keys = (parts.norm(i, f"self_attn.{part}_norm", shape.head_dim) for part in "qk")
@@ -48,6 +48,12 @@ def gemma3(source: Source) -> Model:
     rotaries = parts.rotary("rope_local_base_freq"), rotary(of_local, shape.head_dim, shape.context, parts.name)
     more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden), "notes": notes}
     return parts.model(layers, rotaries if any(local) else rotaries[:1], tied=True, **more)
+
+
+def _scalar(parts: Parts) -> float:
+    """What queries are divided by the root of where that is not said: in GGUF files, as llama.cpp knows it."""
+    is_27b = ADDED in parts.config and parts.shape.layers == 62
+    return parts.shape.hidden / parts.shape.heads if is_27b else SCALAR
 
 
 def _local(parts: Parts) -> list[bool]:
@@ -74,5 +80,10 @@ GGUF_LAYER = LAYER | HEAD_NORMS | {
     "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
-GGUF = gguf("gemma3", layer=GGUF_LAYER, config={"hidden_activation": "gelu_pytorch_tanh", ADDED: 1})
+GGUF = gguf(
+    "gemma3",
+    layer=GGUF_LAYER,
+    config={"hidden_activation": "gelu_pytorch_tanh", ADDED: 1},
+    numbers={"rope.freq_base_swa": "rope_local_base_freq"},
+)
 ARCHITECTURES = {"gemma3_text": Family(gemma3, GGUF)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from kvq.exporter.architectures.description import Add, Family, Layer, Model
-from kvq.exporter.architectures.parts import HEAD_NORMS, LAYER, Parts, gguf
+from kvq.exporter.architectures.parts import HEAD_NORMS, LAYER, ONLY, Parts, gguf
 from kvq.exporter.sources.base import Source
 
 
 def olmo2(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts = Parts.of(source)
+    parts = Parts.of(source, {**ONLY, "sliding_window": None})  # that of OLMo 3, which GGUF files call olmo2 too
     biased, shape = parts.says("attention_bias"), parts.shape
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layers = []

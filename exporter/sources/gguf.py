@@ -159,6 +159,11 @@ class GgufFile(Source):
             )
         if window := self._field("attention.sliding_window"):  # 0 is none
             config["sliding_window"] = positive(window, f"{self.path.name} has {self._key('attention.sliding_window')}")
+        kinds = self._field("attention.sliding_window_pattern")
+        if isinstance(kinds, list):
+            config["layer_types"] = ["sliding_attention" if kind else "full_attention" for kind in kinds]
+        elif kinds is not None:
+            config["sliding_window_pattern"] = kinds
         return config | rope_fields(self._field, self._factors, rotated, config["max_position_embeddings"], self.path)
 
     @property

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kvq.composition import open_bundle
+from kvq.controller.evaluation.llama import LlamaModel
 from kvq.exporter.calibration import calibration_text
 from kvq.exporter.export import Summary, export
 from kvq.runtime.bundle.bundle import Bundle
@@ -131,6 +132,16 @@ def test_a_gguf_file_gives_the_same_bundle(family: Family, tmp_path: Path) -> No
         assert digests(found)["weights.bin"] == digests(wanted)["weights.bin"]
     else:
         assert digests(found) == digests(wanted)
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_such_files_as_transformers_reads_folders(family: Family, tmp_path: Path) -> None:
+    """Else the writer of these tests and the reader could be wrong alike."""
+    pytest.importorskip("llama_cpp")
+    # Of a model that is called Phi-3, llama.cpp knows tokens that this tokenizer does not have.
+    file = write_gguf(tmp_path / "model.gguf", family.folder, tokenizer="gpt2", general__name="some")
+    found = LlamaModel(file).score(IDS, "f16", 2)
+    assert off(found, family.logits) <= 0.03 * np.abs(family.logits).max()  # a cache of 16 bits
 
 
 def test_blocks_of_a_gguf_file_are_carried_over(family: Family, tmp_path: Path) -> None:

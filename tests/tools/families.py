@@ -135,6 +135,11 @@ REAL: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
     },
 }  # fmt: skip
+# Layers that the published models have.
+DEPTH = {
+    "Llama-3.2-1B": 16, "Qwen2.5-0.5B": 24, "Mistral-7B-v0.3": 32, "granite-3.3-2b": 40, "Qwen3-0.6B": 28,
+    "SmolLM3-3B": 36, "OLMo-2-0425-1B": 16, "Phi-4-mini": 32, "Phi-3.5-mini": 32, "gemma-3-270m": 18, "gemma-3-1b": 26,
+}  # fmt: skip
 
 
 def family_model(folder: Path) -> PreTrainedModel:
