@@ -38,12 +38,13 @@ class Checkpoint:
         return self.model.shape
 
     def tensor(self, name: str) -> np.ndarray:
-        """A parameter by its full name, as float32.
+        """A parameter by its full name, as the architecture takes it, float32.
 
         Raises:
             CheckpointError: it holds NaN or infinity, which quantization would hide.
         """
-        return self._finite(name, self.source.read(name))
+        values, adapted = self._finite(name, self.source.read(name)), self.model.adapted.get(name)
+        return values if adapted is None else adapted.of(values)
 
     def stacked(self, names: list[str]) -> np.ndarray:
         """Parameters concatenated along the first axis."""
@@ -51,7 +52,7 @@ class Checkpoint:
 
     def stacked_blocks(self, names: list[str]) -> Blocks | None:
         """Matrices concatenated along the first axis, in blocks as the source holds them; None if it does not."""
-        found = [self.source.blocks(name) for name in names]
+        found = [self._blocks(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         if len(parts) < len(names):
             return None
@@ -62,6 +63,11 @@ class Checkpoint:
         return Blocks(
             np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]), bits, block
         )
+
+    def _blocks(self, name: str) -> Blocks | None:
+        """A matrix as the architecture takes it, in blocks."""
+        blocks, adapted = self.source.blocks(name), self.model.adapted.get(name)
+        return blocks if blocks is None or adapted is None else adapted.of_blocks(blocks)
 
     def _finite(self, name: str, values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all():
@@ -92,15 +98,18 @@ class Checkpoint:
         return text
 
 
-def load_checkpoint(reference: str | Path) -> Checkpoint:
+def load_checkpoint(reference: str | Path, context: int | None = None) -> Checkpoint:
     """Open a checkpoint; parameters are read when they are asked for.
 
     Args:
         reference: a Hugging Face folder, a .gguf file, or a hub id such as ``HuggingFaceTB/SmolLM-135M``.
+        context: tokens of the longest text that is wanted; None is what the model has, or the shortest of several
+            contexts that it has rotary factors for.
 
     Raises:
-        CheckpointError: files missing or damaged, pickled weights, hub out of reach.
+        CheckpointError: files missing or damaged, pickled weights, hub out of reach, or a longer context than there is.
         UnsupportedArchitectureError: an architecture or a variant of one that kvq does not implement.
     """
     source = open_source(str(reference))
+    source.context = context
     return Checkpoint(source, describe(source))

@@ -95,6 +95,12 @@ class Weights(click.ParamType):
     show_default=True,
     help="segments is a bundle for kvq; single is the standard one-file ONNX in fp32.",
 )
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of the longest text; the model's own if not given. A model with rotary factors for short and for long"
+    " texts takes those for short ones unless it is asked for more here.",
+)
 @click.option("--name", help="Name in the bundle; that of the checkpoint if not given.")
 @OFFLINE
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
@@ -112,12 +118,13 @@ def export(
     compensate,
     calibration,
     layout,
+    context,
     name,
     overwrite,
 ) -> None:
     """Convert CHECKPOINT to a bundle in the folder OUT.
 
-    CHECKPOINT is a .gguf file, a Hugging Face folder or a hub id of a Llama-architecture model.
+    CHECKPOINT is a .gguf file, a Hugging Face folder or a hub id of a model of a family that kvq knows.
 
     \b
     Examples:
@@ -152,6 +159,7 @@ def export(
             keys=keys,
             compensate=compensate,
             calibration=text,
+            context=context,
             name=name,
             overwrite=overwrite,
             progress=progress,
@@ -186,6 +194,7 @@ def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
         "keys",
         "compensate",
         "calibration",
+        "context",
         "name",
         "overwrite",
     )

@@ -22,6 +22,7 @@ from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_statistics import TEXT, causal_attention
 from kvq.exporter.weights.file import WeightFile
+from kvq.runtime.bundle.forms import ANGLES
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.machine.threads import session_options
 
@@ -72,8 +73,8 @@ class Draft:
         heads, query_key = self.shape.heads, found["query_key"]
         attention = np.empty((len(query_key), heads, self.shape.head_dim), np.float32)
         causal_attention(query_key[:, :heads], query_key[:, heads:], found["value"], attention)
-        angles = found if "cosine" in found else state
-        following |= {name: angles[name] for name in ("cosine", "sine")}
+        angles = {name for pair in ANGLES for name in pair}
+        following |= {name: value for name, value in (state | found).items() if name in angles}
         return following | {"attention": attention.reshape(len(attention), -1)}
 
 

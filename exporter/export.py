@@ -77,6 +77,7 @@ def export(
     keys: str | None = None,
     compensate: bool | None = None,
     calibration: str | None = None,
+    context: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -96,6 +97,7 @@ def export(
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
         calibration: that text; None takes a built-in one.
+        context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
         overwrite: replace an existing bundle.
         progress: called as work goes on.
@@ -105,14 +107,12 @@ def export(
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
     few = FewBits(weights, compensate)
-    _check_options(
-        weights=few.weights, activations=activations, block=block, **({} if keys is None else {"keys": keys})
-    )
+    _check_options(weights=few.weights, activations=activations, block=block, keys=keys)
     begun, out = time.perf_counter(), Path(out).absolute()
     progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
-        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        tokenizer, notes = checkpoint.tokenizer_json(), list[str]()
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, context)
+        tokenizer, notes = checkpoint.tokenizer_json(), list(checkpoint.model.notes)
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
@@ -135,7 +135,7 @@ def _check_options(**options: Any) -> None:
     """Raise CheckpointError for a value that an option does not have."""
     known = {"weights": LAYER_BITS, "activations": ACCURACY_LEVEL, "block": (16, 32, 64, 128, 256), "keys": KEYS}
     for option, value in options.items():
-        if value not in known[option]:
+        if value not in known[option] and (option, value) != ("keys", None):
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
 
 

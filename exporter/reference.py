@@ -16,7 +16,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from kvq.exporter.rotation import hadamard, head_rotation, rotate_inputs, rotate_outputs
 from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
@@ -144,15 +144,21 @@ class Twin:
     ) -> None:
         """Take a layer's rotation of values out of the weights on both sides of its attention."""
         start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
-        before = next(node for node in self._decoder if attention.inputs[0] in node.outputs)
+        before = self._maker(attention.inputs[0])
+        if before.kind == "Concat":  # of queries and keys with norms of their own; values come as they were cut off
+            before = self._maker(self._maker(before.inputs[-1]).inputs[0])
         if before.kind == "Add":
             bias = arrays[before.inputs[1]]
             bias[start:] = rotate_outputs(bias[start:], rotation.T)
-            before = next(node for node in self._decoder if before.inputs[0] in node.outputs)
+            before = self._maker(before.inputs[0])
         after = next(node for node in self._decoder if attention.outputs[0] in node.inputs)
         weights = matrices[before.inputs[1]]
         weights[start:] = rotate_outputs(weights[start:], rotation.T)
         matrices[after.inputs[1]] = rotate_inputs(matrices[after.inputs[1]], rotation.T)
+
+    def _maker(self, name: str) -> Node:
+        """The node of the decoder that yields a value."""
+        return next(node for node in self._decoder if name in node.outputs)
 
     def _run(self, nodes: list[Node], values: dict[str, Any], attention: Callable[..., Tensor]) -> None:
         """Run nodes on `values`, which takes what they yield and loses what none takes any more."""
@@ -263,7 +269,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": lambda node, x, y: x + y,
     "AddNorm": _add_norm,
     "Cast": lambda node, x: x.float(),
+    "Concat": lambda node, *parts: torch.cat(parts, node.attributes["axis"]),
     "Cos": lambda node, x: x.cos(),
+    "FastGelu": lambda node, x: gelu(x, approximate="tanh"),
     "Gather": lambda node, table, ids: table[ids],
     "Identity": lambda node, x: x,
     "MatMul": lambda node, x, y: (x.double() @ y.double()).float(),  # rotates rows: what they are is rounded once
@@ -272,6 +280,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "SimplifiedLayerNormalization": lambda node, x, gain: _norm(x, gain, node.attributes["epsilon"]),
     "Sin": lambda node, x: x.sin(),
     "Slice": _slice,
+    "Split": lambda node, x, sizes: x.split(sizes, node.attributes["axis"]),
     "Sub": lambda node, x, y: x - y,
     "SwiGLU": _swiglu,
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from kvq.exporter.architectures.checks import check_parameters
 from kvq.exporter.architectures.description import Family, Model
+from kvq.exporter.architectures.foreign import what_is_missing
 from kvq.exporter.sources.base import Source
 from kvq.runtime.discovery import discover
-from kvq.runtime.errors import UnsupportedArchitectureError
+from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # By model_type of config.json.
 ARCHITECTURES: dict[str, Family] = discover(sys.modules[__name__], "ARCHITECTURES")
@@ -24,11 +26,20 @@ def describe(source: Source) -> Model:
     kind = source.config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
-            f"{source.name} is of model_type {kind!r:.60}; kvq exports these only: {', '.join(sorted(ARCHITECTURES))}"
+            f"{source.name} is of model_type {kind!r:.60}{what_is_missing(str(kind))}; kvq exports these only:"
+            f" {', '.join(sorted(ARCHITECTURES))}"
         )
     model = ARCHITECTURES[kind].describe(source)
     check_parameters(model, source)
-    return model
+    return model if source.context is None else _shortened(model, source)
 
 
-__all__ = ["ARCHITECTURES", "Family", "Model", "describe"]
+def _shortened(model: Model, source: Source) -> Model:
+    """A model for texts of the length that is asked for."""
+    wanted, most = source.context, model.shape.context
+    if wanted is None or not 0 < wanted <= most:
+        raise CheckpointError(f"{source.name} has a context of {most} tokens; give a context from 1 to {most}")
+    return replace(model, shape=replace(model.shape, context=wanted))
+
+
+__all__ = ["ARCHITECTURES", "Family", "Model", "describe", "what_is_missing"]

@@ -8,12 +8,12 @@ whatever else runs a model reads the graphs: so a layer is described in the file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from kvq.exporter.sources.base import Source
+from kvq.exporter.sources.base import Blocks, Source
 from kvq.runtime.bundle.manifest import Architecture
 
 Shapes = dict[str, tuple[int, ...]]
@@ -84,19 +84,36 @@ class Attend:
     Attributes:
         inputs: yields heads of head_dim features: all queries, then all keys, then all values.
         output: takes what attention makes of the values, a head for every query head.
+        norms: of queries and of keys, before the rotary embedding: of each head where a norm has head_dim features, of
+            all heads together where it has those of all.
+        rotary: which of the model's rotary embeddings; None rotates nothing.
     """
 
     inputs: Project
     output: Project
+    norms: tuple[Norm, Norm] | None = None
+    rotary: int | None = 0
 
     def parameters(self) -> Shapes:
         """Name -> shape of every parameter."""
-        return self.inputs.parameters() | self.output.parameters()
+        found = self.inputs.parameters() | self.output.parameters()
+        for step in self.norms or ():
+            found |= step.parameters()
+        return found
 
 
 @dataclass(frozen=True)
 class SwiGLU:
     """silu of the first half of the value's features times the second half."""
+
+    def parameters(self) -> Shapes:
+        """None."""
+        return {}
+
+
+@dataclass(frozen=True)
+class GeGLU:
+    """gelu of the first half of the value's features, in its tanh form, times the second half."""
 
     def parameters(self) -> Shapes:
         """None."""
@@ -112,7 +129,7 @@ class Add:
         return {}
 
 
-Step = Norm | Project | SwiGLU | Add
+Step = Norm | Project | SwiGLU | GeGLU | Add
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,46 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding (Su et al., arXiv 2104.09864), which pairs channel i of a head with channel head_dim // 2 + i.
+
+    Attributes:
+        inv_freq: frequencies, float32 [head_dim // 2]; 0 leaves a pair as it is.
+        scale: factor on cosine and sine, float32 [head_dim // 2] (yarn's attention scaling, else 1).
+    """
+
+    inv_freq: np.ndarray
+    scale: np.ndarray
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What becomes of a parameter before anything else is done with it: (parameter + offset) * factor.
+
+    Attributes:
+        factor: a multiplier of the model that weights can hold.
+        offset: added before; of norms only.
+        order: where rows come from, int [rows]; None leaves them where they are.
+    """
+
+    factor: float = 1.0
+    offset: float = 0.0
+    order: np.ndarray | None = None
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The parameter that is meant, float32, of the one that is held."""
+        values = (values + np.float32(self.offset)) * np.float32(self.factor)
+        return values if self.order is None else values[self.order]
+
+    def of_blocks(self, blocks: Blocks) -> Blocks:
+        """The same of a matrix in blocks."""
+        if self.offset:
+            raise ValueError("blocks have no offset")
+        blocks = replace(blocks, scales=blocks.scales * np.float32(self.factor))
+        return blocks if self.order is None else blocks.rows(self.order)
+
+
+@dataclass(frozen=True)
 class Model:
     """A model, but for its weights.
 
@@ -166,8 +223,10 @@ class Model:
         layers: shape.layers of them.
         norm: of the last layer's residual stream.
         head: name of the matrix [vocab, hidden] that takes it; the embedding's where they are tied.
-        inv_freq: rotary frequencies, float32 [head_dim // 2].
-        rope_scale: factor on cosine and sine (yarn's attention scaling, else 1).
+        rotaries: rotary embeddings that layers name.
+        adapted: what becomes of parameters, by name; of those that are not here, nothing.
+        embedding_scale: factor on rows of the embedding.
+        notes: what a person should know of it, one line each.
     """
 
     shape: Architecture
@@ -175,8 +234,10 @@ class Model:
     layers: tuple[Layer, ...]
     norm: Norm
     head: str
-    inv_freq: np.ndarray
-    rope_scale: float
+    rotaries: tuple[Rotary, ...]
+    adapted: Mapping[str, Adapted] = field(default_factory=dict)
+    embedding_scale: float = 1.0
+    notes: tuple[str, ...] = ()
 
     def parameters(self) -> Shapes:
         """Name -> shape of every parameter there must be."""
@@ -198,6 +259,8 @@ class Gguf:
         interleaved: last part of Hugging Face's name -> field of config.json with its number of heads, for matrices
             in whose heads the halves that the rotary embedding pairs stand row beside row.
         config: fields of config.json that a file does not hold.
+        numbers: of keys that the family has besides, what comes behind the architecture's name -> field of config.json.
+        rotates_parts: whether its rotary embedding may leave channels of a head as they are.
     """
 
     architecture: str
@@ -205,6 +268,8 @@ class Gguf:
     whole: Mapping[str, str]
     interleaved: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    rotates_parts: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from kvq.exporter.architectures.description import Rotary
 from kvq.exporter.sources.base import positive_number
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
-# Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency.
+# Kinds whose frequencies do not depend on how long the text is. "factors" is kvq's own: a divisor per frequency,
+# and perhaps a factor on cosine and sine.
 KINDS = ("default", "linear", "llama3", "yarn", "factors")
 # What each reads beside its kind. Whatever else a file says would change the frequencies, and is refused.
 READ = {
@@ -20,7 +22,7 @@ READ = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "truncate"),
-    "factors": ("factors",),
+    "factors": ("factors", "attention_factor"),
 }  # fmt: skip
 # Read elsewhere, or here.
 OUTSIDE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
@@ -92,8 +94,8 @@ def kind_of(scaling: Mapping[str, Any]) -> str:
     return scaling.get("rope_type", scaling.get("type", "default"))
 
 
-def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: str) -> tuple[np.ndarray, float]:
-    """Rotary frequencies float32 [head_dim // 2], and the factor on cosine and sine.
+def rotary(config: Mapping[str, Any], head_dim: int, context: int, name: str) -> Rotary:
+    """The rotary embedding that a configuration says.
 
     Args:
         config: of config.json.
@@ -123,7 +125,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int, context: int, name: st
             f"rope_scaling of {name} is {scaling!r:.100}, which lacks or misstates {error!s:.60}; fix it or"
             " download the model again"
         ) from None
-    return found, factor
+    return Rotary(found, np.full(len(found), factor, np.float32))
 
 
 def _linear(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
@@ -131,7 +133,7 @@ def _linear(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tupl
 
 
 def _factors(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:
-    return plain / np.asarray(scaling["factors"], np.float64), 1.0
+    return plain / np.asarray(scaling["factors"], np.float64), float(scaling.get("attention_factor") or 1.0)
 
 
 def _llama3(plain: np.ndarray, scaling: Mapping[str, Any], context: int) -> tuple[np.ndarray, float]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
-from kvq.exporter.architectures.description import Add, Attend, Norm, Project, Step, SwiGLU
+from kvq.exporter.architectures.description import Add, Attend, GeGLU, Norm, Project, Rotary, Step, SwiGLU
 from kvq.exporter.checkpoint import Checkpoint
 from kvq.exporter.graphs.builder import CONTRIB, KVQ, Graph
 from kvq.exporter.graphs.options import GraphOptions
@@ -22,6 +22,9 @@ from kvq.exporter.graphs.products import Products
 from kvq.exporter.key_basis import KeyBasis
 from kvq.exporter.rotation import rotate_inputs, rotate_outputs
 from kvq.exporter.weights.matrices import Change
+from kvq.runtime.bundle.forms import ANGLES
+
+NO_TURN = -1  # among the angles of rotary embeddings, by their numbers
 
 
 def gain(graph: Graph, checkpoint: Checkpoint, step: Norm) -> str:
@@ -47,28 +50,36 @@ class Layers(ABC):
     Attributes:
         residual: name of the residual stream [tokens, hidden] as it is after the steps so far.
         value: name of what the last step yields.
+        angles: cosine and sine [tokens, head_dim // 2] of each rotary embedding that there is at hand.
     """
 
     def __init__(self, graph: Graph, checkpoint: Checkpoint, products: Products, options: GraphOptions) -> None:
         self.graph, self.checkpoint, self.products, self.options = graph, checkpoint, products, options
         self.shape = checkpoint.architecture
-        self.residual = self.value = self.cosine = self.sine = ""
+        self.residual = self.value = ""
+        self.angles: dict[int, tuple[str, str]] = {}
 
     def embed(self) -> None:
-        """Token ids and positions -> residual stream, cosine and sine of the rotary angles [tokens, head_dim // 2]."""
+        """Token ids and positions -> residual stream and the angles of all rotary embeddings."""
         graph, model = self.graph, self.checkpoint.model
         ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         positions = graph.input("positions", "tokens", dtype=TensorProto.INT64)
-        self.residual = self.value = self.products.embedding(graph, ids)
-        column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
-        angles = graph.op("Mul", column, graph.constant(model.inv_freq[None], np.float32))
-        parts = []
-        for kind in ("Cos", "Sin"):
-            part = graph.op(kind, angles)
-            if model.rope_scale != 1.0:
-                part = graph.op("Mul", part, graph.constant(model.rope_scale, np.float32))
-            parts.append(part)
-        self.cosine, self.sine = parts
+        rows = self.products.embedding(graph, ids)
+        if model.embedding_scale != 1.0:
+            rows = graph.op("Mul", rows, graph.constant(model.embedding_scale, np.float32))
+        self.residual = self.value = rows
+        self._column = graph.op("Reshape", graph.op("Cast", positions, to=TensorProto.FLOAT), graph.constant([-1, 1]))
+        self.angles = {number: self._angles(rotary) for number, rotary in enumerate(model.rotaries)}
+
+    def _angles(self, rotary: Rotary) -> tuple[str, str]:
+        """Cosine and sine of a rotary embedding's angles at the positions."""
+        graph, scale = self.graph, rotary.scale
+        angles = graph.op("Mul", self._column, graph.constant(rotary.inv_freq[None], np.float32))
+        cosine, sine = graph.op("Cos", angles), graph.op("Sin", angles)
+        if (scale != 1).any():
+            factor = graph.constant(scale[0] if (scale == scale[0]).all() else scale[None], np.float32)
+            cosine, sine = graph.op("Mul", cosine, factor), graph.op("Mul", sine, factor)
+        return cosine, sine
 
     def run(self, steps: Sequence[Step]) -> None:
         """Put steps into the graph, in order."""
@@ -80,12 +91,19 @@ class Layers(ABC):
                     self.value = self.project(step)
                 case SwiGLU():
                     self.value = self.swiglu()
+                case GeGLU():
+                    self.value = self.geglu()
                 case Add():
                     self.residual = self.value = self.graph.op("Add", self.residual, self.value)
 
     @abstractmethod
     def swiglu(self) -> str:
         """silu of the value's first half times its second."""
+
+    def geglu(self) -> str:
+        """gelu of the value's first half times its second."""
+        gate, up = self.graph.split(self.value, [self.shape.ffn, self.shape.ffn])
+        return self.graph.op("Mul", self.graph.op("FastGelu", gate, domain=CONTRIB), up)  # that is the tanh form
 
     def weights_of_basis(self, basis: KeyBasis, layer: int) -> list[str]:
         """A layer's scale [kv_heads, head_dim], axes [kv_heads, rank, head_dim] and stretch [kv_heads, rank]."""
@@ -104,7 +122,21 @@ class Layers(ABC):
 
     def project_inputs(self, step: Attend) -> str:
         """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
-        return self.project(step.inputs, self._rotate_values if self.options.folds else None)
+        qkv = self.project(step.inputs, self._rotate_values if self.options.folds else None)
+        return qkv if step.norms is None else self._normed(qkv, *step.norms)
+
+    def _normed(self, qkv: str, of_queries: Norm, of_keys: Norm) -> str:
+        """The same with norms of queries and keys."""
+        graph, shape, parts = self.graph, self.shape, []
+        sizes = [heads * shape.head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        query, key, value = graph.split(qkv, sizes)
+        for x, step, size in ((query, of_queries, sizes[0]), (key, of_keys, sizes[1])):
+            if step.features == size:
+                parts.append(norm(graph, self.checkpoint, step, x))
+                continue
+            heads = graph.op("Reshape", x, graph.constant([-1, size // step.features, step.features]))
+            parts.append(graph.op("Reshape", norm(graph, self.checkpoint, step, heads), graph.constant([-1, size])))
+        return graph.op("Concat", *parts, value, axis=-1)
 
     def project_output(self, step: Attend, attention: str) -> str:
         """Projection of attention's output [tokens, heads * head_dim], whose heads are rotated as the values are."""
@@ -131,10 +163,16 @@ class Segment(Layers):
             attention = self._rotated(attention, self.shape.heads)
         self.value = self.project_output(before, attention)
 
-    def take_angles(self) -> None:
-        """Take cosine and sine of the rotary angles, which the first segment yields."""
-        names = ("cosine", "sine")
-        self.cosine, self.sine = (self.graph.input(name, "tokens", self.shape.head_dim // 2) for name in names)
+    def take_angles(self, rotary: int) -> None:
+        """Take the angles of a rotary embedding, which the first segment yields."""
+        cosine, sine = (self.graph.input(name, "tokens", self.shape.head_dim // 2) for name in ANGLES[rotary])
+        self.angles[rotary] = cosine, sine
+
+    def give_angles(self) -> None:
+        """Yield the angles of all rotary embeddings."""
+        for rotary, pair in self.angles.items():
+            for value, name in zip(pair, ANGLES[rotary], strict=True):
+                self.graph.output(value, name, "tokens", self.shape.head_dim // 2)
 
     def attend(self, step: Attend, layer: int) -> None:
         """Projections, rotary embedding, basis, rotation, centring -> the outputs query_key and value."""
@@ -142,14 +180,14 @@ class Segment(Layers):
         both, mean_keys = shape.heads + shape.kv_heads, self.options.mean_keys[layer]
         sizes = [both * shape.head_dim, shape.kv_heads * shape.head_dim]
         query_key, value = graph.split(self.project_inputs(step), sizes)
-        query_key = graph.op(
-            "RotaryEmbedding",
-            graph.op("Reshape", query_key, graph.constant([1, -1, both * shape.head_dim])),
-            graph.constant([0]),  # row i of cosine and sine belongs to token i
-            self.cosine,
-            self.sine,
-            domain=CONTRIB,
-        )
+        if step.rotary is not None:
+            query_key = graph.op(
+                "RotaryEmbedding",
+                graph.op("Reshape", query_key, graph.constant([1, -1, both * shape.head_dim])),
+                graph.constant([0]),  # row i of cosine and sine belongs to token i
+                *self.angles[step.rotary],
+                domain=CONTRIB,
+            )
         query_key = graph.op("Reshape", query_key, graph.constant([-1, both, shape.head_dim]))
         if self.options.key_basis is not None:
             query_key = self._in_basis(query_key, self.options.key_basis, layer)
@@ -220,10 +258,19 @@ class Decoder(Layers):
         mean = graph.weight(f"model.layers.{layer}.{centered}", options.mean_keys[layer])
         # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
         rotate = int(options.rotates) + 2 * int(options.rotates_values)
-        inputs = [self.project_inputs(step), self.cosine, self.sine, mean]
+        inputs = [self.project_inputs(step), *self._angles_of(step), mean]
         if options.key_basis is not None:
             inputs += self.weights_of_basis(options.key_basis, layer)
         self.value = self.project_output(step, graph.op("Attention", *inputs, domain=KVQ, layer=layer, rotate=rotate))
+
+    def _angles_of(self, step: Attend) -> tuple[str, str]:
+        """The angles that a layer's heads are turned by: those of no turn where it has no rotary embedding."""
+        if step.rotary is not None:
+            return self.angles[step.rotary]
+        if NO_TURN not in self.angles:
+            half = self.shape.head_dim // 2
+            self.angles[NO_TURN] = self._angles(Rotary(np.zeros(half, np.float32), np.ones(half, np.float32)))
+        return self.angles[NO_TURN]
 
     def swiglu(self) -> str:
         return self.graph.op("SwiGLU", self.value, domain=KVQ)

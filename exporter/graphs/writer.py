@@ -62,13 +62,12 @@ class GraphWriter:
             segment = Segment(graph, self._checkpoint, self._products, self._options)
             if i == 0:
                 segment.embed()
-                graph.output(segment.cosine, "cosine", "tokens", shape.head_dim // 2)
-                graph.output(segment.sine, "sine", "tokens", shape.head_dim // 2)
+                segment.give_angles()
             else:
                 segment.begin(layers[i - 1].attend)
                 segment.run(layers[i - 1].after)
-                if i < len(layers):
-                    segment.take_angles()
+                if i < len(layers) and (rotary := layers[i].attend.rotary) is not None:
+                    segment.take_angles(rotary)
             graph.output(segment.residual, "residual_out", "tokens", shape.hidden)
             if i < len(layers):
                 segment.run(layers[i].before)

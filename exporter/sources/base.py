@@ -56,11 +56,13 @@ class Source(ABC):
         name: what people call it: folder or file name, or hub id.
         path: where it is.
         config: fields of Hugging Face's config.json, whatever the files call them.
+        context: tokens of the longest text that is wanted; None leaves it to the architecture.
     """
 
     name: str
     path: Path
     config: Mapping[str, Any]
+    context: int | None = None
 
     @property
     @abstractmethod

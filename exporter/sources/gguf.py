@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,13 +13,12 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from kvq.exporter.architectures import ARCHITECTURES
+from kvq.exporter.architectures import ARCHITECTURES, what_is_missing
 from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Blocks, Source, positive, positive_number, short
 from kvq.exporter.sources.gguf_header import Tensor, read_header
+from kvq.exporter.sources.gguf_rope import FACTORS, rope_fields
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
-# Computed from the configuration or carried in it, so no parameter.
-NO_PARAMETERS = {"rope_freqs.weight"}
 IN_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(weight|bias)")
 FLOATS = {Type.F32, Type.F16, Type.BF16}
 TYPES = FLOATS | {
@@ -67,13 +65,13 @@ class GgufFile(Source):
         known = {f.gguf.architecture: (kind, f.gguf) for kind, f in ARCHITECTURES.items() if f.gguf is not None}
         if not isinstance(architecture, str) or architecture not in known:
             raise UnsupportedArchitectureError(
-                f"{path.name} is of architecture {architecture!r:.60}; kvq exports these only:"
-                f" {', '.join(sorted(known))}"
+                f"{path.name} is of architecture {architecture!r:.60}{what_is_missing(str(architecture))}; kvq exports"
+                f" these only: {', '.join(sorted(known))}"
             )
         self._model_type, self._dialect = known[architecture]
         self._tensors: dict[str, Tensor] = {}
         for theirs, tensor in tensors.items():
-            if theirs in NO_PARAMETERS:
+            if theirs in FACTORS:
                 continue
             self._tensors[self._renamed(theirs)] = tensor
             if tensor.type not in TYPES:
@@ -81,7 +79,7 @@ class GgufFile(Source):
                 raise UnsupportedArchitectureError(
                     f"{path.name} stores {theirs!r:.60} as {tensor.type.name}; known: {types}"
                 )
-        self._factors = tensors.get("rope_freqs.weight")
+        self._factors = {name: self._floats(tensors[name], name) for name in FACTORS if name in tensors}
         self.config = self._config()
 
     def _renamed(self, theirs: str) -> str:
@@ -120,6 +118,9 @@ class GgufFile(Source):
                 )
             what = f"{self.path.name} has {self._key(key)}"
             config[field] = positive(value, what) if kind is int else positive_number(value, what)
+        for key, field in self._dialect.numbers.items():
+            if (value := self._field(key)) is not None:
+                config[field] = positive_number(value, f"{self.path.name} has {self._key(key)}")
         layers = config["num_hidden_layers"]
         surplus = [name for name in self._tensors if name.startswith("model.layers.") and _layer(name) >= layers]
         if surplus:
@@ -149,59 +150,21 @@ class GgufFile(Source):
             raise UnsupportedArchitectureError(
                 f"{self.path.name} has keys and values of other sizes; kvq supports equal ones"
             )
-        if self._field("rope.dimension_count", head_dim) != head_dim:
+        rotated = self._field("rope.dimension_count", head_dim)
+        if rotated != head_dim and self._dialect.rotates_parts:
+            config["partial_rotary_factor"] = positive(rotated, f"{self.path.name} has rope.dimension_count") / head_dim
+        elif rotated != head_dim:
             raise UnsupportedArchitectureError(
                 f"{self.path.name} rotates only part of a head; kvq supports rotary embedding of the whole head only"
             )
-        if scaling := self._rope_scaling(config["max_position_embeddings"], head_dim):
-            config["rope_scaling"] = scaling
-        return config
-
-    def _rope_scaling(self, context: int, head_dim: int) -> dict[str, Any] | None:
-        """`rope_scaling` of config.json as llama.cpp reads the fields; factors of frequencies as kvq's own kind."""
-        field = self._field
-        kind = field("rope.scaling.type", "linear")
-        factor = field("rope.scaling.factor", field("rope.scale_linear")) or 1
-        if kind == "none" or (kind == "linear" and factor == 1):
-            scaling = None
-        elif kind == "yarn":
-            scaling = {
-                "rope_type": kind,
-                "factor": positive_number(factor, f"{self.path.name} has rope.scaling.factor"),
-            }
-            scaling["original_max_position_embeddings"] = field("rope.scaling.original_context_length", context)
-            # llama.cpp multiplies with it, transformers takes it instead of its own.
-            attention = positive_number(
-                field("rope.scaling.attn_factor", 1.0), f"{self.path.name} has rope.scaling.attn_factor"
-            )
-            scaling["attention_factor"] = attention * (1 + 0.1 * math.log(max(1, factor)))
-            for key in ("beta_fast", "beta_slow"):
-                scaling[key] = field(f"rope.scaling.yarn_{key}")
-            if field("rope.scaling.yarn_log_multiplier"):
-                raise UnsupportedArchitectureError(
-                    f"{self.path.name} has {self._key('rope.scaling.yarn_log_multiplier')}; kvq supports YaRN without"
-                    " it only"
-                )
-        else:
-            scaling = {"rope_type": kind, "factor": factor}
-        if self._factors is None:
-            return scaling
-        if scaling is not None:
-            raise UnsupportedArchitectureError(
-                f"{self.path.name} has rope_freqs.weight and {self._key('rope.scaling.type')} {kind!r:.60}; kvq"
-                " supports one of them only"
-            )
-        if self._factors.shape != (head_dim // 2,) or self._factors.type not in FLOATS:
-            raise CheckpointError(
-                f"rope_freqs.weight of {self.path.name} has the shape {self._factors.shape} and the type"
-                f" {self._factors.type.name}, not {(head_dim // 2,)} and a float; download the file again"
-            )
-        factors = self._decoded(self._factors, "rope_freqs.weight")
-        if not np.isfinite(factors).all() or (factors <= 0).any():
-            raise CheckpointError(
-                f"rope_freqs.weight of {self.path.name} holds what is no positive number; download the file again"
-            )
-        return {"rope_type": "factors", "factors": factors.astype(np.float64).tolist()}
+        if window := self._field("attention.sliding_window"):  # 0 is none
+            config["sliding_window"] = positive(window, f"{self.path.name} has {self._key('attention.sliding_window')}")
+        kinds = self._field("attention.sliding_window_pattern")
+        if isinstance(kinds, list):
+            config["layer_types"] = ["sliding_attention" if kind else "full_attention" for kind in kinds]
+        elif kinds is not None:
+            config["sliding_window_pattern"] = kinds
+        return config | rope_fields(self._field, self._factors, rotated, config["max_position_embeddings"], self.path)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -232,6 +195,15 @@ class GgufFile(Source):
             raise CheckpointError(
                 f"{name} of {self.path.name} cannot be read ({short(error)}); download the file again"
             ) from None
+
+    def _floats(self, tensor: Tensor, name: str) -> np.ndarray:
+        """A list that is no parameter, float32 [n]."""
+        if tensor.type not in FLOATS or len(tensor.shape) != 1:
+            raise CheckpointError(
+                f"{name} of {self.path.name} has the shape {tensor.shape} and the type {tensor.type.name}, and is no"
+                " list of floats; download the file again"
+            )
+        return self._decoded(tensor, name)
 
     def block_bits(self, name: str) -> int | None:
         tensor = self._tensors[name]

@@ -80,7 +80,7 @@ DEEPSEEK_CODER = PreTokenizer(
 PRE_TOKENIZERS = {
     "smollm": STARCODER, "starcoder": STARCODER, "refact": STARCODER, "codeshell": STARCODER, "command-r": COMMAND_R,
     "gpt-2": GPT2, "phi-2": GPT2, "olmo": GPT_NEOX,
-    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3, "smaug-bpe": SMAUG,
+    "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3, "smaug-bpe": SMAUG, "dbrx": SMAUG,
     "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2,
     "tekken": TEKKEN, "gpt-4o": GPT4O, "llama4": GPT4O, "deepseek-coder": DEEPSEEK_CODER,
 }  # fmt: skip

@@ -139,7 +139,8 @@ class Matrices:
         if name in self._stored:
             return self._stored[name]
         quantized = None if change is not None else self._carried_over(sources, bits)
-        turn, exact = 0, quantized is not None or (change is None and not bits)
+        adapted = any(name in self._checkpoint.model.adapted for name in sources)
+        turn, exact = 0, not adapted and (quantized is not None or (change is None and not bits))
         if quantized is None:
             matrix = self._checkpoint.stacked(sources)
             matrix = matrix if change is None else change(matrix)

@@ -14,6 +14,8 @@ from kvq.runtime.bundle.shapes import TOKENS, Shape, elements
 # Names with types and shapes, see `kvq.runtime.bundle.shapes`.
 Values = Mapping[str, tuple[int, Shape]]
 IDS: Values = {"ids": (INT64, (TOKENS,)), "positions": (INT64, (TOKENS,))}
+# What the first segment calls cosine and sine of each rotary embedding that a model's layers may have.
+ANGLES = (("cosine", "sine"), ("local_cosine", "local_sine"))
 
 
 class Form(NamedTuple):
@@ -21,7 +23,7 @@ class Form(NamedTuple):
 
     Attributes:
         inputs, outputs: of the graph, all of them.
-        optional: inputs that it may have besides.
+        optional, optional_outputs: inputs and outputs that it may have besides.
         layers: for how many its operators stand.
         attends: it holds attention, of each of these layers once.
         vocab: rows of a table that it looks ids up in.
@@ -36,6 +38,7 @@ class Form(NamedTuple):
     layers: int = 1
     attends: bool = False
     optional: Values = MappingProxyType({})
+    optional_outputs: Values = MappingProxyType({})
     heads: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -51,21 +54,20 @@ def _form(inputs: Values, outputs: Values, shape: Architecture, **more: object) 
 def segment(shape: Architecture, index: int) -> Form:
     """Of segment `index`, of layers + 1; see `kvq.runtime.compute.passes.SegmentedPass`."""
     half = shape.head_dim // 2
-    angles: Values = {name: (FLOAT32, (TOKENS, half)) for name in ("cosine", "sine")}
+    angles: Values = {name: (FLOAT32, (TOKENS, half)) for pair in ANGLES for name in pair}
     inputs: dict[str, tuple[int, Shape]] = dict(IDS)
     outputs: dict[str, tuple[int, Shape]] = {"residual_out": (FLOAT32, (TOKENS, shape.hidden))}
-    if index == 0:
-        outputs |= angles
-    else:
+    if index > 0:
         inputs = {
             "residual": (FLOAT32, (TOKENS, shape.hidden)),
             "attention": (FLOAT32, (TOKENS, shape.heads * shape.head_dim)),
         }
-        inputs |= angles if index < shape.layers else {}
     if index < shape.layers:
         outputs["query_key"] = (FLOAT32, (TOKENS, shape.heads + shape.kv_heads, shape.head_dim))
         outputs["value"] = (FLOAT32, (TOKENS, shape.kv_heads, shape.head_dim))
-    return _form(inputs, outputs, shape)
+    # A layer may have no rotary embedding, and a model none at all.
+    taken, given = (angles if 0 < index < shape.layers else {}), (angles if index == 0 else {})
+    return _form(inputs, outputs, shape, optional=taken, optional_outputs=given)
 
 
 def decoder(shape: Architecture) -> Form:

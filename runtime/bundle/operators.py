@@ -171,6 +171,7 @@ RULES: dict[str, Rule] = {
     "Slice": Rule((4,), {}, _slice, floats=1),
     "Split": Rule((2,), AXIS, _split, outputs=None, floats=1),
     "Transpose": Rule((1,), {"perm": tuple}, _transpose),
+    "com.microsoft::FastGelu": Rule((1,), {}, _same),
     "com.microsoft::QuickGelu": Rule((1,), {"alpha": float}, _same),
     "com.microsoft::RotaryEmbedding": Rule((4,), {}, _rotary, floats=0),
 }

@@ -17,6 +17,16 @@ class NamedSession(NamedTuple):
     name: str
     session: onnxruntime.InferenceSession
 
+    @property
+    def inputs(self) -> set[str]:
+        """Names of what it takes."""
+        return {value.name for value in self.session.get_inputs()}
+
+    @property
+    def outputs(self) -> set[str]:
+        """Names of what it yields."""
+        return {value.name for value in self.session.get_outputs()}
+
 
 class Bound:
     """An onnxruntime session bound to arrays by address: it reads and writes their memory directly.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
+from kvq.runtime.bundle.forms import ANGLES
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.kv.store import KVStore
@@ -68,7 +69,8 @@ class SegmentedPass(ForwardPass):
         self._query_key = np.zeros((tokens, heads + kv_heads, head_dim), np.float32)
         self._value = np.zeros((tokens, kv_heads, head_dim), np.float32)
         self._attention = np.zeros((tokens, heads, head_dim), np.float32)
-        cosine, sine = (np.zeros((tokens, head_dim // 2), np.float32) for _ in range(2))
+        names = {name for pair in ANGLES for name in pair} & engine.segments[0].outputs
+        angles = {name: np.zeros((tokens, head_dim // 2), np.float32) for name in sorted(names)}
         flat_attention = self._attention.reshape(tokens, -1)
         # The last segment, number `layers`, writes into `residual`.
         residual = [self.residual, np.zeros((tokens, shape.hidden), np.float32)]
@@ -80,9 +82,9 @@ class SegmentedPass(ForwardPass):
             if i > 0:
                 inputs = {"residual": residual[(shape.layers - i + 1) % 2], "attention": flat_attention}
             if i == 0:
-                outputs |= {"cosine": cosine, "sine": sine}
-            elif i < shape.layers:
-                inputs |= {"cosine": cosine, "sine": sine}
+                outputs |= angles
+            else:
+                inputs |= {name: array for name, array in angles.items() if name in session.inputs}
             if i < shape.layers:
                 outputs |= {"query_key": self._query_key, "value": self._value}
             self._segments.append(Bound(session, inputs, outputs))

@@ -94,6 +94,7 @@ def test_bytes_that_the_vocabulary_lacks_are_left_out(fields):
         ),
         ("gpt-2", ["It", "'s", "Ġ1234", "Ġ", "ĠHelloWorld", "/", "d", "ĠE", "'", "LL", "Ċ", "Ġ!!", "Ċ"]),
         ("llama-bpe", ["It", "'s", "Ġ", "123", "4", "Ġ", "ĠHelloWorld", "/d", "ĠE", "'LL", "Ċ", "Ġ!!Ċ"]),
+        ("dbrx", ["It", "'s", "Ġ", "123", "4", "Ġ", "ĠHelloWorld", "/d", "ĠE", "'LL", "Ċ", "Ġ!!Ċ"]),
         ("qwen2", ["It", "'s", "Ġ", "1", "2", "3", "4", "Ġ", "ĠHelloWorld", "/d", "ĠE", "'LL", "Ċ", "Ġ!!Ċ"]),
         ("tekken", ["It", "'s", "Ġ", "1", "2", "3", "4", "Ġ", "ĠHello", "World", "/d", "ĠE", "'LL", "Ċ", "Ġ!!Ċ"]),
         ("gpt-4o", ["It's", "Ġ", "123", "4", "Ġ", "ĠHello", "World", "/d", "ĠE'LL", "Ċ", "Ġ!!Ċ"]),

@@ -114,7 +114,7 @@ def test_rope_parameters_equal_rope_theta_and_rope_scaling(
     kept = (checkpoint / "config.json").read_text()
     edit_config(checkpoint, rope_theta=500.0, rope_scaling=scaling)
     old = export(checkpoint, tmp_path / "old", weights="fp32", center=False)
-    frequencies = load_checkpoint(checkpoint).model.inv_freq
+    frequencies = load_checkpoint(checkpoint).model.rotaries[0].inv_freq
     config = json.loads(kept)
     config.pop("rope_theta", None), config.pop("rope_scaling", None)
     config["rope_parameters"] = {"rope_theta": 500.0, **(scaling or {"rope_type": "default"})}
@@ -124,7 +124,7 @@ def test_rope_parameters_equal_rope_theta_and_rope_scaling(
         f: e["sha256"] for f, e in new.manifest.files.items()
     }
     (checkpoint / "config.json").write_text(kept)
-    assert np.abs(frequencies - load_checkpoint(checkpoint).model.inv_freq).max() > 1e-3
+    assert np.abs(frequencies - load_checkpoint(checkpoint).model.rotaries[0].inv_freq).max() > 1e-3
 
 
 UNREAD = {
@@ -160,10 +160,10 @@ def test_a_configuration_that_contradicts_itself_is_refused(changes: dict[str, A
 
 @pytest.mark.parametrize("field", ["rope_interleaved", "rope_local_base_freq", "rotary_dim", "no_rope_layers"])
 def test_fields_that_say_nothing_change_nothing(field: str, checkpoint: Path) -> None:
-    expected = load_checkpoint(checkpoint).model.inv_freq
+    expected = load_checkpoint(checkpoint).model.rotaries[0].inv_freq
     for value in (None, False):
         edit_config(checkpoint, **{field: value})
-        assert np.array_equal(load_checkpoint(checkpoint).model.inv_freq, expected)
+        assert np.array_equal(load_checkpoint(checkpoint).model.rotaries[0].inv_freq, expected)
 
 
 def test_a_parameter_of_another_shape_is_named_whole(tmp_path: Path) -> None:

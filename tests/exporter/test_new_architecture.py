@@ -170,7 +170,9 @@ def test_fields_are_checked_under_its_own_names(checkpoint: Path, tmp_path: Path
 
 def test_a_stranger_is_told_what_is_known(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, model_type="toys")
-    with pytest.raises(UnsupportedArchitectureError, match=r"model_type 'toys'; kvq exports these only: llama, toy$"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"model_type 'toys'; kvq exports these only: .*llama.*, toy$"
+    ):
         export(checkpoint, tmp_path / "bundle")
 
 
@@ -184,7 +186,7 @@ def test_gguf_files_are_read_as_the_family_says(
     raw.fields = [(name.replace(b"llama.", b"cousin."), value) for name, value in raw.fields]
     raw.tensors = [(name.replace(b"attn_q", b"ask"), tensor) for name, tensor in raw.tensors]
     (tmp_path / "cousin.gguf").write_bytes(raw.bytes())
-    with pytest.raises(UnsupportedArchitectureError, match=r"architecture 'cousin'; kvq exports these only: llama$"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"architecture 'cousin'; kvq exports these only: .*llama"):
         export(tmp_path / "cousin.gguf", tmp_path / "bundle")
     layer = {name.replace("attn_q", "ask"): hf for name, hf in GGUF.layer.items()}
     dialect = replace(GGUF, architecture="cousin", layer=layer)

@@ -181,7 +181,7 @@ DAMAGED: list[tuple[str, Change, str]] = [
     ("unused type", q(type=4), "type 4"),
     ("type of another quantization", q(type=Type.IQ4_NL), "IQ4_NL"),
     ("integers", q(NORM, type=Type.I32), "I32"),
-    ("foreign architecture", lambda r: r.put("general.architecture", Value.STRING, b"qwen2"), "architecture 'qwen2'"),
+    ("foreign architecture", lambda r: r.put("general.architecture", Value.STRING, b"qwen2moe"), "experts"),
     ("architecture no text", lambda r: r.put("general.architecture", Value.UINT32, 3), "architecture 3"),
     ("split count", lambda r: r.put("split.count", Value.UINT32, 2), "one part of a split model"),
     ("version 1", lambda r: setattr(r, "version", 1), "version 1;"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -33,23 +34,32 @@ HALVES = {
     Type.Q2_K: ((80, 1.0), (82, 1.5)), Type.Q3_K: ((108, 1.0),), Type.Q4_K: ((0, 1.0), (2, 7.5)),
     Type.Q5_K: ((0, 1.0), (2, 15.5)), Type.Q6_K: ((208, 1.0),),
 }  # fmt: skip
-PARTS = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+# Families by model_type: GGUF's name of each, and whether its converter permutes queries and keys as Llama's does.
+FAMILIES = {
+    "llama": ("llama", True), "mistral": ("llama", True), "granite": ("granite", True), "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False), "smollm3": ("smollm3", True), "olmo2": ("olmo2", False),
+    "phi3": ("phi3", False), "gemma3_text": ("gemma3", False),
+}  # fmt: skip
+# Fields that only some families have.
+NUMBERS = {
+    "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
 }  # fmt: skip
 # A type of every tensor, or what names the type of a tensor of this GGUF name.
 Types = str | Callable[[str], str]
 
 
-def theirs(name: str) -> str:
-    """GGUF's name of a Hugging Face parameter."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, stem = stem.split(".", 3)
-        return f"blk.{layer}.{PARTS[stem]}.{kind}"
-    return f"{PARTS[stem]}.{kind}"
+def theirs(name: str, architecture: str = "llama") -> str:
+    """GGUF's name of a Hugging Face parameter, by the gguf package."""
+    found = _names(architecture).get_name(name, (".weight", ".bias"))
+    assert found is not None, name
+    return found
+
+
+@functools.cache
+def _names(architecture: str) -> gguf.TensorNameMap:
+    numbers = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(numbers[architecture], 64)
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -63,6 +73,8 @@ def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def heads_of(name: str, config: Mapping[str, Any]) -> int:
     """Heads by which the rows of a Hugging Face parameter are permuted; 0 if they are not."""
+    if not FAMILIES[config["model_type"]][1]:
+        return 0
     return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(
         name.split(".")[-2], 0
     )
@@ -110,7 +122,7 @@ def tokenizer_fields(kind: str | None, vocab: int) -> dict[str, Any]:
 
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a config.json as the converter writes it."""
+    """Metadata of a config.json as the converter writes it, and what other tools write besides."""
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     found = {
         "block_count": config["num_hidden_layers"],
@@ -124,14 +136,24 @@ def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "vocab_size": config["vocab_size"],
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": int(head_dim * config.get("partial_rotary_factor", 1.0)),
     }
+    if config["model_type"] in ("phi3", "gemma3_text"):
+        found["attention.sliding_window"] = config["sliding_window"] or 0
     scaling = config.get("rope_scaling") or {}
+    if "long_factor" in scaling:
+        original = config["original_max_position_embeddings"]
+        stretch = math.log(config["max_position_embeddings"] / original) / math.log(original)
+        found["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
+        found["rope.scaling.original_context_length"] = original
     if scaling.get("rope_type") in ("linear", "yarn"):
         found |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
         if "original_max_position_embeddings" in scaling:
             found["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
-    return {f"llama.{key}": value for key, value in found.items()}
+    for field, key in NUMBERS.items():
+        if field in config:
+            found[key] = float(config[field])
+    return {f"{FAMILIES[config['model_type']][0]}.{key}": value for key, value in found.items()}
 
 
 def llama3_factors(config: Mapping[str, Any]) -> np.ndarray | None:
@@ -141,7 +163,7 @@ def llama3_factors(config: Mapping[str, Any]) -> np.ndarray | None:
         return None
     low = scaling["original_max_position_embeddings"] / scaling["low_freq_factor"]
     high = scaling["original_max_position_embeddings"] / scaling["high_freq_factor"]
-    dim, factors = config["head_dim"], []
+    dim, factors = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"], []
     for i in range(0, dim, 2):
         wave = 2 * math.pi * config.get("rope_theta", 10000.0) ** (i / dim)
         smooth = (scaling["original_max_position_embeddings"] / wave - scaling["low_freq_factor"]) / (
@@ -155,7 +177,8 @@ def llama3_factors(config: Mapping[str, Any]) -> np.ndarray | None:
 def write_gguf(file: Path, folder: Path, types: Types = "F32", *, tokenizer: str | None = None, **fields: Any) -> Path:
     """Convert a Hugging Face folder to a GGUF file; `fields` are more metadata, with __ for a dot; None leaves out."""
     config = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(file, "llama")
+    architecture = FAMILIES[config["model_type"]][0]
+    writer = gguf.GGUFWriter(file, architecture)
     metadata = {"general.name": folder.name, "general.license": "mit"} | config_fields(config)
     metadata |= tokenizer_fields(tokenizer, config["vocab_size"])
     for name, value in (metadata | {key.replace("__", "."): value for key, value in fields.items()}).items():
@@ -164,8 +187,13 @@ def write_gguf(file: Path, folder: Path, types: Types = "F32", *, tokenizer: str
             writer.add_key_value(name, value, kind or Value.get_type(value))
     if (factors := llama3_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
+    for kind in ("long", "short"):
+        if (listed := (config.get("rope_scaling") or {}).get(f"{kind}_factor")) is not None:
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(listed, np.float32))
     for seed, (name, values) in enumerate(sorted(load_file(folder / WEIGHTS).items())):
-        heads, called = heads_of(name, config), theirs(name)
+        heads, called = heads_of(name, config), theirs(name, architecture)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         kind = types if isinstance(types, str) else types(called)
         raw, type_ = encoded(permuted(values, heads) if heads else values, kind, seed)
         writer.add_tensor(called, raw, raw_dtype=type_)
@@ -182,7 +210,7 @@ def write_dequantized(file: Path, checkpoint: Path, folder: Path) -> Path:
     config, tensors = json.loads((folder / "config.json").read_text()), {}
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for name, values in load_file(folder / WEIGHTS).items():
-        tensor = found[theirs(name)]
+        tensor = found[theirs(name, FAMILIES[config["model_type"]][0])]
         decoded = gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type).reshape(values.shape)
         heads = heads_of(name, config)
         tensors[name] = np.ascontiguousarray(unpermuted(decoded, heads) if heads else decoded, np.float32)

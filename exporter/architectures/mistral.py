@@ -1,0 +1,18 @@
+"""Mistral (arXiv 2310.06825): Llama's layers. GGUF files hold it as Llama, without its window."""
+
+from __future__ import annotations
+
+from kvq.exporter.architectures.description import Family, Model
+from kvq.exporter.architectures.parts import Parts
+from kvq.exporter.architectures.windows import WINDOW, without_window
+from kvq.exporter.sources.base import Source
+
+
+def mistral(source: Source) -> Model:
+    """The description of a source's model; see `Family.describe`."""
+    parts, notes = without_window(Parts.of(source), WINDOW)
+    layers = [parts.pre_norm(i, parts.attend(i), parts.mlp(i)) for i in range(parts.shape.layers)]
+    return parts.model(layers, notes=notes)
+
+
+ARCHITECTURES = {"mistral": Family(mistral)}

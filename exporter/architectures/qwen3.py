@@ -1,0 +1,23 @@
+"""Qwen3 (arXiv 2505.09388): a norm of every head of queries and keys, and no biases."""
+
+from __future__ import annotations
+
+from kvq.exporter.architectures.description import Family, Model
+from kvq.exporter.architectures.parts import HEAD_NORMS, LAYER, Parts, gguf
+from kvq.exporter.architectures.windows import without_later_windows
+from kvq.exporter.sources.base import Source
+
+
+def qwen3(source: Source) -> Model:
+    """The description of a source's model; see `Family.describe`."""
+    parts, notes = without_later_windows(Parts.of(source))
+    biased, head_dim = parts.says("attention_bias"), parts.shape.head_dim
+    layers = []
+    for i in range(parts.shape.layers):
+        norms = parts.norm(i, "self_attn.q_norm", head_dim), parts.norm(i, "self_attn.k_norm", head_dim)
+        attend = parts.attend(i, bias=biased, output_bias=biased, norms=norms)
+        layers.append(parts.pre_norm(i, attend, parts.mlp(i)))
+    return parts.model(layers, notes=notes)
+
+
+ARCHITECTURES = {"qwen3": Family(qwen3, gguf("qwen3", layer=LAYER | HEAD_NORMS))}
