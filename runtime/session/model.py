@@ -23,6 +23,7 @@ from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
+from kvq.runtime.text.grammar import Grammar, Grammars, Structure
 from kvq.runtime.text.template import ChatTemplate
 from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
@@ -123,6 +124,20 @@ class Model:
             except UnicodeDecodeError:
                 raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
         return ChatTemplate(source, tokenizer, special_tokens, self.architecture.context)
+
+    def grammar(self, structure: Structure) -> Grammar:
+        """A structure compiled for this model, for any number of texts.
+
+        Raises:
+            GrammarError: it cannot be held to, or the extra `schema` is not installed.
+            TokenizerError: the bundle has no tokenizer.
+        """
+        return self._grammars.compile(structure)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        eos = self.bundle.manifest.eos_token_ids or (0,)
+        return Grammars(self.tokenizer.to_str(), self.architecture.vocab, eos)
 
     def encode(self, text: str, beginning: bool = True, before: int | None = None) -> list[int]:
         """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
