@@ -164,8 +164,10 @@ class Api:
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it.
+        browser = "origin" in request.headers or "sec-fetch-site" in request.headers
+        if kind != "application/json" and (kind or browser):
+            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it. Some
+            # clients name no kind at all; a page's request without one says where it comes from.
             raise RequestError("send the body with content-type: application/json", 415)
         too_large = RequestError(f"the body is larger than {self.limits.body} bytes; shorten it", 413, "body_too_large")
         announced = request.headers.get("content-length", "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvq.runtime.errors import RequestError
-from kvq.runtime.server.fields import Fields
+from kvq.runtime.server.fields import Fields, encodable
 from kvq.runtime.text.tools import NAME, Tool
 
 MOST_TOOLS = 128
@@ -47,7 +47,10 @@ def parse_tools(fields: Fields) -> Tools | None:
     if not isinstance(value, list) or len(value) > MOST_TOOLS:
         fields.refuse("tools", f"must be a list of at most {MOST_TOOLS} {{type: function, function}}")
     tools = tuple(_tool(each, f"tools[{i}]") for i, each in enumerate(value))
-    if len(json.dumps([tool.definition for tool in tools])) > MOST_CHARACTERS:
+    written = json.dumps([tool.definition for tool in tools], ensure_ascii=False)
+    if not encodable(written):
+        fields.refuse("tools", "hold lone surrogates, which are no characters")
+    if len(written) > MOST_CHARACTERS:
         fields.refuse("tools", f"have more than {MOST_CHARACTERS} characters; shorten their descriptions")
     if len({tool.name for tool in tools}) < len(tools):
         fields.refuse("tools", "must have different names")

@@ -197,6 +197,10 @@ def test_a_body_without_length_is_bounded_too(server):
 def test_requests_that_a_web_page_could_send_unasked_are_refused(server):
     answer = server.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 415
+    for header in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert server.post("/v1/completions", content=b'{"prompt": "x"}', headers=header).status_code == 415
+    answer = server.post("/v1/completions", content=b'{"prompt": "x", "max_tokens": 1}')  # no kind, and no page's
+    assert answer.status_code == 200
     answer = server.get("/v1/models", headers={"host": "evil.example:80"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
     answer = server.get("/v1/models", headers={"origin": "http://evil.example"})
