@@ -76,6 +76,14 @@ class Conversation:
             self.messages.append({"role": "system", "content": system})
         self._remember()
 
+    def __repr__(self) -> str:
+        turns, session = len(self.turns), self.session
+        ahead = " and a document" if self.document else ""
+        return (
+            f"<kvq.Conversation with {session.model.bundle.manifest.name}: {turns} turn{'s' * (turns != 1)}{ahead},"
+            f" {len(session.tokens)} of {session.model.architecture.context} tokens>"
+        )
+
     def read(self, text: str, role: str = "user", progress: Progress | None = None) -> None:
         """Cache a document ahead of the questions about it.
 

@@ -22,7 +22,7 @@ from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
-from kvq.runtime.session.statistics import Clock, Stats
+from kvq.runtime.session.statistics import Clock, Stats, size
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -105,6 +105,13 @@ class Session:
         for name, value in (("recent", recent), ("sink", sink)):
             if value > shape.context:
                 model.tell(f"{name} {value} is more than the context of {shape.context} tokens: all stay at 16 bits")
+
+    def __repr__(self) -> str:
+        pending = f" and {len(self.pending)} to come" if self.pending else ""
+        return (
+            f"<kvq.Session of {self.model.bundle.manifest.name}: {len(self.tokens)} tokens{pending} of"
+            f" {self.model.architecture.context}, policy {self.policy.name}, {size(self.store.nbytes)}>"
+        )
 
     @property
     def policy(self) -> Policy:

@@ -121,6 +121,9 @@ class Grammar:
         self.structure = structure
         self._matcher, self._vocab = matcher, vocab
 
+    def __repr__(self) -> str:
+        return f"<Grammar of a {self.structure.kind}: {self.structure.text:.60}>"
+
     def begin(self) -> Constraint:
         """The constraint of one text."""
         return Constraint(self._matcher.deep_copy(), self._vocab, self.structure.kind)

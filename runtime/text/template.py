@@ -77,6 +77,10 @@ class ChatTemplate:
         self._special = re.compile(f"({any_special})(?!{GUARD})")
         self.stop, self.stop_tokens = self._ends()
 
+    def __repr__(self) -> str:
+        what = "a plain transcript" if self.builtin else f"{len(self.source)} characters"
+        return f"<kvq.ChatTemplate: {what}, a reply ends by {self.stop_tokens or self.stop or 'end of text'}>"
+
     def render(self, messages: Messages, add_generation_prompt: bool = True, tools: Tools = None) -> str:
         """The conversation as text.
 
