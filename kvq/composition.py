@@ -11,7 +11,9 @@ from collections.abc import Callable
 from kvq.controller.policies import make_policy
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.catalog.references import default_model, locate
+from kvq.runtime.chat.conversation import Conversation
 from kvq.runtime.errors import BundleError
+from kvq.runtime.keywords import named_keywords
 from kvq.runtime.session.model import Model
 
 
@@ -26,9 +28,10 @@ def open_bundle(path: str | os.PathLike[str], threads: int | None = None) -> Mod
         BundleError: no such bundle, or it is damaged, unsafe or of another version.
         BackendError: another number of threads is already in force.
     """
-    return Model(Bundle(os.fspath(path)), make_policy, threads)
+    return Model(Bundle(os.fspath(path)), make_policy, threads, Conversation)
 
 
+@named_keywords()
 def load(
     path_or_name: str | os.PathLike[str] | None = None,
     *,

@@ -51,6 +51,14 @@ class SamplingError(KvqError):
     """A sampling option is out of its range."""
 
 
+class GrammarError(KvqError):
+    """A schema, regular expression or grammar that is not valid, too large, or cannot be held to."""
+
+
+class OptionError(KvqError, TypeError):
+    """A keyword that a function does not take: a typo, most often."""
+
+
 class NonFiniteError(KvqError):
     """NaN, infinity, or a magnitude beyond half precision in keys, values or logits."""
 

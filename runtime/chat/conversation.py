@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
@@ -9,18 +10,25 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
 from kvq.runtime.chat.feeds import Feed, feed_of, said, shared
 from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_metadata, identity_of, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
-from kvq.runtime.session.generation import Progress, Response
-from kvq.runtime.session.sampling import SamplingOptions
+from kvq.runtime.keywords import named_keywords
+from kvq.runtime.session.generation import GenerationOptions, Progress, Response
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
 
+MAX_TOKENS = 512  # of a reply, if not given
 # Between a document and what is asked about it: a paragraph of its own.
 BREAK = "\n\n"
 # What a question may begin with. The tokens of a document that all of them leave as they are can be cached before
 # the question is known; "" closes the turn at once.
 BEGINNINGS = ("", "What", "what", " what", "1", ".", '"', "\n", "\n\n\nWhat", "\t", "é", "日", "😀")
+
+
+class ReplyOptions(GenerationOptions, total=False):
+    """The keyword options of `Conversation.reply`."""
+
+    cancelled: Callable[[], bool] | None
 
 
 class Conversation:
@@ -67,6 +75,14 @@ class Conversation:
         elif system is not None:
             self.messages.append({"role": "system", "content": system})
         self._remember()
+
+    def __repr__(self) -> str:
+        turns, session = len(self.turns), self.session
+        ahead = " and a document" if self.document else ""
+        return (
+            f"<kvq.Conversation with {session.model.bundle.manifest.name}: {turns} turn{'s' * (turns != 1)}{ahead},"
+            f" {len(session.tokens)} of {session.model.architecture.context} tokens>"
+        )
 
     def read(self, text: str, role: str = "user", progress: Progress | None = None) -> None:
         """Cache a document ahead of the questions about it.
@@ -122,32 +138,25 @@ class Conversation:
             return Document(text, len(self.session.tokens), list(self.session.pending))
         return Document(_joined(self.document.text, text), self.document.start, self.document.pending)
 
-    def reply(
-        self,
-        text: str,
-        *,
-        cancelled: Callable[[], bool] | None = None,
-        progress: Progress | None = None,
-        max_tokens: int | None = 512,
-        stop: Sequence[str] = (),
-        stop_tokens: Sequence[int] = (),
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Iterator[Response]:
+    @named_keywords(ReplyOptions)
+    def reply(self, text: str, **options: Unpack[ReplyOptions]) -> Iterator[Response]:
         """Answer a question; yields a `Response` per token. Leave the loop to stop: what was said so far stays.
 
         Args:
             text: the question; with a document before it, it may be "".
             cancelled: asked while a long question is processed; once it says so the question is taken back.
             progress: as in `Session.append`, while the question is processed.
-            max_tokens, stop, stop_tokens, ignore_eos, sampling: as `Session.generate`; what ends a reply in the
-                chat template is added. With `ignore_eos` its ids end no reply either.
+            max_tokens: most tokens of the reply, 512 if not given.
+            stop, stop_tokens, ignore_eos and all others: as `Session.generate`; what ends a reply in the chat template
+                is added. With `ignore_eos` its ids end no reply either.
 
         Raises:
             ContextError: the question does not fit into what is left of the context; nothing has changed.
             ChatTemplateError: the template refuses it; nothing has changed.
-            SamplingError: an option is out of range; nothing has changed.
+            SamplingError, GrammarError: an option is out of range; nothing has changed.
+            OptionError: an option that there is not.
         """
+        cancelled, progress = options.pop("cancelled", None), options.pop("progress", None)
         document = self.document
         question = text if document is None else _joined(document.text, text)
         feed = feed_of(self.session, self.messages, self.turns, document, question)
@@ -162,21 +171,12 @@ class Conversation:
         turn.prompt = feed.length + len(feed.pending) + len(feed.ids)
         self._check_room(feed.length + len(feed.pending), len(feed.ids), "the question", spare=1)
         leading = self._leading(feed)
-        responses = self._responses(
-            feed.ids[leading:], _behind(progress, leading, len(feed.ids)), max_tokens, stop, stop_tokens, ignore_eos,
-            **sampling,
-        )  # fmt: skip
+        told = _behind(progress, leading, len(feed.ids))
+        responses = self._responses(feed.ids[leading:], told, options)
         return self._reply({"role": "user", "content": question}, turn, feed, responses, cancelled, progress)
 
-    def resume(
-        self,
-        *,
-        max_tokens: int | None = 512,
-        stop: Sequence[str] = (),
-        stop_tokens: Sequence[int] = (),
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Iterator[Response]:
+    @named_keywords(GenerationOptions)
+    def resume(self, **options: Unpack[GenerationOptions]) -> Iterator[Response]:
         """Go on with a reply that was cut; yields as `reply`, whose options it takes.
 
         Raises:
@@ -188,28 +188,18 @@ class Conversation:
         session, reply = self.session, self.messages[-1]["content"]
         if said(session, self.turns[-1], reply, len(session.tokens), session.pending).beyond.strip("\ufffd"):
             raise PromptError("the last reply has come to its end: ask the next question")
-        return self._told(self._responses(None, None, max_tokens, stop, stop_tokens, ignore_eos, **sampling))
+        return self._told(self._responses(None, options.pop("progress", None), options))
 
     def _responses(
-        self,
-        ids: Sequence[int] | None,
-        progress: Progress | None,
-        max_tokens: int | None,
-        stop: Sequence[str],
-        stop_tokens: Sequence[int],
-        ignore_eos: bool,
-        **sampling: Unpack[SamplingOptions],
+        self, ids: Sequence[int] | None, progress: Progress | None, options: GenerationOptions
     ) -> Iterator[Response]:
         """As `Session.generate`; what ends a reply in the chat template ends this one too."""
-        return self.session.generate(
-            ids,
-            max_tokens=max_tokens,
-            stop=[*self.template.stop, *stop],
-            stop_tokens=[*(() if ignore_eos else self.template.stop_tokens), *stop_tokens],
-            ignore_eos=ignore_eos,
-            progress=progress,
-            **sampling,
-        )
+        stop, ends = options.get("stop", ()), () if options.get("ignore_eos") else self.template.stop_tokens
+        options["stop"] = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
+        options["stop_tokens"] = [*ends, *options.get("stop_tokens", ())]
+        options.setdefault("max_tokens", MAX_TOKENS)
+        options["progress"] = progress
+        return self.session.generate(ids, **options)
 
     def _leading(self, feed: Feed) -> int:
         """How many tokens of a long question go ahead in whole chunks, with a look at `cancelled` after each."""
@@ -277,6 +267,82 @@ class Conversation:
             self._cut(turn.read if turn.start is not None else 0, [])
         else:
             self._cut(turn.start or 0, pending)
+        self._remember()
+
+    def regenerate(self, **options: Unpack[ReplyOptions]) -> Iterator[Response]:
+        """Take back the last reply and answer its question again; yields as `reply`, whose options it takes.
+
+        Raises:
+            PromptError: there is nothing to take back.
+        """
+        if not self.turns:
+            raise PromptError("nothing to answer again: the conversation has no turns yet")
+        question, ahead = self.messages[-2]["content"], self.turns[-1].document
+        self.undo()
+        return self.reply(question[ahead:].removeprefix(BREAK) if ahead else question, **options)
+
+    def set_system(self, system: str | None) -> None:
+        """Another system prompt, or none; the conversation behind it is processed again.
+
+        Raises:
+            PromptError: a document has been read and not asked about.
+            ContextError: the conversation does not fit behind it; nothing has changed.
+            ChatTemplateError: the template refuses it; nothing has changed.
+        """
+        if self.document is not None:
+            raise PromptError("ask about the document first, or begin a new conversation")
+        behind = self.messages[len(self.messages) % 2 :]
+        self._process_again(([] if system is None else [{"role": "system", "content": system}]) + behind, self.turns)
+
+    def forget(self, room: int) -> int:
+        """Drop the oldest turns until there is room for so many tokens; the system prompt stays.
+
+        What is left is processed again, as the chat template has it: its text is what it would be in a conversation
+        that began with it. A reply that was cut can be gone on with by `resume`.
+
+        Args:
+            room: tokens of the context.
+
+        Returns:
+            How many turns are gone: none where there is the room, or where a document has been read and not asked
+            about; all where even the last one takes too much.
+        """
+        context = self.session.model.architecture.context
+        if self.document is not None or self.session.room >= room:
+            return 0
+        first, turns = len(self.messages) % 2, len(self.turns)
+
+        def kept(dropped: int) -> list[dict[str, str]]:
+            return [*self.messages[:first], *self.messages[first + 2 * dropped :]]
+
+        def fits(dropped: int) -> bool:
+            return dropped == turns or sum(map(len, self._fed(kept(dropped)))) + room <= context
+
+        if not turns:
+            return 0
+        dropped = 1 + bisect.bisect_left(range(1, turns), True, key=fits)
+        self._process_again(kept(dropped), self.turns[dropped:])
+        return dropped
+
+    def _fed(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids up to the last reply, and of that reply."""
+        prompt = self.template.encode(messages[:-1])
+        reply = self.template.guarded(messages[-1]["content"])
+        return prompt, self.template.encode_guarded(reply, beginning=False, before=prompt[-1]) if reply else []
+
+    def _process_again(self, messages: list[dict[str, str]], turns: list[Turn]) -> None:
+        """Make these the conversation, and cache them as the template has them, up to the end of the last reply."""
+        prompt, reply = self._fed(messages) if turns else ([], [])
+        self._check_room(0, len(prompt) + len(reply), "the conversation")
+        ids = prompt + reply
+        same = min(shared(self.session.tokens, ids), max(0, len(ids) - 1))
+        self._cut(same, [])
+        if ids[same:]:
+            self.session.append(ids[same:])
+        self.messages = messages
+        self.turns = [Turn(None, [], 0) for _ in turns]
+        if self.turns:
+            self.turns[-1].prompt = len(prompt)
         self._remember()
 
     def move_to(self, session: Session) -> None:

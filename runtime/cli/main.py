@@ -98,7 +98,7 @@ def guarded(command: Callable[[], object]) -> None:
     Exit codes: 0 done, 1 a known error, 2 wrong usage or the value of an option, 130 interrupted.
     A closed output pipe ends the process by SIGPIPE (141 in a shell).
     """
-    from kvq.runtime.errors import BackendError, BudgetError, KvqError, PolicyError, SamplingError
+    from kvq.runtime.errors import BackendError, BudgetError, GrammarError, KvqError, PolicyError, SamplingError
 
     if hasattr(signal, "SIGPIPE"):
         # `kvq-run ... | head` ends quietly, as with any Unix filter; click would exit with 1.
@@ -111,7 +111,7 @@ def guarded(command: Callable[[], object]) -> None:
             error.show()
             _exit(2)
         _exit(2, *_usage(error))
-    except (BackendError, BudgetError, PolicyError, SamplingError) as error:  # the value of an option
+    except (BackendError, BudgetError, GrammarError, PolicyError, SamplingError) as error:  # the value of an option
         _exit(2, str(error))
     except (KvqError, click.ClickException) as error:
         _exit(1, str(error) if isinstance(error, KvqError) else error.format_message())

@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvq.runtime.cli.twins import variable
-from kvq.runtime.errors import BudgetError
+from kvq.runtime.errors import BudgetError, GrammarError
 from kvq.runtime.policy.base import DEFAULT_POLICY
 from kvq.runtime.session.sampling import DEFAULTS
 
@@ -73,6 +73,19 @@ class Size(click.ParamType):
             raise BudgetError(f"{error} (from {name})" if name else str(error)) from None
 
 
+class Bias(click.ParamType):
+    """A token id and what is added to its logit: "42=-100"."""
+
+    name = "bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        token, _, number = value.partition("=")
+        try:
+            return int(token), float(number)
+        except ValueError:
+            self.fail(f"{value!r:.60} is no bias; write for example 42=-100", param, ctx)
+
+
 SIZE = Size()
 
 
@@ -130,6 +143,24 @@ def max_tokens(default: int) -> Callable:
                   help="Most tokens; -1 fills the context.")  # fmt: skip
 
 
+def _schema(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The text of a schema: what begins as one is one, all else is a file's name."""
+    if value is None or value.lstrip()[:1] == "{" or value.strip() == "true":
+        return value
+    return _grammar(ctx, param, value)
+
+
+def _grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The text of a file."""
+    if value is None:
+        return None
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise GrammarError(f"cannot read {value:.200} ({why}); --{param.name} takes a file") from None
+
+
 SYSTEM = option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
 RAW = option("--raw", is_flag=True, section="Basics", help="Go on with the text as it is, without the chat template.")
 # Names and short forms as in llama.cpp and mlx-lm.
@@ -145,12 +176,27 @@ SAMPLING = [
            help="Drop what is below p times the best."),
     option("--repetition-penalty", "--repeat-penalty", default=DEFAULTS["repetition_penalty"], metavar="X",
            show_default=True, section="Sampling", help="1 is off."),
+    option("--presence-penalty", default=DEFAULTS["presence_penalty"], metavar="X", show_default=True,
+           section="Sampling", help="Nats taken from tokens that this text has said."),
+    option("--frequency-penalty", default=DEFAULTS["frequency_penalty"], metavar="X", show_default=True,
+           section="Sampling", help="The same for every time that it has."),
+    option("--logit-bias", multiple=True, type=Bias(), metavar="ID=X", section="Sampling",
+           help="Nats added to a token, from -100 to 100; can be repeated."),
     option("-s", "--seed", type=int, metavar="N", section="Sampling", help="Same seed, same text; drawn if not given."),
     option("--stop", multiple=True, type=Words(), metavar="TEXT", section="Sampling",
            help="End before TEXT appears; can be repeated."),
     option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", section="Sampling",
            help="End at a token id; can be repeated."),
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past tokens that end a text or an answer."),
+]  # fmt: skip
+STRUCTURE = [
+    option("--schema", metavar="FILE|JSON", section="Structure", callback=_schema,
+           help="Keep the answer to a JSON schema; true is any JSON."),
+    option("--regex", metavar="REGEX", section="Structure", help="Keep it to a regular expression, all of it."),
+    option("--grammar", metavar="FILE", section="Structure", callback=_grammar,
+           help="Keep it to a grammar in llguidance's form of Lark."),
+    option("--choice", multiple=True, type=Words(), metavar="TEXT", section="Structure",
+           callback=lambda ctx, param, value: list(value) or None, help="One of these texts; repeat it."),
 ]  # fmt: skip
 CACHE = [
     option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
@@ -181,8 +227,8 @@ def session_settings(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def generation_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """Options of `Session.generate` of a command's parameters, which are those of `SAMPLING`."""
-    most = parameters["max_tokens"]
-    return {**parameters, "max_tokens": None if most == -1 else most}
+    most, bias = parameters["max_tokens"], parameters["logit_bias"]
+    return {**parameters, "max_tokens": None if most == -1 else most, "logit_bias": dict(bias) or None}
 
 
 def given(ctx: click.Context) -> set[str]:

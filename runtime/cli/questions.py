@@ -6,10 +6,8 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-
-import click
 
 from kvq.runtime.errors import PromptError
 
@@ -83,46 +81,3 @@ def _utf8(data: bytes, source: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise PromptError(f"{source} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from None
-
-
-def typed() -> str:
-    """A question from the terminal; the prompt is not part of what stdout carries when it goes elsewhere."""
-    lines, prompt = [], "> "
-    while True:
-        if sys.stdout.isatty():
-            line = input(prompt)
-        else:
-            click.echo(prompt, nl=False, err=True)
-            await_line()
-            line = input()
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            return "\n".join(lines)
-        prompt = ". "
-
-
-def await_line() -> None:
-    """Returns when stdin can be read.
-
-    Looks up now and then: a Ctrl-C that comes just before a read that blocks would be noticed only with the next line.
-    """
-    if sys.platform != "win32":  # where select knows sockets only
-        while not select.select([sys.stdin], [], [], 0.2)[0]:
-            pass
-
-
-def prepare_readline(commands: Sequence[str]) -> None:
-    """Line editing, and completion of commands; nothing where Python has no readline."""
-    try:
-        import readline
-    except ImportError:
-        return
-
-    def complete(text: str, state: int) -> str | None:
-        found = [name + " " for name in commands if name.startswith(text)] if text.startswith("/") else []
-        return found[state] if state < len(found) else None
-
-    readline.set_completer_delims(" \t\n")
-    readline.set_completer(complete)
-    libedit = "libedit" in (readline.__doc__ or "")
-    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.cli.answers import show, why_empty
+from kvq.runtime.cli.answers import Answer, show, why_empty
 from kvq.runtime.cli.interrupt import Interrupt
+from kvq.runtime.cli.keyboard import QUOTES, prepare_readline, typed
 from kvq.runtime.cli.progress import Bar
-from kvq.runtime.cli.questions import prepare_readline, typed
-from kvq.runtime.errors import BudgetError, KvqError, PromptError
+from kvq.runtime.cli.slash import HELP, Commands
+from kvq.runtime.errors import KvqError, PromptError
 
 if TYPE_CHECKING:
     from kvq.runtime.chat.conversation import Conversation
+    from kvq.runtime.session.generation import Response
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
 
-HELP = """\
-/save FILE    save the conversation with its cache, to go on later
-/load FILE    go on with a saved one
-/policy NAME  another precision of cached tokens; the conversation is processed again
-/stats        tokens, bytes and times so far
-/undo         take back the last question and its answer
-/reset        begin anew; --system stays, a document does not
-/quit         end, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next one."""
+SPARE = 4  # a reply finds a part of the context free, that of one in so many, or what it may have if that is less
 
 
 @dataclass
@@ -44,6 +35,7 @@ class Repl:
         generation: options of `Conversation.reply`.
         quiet: whether notices are left out.
         attended: whether somebody is there whose Ctrl-C ends an answer alone.
+        forgotten: turns that had to make room.
     """
 
     model: Model
@@ -53,8 +45,11 @@ class Repl:
     quiet: bool
     conversation: Conversation = field(init=False)
     attended: bool = False
+    forgotten: int = 0
 
     def __post_init__(self) -> None:
+        self._commands = Commands(self)
+        self._again = 0  # how often the last question has been answered again
         self.begin(self.new_session())
         self.conversation.session.generate([0], **self.generation)  # checks the options now, and computes nothing
 
@@ -67,27 +62,41 @@ class Repl:
         from kvq.runtime.chat.conversation import Conversation
 
         self.conversation = Conversation(session, self.system if system else None)
+        self.forgotten = 0
 
     def notice(self, text: str) -> None:
         """A line on stderr, unless --quiet."""
         if not self.quiet:
             click.echo(text, err=True)
 
+    # -- where lines come from ----------------------------------------------------------------------
+
     def script(self, first: str | None = None) -> None:
-        """A first question, and one a line from stdin; the first error ends it."""
+        """A first question, and one a line from stdin, or from three quotes to three more; the first error ends it."""
         if first:
             self.answer(first)
+        quoted: list[str] | None = None
         for number, line in enumerate(sys.stdin.buffer, 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError:
                 raise PromptError(f"line {number} of stdin is not UTF-8; convert it with iconv -t UTF-8") from None
+            if quoted is None and text.lstrip().startswith(QUOTES):
+                quoted, text = [], text.lstrip().removeprefix(QUOTES)
+            if quoted is not None:
+                before, closed, _ = text.partition(QUOTES)
+                quoted.append(before)
+                if not closed:
+                    continue
+                text, quoted = "".join(quoted), None
             if not self.handle(text.strip()):
                 return
+        if quoted is not None and not self.handle("".join(quoted).strip()):  # nobody has closed them
+            return
 
     def interactive(self, first: str | None = None) -> None:
         """A first question, and those from the terminal until Ctrl-D; an error is told and the chat goes on."""
-        prepare_readline([line.split()[0] for line in HELP.splitlines() if line.startswith("/")])
+        history = prepare_readline([line.split()[0] for line in HELP.splitlines() if line.startswith("/")])
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
         self.attended = True
         session = self.conversation.session
@@ -100,7 +109,11 @@ class Repl:
                 if first:
                     question, first = first, None
                     self.answer(question)
-                elif not self.handle(typed().strip()):
+                    continue
+                line = typed().strip()
+                if history is not None:
+                    history.add(line)
+                if not self.handle(line):
                     return
             except EOFError:
                 click.echo(err=True)
@@ -116,93 +129,95 @@ class Repl:
             if line:
                 self.answer(line)
             return True
-        try:
-            name, *arguments = shlex.split(line[1:]) or [""]
-        except ValueError as error:
-            raise PromptError(f"{line!r:.80} cannot be read ({error}); close its quotes") from None
-        if name in ("quit", "exit", "bye"):
-            return False
-        commands: dict[str, tuple[int, Callable[..., None]]] = {
-            "help": (0, self.help), "save": (1, self.save), "load": (1, self.load), "policy": (1, self.policy),
-            "stats": (0, self.stats), "undo": (0, self.undo), "reset": (0, self.reset),
-        }  # fmt: skip
-        command = commands.get(name)
-        if command is None and "/" in name:  # a path, which a question may begin with
-            self.answer(line)
-            return True
-        if command is None:
-            raise PromptError(f"no command /{name}; /help lists them")
-        if len(arguments) != command[0]:
-            raise PromptError(f"/{name} takes {command[0] or 'no'} argument{'s' * (command[0] != 1)}; see /help")
-        command[1](*arguments)
-        return True
+        return self._commands.run(line)
+
+    # -- answers ------------------------------------------------------------------------------------
 
     def answer(self, question: str) -> None:
-        """Stream an answer to stdout."""
+        """Stream an answer to stdout; where the context is full, the oldest turns go."""
+        self._again = 0
+        self._make_room(question)
+        self._show(self.generation, question)
+
+    def regenerate(self) -> None:
+        """Answer the last question again, with other draws."""
+        self._again += 1
+        seed = self.generation.get("seed")
+        self._show({**self.generation, "seed": None if seed is None else seed + self._again}, None)
+
+    def _show(self, generation: dict[str, Any], question: str | None) -> None:
+        """The answer to a question, or with None the last one again."""
         bar = Bar(shown=not self.quiet)
         with Interrupt(enabled=self.attended) as interrupt:
             interrupt.arm()
-            replies = self.conversation.reply(
-                question, cancelled=lambda: interrupt.asked, progress=bar, **self.generation
+            options = {**generation, "cancelled": lambda: interrupt.asked, "progress": bar}
+            conversation = self.conversation
+            replies = (
+                conversation.regenerate(**options) if question is None else conversation.reply(question, **options)
             )
-            answer = show(replies, bar, interrupt, strip=True)
+            answer = show(self._going_on(replies, generation), bar, interrupt, strip=True)
         if answer.last is None:  # stopped while the question was read
             click.echo()
+        self._say_how_it_ended(answer, interrupt.asked)
+
+    def _going_on(self, replies: Any, generation: dict[str, Any]) -> Any:
+        """Responses of a reply; one that has filled the context goes on once the oldest turns are gone."""
+        most, before = generation["max_tokens"], 0
+        while True:
+            last: Response | None = None
+            try:
+                for last in replies:
+                    full = last.finish_reason == "context" and len(self.conversation.turns) > 1
+                    if not full:
+                        yield last if not before else _counted(last, before)
+            finally:
+                replies.close()
+            if last is None or last.finish_reason != "context" or len(self.conversation.turns) < 2:
+                return
+            before += last.index + 1
+            left = None if most is None else most - before
+            if not self._forget(self.model.architecture.context // 2) or (left is not None and left < 1):
+                yield _counted(last, before - last.index - 1)
+                return
+            yield _counted(last, before - last.index - 1, finish=None)
+            replies = self.conversation.resume(**{**generation, "max_tokens": left})
+
+    def _make_room(self, question: str) -> None:
+        """Drop the oldest turns where a question and its answer would not fit."""
+        conversation, context = self.conversation, self.model.architecture.context
+        most = self.generation["max_tokens"]
+        reserve = context // SPARE if most is None else min(most, context // SPARE)
+        need = len(conversation.template.encode([{"role": "user", "content": question}])) + reserve
+        if conversation.session.room < need:
+            # Half the context at once, so that turns are not processed again with every question.
+            self._forget(max(need, min(context // 2, context - 1)))
+
+    def _forget(self, room: int) -> int:
+        gone = self.conversation.forget(room)
+        if gone:
+            self.forgotten += gone
+            turns = f"the oldest {gone} turns are" if gone > 1 else "the oldest turn is"
+            self.notice(f"(the context of {self.model.architecture.context} tokens is full: {turns} forgotten)")
+        return gone
+
+    def _say_how_it_ended(self, answer: Answer, stopped: bool) -> None:
         empty = why_empty(answer.text, answer.last, self.model, self.conversation.template, self.generation)
-        if interrupt.asked:
+        if stopped:
             self.notice("(stopped)")
         elif empty and answer.finish_reason == "stop":
             self.notice(f"({empty})")
         elif answer.finish_reason == "length":
-            self.notice(f"(cut after {self.generation['max_tokens']} tokens; -n sets how many)")
+            self.notice(f"(cut after {answer.tokens} tokens; -n or /set max_tokens says how many)")
         elif answer.finish_reason == "context":
             self.notice(
                 f"(the context of {self.model.architecture.context} tokens is full: /undo takes back a turn,"
                 " /reset begins anew)"
             )
 
-    def help(self) -> None:
-        """What can be typed."""
-        click.echo(HELP, err=True)
 
-    def save(self, path: str) -> None:
-        """Write the session, conversation included."""
-        self.conversation.session.save(path)
-        session = self.conversation.session
-        self.notice(f"saved {len(session.tokens)} tokens to {path}, {Path(path).stat().st_size / 1e3:.1f} kB")
+def _counted(response: Response, before: int, finish: str | None = "") -> Response:
+    """A response of a reply that has said so many tokens before; finish: in place of its own."""
+    from dataclasses import replace
 
-    def load(self, path: str) -> None:
-        """Take up a saved session."""
-        session = self.model.load_session(path)
-        self.begin(session, system=False)
-        self.notice(f"{self._turns()}, {len(session.tokens)} tokens, policy {session.policy.name}")
-
-    def policy(self, name: str) -> None:
-        """Process the conversation again under another policy."""
-        settings, left = {**self.settings, "policy": name}, ""
-        try:
-            session = self.model.session(**settings)
-        except BudgetError:  # one that this policy cannot follow
-            settings |= {"kv_bits": None, "kv_memory": None}
-            session, left = self.model.session(**settings), ", without the budget"
-        self.conversation.move_to(session)
-        self.settings = settings
-        self.notice(f"policy {session.policy.name}{left}, {len(session.tokens)} tokens processed again")
-
-    def stats(self) -> None:
-        """The line of statistics, asked for and so printed even if quiet."""
-        click.echo(self.conversation.session.stats().line(), err=True)
-
-    def undo(self) -> None:
-        """Take back a turn."""
-        self.conversation.undo()
-        self.notice(f"{self._turns()}, {len(self.conversation.session.tokens)} tokens left")
-
-    def _turns(self) -> str:
-        turns = len(self.conversation.turns)
-        return f"{turns} turn{'s' * (turns != 1)}" + " and a document" * (self.conversation.document is not None)
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.begin(self.new_session())
-        self.notice("a new conversation")
+    reason = response.finish_reason if finish == "" else finish
+    return replace(response, index=response.index + before, finish_reason=reason)

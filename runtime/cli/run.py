@@ -20,6 +20,7 @@ from kvq.runtime.cli.options import (
     RAW,
     SAMPLING,
     SETTINGS,
+    STRUCTURE,
     SYSTEM,
     Command,
     generation_options,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no statistics line.")
 @options(MODEL)
 @options(CACHE)
+@options(STRUCTURE)
 @options(SAMPLING)
 @click.pass_context
 def run(
@@ -78,6 +80,7 @@ def run(
       cat report.txt | kvq-run -m ./my-bundle "Summarise this in three sentences."
       git diff | kvq-run -m ./my-bundle --system "You review code." "Any bugs?"
       kvq-run --session lease.kvq --session-readonly "When is the rent due?"
+      kvq-run --choice yes --choice no "Is a whale a fish?"
       kvq-run -f notes.txt --kv-bits 3.5 --json "What is still to be done?"
       kvq-run "The ship left the harbour"
       kvq-run --session story.kvq "It was late"

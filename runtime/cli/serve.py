@@ -66,7 +66,7 @@ def serve(
     """
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
         raise click.UsageError("the API key must be printable ASCII and not empty; unset KVQ_API_KEY to go without")
-    from kvq.runtime.server.app import Limits
+    from kvq.runtime.server.preparing import Limits
     from kvq.runtime.server.protocol import Settings
     from kvq.runtime.server.serve import Options
     from kvq.runtime.server.serve import serve as run

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvq.runtime.errors import BackendError, BudgetError, KvqError, PolicyError, SamplingError
+from kvq.runtime.errors import BackendError, BudgetError, GrammarError, KvqError, PolicyError, SamplingError
 
 TWINS = "Every flag has an environment twin: --kv-bits is KVQ_KV_BITS. A flag beats the variable."
 # Errors of a value that an option had, and the options it may have been.
@@ -24,8 +24,10 @@ BLAMED: dict[type[KvqError], tuple[str, ...]] = {
     BudgetError: ("policy", "kv_bits", "kv_memory", "recent", "sink", "protect_bits"),
     PolicyError: ("policy", "prefill", "recent", "sink", "protect_bits"),
     SamplingError: (
-        "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_tokens",
+        "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logit_bias", "seed", "stop", "stop_tokens",
     ),
+    GrammarError: ("schema", "regex", "grammar", "choice"),
 }  # fmt: skip
 
 

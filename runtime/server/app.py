@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -15,35 +14,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import kvq
-from kvq.runtime.errors import ContextError, KvqError, RequestError
+from kvq.runtime.errors import KvqError, RequestError
+from kvq.runtime.server.choices import choices_of
 from kvq.runtime.server.events import Disconnected, Events, EventStream
+from kvq.runtime.server.fields import parse_json
 from kvq.runtime.server.guard import refusal
-from kvq.runtime.server.protocol import Generation, Settings, parse_generation, parse_json
+from kvq.runtime.server.information import Information
+from kvq.runtime.server.metrics import Metrics
+from kvq.runtime.server.ollama import OllamaReply, now, parse_chat, parse_generate
+from kvq.runtime.server.preparing import Limits, Prepared, prepare
+from kvq.runtime.server.protocol import Generation, Settings, parse_generation
 from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Event, Job, Scheduler
+from kvq.runtime.server.scheduler import Event, Scheduler, Step
 from kvq.runtime.server.tokens import TokenTexts
+from kvq.runtime.text.tools import CallReader
 
-if TYPE_CHECKING:
-    from kvq.runtime.session.model import Model
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        body: most bytes of a body.
-        body_s: seconds in which a body has to arrive.
-        prompt_tokens: most tokens of a prompt; None leaves it to the model's context.
-        max_tokens: most tokens of a response, and what a chat response has if the request names no number.
-        timeout_s: seconds from the request to the end of its response.
-    """
-
-    body: int = 4_000_000
-    body_s: float = 30.0
-    prompt_tokens: int | None = None
-    max_tokens: int = 1024
-    timeout_s: float = 600.0
+# A body -> what it asks for; None for nothing.
+Parser = Callable[[dict[str, Any], Settings], Generation | None]
 
 
 class Api:
@@ -59,152 +46,128 @@ class Api:
     def __init__(self, scheduler: Scheduler, name: str | None, defaults: Settings, limits: Limits) -> None:
         self.scheduler = scheduler
         self.defaults, self.limits = defaults, limits
-        self._name = name
+        self.metrics = Metrics()
+        self.information = Information(scheduler, name, limits, self.metrics, self._body)
         self._texts: TokenTexts | None = None
-        self._created = int(time.time())
 
     def routes(self) -> list[Route]:
         """Starlette's routes."""
-        return [
-            Route("/health", self.health, methods=["GET"]),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completion, methods=["POST"]),
-            Route("/stats", self.stats, methods=["GET"]),
-        ]
-
-    async def health(self, request: Request) -> Response:
-        """200 once requests can be answered, 503 before and while the server ends."""
-        try:
-            self.scheduler.ready()
-        except RequestError as error:
-            return refusal(error, status=error.code)
-        return JSONResponse({"status": "ok"})
-
-    async def models(self, request: Request) -> Response:
-        """The one model."""
-        model, _ = self.scheduler.ready()
-        return JSONResponse({"object": "list", "data": [self._card(model)]})
-
-    async def model(self, request: Request) -> Response:
-        """The one model, by its name."""
-        model, _ = self.scheduler.ready()
-        self._check_name(model, request.path_params["name"])
-        return JSONResponse(self._card(model))
-
-    async def stats(self, request: Request) -> Response:
-        """Counts since the start, for operators and benchmarks."""
-        _, pool = self.scheduler.ready()
-        active, waiting = self.scheduler.counts()
-        memory, disk = pool.prefixes.counts()
-        return JSONResponse(
-            {
-                "active": active,
-                "waiting": waiting,
-                "sessions_in_memory": memory,
-                "sessions_on_disk": disk,
-                "kv_limit_nbytes": pool.limit,
-                "kv_nbytes": pool.known_nbytes,
-                "kv_peak_nbytes": pool.peak_nbytes,
-                "file_nbytes": pool.prefixes.file_nbytes(),
-                "reused": pool.hits,
-                "evictions": pool.prefixes.evictions,
-                "restores": pool.prefixes.restores,
-                "dropped_files": pool.prefixes.dropped_files,
-            }
-        )
+        post = ["POST"]
+        routes = self.information.routes()
+        for prefix in ("/v1", ""):
+            routes.append(Route(f"{prefix}/chat/completions", self.chat, methods=post))
+            routes.append(Route(f"{prefix}/completions", self.completion, methods=post))
+        routes.append(Route("/api/chat", self.ollama_chat, methods=post))
+        routes.append(Route("/api/generate", self.ollama_generate, methods=post))
+        self.metrics.paths = frozenset(route.path for route in routes)
+        return routes
 
     async def chat(self, request: Request) -> Response:
         """/v1/chat/completions."""
-        return await self._generate(request, chat=True)
+        return await self._generate(request, lambda body, defaults: parse_generation(body, True, defaults), self._reply)
 
     async def completion(self, request: Request) -> Response:
         """/v1/completions."""
-        return await self._generate(request, chat=False)
+        return await self._generate(
+            request, lambda body, defaults: parse_generation(body, False, defaults), self._reply
+        )
 
-    def _card(self, model: Model) -> dict[str, Any]:
-        shape = model.architecture
-        card = {"id": self._model_name(model), "object": "model", "created": self._created, "owned_by": "kvq"}
-        return card | {"context_length": shape.context}
+    async def ollama_chat(self, request: Request) -> Response:
+        """/api/chat."""
+        return await self._generate(request, parse_chat, self._ollama_reply(chat=True))
 
-    def _model_name(self, model: Model) -> str:
-        return self._name or model.bundle.manifest.name
-
-    def _check_name(self, model: Model, name: str | None) -> None:
-        served = self._model_name(model)
-        if name is not None and name != served:
-            raise RequestError(
-                f"no model {name!r:.100} here; this server has {served!r}", 404, "model_not_found", "model"
-            )
+    async def ollama_generate(self, request: Request) -> Response:
+        """/api/generate."""
+        return await self._generate(request, parse_generate, self._ollama_reply(chat=False))
 
     # -- generation -------------------------------------------------------------------------------
 
-    async def _generate(self, request: Request, chat: bool) -> Response:
+    async def _generate(
+        self, request: Request, parse: Parser, reply_of: Callable[[Prepared], Reply | OllamaReply]
+    ) -> Response:
         begun = time.monotonic()
         self.scheduler.ready()
         body = await self._body(request)
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        # Parsing and tokenizing a long prompt takes long enough to hold up other streams.
+        prepared = await asyncio.to_thread(self._prepare, body, parse)
+        if prepared is None:
+            return JSONResponse({"model": self._served(), "created_at": now(), "response": "", "done": True,
+                                 "done_reason": "load"})  # fmt: skip
+        reply = reply_of(prepared)
+        cancelled, seen = prepared.jobs[0].cancelled, _Times(self.metrics, begun)
 
         def emit(event: Event) -> None:  # called in the worker's thread
+            seen.note(event)
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the loop is closed: nobody listens
-                job.cancelled.set()
+                cancelled.set()
 
-        # Parsing and tokenizing a long prompt takes long enough to hold up other streams.
-        parsed, job, reply = await asyncio.to_thread(self._prepare, body, chat)
-        job.deadline = begun + self.limits.timeout_s
-        job.emit = emit
-        self.scheduler.submit(job)
-        request.state.usage = lambda: f"prompt {len(job.ids)} generated {reply.generated}"
-        heard = Events(job, events, request)
+        for job in prepared.jobs:
+            job.deadline, job.emit, job.cancelled = begun + self.limits.timeout_s, emit, cancelled
+        self.scheduler.submit(prepared.jobs)
+        prompt_tokens = sum(len(job.ids) for job in prepared.jobs)
+        self.metrics.prompt_tokens += prompt_tokens
+        request.state.usage = lambda: f"prompt {prompt_tokens} generated {sum(c.generated for c in reply.choices)}"
+        heard = Events(cancelled, events, len(reply.choices), request)
         try:
             first = await heard.next()
             if isinstance(first[0], BaseException):
                 raise first[0]
-            if parsed.stream:
+            if prepared.request.stream:
                 return EventStream(reply, first, heard)
-            return JSONResponse(reply.whole(*await heard.rest(first)))
+            return JSONResponse(reply.whole(await heard.rest(first)))
         except BaseException:
             heard.close()
             raise
 
-    def _prepare(self, body: bytes, chat: bool) -> tuple[Generation, Job, Reply]:
-        """Everything that can be refused before the queue."""
+    def _prepare(self, body: bytes, parse: Parser) -> Prepared | None:
+        """Everything that can be refused before the queue; None where nothing is asked for."""
         model, pool = self.scheduler.ready()
-        parsed = parse_generation(parse_json(body), chat, self.defaults)
-        self._check_name(model, parsed.model)
-        ids, stop, stop_tokens = _prompt(model, parsed)
-        context = model.architecture.context
-        most_prompt = min(self.limits.prompt_tokens or context, context)
-        if len(ids) > most_prompt:
-            raise ContextError(f"the prompt has {len(ids)} tokens, at most {most_prompt} are possible; shorten it")
-        wanted = self.limits.max_tokens if parsed.max_tokens is None else parsed.max_tokens
-        if wanted > self.limits.max_tokens:
-            raise RequestError(
-                f"max_tokens is at most {self.limits.max_tokens} on this server; ask for less", param="max_tokens"
-            )
-        max_tokens = min(wanted, context - len(ids) + 1)
-        length = min(len(ids) + max_tokens, context)
-        capacity = pool.check(parsed.settings, length)
+        request = parse(parse_json(body), self.defaults)
+        if request is None:
+            return None
+        self.information.check_name(model, request.model)
+        prepared = prepare(request, model, pool, self.limits)
         if self._texts is None:
             self._texts = TokenTexts(model.tokenizer)
+        return prepared
+
+    def _served(self) -> str:
+        return self.information.served(self.scheduler.ready()[0])
+
+    def _reader(self, prepared: Prepared) -> CallReader | None:
+        """What tells calls from the text, where there are tools to call."""
+        tools, template = prepared.request.tools, self.scheduler.ready()[0].chat_template
+        if tools is None or not tools.offered:
+            return None
+        names = [tool.name for tool in tools.offered]
+        return CallReader(template.calls, names, sorted(template.hidden), not tools.parallel)
+
+    def _reply(self, prepared: Prepared) -> Reply:
+        model, _ = self.scheduler.ready()
+        texts = self._texts or TokenTexts(model.tokenizer)
         fingerprint = f"kvq-{kvq.__version__}-{model.bundle.manifest.model_digest[:12]}"
-        end_tokens = {*stop_tokens, *model.bundle.manifest.eos_token_ids}
-        reply = Reply(parsed, self._model_name(model), fingerprint, len(ids), self._texts, end_tokens, bool(stop))
-        job = Job(
-            ids, parsed.settings, capacity, length, max_tokens, stop, stop_tokens, parsed.sampling,
-            parsed.top_logprobs or 0, 0.0, _nowhere,
-        )  # fmt: skip
-        return parsed, job, reply
+        choices = choices_of(prepared, texts, lambda: self._reader(prepared))
+        return Reply(prepared, self._served(), fingerprint, texts, choices)
+
+    def _ollama_reply(self, chat: bool) -> Callable[[Prepared], OllamaReply]:
+        def make(prepared: Prepared) -> OllamaReply:
+            texts = self._texts or TokenTexts(self.scheduler.ready()[0].tokenizer)
+            (choice,) = choices_of(prepared, texts, lambda: self._reader(prepared))
+            return OllamaReply(prepared, self._served(), choice, chat)
+
+        return make
 
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it.
+        browser = "origin" in request.headers or "sec-fetch-site" in request.headers
+        if kind != "application/json" and (kind or browser):
+            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it. Some
+            # clients name no kind at all; a page's request without one says where it comes from.
             raise RequestError("send the body with content-type: application/json", 415)
         too_large = RequestError(f"the body is larger than {self.limits.body} bytes; shorten it", 413, "body_too_large")
         announced = request.headers.get("content-length", "")
@@ -224,43 +187,52 @@ class Api:
         return bytes(body)
 
 
-def _nowhere(event: Event) -> None:
-    """Where a job's events go before anybody listens."""
+class _Times:
+    """Takes the times of a request's events into the metrics; in the worker's thread.
 
+    Args:
+        metrics: where they go.
+        begun: `time.monotonic()` of the request.
+    """
 
-def _prompt(model: Model, parsed: Generation) -> tuple[np.ndarray, list[str], list[int]]:
-    """Token ids int64 [tokens] of the prompt, and what ends the text: strings, ids."""
-    stop, stop_tokens = list(parsed.stop), list[int]()
-    if parsed.chat:
-        template = model.chat_template
-        ids = template.encode(parsed.messages)
-        stop += template.stop
-        stop_tokens += template.stop_tokens
-    else:
-        ids = model.encode(parsed.prompt) if isinstance(parsed.prompt, str) else parsed.prompt
-    if not ids:
-        raise RequestError("the prompt has no tokens; give some text", param="messages" if parsed.chat else "prompt")
-    array = np.asarray(ids)
-    vocab = model.architecture.vocab
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab:
-        raise RequestError(f"token ids must be in [0, {vocab}); is this another model's tokenizer?", param="prompt")
-    return array.astype(np.int64), stop, stop_tokens
+    def __init__(self, metrics: Metrics, begun: float) -> None:
+        self._metrics, self._begun = metrics, begun
+        self._last: dict[int, float] = {}
+
+    def note(self, event: Event) -> None:
+        """One event."""
+        if not isinstance(event, Step):
+            return
+        now, metrics = time.monotonic(), self._metrics
+        if event.response is not None:
+            metrics.generated_tokens += 1
+            last = self._last.get(event.choice)
+            if last is not None:
+                metrics.between.add(now - last)
+            elif not self._last:
+                metrics.first_token.add(now - self._begun)
+            self._last[event.choice] = now
+        if event.done is not None:
+            metrics.request.add(now - self._begun)
+            metrics.cached_tokens += event.done.cached
+            if event.done.stats.kv_used_bits is not None:
+                metrics.bits.add(event.done.stats.kv_used_bits)
 
 
 def make_app(api: Api) -> Starlette:
     """The application without its guard."""
 
     async def known(request: Request, error: Exception) -> Response:
-        return refusal(error)
+        return refusal(error, request.url.path)
 
     async def unknown_path(request: Request, error: Exception) -> Response:
         """What starlette itself refuses: no such path, another method."""
         status = error.status_code if isinstance(error, HTTPException) else 404
         message = "this path takes another method" if status == 405 else "no such path; the API is under /v1"
-        return refusal(RequestError(message, status))
+        return refusal(RequestError(message, status), request.url.path)
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return refusal(error)  # starlette raises it once more, for the guard's log
+        return refusal(error, request.url.path)  # starlette raises it once more, for the guard's log
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the access log does

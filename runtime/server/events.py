@@ -1,21 +1,18 @@
-"""A job's events on the way to its client: heard as long as the client is there, streamed or collected."""
+"""The events of jobs on the way to its client: heard as long as the client is there, streamed or collected."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from typing import Any
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvq.runtime.server.refusals import error_body
-from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Done, Event, Job, Step
+from kvq.runtime.server.scheduler import Event, Step
 
-LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 SEND_S = 60.0  # seconds a client may take to accept a part of a stream
 
 
@@ -24,22 +21,23 @@ class Disconnected(Exception):
 
 
 class Events:
-    """The events of a job. When the client goes away, the worker drops the job at its next step.
+    """The events of a request's jobs. When the client goes away, the worker drops them at its next step.
 
     Args:
-        job: tells its events to `queue`, in the event loop's thread.
-        queue: where they arrive.
+        cancelled: drops them.
+        queue: where their events arrive, in the event loop's thread.
+        texts: how many texts are to come to their end.
         request: the client's; its body has been read.
     """
 
-    def __init__(self, job: Job, queue: asyncio.Queue[Event], request: Request) -> None:
-        self._job, self._queue = job, queue
+    def __init__(self, cancelled: threading.Event, queue: asyncio.Queue[Event], texts: int, request: Request) -> None:
+        self._cancelled, self._queue, self._open = cancelled, queue, texts
         self._watch = asyncio.ensure_future(self._until_gone(request))
 
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._job.cancelled.set()
+        self._cancelled.set()
         self._queue.put_nowait(Disconnected())
 
     async def next(self) -> list[Event]:
@@ -56,32 +54,53 @@ class Events:
                 raise event
         return events
 
-    async def rest(self, events: list[Event]) -> tuple[list[Step], Done]:
-        """All steps to the end, these first, and what the last one says; raises the error if one comes instead."""
-        steps: list[Step] = []
+    async def rest(self, events: list[Event]) -> list[Event]:
+        """All events to the end, these first; raises the error if one comes instead."""
+        found: list[Event] = []
         while True:
             for event in events:
                 if isinstance(event, BaseException):
                     raise event
-                steps.append(event)
-                if event.done is not None:
-                    self.close()
-                    return steps, event.done
+                found.append(event)
+            if self.ended(events):
+                self.close()
+                return found
             events = await self.next()
+
+    def ended(self, events: list[Event]) -> bool:
+        """Count the texts that end with these events; whether all have."""
+        self._open -= sum(isinstance(event, Step) and event.done is not None for event in events)
+        return self._open <= 0
 
     def close(self) -> None:
         """Nobody listens any more."""
-        self._job.cancelled.set()
+        self._cancelled.set()
         self._watch.cancel()
 
 
+class StreamedReply(Protocol):
+    """What a response says, in the form of its API."""
+
+    media_type: str
+
+    def opening(self) -> bytes:
+        """Before the first event."""
+
+    def frames(self, events: Sequence[Event]) -> bytes:
+        """Of events, of which none is an error."""
+
+    def ending(self) -> bytes:
+        """After the last one."""
+
+    def failure(self, error: BaseException) -> bytes:
+        """An error in place of what is left."""
+
+
 class EventStream(Response):
-    """A job's events as server-sent events. An error after the first one is the last event of the stream."""
+    """A job's events as they come. An error after the first one is the last event of the stream."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, reply: Reply, first: list[Event], heard: Events) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(self, reply: StreamedReply, first: list[Event], heard: Events) -> None:
+        super().__init__(media_type=reply.media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._reply, self._first, self._heard = reply, first, heard
 
@@ -101,27 +120,17 @@ class EventStream(Response):
             self._heard.close()
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        opening = self._reply.opening()
-        part = b"" if opening is None else _sse(opening)
-        events = self._first
+        part, events = self._reply.opening(), self._first
         while True:
-            for event in events:
-                if isinstance(event, BaseException):
-                    yield part + _sse(error_body(event))
-                    return
-                body = self._reply.frame(event)
-                part += b"" if body is None else _sse(body)
-                if event.done is not None:
-                    usage = self._reply.usage_frame(event.done)
-                    yield part + (b"" if usage is None else _sse(usage)) + b"data: [DONE]\n\n"
-                    return
+            error = next((event for event in events if isinstance(event, BaseException)), None)
+            part += self._reply.frames([event for event in events if not isinstance(event, BaseException)])
+            if error is not None:
+                yield part + self._reply.failure(error)
+                return
+            if self._heard.ended(events):
+                yield part + self._reply.ending()
+                return
             if part:
                 yield part
             part = b""
             events = await self._heard.next()
-
-
-def _sse(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    # Line ends to some clients, where they would split the event; JSON's own escapes are left to split nothing.
-    return b"data: " + text.translate(LINE_ENDS).encode() + b"\n\n"

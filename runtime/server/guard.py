@@ -18,9 +18,12 @@ from kvq.runtime.server.refusals import error_body, headers_of, status_of
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
-def refusal(error: BaseException, **extra: Any) -> Response:
-    """An error as a response; extra: further members of the body."""
-    return JSONResponse(error_body(error) | extra, status_of(error), headers_of(error))
+def refusal(error: BaseException, path: str = "", **extra: Any) -> Response:
+    """An error as a response, in the form of the API that a path is of; extra: further members of the body."""
+    body = error_body(error)
+    if path.startswith("/api/"):  # ollama's
+        body = {"error": body["error"]["message"]}
+    return JSONResponse(body | extra, status_of(error), headers_of(error))
 
 
 class Guard:
@@ -32,6 +35,7 @@ class Guard:
             own name was made to resolve to this machine (DNS rebinding).
         log: told unexpected errors.
         access_log: told one line per request, without anything the client wrote but the path; None is no log.
+        counted: told path and status of every answer.
     """
 
     def __init__(
@@ -40,8 +44,9 @@ class Guard:
         hosts: Iterable[str] | None,
         log: Callable[[str], None],
         access_log: Callable[[str], None] | None,
+        counted: Callable[[str, int], None] | None = None,
     ) -> None:
-        self.app = app
+        self.app, self.counted = app, counted
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
         self.log, self.access_log = log, access_log
 
@@ -62,8 +67,10 @@ class Guard:
         except Exception as error:
             self.log("".join(traceback.format_exception(error)))
             if not status:
-                await refusal(error)(scope, receive, noted)
+                await refusal(error, scope["path"])(scope, receive, noted)
         finally:
+            if self.counted is not None:
+                self.counted(scope["path"], status)
             if self.access_log is not None:
                 # As it came over the wire, percent-encoded: a path cannot forge a line.
                 path = scope.get("raw_path", b"?").partition(b"?")[0].decode("ascii", "backslashreplace")[:100]
@@ -78,7 +85,7 @@ class Guard:
         name = name if colon and port.isdecimal() else host
         if self.hosts is not None and name not in self.hosts:
             error = RequestError("this server answers to its own address only; see --host", 403, "host_not_allowed")
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -105,4 +112,4 @@ class KeyCheck:
             error = RequestError(
                 "wrong or missing API key; send it as Authorization: Bearer KEY", 401, "invalid_api_key"
             )
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)

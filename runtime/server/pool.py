@@ -35,7 +35,7 @@ class Lease:
     """A session at work on a request.
 
     Attributes:
-        session: the caller's alone.
+        sessions: the caller's alone: the first reads the prompt, the others are forks of it, one for each choice.
         cached: tokens of the prompt that it held from the start.
         boundaries: lengths at which a fork is still to be kept.
         branch: the boundary up to which an earlier prompt goes the same way and then another.
@@ -46,13 +46,18 @@ class Lease:
 
     settings: Settings
     capacity: Capacity
-    session: Session
+    sessions: list[Session]
     cached: int
     boundaries: list[int]
     branch: int
     most_nbytes: int
     parent: Prefix | None
     state: tuple[int, int] = (0, 0)
+
+    @property
+    def session(self) -> Session:
+        """The one that reads the prompt."""
+        return self.sessions[0]
 
 
 class SessionPool:
@@ -92,12 +97,13 @@ class SessionPool:
 
     # -- what a request may take ------------------------------------------------------------------
 
-    def check(self, settings: Settings, length: int) -> Capacity:
+    def check(self, settings: Settings, length: int, copies: int = 1) -> Capacity:
         """Bounds for a request; one that would not even fit alone is refused. Thread-safe.
 
         Args:
             settings: of its session.
             length: most tokens it can come to.
+            copies: how many texts go on from its prompt.
 
         Raises:
             RequestError: 413, it needs more bytes than all sessions may have.
@@ -113,10 +119,11 @@ class SessionPool:
             if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
                 self._capacities.clear()
             capacity = self._capacities[settings] = Capacity(session)
-        most = capacity.most_nbytes(length)
+        most = copies * capacity.most_nbytes(length)
         if self.limit is not None and most > self.limit:
             raise RequestError(
-                f"a KV cache of {length} tokens may take {size(most)}, the server has {size(self.limit)} for all;"
+                f"{'a KV cache' if copies == 1 else f'{copies} KV caches'} of {length} tokens may take {size(most)},"
+                f" the server has {size(self.limit)} for all;"
                 " shorten the prompt, ask for fewer max_tokens, or for fewer kv_bits",
                 413,
                 "kv_memory_exceeded",
@@ -125,15 +132,19 @@ class SessionPool:
 
     # -- a request's way through ------------------------------------------------------------------
 
-    def begin(self, ids: np.ndarray, settings: Settings, capacity: Capacity, length: int) -> Lease | None:
+    def begin(
+        self, ids: np.ndarray, settings: Settings, capacity: Capacity, length: int, copies: int = 1, whole: bool = False
+    ) -> Lease | None:
         """A session that holds the longest kept beginning of a prompt; None if there is no room now.
 
         Args:
             ids: int64 [tokens], the prompt.
             settings, capacity: of the session, see `check`.
             length: most tokens the request can come to.
+            copies: how many texts go on from the prompt.
+            whole: all of the prompt is to be read, for its logits.
         """
-        most = capacity.most_nbytes(length)
+        most = copies * capacity.most_nbytes(length)
         if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
             return None
         last = (len(ids) - 1) // self.chunk * self.chunk  # at least one token is left to give logits
@@ -141,7 +152,7 @@ class SessionPool:
         # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
         parted = (shared for prefix, shared in common if shared < len(prefix.tokens))
         branch = min(max(parted, default=0) // self.chunk * self.chunk, last)
-        fitting = [prefix for prefix, shared in common if shared == len(prefix.tokens) <= last]
+        fitting = [prefix for prefix, shared in common if shared == len(prefix.tokens) <= last and not whole]
         parent, session = None, None
         for parent in sorted(fitting, key=lambda prefix: len(prefix.tokens), reverse=True):
             session = self._fork_of(parent)
@@ -154,7 +165,7 @@ class SessionPool:
             parent, session = None, self._new_session(settings, capacity)
         cached = len(session.tokens)
         boundaries = [at for at in sorted({branch, last}) if at > cached]
-        lease = Lease(settings, capacity, session, cached, boundaries, branch, most, parent)
+        lease = Lease(settings, capacity, [session], cached, boundaries, branch, most, parent)
         self._leases.append(lease)
         self._count()
         return lease
@@ -180,13 +191,22 @@ class SessionPool:
             return None
         return session.fork()
 
-    def room_for(self, lease: Lease, tokens: int) -> None:
+    def room_for(self, lease: Lease, session: Session, tokens: int) -> None:
         """Before an append: idle sessions go to disk if that many tokens may need their bytes."""
-        self._make_room(lease.capacity.growth(lease.session.store, tokens))
+        self._make_room(lease.capacity.growth(session.store, tokens))
+
+    def fork(self, lease: Lease) -> Session:
+        """One more session that goes on from the lease's prompt."""
+        self._make_room(lease.session.store.fork_nbytes)
+        session = lease.session.fork()
+        lease.sessions.append(session)
+        self._count()
+        return session
 
     def appended(self, lease: Lease) -> None:
         """After an append."""
-        state = (lease.session.store.nbytes, lease.session.store.growing_nbytes(shared=True))
+        stores = [session.store for session in lease.sessions]
+        state = (sum(store.nbytes for store in stores), sum(store.growing_nbytes(shared=True) for store in stores))
         if state != lease.state:
             lease.state = state
             self._count()
@@ -227,7 +247,8 @@ class SessionPool:
 
     def nbytes(self) -> int:
         """Bytes of all KV stores, shared pages counted once."""
-        return kv_nbytes([*self.prefixes.sessions(), *(lease.session for lease in self._leases)])
+        leased = [session for lease in self._leases for session in lease.sessions]
+        return kv_nbytes([*self.prefixes.sessions(), *leased])
 
     def _count(self) -> None:
         """Count all bytes, after any may have been added."""

@@ -1,44 +1,41 @@
-"""Request bodies of the OpenAI API to what kvq runs; what would be ignored is refused by name."""
+"""Requests for text: what a body asks for, whichever API it is of, and bodies of the OpenAI API."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from kvq.runtime.errors import RequestError
+from kvq.runtime.server.fields import Fields, encodable, is_integer, is_number
+from kvq.runtime.server.messages import parse_messages
+from kvq.runtime.server.structured import parse_structure
+from kvq.runtime.server.tooling import Tools, parse_tools
 from kvq.runtime.session.sampling import DEFAULTS, SamplingOptions, make_sampler
+from kvq.runtime.text.grammar import Structure
 
-MOST_STOPS = 4
-MOST_NUMBER = 1e300
-MOST_COMPLETION_LOGPROBS = 5
+MOST_STOPS = 16
+MOST_STOP_TOKENS = 64
+MOST_CHOICES = 16  # of one prompt
+MOST_PROMPTS = 64
+MOST_TEXTS = 128  # of a request: prompts times choices
+MOST_COMPLETION_LOGPROBS = 20
 MOST_TOP_LOGPROBS = 20
 COMPLETION_MAX_TOKENS = 16  # what the API says a completion has if the request names no number
 # Fields that kvq does not implement, with the values that ask for nothing. Null asks for nothing everywhere.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-}
-# Fields that name or label a request and do not change its answer.
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# Of a message that a client sends back as it got it; empty there.
-EMPTY_IN_MESSAGES = ("refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content")
-ROLES = ("system", "developer", "user", "assistant")
+    "suffix": ("",), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "web_search_options": (), "min_tokens": (0,), "length_penalty": (1,), "use_beam_search": (False,), "top_a": (0,),
+    "typical_p": (1,), "tfs_z": (1,), "mirostat": (0,), "dry_multiplier": (0,), "xtc_probability": (0,),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "prompt_logprobs": (0,), "return_token_ids": (False,), "bad_words": ([],),
+}  # fmt: skip
+# Fields that name, label or hint, and cannot change what a request's answer says.
+HINTS = (
+    "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+    "reasoning_effort", "reasoning", "verbosity", "prediction", "cache_prompt", "id_slot", "timings_per_token",
+    "priority", "request_id", "keep_alive", "guided_decoding_backend", "include_reasoning", "thinking",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -61,54 +58,47 @@ class Generation:
     """A request, checked as far as that needs no model.
 
     Attributes:
-        chat: of /v1/chat/completions, not /v1/completions.
-        prompt: text or token ids, of a completion.
-        messages: {"role", "content"} each, of a chat.
+        chat: of messages, not prompts.
+        prompts: texts or token ids, of a completion.
+        messages: {"role", "content"} each and what else templates read, of a chat.
+        begun: the last message is a reply to go on with.
+        variables: more names for the chat template.
         model: the name asked for; None takes the one that is served.
-        stream, include_usage: server-sent events, and usage in a last one.
-        max_tokens: most tokens to generate; None leaves it to the server.
-        stop: strings that end the text.
+        stream, include_usage: the text as it comes, and usage in a last event.
+        max_tokens: most tokens to generate; None leaves it to the server, 0 (with `echo`) generates none.
+        n: texts for each prompt.
+        echo: the prompt is part of the text.
+        stop, stop_tokens, ignore_eos: as in `Session.generate`.
         sampling: options of `make_sampler`.
         top_logprobs: alternatives to report with each token; None reports no log-probabilities.
+        structure: what the text has to be.
+        tools: those that can be called; None for none.
         settings: of the session.
     """
 
     chat: bool
-    prompt: str | list[int] = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    prompts: Sequence[str | list[int]] = ("",)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    begun: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
     max_tokens: int | None = None
+    n: int = 1
+    echo: bool = False
     stop: list[str] = field(default_factory=list)
+    stop_tokens: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     top_logprobs: int | None = None
+    structure: Structure | None = None
+    tools: Tools | None = None
     settings: Settings = field(default_factory=Settings)
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object.
-
-    Raises:
-        RequestError: it is none.
-    """
-
-    def refuse(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not a JSON number")
-
-    try:
-        value = json.loads(body.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            f"the body is not JSON ({error!s:.100}); send an object as the OpenAI API describes"
-        ) from None
-    if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object")
-    return value
-
-
 def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Generation:
-    """A request for a chat completion or a completion.
+    """A request of the OpenAI API for a chat completion or a completion.
 
     Args:
         body: the JSON object.
@@ -119,128 +109,156 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
         RequestError: a field is missing, of a wrong type or not supported; `param` is its name.
         SamplingError: a sampling option is out of its range.
     """
-    fields = _Fields(body)
-    for name, values in NEUTRAL.items():
-        value = fields.take(name)
-        if value is not None and not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
-            raise RequestError(f"{name} is not supported; leave it out", param=name)
-    for name in LABELS:
+    fields = Fields(body)
+    fields.neutral(NEUTRAL)
+    for name in HINTS:
         fields.take(name)
-    messages, prompt = (_messages(fields.take("messages")), "") if chat else ([], _prompt(fields.take("prompt")))
-    stream = fields.boolean("stream")
-    options = fields.object("stream_options")
-    if options is not None and not stream:
-        raise RequestError("stream_options is only for stream=true", param="stream_options")
-    inner = _Fields(options or {}, "stream_options.")
-    include_usage = inner.boolean("include_usage")
-    inner.boolean("include_obfuscation")  # padding against traffic analysis; no part of the answer
-    inner.done()
+    messages = parse_messages(fields.take("messages")) if chat else []
+    prompts = [""] if chat else _prompts(fields.take("prompt"))
+    n = fields.integer("n", least=1, most=MOST_CHOICES) or 1
+    if (best_of := fields.integer("best_of", least=1)) not in (None, n):
+        fields.refuse("best_of", f"is not supported beyond n, got {best_of!r:.20}; leave it out")
+    if n * len(prompts) > MOST_TEXTS:
+        fields.refuse("n", f"times the prompts may be {MOST_TEXTS} at most; send several requests")
+    echo = bool(fields.boolean("echo"))
+    if echo and chat:
+        fields.refuse("echo", "is for completions; leave it out")
+    stream, include_usage = _stream(fields)
+    tools = parse_tools(fields) if chat else None
+    structure = parse_structure(fields)
+    if structure is not None and tools is not None and tools.offered:
+        fields.refuse("response_format", "and tools exclude each other; set tool_choice to none for a last answer")
     generation = Generation(
         chat=chat,
-        prompt=prompt,
+        prompts=prompts,
         messages=messages,
+        begun=_begun(fields, messages),
+        variables=_variables(fields) if chat else {},
         model=fields.text("model"),
         stream=stream,
         include_usage=include_usage,
-        max_tokens=_max_tokens(fields, chat),
-        stop=_stop(fields.take("stop")),
-        sampling=_sampling(fields),
+        max_tokens=_max_tokens(fields, chat, echo),
+        n=n,
+        echo=echo,
+        stop=parse_stop(fields.take("stop")),
+        stop_tokens=_stop_tokens(fields),
+        ignore_eos=bool(fields.boolean("ignore_eos")),
+        sampling=parse_sampling(fields),
         top_logprobs=_top_logprobs(fields, chat),
-        settings=_settings(fields, defaults),
+        structure=structure,
+        tools=tools,
+        settings=parse_settings(fields, defaults),
     )
     fields.done()
     make_sampler(**generation.sampling)  # refuses what is out of range now, not in the queue
     return generation
 
 
-class _Fields:
-    """The fields of an object, taken one by one; `done` refuses what nobody took."""
-
-    def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
-        self.values = dict(values)
-        self.prefix = prefix
-
-    def take(self, name: str) -> Any:
-        """The value, None if it is not there or null."""
-        return self.values.pop(name, None)
-
-    def typed(self, name: str, what: str, fits: Callable[[Any], bool]) -> Any:
-        value = self.take(name)
-        if value is not None and not fits(value):
-            raise RequestError(f"{self.prefix}{name} must be {what}", param=self.prefix + name)
-        return value
-
-    def boolean(self, name: str) -> bool:
-        return bool(self.typed(name, "true or false", lambda v: isinstance(v, bool)))
-
-    def text(self, name: str) -> str | None:
-        return self.typed(name, "a string", lambda v: isinstance(v, str))
-
-    def integer(self, name: str, least: int, most: int | None = None) -> int | None:
-        what = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
-        return self.typed(name, what, lambda v: _is_integer(v) and least <= v and (most is None or v <= most))
-
-    def number(self, name: str) -> float | None:
-        # 1 and 400 zeros is an integer in JSON, and 1e400 infinity.
-        value = self.typed(name, f"a number below {MOST_NUMBER:g}", _is_number)
-        return None if value is None else float(value)
-
-    def object(self, name: str) -> dict[str, Any] | None:
-        return self.typed(name, "an object", lambda v: isinstance(v, dict))
-
-    def done(self) -> None:
-        for name in self.values:
-            raise RequestError(f"unknown field {self.prefix + name!r:.80}; leave it out", param=self.prefix + name)
+def _stream(fields: Fields) -> tuple[bool, bool]:
+    """Whether the text is streamed, and its usage told at the end."""
+    stream = bool(fields.boolean("stream"))
+    options = fields.object("stream_options")
+    if options and not stream:
+        fields.refuse("stream_options", "is only for stream=true")
+    inner = Fields(options or {}, "stream_options.")
+    include_usage = bool(inner.boolean("include_usage"))
+    # Padding against traffic analysis, and usage in between: no part of the answer.
+    inner.boolean("include_obfuscation"), inner.boolean("continuous_usage_stats")
+    inner.done()
+    return stream, include_usage
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST_NUMBER < value < MOST_NUMBER
+def _begun(fields: Fields, messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message is a reply that is to go on: an assistant's, unless the request says otherwise."""
+    ends = bool(messages) and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+    new, old = fields.boolean("add_generation_prompt"), fields.boolean("continue_final_message")
+    if old and not ends:
+        fields.refuse("continue_final_message", "needs a last message of the assistant's")
+    if new and old:
+        fields.refuse("continue_final_message", "and add_generation_prompt exclude each other; give one")
+    return ends and not new and old is not False
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _variables(fields: Fields) -> dict[str, Any]:
+    variables = fields.object("chat_template_kwargs") or {}
+    for name in variables:
+        if not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt"):
+            fields.refuse("chat_template_kwargs", f"cannot have {name!r:.40}; leave it out")
+    return variables
 
 
-def _max_tokens(fields: _Fields, chat: bool) -> int | None:
-    given = [fields.integer(name, 1) for name in (("max_completion_tokens", "max_tokens") if chat else ("max_tokens",))]
+def _max_tokens(fields: Fields, chat: bool, echo: bool) -> int | None:
+    names = ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",)
+    given = [fields.integer(name, least=-1) for name in names]
     named = {value for value in given if value is not None}
     if len(named) > 1:
-        raise RequestError("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-    return named.pop() if named else None if chat else COMPLETION_MAX_TOKENS
+        fields.refuse("max_tokens", "and max_completion_tokens differ; give one")
+    if not named:
+        return None if chat else COMPLETION_MAX_TOKENS
+    most = named.pop()
+    if most == 0 and not echo:
+        fields.refuse("max_tokens", "must be an integer of at least 1, or -1 for as many as there is room for")
+    return None if most == -1 else most
 
 
-def _stop(value: Any) -> list[str]:
+def parse_stop(value: Any) -> list[str]:
+    """Strings that end the text."""
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise RequestError(f"stop must be a string or a list of at most {MOST_STOPS}, none of them empty", param="stop")
-    if any("\ud800" <= character <= "\udfff" for stop in stops for character in stop):
+    if not all(map(encodable, stops)):
         raise RequestError("stop must be text; a lone surrogate is no character", param="stop")
     return stops
 
 
-def _sampling(fields: _Fields) -> SamplingOptions:
+def _stop_tokens(fields: Fields) -> list[int]:
+    value = fields.take("stop_token_ids")
+    tokens = [] if value is None else value
+    if not isinstance(tokens, list) or len(tokens) > MOST_STOP_TOKENS or not all(map(is_integer, tokens)):
+        fields.refuse("stop_token_ids", f"must be a list of at most {MOST_STOP_TOKENS} ids")
+    return tokens
+
+
+def parse_sampling(fields: Fields) -> SamplingOptions:
+    """Options of `make_sampler`; those left out are kvq's defaults."""
     options: SamplingOptions = {**DEFAULTS}
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        value = fields.number(name)
+    for name, *others in (
+        ["temperature"], ["top_p"], ["min_p"], ["repetition_penalty", "repeat_penalty"], ["presence_penalty"],
+        ["frequency_penalty"],
+    ):  # fmt: skip
+        value = fields.number(name, *others)
         if value is not None:
-            options[name] = value
-    for name in ("top_k", "seed"):
-        count = fields.integer(name, 0)
-        if count is not None:
-            options[name] = count  # type: ignore[literal-required]
+            options[name] = value  # type: ignore[literal-required]
+    top_k, seed = fields.integer("top_k", least=-1), fields.integer("seed", least=-(1 << 64))
+    if top_k is not None:
+        options["top_k"] = max(top_k, 0)  # -1 is all, to some
+    if seed is not None:
+        options["seed"] = seed % (1 << 64)
+    bias = fields.object("logit_bias")
+    if bias:
+        if not all(token.isascii() and token.isdecimal() and len(token) < 12 for token in bias):
+            fields.refuse("logit_bias", "must be of token ids, as strings of digits")
+        if not all(map(is_number, bias.values())):
+            fields.refuse("logit_bias", "must have numbers from -100 to 100")
+        options["logit_bias"] = {int(token): float(value) for token, value in bias.items()}
     return options
 
 
-def _top_logprobs(fields: _Fields, chat: bool) -> int | None:
+def _top_logprobs(fields: Fields, chat: bool) -> int | None:
     if not chat:
-        return fields.integer("logprobs", 0, MOST_COMPLETION_LOGPROBS)
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP_LOGPROBS)
+        value = fields.take("logprobs")
+        if value is True or (value is not None and not is_integer(value)):
+            fields.refuse("logprobs", f"must be an integer of at least 0 and at most {MOST_COMPLETION_LOGPROBS}")
+        fields.values["logprobs"] = None if value is False else value
+        return fields.integer("logprobs", least=0, most=MOST_COMPLETION_LOGPROBS)
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", least=0, most=MOST_TOP_LOGPROBS)
     if top and not wanted:
-        raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        fields.refuse("top_logprobs", "needs logprobs=true")
     return (top or 0) if wanted else None
 
 
-def _settings(fields: _Fields, defaults: Settings) -> Settings:
+def parse_settings(fields: Fields, defaults: Settings) -> Settings:
+    """Settings of the session."""
     policy, kv_bits = fields.text("policy"), fields.number("kv_bits")
     if policy is None and kv_bits is None:
         return defaults
@@ -248,45 +266,16 @@ def _settings(fields: _Fields, defaults: Settings) -> Settings:
     return defaults._replace(policy=policy, kv_bits=kv_bits, kv_memory=None)
 
 
-def _prompt(value: Any) -> str | list[int]:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(_is_integer(token) for token in value):
-        return value
-    if isinstance(value, list) and len(value) > 1:
-        raise RequestError("several prompts in one request are not supported; send one request each", param="prompt")
-    raise RequestError("prompt must be a non-empty string or a list of token ids", param="prompt")
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise RequestError("messages must be a non-empty list of {role, content}", param="messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise RequestError(f"{where} must be an object with role and content", param=where)
-    fields = _Fields(message, where + ".")
-    role, content = fields.take("role"), fields.take("content")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}", param=where + ".role")
-    for name in EMPTY_IN_MESSAGES:
-        if fields.take(name):
-            raise RequestError(f"{where}.{name} is not supported; leave it out", param=f"{where}.{name}")
-    fields.done()
-    if isinstance(content, list):
-        content = "".join(_text_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise RequestError(f"{where}.content must be a string or a list of text parts", param=where + ".content")
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
-        text = part["text"]
-        if isinstance(text, str):
-            return text
-    raise RequestError(f"{where}.content may hold text parts only", param=where + ".content")
+def _prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion: one text, one list of ids, or several of either."""
+    several = isinstance(value, list) and value and all(isinstance(each, str | list) for each in value)
+    prompts = value if several else [value]
+    if len(prompts) > MOST_PROMPTS:
+        raise RequestError(f"at most {MOST_PROMPTS} prompts are taken; send several requests", param="prompt")
+    for prompt in prompts:
+        ids = isinstance(prompt, list) and prompt and all(map(is_integer, prompt))
+        if not (ids or (isinstance(prompt, str) and prompt)):
+            raise RequestError(
+                "prompt must be a non-empty string or a list of token ids, or a list of these", param="prompt"
+            )
+    return prompts

@@ -6,7 +6,9 @@ from typing import Any
 
 from kvq.runtime.errors import (
     BudgetError,
+    ChatTemplateError,
     ContextError,
+    GrammarError,
     KvqError,
     PolicyError,
     PromptError,
@@ -16,7 +18,9 @@ from kvq.runtime.errors import (
 )
 
 # Errors of the library that a request's own values cause.
-CALLERS = (BudgetError, ContextError, PolicyError, PromptError, SamplingError, TokenizerError)
+CALLERS = (
+    BudgetError, ChatTemplateError, ContextError, GrammarError, PolicyError, PromptError, SamplingError, TokenizerError,
+)  # fmt: skip
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 2  # with 429 and 503: a request of this server's size takes seconds
 INTERNAL = "internal error; the server's log has it"

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,17 +17,18 @@ from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.tokens import Scored, most_likely
-from kvq.runtime.session.generation import Response
-from kvq.runtime.session.sampling import SamplingOptions
+from kvq.runtime.session.generation import GenerationOptions, Response
+from kvq.runtime.session.sampling import log_probability
 from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
+    from kvq.runtime.session.session import Session
 
 
 @dataclass(frozen=True)
 class Done:
-    """What ran for a response. cached: prompt tokens that were not processed again."""
+    """What ran for a choice. cached: prompt tokens that were not processed again."""
 
     stats: Stats
     cached: int
@@ -37,48 +38,80 @@ class Done:
 class Step:
     """One generated token.
 
+    choice: of the request's, from 0.
+    response: None where no token was asked for.
     alternatives: the most likely tokens in its place, as many as asked for.
-    done: with the last token.
+    done: with the last token of the choice.
     """
 
-    response: Response
+    choice: int
+    response: Response | None
     alternatives: list[Scored]
     done: Done | None
 
 
-Event = Step | BaseException
+@dataclass(frozen=True)
+class Prompted:
+    """The log-probabilities of a prompt's tokens but the first, before any step of these choices.
+
+    choices: the choices of this prompt.
+    scored: its tokens.
+    alternatives: the most likely ones in their place.
+    """
+
+    choices: range
+    scored: list[Scored]
+    alternatives: list[list[Scored]]
+
+
+Event = Step | Prompted | BaseException
 
 
 @dataclass(eq=False)
 class Job:
-    """A request in the worker's terms.
+    """A prompt of a request in the worker's terms.
 
     Attributes:
         ids: int64 [tokens], the prompt, at least one.
         settings, capacity: of its session, see `SessionPool.check`.
         length: most tokens of prompt and response together.
-        max_tokens: most tokens to generate.
-        stop, stop_tokens, sampling: as in `Session.generate`.
+        options: of `Session.generate`, for each text that goes on from the prompt.
+        first: number of the first of these choices in the request.
         alternatives: most likely tokens to report with each token.
+        scored: report the prompt's own tokens too.
+        silent: read the prompt, and generate nothing.
         deadline: `time.monotonic()` at which the request is given up.
-        emit: told every event, from the worker's thread; the last one is a step with `done` or an error.
-        cancelled: set from any thread: nobody waits for the answer any more.
+        emit: told every event, from the worker's thread; the last one of a choice is a step with `done`, and an error
+            is the last one of all.
+        cancelled: set from any thread: nobody waits for the answer any more. All jobs of a request share it.
+        place: how many places it takes in the queue; of a request's jobs one takes one.
     """
 
     ids: np.ndarray
     settings: Settings
     capacity: Capacity
     length: int
-    max_tokens: int
-    stop: list[str]
-    stop_tokens: list[int]
-    sampling: SamplingOptions
-    alternatives: int
-    deadline: float
-    emit: Callable[[Event], None]
+    options: list[GenerationOptions]
+    first: int = 0
+    alternatives: int = 0
+    scored: bool = False
+    silent: bool = False
+    deadline: float = 0.0
+    emit: Callable[[Event], None] = lambda event: None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    place: int = 1
     lease: Lease | None = None
-    responses: Iterator[Response] | None = None
+    choices: list[Choice] | None = None
+    prompted: Prompted | None = None
+
+
+@dataclass(eq=False)
+class Choice:
+    """A text at work. number: in the request; session: its own."""
+
+    number: int
+    session: Session
+    responses: Iterator[Response]
 
 
 class Scheduler:
@@ -129,17 +162,18 @@ class Scheduler:
             raise RequestError("the model is being loaded; try again in a moment", 503, "loading")
         return self.model, self.pool
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the queue.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Put the jobs of a request into the queue.
 
         Raises:
             RequestError: 429, the queue is full; 503 as `ready`.
         """
         with self._changed:
             self.ready()
-            if len(self._waiting) + len(self._active) >= self.concurrency + self.queue:
+            places = sum(job.place for job in (*self._waiting, *self._active))
+            if places >= self.concurrency + self.queue:
                 raise RequestError("too many requests are waiting; try again in a moment", 429, "queue_full")
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify()
 
     def counts(self) -> tuple[int, int]:
@@ -182,7 +216,7 @@ class Scheduler:
     def _round(self, pool: SessionPool) -> None:
         self._drop()
         self._admit(pool)
-        for job in [job for job in self._active if job.responses is not None]:
+        for job in [job for job in self._active if job.choices is not None]:
             self._guarded(job, self._decode, pool)
         self._prefill_one(pool)
 
@@ -208,7 +242,7 @@ class Scheduler:
         while self._waiting and len(self._active) < self.concurrency:
             job = self._waiting[0]
             try:
-                job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length)
+                job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length, len(job.options), job.scored)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -222,7 +256,7 @@ class Scheduler:
         for _ in range(len(self._active)):
             job = self._active[0]
             self._active.rotate(-1)
-            if job.responses is None:
+            if job.choices is None:
                 self._guarded(job, self._prefill, pool)
                 return
 
@@ -236,31 +270,61 @@ class Scheduler:
             self._fail(job, error)
 
     def _prefill(self, job: Job, lease: Lease, pool: SessionPool) -> None:
-        done = len(lease.session.tokens)
+        """The next chunk of a prompt; with the last one, the first token of each choice."""
+        session = lease.session
+        done = len(session.tokens)
         chunk = job.ids[done : (done // pool.chunk + 1) * pool.chunk]
-        if done + len(chunk) == len(job.ids):
-            job.responses = lease.session.generate(
-                chunk.tolist(), max_tokens=job.max_tokens, stop=job.stop, stop_tokens=job.stop_tokens, **job.sampling
-            )
-            self._decode(job, lease, pool, len(chunk))
-            return
-        pool.room_for(lease, len(chunk))
-        lease.session.append(chunk)
+        pool.room_for(lease, session, len(chunk))
+        logits = session.append(chunk, all_logits=job.scored)
+        if job.scored:
+            self._score(job, logits, done)
         pool.appended(lease)
         pool.keep(lease)
-
-    def _decode(self, job: Job, lease: Lease, pool: SessionPool, tokens: int = 1) -> None:
-        if job.responses is None:
+        if done + len(chunk) < len(job.ids):
             return
-        pool.room_for(lease, tokens)
-        response = next(job.responses)
-        pool.appended(lease)
-        logits = lease.session.last_logits  # those the token was drawn from
-        alternatives = [] if logits is None else most_likely(logits, job.alternatives)
-        if response.finish_reason is None:
-            job.emit(Step(response, alternatives, None))
-        else:
-            self._end(job, Step(response, alternatives, Done(lease.session.stats(), lease.cached)))
+        if job.prompted is not None:
+            job.emit(job.prompted)
+        if job.silent:
+            for number in range(job.first, job.first + len(job.options)):
+                job.emit(Step(number, None, [], Done(session.stats(), lease.cached)))
+            self._end(job, None)
+            return
+        sessions = [session, *(pool.fork(lease) for _ in job.options[1:])]
+        job.choices = [
+            Choice(job.first + i, each, each.generate(None, **options))
+            for i, (each, options) in enumerate(zip(sessions, job.options, strict=True))
+        ]
+        self._decode(job, lease, pool)
+
+    def _score(self, job: Job, logits: np.ndarray, done: int) -> None:
+        """Log-probabilities of the tokens that follow on a chunk's.
+
+        logits: float32 [chunk, vocab]; done: tokens before the chunk.
+        """
+        if job.prompted is None:
+            job.prompted = Prompted(range(job.first, job.first + len(job.options)), [], [])
+        for row, token in zip(logits, job.ids[done + 1 : done + 1 + len(logits)].tolist(), strict=False):
+            job.prompted.scored.append(Scored(token, log_probability(row, token)))
+            job.prompted.alternatives.append(most_likely(row, job.alternatives))
+
+    def _decode(self, job: Job, lease: Lease, pool: SessionPool) -> None:
+        """One token of each choice."""
+        for choice in list(job.choices or ()):
+            pool.room_for(lease, choice.session, 1)
+            response = next(choice.responses)
+            pool.appended(lease)
+            logits = choice.session.last_logits  # those the token was drawn from
+            alternatives = [] if logits is None else most_likely(logits, job.alternatives)
+            done = None
+            if response.finish_reason is not None and job.choices is not None:
+                done = Done(choice.session.stats(), lease.cached)
+                job.choices.remove(choice)
+                if choice.session is not lease.session:
+                    lease.sessions.remove(choice.session)
+                if not job.choices:
+                    self._end(job, Step(choice.number, response, alternatives, done))
+                    return
+            job.emit(Step(choice.number, response, alternatives, done))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):
@@ -270,7 +334,7 @@ class Scheduler:
     def _end(self, job: Job, event: Event | None) -> None:
         if job.lease is not None and self.pool is not None:
             self.pool.end(job.lease)
-            job.lease = job.responses = None
+            job.lease = job.choices = None
         with self._changed:
             for jobs in (self._active, self._waiting):
                 if job in jobs:

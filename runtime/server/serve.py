@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,11 @@ from starlette.types import ASGIApp
 
 import kvq
 from kvq.runtime.errors import ServerError
-from kvq.runtime.server.app import Api, Limits, make_app
+from kvq.runtime.server.app import Api, make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
 from kvq.runtime.server.pool import SessionPool
+from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.session.model import Model
@@ -139,7 +140,7 @@ def serve(options: Options) -> None:
     server.scheduler = scheduler
     api = Api(scheduler, options.name, options.settings, options.limits)
     hosts = [*LOOPBACK_HOSTS, options.host] if loopback else None
-    server.config.app = _guarded(make_app(api), options, hosts)
+    server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
     try:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
@@ -153,7 +154,9 @@ async def _nothing(scope: object, receive: object, send: object) -> None:
     """Stands in for the application until it is made."""
 
 
-def _guarded(app: ASGIApp, options: Options, hosts: Sequence[str] | None) -> ASGIApp:
+def _guarded(
+    app: ASGIApp, options: Options, hosts: Sequence[str] | None, counted: Callable[[str, int], None]
+) -> ASGIApp:
     """The application behind its checks; a preflight request of CORS comes without a key."""
     if options.api_key is not None:
         app = KeyCheck(app, options.api_key)
@@ -164,7 +167,7 @@ def _guarded(app: ASGIApp, options: Options, hosts: Sequence[str] | None) -> ASG
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Guard(app, hosts, _say, _say if options.access_log else None)
+    return Guard(app, hosts, _say, _say if options.access_log else None, counted)
 
 
 def _listen(host: str, port: int) -> socket.socket:

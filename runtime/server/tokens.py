@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +49,10 @@ class TokenTexts:
         """How many bytes of text a token adds to a response."""
         return 0 if token in self._skipped else len(self.nbytes(token))
 
+    def all(self, tokens: Sequence[int]) -> str:
+        """The text of tokens in a row, special ones included."""
+        return b"".join(map(self.nbytes, tokens)).decode(errors="replace")
+
     def text(self, token: int) -> str:
         """The text of a token; U+FFFD where it is a part of a character."""
         return self.nbytes(token).decode(errors="replace")
@@ -82,14 +88,23 @@ def chat_logprobs(texts: TokenTexts, chosen: list[Scored], alternatives: list[li
 
 
 def completion_logprobs(
-    texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]], offset: int
+    texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]], offset: int, first: int | None = None
 ) -> dict[str, Any]:
-    """The `logprobs` object of a completion choice; offset: characters of the tokens before these."""
-    names = [texts.text(one.token) for one in chosen]
-    offsets = [offset + sum(map(len, names[:i])) for i in range(len(names))]
+    """The `logprobs` object of a completion choice.
+
+    Args:
+        texts: of tokens.
+        chosen, alternatives: tokens, and the most likely ones in the place of each.
+        offset: characters of the tokens before these.
+        first: an id before them that stands behind nothing, so that it has no log-probability; None for none.
+    """
+    names = [texts.text(token) for token in ([] if first is None else [first])]
+    ahead: list[Any] = [None] * len(names)
+    names += [texts.text(one.token) for one in chosen]
+    offsets = [offset + at for at in itertools.accumulate(map(len, names[:-1]), initial=0)][: len(names)]
     return {
         "tokens": names,
-        "token_logprobs": [one.logprob for one in chosen],
-        "top_logprobs": [{texts.text(other.token): other.logprob for other in top} for top in alternatives],
+        "token_logprobs": ahead + [one.logprob for one in chosen],
+        "top_logprobs": ahead + [{texts.text(other.token): other.logprob for other in top} for top in alternatives],
         "text_offset": offsets,
     }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from kvq.runtime.errors import PromptError, SamplingError
+from kvq.runtime.errors import GrammarError, PromptError, SamplingError
+from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
+from kvq.runtime.text.grammar import Constraint, structure_of
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
@@ -68,6 +71,22 @@ def generate_tokens(
         logits = session.append([session.pending.pop()])
 
 
+class GenerationOptions(SamplingOptions, total=False):
+    """The keyword options of `stream`."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str]
+    stop_tokens: Sequence[int]
+    ignore_eos: bool
+    schema: Any
+    regex: str | None
+    grammar: str | None
+    choice: Sequence[str] | None
+    constraint: Constraint | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    progress: Progress | None
+
+
 def stream(
     session: Session,
     prompt: str | Sequence[int] | None = None,
@@ -76,6 +95,12 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
     ignore_eos: bool = False,
+    schema: Any = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choice: Sequence[str] | None = None,
+    constraint: Constraint | None = None,
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[Response]:
@@ -88,6 +113,11 @@ def stream(
         stop: strings that end the text and are not part of it; one that is an added token ends it as that token, too.
         stop_tokens: ids that end it, besides the model's end-of-text ids.
         ignore_eos: do not end at the model's end-of-text ids.
+        schema, regex, grammar, choice: what the generated text has to be, see `kvq.runtime.text.grammar`; it is so
+            where it ends by "stop" and no stop string has cut it.
+        constraint: the same, compiled: for this generation alone.
+        logits_processor: called with the ids before each token and the logits float32 [vocab], which it returns
+            changed; or several.
         progress: as in `Session.append`, while the prompt is read.
         **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
 
@@ -95,23 +125,28 @@ def stream(
         PromptError: the prompt is empty or holds ids outside the vocabulary.
         ContextError: the prompt does not fit.
         SamplingError: an option is out of range.
+        GrammarError: the schema, regex, grammar or choice is not valid or cannot be held to.
     """
     if max_tokens is not None and (
         not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1
     ):
         raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
-    if not isinstance(stop, str | Iterable):
-        raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) and text for text in stop):
-        raise SamplingError(f"stop strings must not be empty, got {stop!r}; leave stop out to have none")
-    if stop and session.model.optional_tokenizer is None:
-        raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
-    options: SamplingOptions = {**DEFAULTS, **sampling}
-    sampler = make_sampler(**options)
+    stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
+    structure = structure_of(schema, regex, grammar, choice)
+    if structure is not None:
+        if constraint is not None:
+            raise GrammarError(f"constraint and {structure.kind} exclude each other; give one of them")
+        constraint = session.model.grammar(structure).begin()
+    options: SamplingOptions = {**DEFAULTS, **sampling}
+    _check_bias(session, options.get("logit_bias"))
+    sampler = make_sampler(
+        **options,
+        processors=[logits_processor] if callable(logits_processor) else list(logits_processor),
+        mask=None if constraint is None else partial(constraint.mask, ends=list(stop_ids)),
+    )
     ids = _prompt_ids(session, prompt)
-    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, progress)
+    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, constraint, progress)
 
 
 def _stream(
@@ -121,6 +156,7 @@ def _stream(
     max_tokens: int | None,
     stop: Sequence[str],
     stop_ids: frozenset[int],
+    constraint: Constraint | None,
     progress: Progress | None,
 ) -> Iterator[Response]:
     tokenizer = session.model.optional_tokenizer
@@ -136,6 +172,9 @@ def _stream(
         elif decoder:
             text = matcher.push(decoder.push(token))
             reason = "stop" if matcher.stopped else None
+        if reason is None and constraint is not None:
+            constraint.accept(token)
+            reason = "stop" if constraint.finished else None
         if reason is None and index + 1 == max_tokens:
             reason = "length"
         if reason is None and session.room < 0:
@@ -150,6 +189,23 @@ def _stream(
             if session.room < 0:
                 session.pending.clear()  # the token after a full context can never be fed
             return
+
+
+def _checked_stop(session: Session, stop: str | Sequence[str]) -> list[str]:
+    if not isinstance(stop, str | Iterable):
+        raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise SamplingError(f"stop strings must not be empty, got {stops!r}; leave stop out to have none")
+    if stops and session.model.optional_tokenizer is None:
+        raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
+    return stops
+
+
+def _check_bias(session: Session, bias: Mapping[int, float] | None) -> None:
+    vocab = session.model.architecture.vocab
+    if isinstance(bias, Mapping) and (foreign := [id for id in bias if isinstance(id, int) and id >= vocab]):
+        raise SamplingError(f"logit_bias must be of ids in [0, {vocab}), got {foreign[0]!r:.40}")
 
 
 def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequence[int]:

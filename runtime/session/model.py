@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,16 +18,36 @@ from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.head import Head
 from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
+from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.table import Geometry
+from kvq.runtime.session.generation import GenerationOptions, Response
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
+from kvq.runtime.text.grammar import Grammar, Grammars, Structure
 from kvq.runtime.text.template import ChatTemplate
 from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 # Makes a policy by its name: (name or policy, bundle, **options).
 PolicyMaker = Callable[..., Policy]
+
+
+class SessionSettings(TypedDict, total=False):
+    """The keyword arguments of `Model.session`."""
+
+    policy: str | Policy | None
+    recent: int
+    sink: int
+    prefill_chunk: int
+    prefill: str
+    backend: str | None
+    kv_bits: float | None
+    kv_memory: float | None
+
+
+class AllOptions(SessionSettings, GenerationOptions, total=False):
+    """The keyword arguments of `Model.generate`."""
 
 
 class Model:
@@ -38,19 +58,33 @@ class Model:
         make_policy: makes a policy by name, of (name or policy, bundle, its own options);
             `kvq.controller.policies.make_policy`.
         threads: onnxruntime threads; None uses every available core. One number per process.
+        make_conversation: makes a conversation of (session, system prompt); `kvq.Conversation`.
 
     Attributes:
         notice: told in one line what sessions want their user to know, each line once; None tells nobody.
     """
 
-    def __init__(self, bundle: Bundle, make_policy: PolicyMaker, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        make_policy: PolicyMaker,
+        threads: int | None = None,
+        make_conversation: Callable[[Session, str | None], Any] | None = None,
+    ) -> None:
         self.bundle = bundle
-        self._make_policy = make_policy
+        self._make_policy, self._make_conversation = make_policy, make_conversation
         self.notice: Callable[[str], None] | None = None
         self._told = {""}
         self.engine = Engine(bundle, threads)
         self._check()
         self.optional_tokenizer = _tokenizer(bundle)
+
+    def __repr__(self) -> str:
+        shape = self.architecture
+        return (
+            f"<kvq.Model {self.bundle.manifest.name}: {shape.layers} layers of {shape.hidden}, vocabulary"
+            f" {shape.vocab}, context {shape.context}, {self.engine.threads} threads>"
+        )
 
     def _check(self) -> None:
         """Load the layers in the form sessions will use, and run them and the head once: what does not fit is refused
@@ -124,6 +158,20 @@ class Model:
                 raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
         return ChatTemplate(source, tokenizer, special_tokens, self.architecture.context)
 
+    def grammar(self, structure: Structure) -> Grammar:
+        """A structure compiled for this model, for any number of texts.
+
+        Raises:
+            GrammarError: it cannot be held to, or the extra `schema` is not installed.
+            TokenizerError: the bundle has no tokenizer.
+        """
+        return self._grammars.compile(structure)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        eos = self.bundle.manifest.eos_token_ids or (0,)
+        return Grammars(self.tokenizer.to_str(), self.architecture.vocab, eos)
+
     def encode(self, text: str, beginning: bool = True, before: int | None = None) -> list[int]:
         """Token ids of a text; at the beginning of a session with the tokenizer's own special tokens (BOS).
 
@@ -148,6 +196,47 @@ class Model:
         token = self.tokenizer.id_to_token(before)
         return encoded_behind(self.tokenizer, text, token if token in added_tokens(self.tokenizer) else None, most)
 
+    @named_keywords(AllOptions)
+    def generate(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Unpack[AllOptions]
+    ) -> Iterator[Response]:
+        """What the model says to a text or a conversation, in a session of its own; yields a `Response` per token.
+
+        Args:
+            prompt: text, token ids, or messages, {"role", "content"} each, which go through the chat template; where
+                the last one is the assistant's, it goes on.
+            policy, recent, sink, prefill_chunk, prefill, backend, kv_bits, kv_memory: of the session, as in `session`.
+            max_tokens, temperature, schema and all others: as in `Session.generate`.
+
+        Raises:
+            KvqError: as these two, or `ChatTemplate.encode`.
+        """
+        names = SessionSettings.__annotations__
+        settings: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+        generation: dict[str, Any] = {name: value for name, value in options.items() if name not in names}
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+            template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]
+            begun = messages[-1].get("role") == "assistant"
+            prompt = template.encode_begun(messages) if begun else template.encode(messages)
+            stop = generation.get("stop", ())
+            generation["stop"] = [*template.stop, *([stop] if isinstance(stop, str) else stop)]
+            ends = () if generation.get("ignore_eos") else template.stop_tokens
+            generation["stop_tokens"] = [*ends, *generation.get("stop_tokens", ())]
+        return self.session(**settings).generate(prompt, **generation)  # type: ignore[arg-type]
+
+    @named_keywords(SessionSettings)
+    def chat(self, system: str | None = None, **settings: Unpack[SessionSettings]) -> Any:
+        """A new `kvq.Conversation`: `reply` answers a question, and every turn is cached.
+
+        Args:
+            system: system prompt.
+            settings: of its session, as in `session`.
+        """
+        if self._make_conversation is None:
+            raise PromptError("this model was made without conversations; take kvq.load, or kvq.Conversation(session)")
+        return self._make_conversation(self.session(**settings), system)
+
+    @named_keywords()
     def session(
         self,
         policy: str | Policy | None = None,
@@ -173,6 +262,7 @@ class Model:
             kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=protect_bits,
         )  # fmt: skip
 
+    @named_keywords()
     def load_session(
         self,
         path: str | os.PathLike[str],

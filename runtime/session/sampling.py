@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TypedDict
 
 import numpy as np
 
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.session.adjusting import MOST_PENALTY, Adjustment, LogitsProcessor, processed
 
 # sampler(logits float32 [vocab], all token ids before the new one) -> (token, its log-probability in nats)
 Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
@@ -26,6 +27,9 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     seed: int | None
 
 
@@ -36,6 +40,9 @@ DEFAULTS: SamplingOptions = {
     "top_p": 0.95,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
     "seed": None,
 }
 
@@ -47,9 +54,15 @@ def make_sampler(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    mask: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Sampler:
-    """Build a sampler. Filters apply in the order penalty, temperature, top-k, top-p, min-p.
+    """Build a sampler, for one generation. In this order: processors, penalties, bias, mask, temperature, top-k,
+    top-p, min-p.
 
     Args:
         temperature: divides the logits; 0 is greedy decoding.
@@ -58,34 +71,30 @@ def make_sampler(
         min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024).
         repetition_penalty: divide positive and multiply negative logits of tokens in the history
             (Keskar et al. 2019); 1 leaves them alone; from 0.01 to 100.
+        presence_penalty: what the logit of a token loses that this sampler has drawn before, in nats.
+        frequency_penalty: the same for every time that it has.
+        logit_bias: token id -> what is added to its logit, from -100 to 100; None for nothing.
         seed: decides every draw, together with the place in the text (the number of tokens before it); its last 64
             bits count, None draws one. So a text continues alike whether or not its session was saved in between.
+        processors: the caller's own, each called with the ids before the token and logits float32 [vocab] that it may
+            change; they return logits.
+        mask: puts -inf where a token cannot come; a function of logits float32 [vocab].
 
     The log-probability returned is the model's own: of the raw logits, before any of this.
 
     Raises:
         SamplingError: an option is out of its range.
     """
-    _check("temperature", temperature, 0.0, np.inf)
-    _check("top_k", top_k, 0, np.inf)
-    _check("top_p", top_p, 0.0, 1.0, above=True)
-    _check("min_p", min_p, 0.0, 1.0)
-    _check("repetition_penalty", repetition_penalty, 0.01, 100.0)
-    for name, value in (("top_k", top_k), ("seed", seed)):
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise SamplingError(f"{name} must be an integer, got {value!r:.60}")
-    if seed is not None and seed < 0:
-        raise SamplingError(f"seed must not be negative, got {seed}")
+    _check_options(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed)
     stream = (secrets.randbits(64) if seed is None else int(seed)) ^ SAMPLING_STREAM
+    adjust = Adjustment(repetition_penalty, presence_penalty, frequency_penalty, logit_bias)
 
     def sample(logits: np.ndarray, history: Sequence[int]) -> tuple[int, float]:
-        scores = logits
-        if repetition_penalty != 1.0 and len(history):
-            scores = scores.copy()
-            seen = np.unique(np.asarray(history, np.int64))
-            scores[seen] = np.where(
-                scores[seen] > 0, scores[seen] / repetition_penalty, scores[seen] * repetition_penalty
-            )
+        scores = processed(processors, history, logits) if processors else logits
+        if not adjust.idle:
+            scores = adjust(scores, history)
+        if mask is not None:
+            scores = mask(scores)
         if temperature == 0:
             token = int(scores.argmax())
         else:
@@ -136,6 +145,30 @@ def uniform(positions: np.ndarray, seed: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def _check_options(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    seed: int | None,
+) -> None:
+    _check("temperature", temperature, 0.0, np.inf)
+    _check("top_k", top_k, 0, np.inf)
+    _check("top_p", top_p, 0.0, 1.0, above=True)
+    _check("min_p", min_p, 0.0, 1.0)
+    _check("repetition_penalty", repetition_penalty, 0.01, 100.0)
+    _check("presence_penalty", presence_penalty, -MOST_PENALTY, MOST_PENALTY)
+    _check("frequency_penalty", frequency_penalty, -MOST_PENALTY, MOST_PENALTY)
+    for name, value in (("top_k", top_k), ("seed", seed)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise SamplingError(f"{name} must be an integer, got {value!r:.60}")
+    if seed is not None and seed < 0:
+        raise SamplingError(f"seed must not be negative, got {seed}")
 
 
 def _check(name: str, value: float, least: float, most: float, above: bool = False) -> None:

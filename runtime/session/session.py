@@ -14,15 +14,15 @@ import numpy as np
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.runner import Runner, Timer
 from kvq.runtime.errors import ContextError, PolicyError, PromptError, SessionError
+from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import PROTECTED, Geometry
-from kvq.runtime.session.generation import Response, stream
+from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
-from kvq.runtime.session.sampling import SamplingOptions
-from kvq.runtime.session.statistics import Clock, Stats
+from kvq.runtime.session.statistics import Clock, Stats, size
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -114,6 +114,13 @@ class Session:
                 model.tell(
                     f"{name} {value} is more than the context of {shape.context} tokens: all stay at {bits} bits"
                 )
+
+    def __repr__(self) -> str:
+        pending = f" and {len(self.pending)} to come" if self.pending else ""
+        return (
+            f"<kvq.Session of {self.model.bundle.manifest.name}: {len(self.tokens)} tokens{pending} of"
+            f" {self.model.architecture.context}, policy {self.policy.name}, {size(self.store.nbytes)}>"
+        )
 
     @property
     def policy(self) -> Policy:
@@ -235,25 +242,40 @@ class Session:
         self.tokens += ids.tolist()
         del self.pending[: len(ids)]
 
+    @named_keywords(GenerationOptions)
     def generate(
-        self,
-        prompt: str | Sequence[int] | None = None,
-        *,
-        max_tokens: int | None = 256,
-        stop: str | Sequence[str] = (),
-        stop_tokens: Sequence[int] = (),
-        ignore_eos: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        **sampling: Unpack[SamplingOptions],
+        self, prompt: str | Sequence[int] | None = None, **options: Unpack[GenerationOptions]
     ) -> Iterator[Response]:
-        """Continue the text; yields a `Response` per token. Arguments as in `kvq.runtime.session.generation.stream`.
+        """Continue the text; yields a `Response` per token.
 
         Options are checked at once; tokens are computed as they are asked for.
+
+        Args:
+            prompt: text or token ids, appended first; None goes on with what is there.
+            max_tokens: most tokens to generate, 256 if not given; None goes on until the context is full.
+            stop: strings that end the text and are not part of it.
+            stop_tokens: ids that end it, besides the model's end-of-text ids.
+            ignore_eos: do not end at the model's end-of-text ids.
+            temperature, top_k, top_p, min_p: of the draw; 0.8, 40, 0.95 and 0 if not given; temperature 0 is greedy.
+            repetition_penalty: divides what speaks for tokens anywhere in the text; 1 is off.
+            presence_penalty, frequency_penalty: nats taken from tokens that this call has said, once or every time.
+            logit_bias: token id -> nats added.
+            seed: decides all draws; one is drawn if not given.
+            schema: JSON schema that the text keeps to, as JSON text or as the value of one; True is any JSON.
+            regex, grammar, choice: a regular expression that it matches, a grammar of Lark's form, texts that it is
+                one of. These four need the extra `schema`; a text that max_tokens has cut is cut.
+            constraint: one of these, compiled, for this call alone.
+            logits_processor: a function of (ids before the token, logits float32 [vocab]) that gives logits; or
+                several.
+            progress: as in `append`, while the prompt is read.
+
+        Raises:
+            PromptError, ContextError: the prompt is empty, not of this model's ids, or does not fit.
+            SamplingError: an option is out of its range.
+            GrammarError: a schema, regex, grammar or choice that is not valid or cannot be held to.
+            OptionError: an option that there is not.
         """
-        return stream(
-            self, prompt, max_tokens=max_tokens, stop=stop, stop_tokens=stop_tokens, ignore_eos=ignore_eos,
-            progress=progress, **sampling,
-        )  # fmt: skip
+        return stream(self, prompt, **options)
 
     def trim(self, length: int) -> None:
         """Forget every token at a position >= length; the next append continues there.

@@ -43,10 +43,10 @@ class Allowance(threading.local):
     steps = 0
     characters = 0
 
-    def begin(self, messages: Any) -> None:
-        """Bounds for a rendering of these messages."""
+    def begin(self, messages: Any, *others: Any) -> None:
+        """Bounds for a rendering of these messages; others: values of the caller's that are rendered with them."""
         self.steps, self.characters = 1 << 62, 1 << 62  # what the caller brings is the caller's own
-        weight = self.weigh(messages)
+        weight = self.weigh(messages, *others)
         count = len(messages) if hasattr(messages, "__len__") else 0
         self.steps = MOST_STEPS + STEPS_OF_A_MESSAGE * count
         self.characters = MOST_CHARACTERS + CHARACTERS_OF_A_CHARACTER * (weight.characters + weight.items)

@@ -24,8 +24,8 @@ from kvq.runtime.text.rewriting import Generation, counting
 
 MOST_TEMPLATE_BYTES = 1 << 17  # the longest published ones, with tools, take 30 kB
 
-# (messages, add_generation_prompt, special tokens) -> text
-Program = Callable[[list[dict[str, str]], bool, dict[str, str]], str]
+# (messages, add_generation_prompt, special tokens, tools and whatever else a template may read, by name) -> text
+Program = Callable[[list[dict[str, Any]], bool, dict[str, Any]], str]
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -107,7 +107,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def compiled(source: str) -> Program:
-    """A template as a function of messages, add_generation_prompt and special tokens.
+    """A template as a function of messages, add_generation_prompt, and values by name.
 
     Blocks are trimmed, and the same names defined, as by transformers' `apply_chat_template`.
 
@@ -126,10 +126,10 @@ def compiled(source: str) -> Program:
             f"the chat template cannot be compiled ({_line(error)}); export the bundle with a valid one"
         ) from None
 
-    def program(messages: list[dict[str, str]], add_generation_prompt: bool, special_tokens: dict[str, str]) -> str:
-        values = {"tools": None, "documents": None, **special_tokens, "messages": messages}
+    def program(messages: list[dict[str, Any]], add_generation_prompt: bool, names: dict[str, Any]) -> str:
+        values = {"tools": None, "documents": None, **names, "messages": messages}
         try:
-            environment.allowance.begin(messages)
+            environment.allowance.begin(messages, names)
             return "".join(template.generate(values, add_generation_prompt=add_generation_prompt))
         except SecurityError as error:
             raise ChatTemplateError(

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.text.continuing import added_tokens, adds_space, encoded_behind
 from kvq.runtime.text.tokenizer import encoded, guarded
+from kvq.runtime.text.tools import CallFormat, call_format
 
-Messages = Sequence[Mapping[str, str]]
+# Beside role and content, other text that a template may read, and "tool_calls": JSON values.
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
 
 # For bundles without a template, base models above all: text that such a model has seen the like of.
 TRANSCRIPT = """\
@@ -29,6 +33,7 @@ TRANSCRIPT = """\
 GUARD = "\ufdd0"
 # ...and in place of a reply, to find where it stands.
 REPLY = "\ufdd1"
+MOST_DEPTH = 48  # of what a template is given beside text
 ROLE = re.compile(r"[a-z][a-z_]*")
 
 
@@ -72,7 +77,11 @@ class ChatTemplate:
         self._special = re.compile(f"({any_special})(?!{GUARD})")
         self.stop, self.stop_tokens = self._ends()
 
-    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def __repr__(self) -> str:
+        what = "a plain transcript" if self.builtin else f"{len(self.source)} characters"
+        return f"<kvq.ChatTemplate: {what}, a reply ends by {self.stop_tokens or self.stop or 'end of text'}>"
+
+    def render(self, messages: Messages, add_generation_prompt: bool = True, tools: Tools = None) -> str:
         """The conversation as text.
 
         Special tokens that a message quotes look like those of the template here; `encode` keeps them apart.
@@ -80,29 +89,107 @@ class ChatTemplate:
         Args:
             messages: {"role", "content"} each, in order.
             add_generation_prompt: end where the assistant's reply begins.
+            tools: definitions of functions, as the OpenAI API has them.
 
         Raises:
             PromptError: a message has no role or content, or they are not text.
             ChatTemplateError: the template fails, takes too long, or refuses the conversation.
         """
-        return self._program(self._checked(messages), add_generation_prompt, self.special_tokens)
+        return self._program(self._checked(messages), add_generation_prompt, {**self.special_tokens, "tools": tools})
 
-    def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Tools = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The conversation as token ids; a special token's text inside a message is ordinary text.
+
+        Args:
+            messages, add_generation_prompt, tools: as in `render`.
+            variables: more names for the template, with JSON values.
 
         Raises:
             PromptError, ChatTemplateError: as `render`.
             TokenizerError: there is no tokenizer.
         """
-        return self.encode_guarded(self.render_guarded(messages, add_generation_prompt), beginning=True)
+        text = self.render_guarded(messages, add_generation_prompt, tools, variables)
+        return self.encode_guarded(text, beginning=True)
 
-    def render_guarded(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def encode_begun(
+        self, messages: Messages, tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The conversation as token ids, the last message being a reply that is to go on.
+
+        Raises:
+            PromptError: the last message is no assistant's; or as `encode`.
+            ChatTemplateError, TokenizerError: as `encode`.
+        """
+        *before, begun = self._checked(messages)
+        if begun["role"] != "assistant":
+            raise PromptError("only a reply can be gone on with: the last message must be the assistant's")
+        text = self.render_guarded(before, True, tools, variables)
+        return self.encode_guarded(text + self.guarded(begun["content"]), beginning=True)
+
+    def render_guarded(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Tools = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """As `render`, with `GUARD` inside every special token that a message quotes, for `encode_guarded`."""
         guarded = [
-            {key: text if key == "role" else self.guarded(text) for key, text in message.items()}
+            {key: value if key == "role" else self._guarded_values(value) for key, value in message.items()}
             for message in self._checked(messages)
         ]
-        return self._program(guarded, add_generation_prompt, self.special_tokens)
+        names = {name: self._guarded_values(value) for name, value in (variables or {}).items()}
+        names |= {**self.special_tokens, "tools": None if tools is None else self._guarded_values(list(tools))}
+        return self._program(guarded, add_generation_prompt, names)
+
+    def _guarded_values(self, value: Any, depth: int = 0) -> Any:
+        """`guarded`, for all text of a JSON value."""
+        if depth > MOST_DEPTH:
+            raise PromptError(f"tools, calls and variables nest at most {MOST_DEPTH} deep; make them flatter")
+        if isinstance(value, str):
+            if not _encodable(value):
+                raise PromptError("tools, calls and variables must be text that UTF-8 can encode; no lone surrogates")
+            return self.guarded(value)
+        if isinstance(value, Mapping):
+            return {self._guarded_values(key): self._guarded_values(part, depth + 1) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded_values(part, depth + 1) for part in value]
+        return value
+
+    def before_end(self, text: str) -> str:
+        """A reply as the template writes it, up to what ends it."""
+        ends = [text.find(self._text_of[token]) for token in self.stop_tokens] + [text.find(stop) for stop in self.stop]
+        return text[: min((at for at in ends if at >= 0), default=len(text))]
+
+    def special_pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """A text cut at its special tokens: each piece with the id of the token, None for ordinary text."""
+        pieces: list[tuple[str, int | None]] = []
+        for at, piece in enumerate(self._special.split(text)):
+            token = self._specials[piece] if at % 2 and piece in self.hidden else None
+            if piece:
+                pieces.append((piece, token))
+        return pieces
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """Texts of the special tokens, which no decoded text shows."""
+        added = self.tokenizer.get_added_tokens_decoder().values() if self.tokenizer else ()
+        return frozenset(token.content for token in added if token.special and token.content in self._specials)
+
+    @cached_property
+    def _text_of(self) -> dict[int, str]:
+        return {index: content for content, index in self._specials.items()}
+
+    @cached_property
+    def calls(self) -> CallFormat:
+        """How calls of tools are written."""
+        return call_format(self)
 
     def encode_guarded(self, text: str, beginning: bool, before: int | None = None) -> list[int]:
         """Token ids of a text from `render_guarded`, or of a part of one.
@@ -118,7 +205,7 @@ class ChatTemplate:
         """
         if self.tokenizer is None:
             raise TokenizerError("this bundle has no tokenizer; export a checkpoint with tokenizer.json to chat")
-        behind = {index: content for content, index in self._specials.items()}.get(-1 if before is None else before)
+        behind = self._text_of.get(-1 if before is None else before)
         if GUARD not in text and beginning:
             return encoded(self.tokenizer, text, self.builtin, self.most_tokens)
         if GUARD not in text:
@@ -177,12 +264,13 @@ class ChatTemplate:
         clean = text.replace(GUARD, "\ufffd").replace(REPLY, "\ufffd") if text != REPLY else text
         return self._special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], clean)
 
-    def _checked(self, messages: Messages) -> list[dict[str, str]]:
+    def _checked(self, messages: Messages) -> list[dict[str, Any]]:
         checked = []
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise PromptError(f"a message must have role and content, got {message!r:.80}")
-            if not all(isinstance(text, str) and _encodable(text) for text in message.values()) or not ROLE.fullmatch(
+            texts = [text for name, text in message.items() if name != "tool_calls"]
+            if not all(isinstance(text, str) and _encodable(text) for text in texts) or not ROLE.fullmatch(
                 message["role"]
             ):
                 raise PromptError(f"role and content must be text, the role one lower-case word, got {message!r:.80}")

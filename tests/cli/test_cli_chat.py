@@ -135,9 +135,12 @@ def test_a_wrong_option_is_told_before_the_first_question(tiny_bundle):
 
 
 class Terminal:
-    """kvq chat, or another command, with a terminal for stdin and stderr, and a pipe for stdout."""
+    """kvq chat, or another command, with a terminal for stdin and stderr, and a pipe for stdout.
 
-    def __init__(self, *arguments, name="chat"):
+    whole: the terminal is stdout too, which is when Python edits lines; env: more variables.
+    """
+
+    def __init__(self, *arguments, name="chat", whole=False, env=None):
         self.master, slave = pty.openpty()
         attributes = termios.tcgetattr(slave)
         attributes[3] &= ~termios.ECHO
@@ -146,7 +149,8 @@ class Terminal:
         command = [sys.executable, "-m", "kvq", name, *sampling, *arguments]
         # A child of a job in the background inherits that interrupts are ignored.
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=subprocess.PIPE, stderr=slave, start_new_session=True,
+            command, stdin=slave, stdout=slave if whole else subprocess.PIPE, stderr=slave, start_new_session=True,
+            env={**os.environ, **(env or {})},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(slave)
@@ -179,8 +183,9 @@ class Terminal:
 
     def end(self) -> str:
         """Wait for the end; what stdout carried."""
-        out = self.process.stdout.read().decode()
-        self.process.stdout.close()
+        out = self.process.stdout.read().decode() if self.process.stdout else ""
+        if self.process.stdout:
+            self.process.stdout.close()
         assert self.process.wait(60) == 0
         while self._look():
             pass

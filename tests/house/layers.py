@@ -10,7 +10,7 @@ from pathlib import Path
 # each other. The longest name that fits a module is its package.
 FLOORS = [
     ["kvq.runtime.errors", "kvq.runtime.version", "kvq.runtime.discovery", "kvq.runtime.extras"],
-    ["kvq.runtime.files", "kvq.runtime.machine", "kvq.runtime.text", "kvq.runtime.precision"],
+    ["kvq.runtime.keywords", "kvq.runtime.files", "kvq.runtime.machine", "kvq.runtime.text", "kvq.runtime.precision"],
     ["kvq.runtime.kv", "kvq.runtime.bundle"],
     ["kvq.runtime.policy", "kvq.runtime.native", "kvq.runtime.catalog", "kvq.models.shipped"],
     ["kvq.runtime.compute"],

@@ -16,13 +16,33 @@ from tests.tools.serving import JSON, QUESTION
     ("change", "words"),
     [
         ({"temprature": 1}, "unknown field 'temprature'"),
-        ({"n": 2}, "n is not supported"),
-        ({"n": True}, "n is not supported"),
-        ({"echo": True}, "echo is not supported"),
-        ({"logit_bias": {"5": 10}}, "logit_bias is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"n": True}, "n must be an integer"),
+        ({"n": 0}, "n must be an integer"),
+        ({"n": 17}, "at most 16"),
+        ({"n": 16, "prompt": ["x"] * 9}, "128 at most"),
+        ({"best_of": 2}, "best_of is not supported"),
+        ({"n": 2, "best_of": 3}, "best_of is not supported"),
+        ({"echo": 1}, "echo must be true or false"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"logit_bias": {"five": 10}}, "strings of digits"),
+        ({"logit_bias": {"\u0665": 10}}, "strings of digits"),
+        ({"logit_bias": {"5": 101}}, "from -100 to 100"),
+        ({"logit_bias": {"5": "x"}}, "numbers from -100"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias must be of ids"),
+        ({"logit_bias": [5]}, "logit_bias must be an object"),
+        ({"presence_penalty": 1000}, "presence_penalty must be"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids must be of ids"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type must be"),
+        ({"response_format": {"type": "json_schema"}}, "is missing"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "not"),
+        ({"guided_regex": "("}, "cannot be held to"),
+        ({"guided_json": "{"}, "not JSON"),
+        ({"guided_choice": []}, "guided_choice: choice must be"),
+        ({"guided_json": {}, "guided_regex": "a"}, "exclude each other"),
+        ({"structured_outputs": {"yaml": "x"}}, "structured_outputs.yaml"),
         ({"max_tokens": 0}, "max_tokens must be an integer"),
-        ({"max_tokens": 10**9}, "max_tokens is at most 1500"),
+        ({"max_tokens": -2}, "max_tokens must be an integer"),
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"temperature": -1}, "temperature must be at least 0"),
         ({"top_p": 0}, "top_p must be above 0"),
@@ -36,7 +56,6 @@ from tests.tools.serving import JSON, QUESTION
         ({"kv_bits": True}, "kv_bits must be a number"),
         ({"kv_bits": -1}, "kv_bits must be a positive number"),
         ({"max_tokens": True}, "max_tokens must be an integer"),
-        ({"max_tokens": 10**400}, "max_tokens is at most 1500"),
         ({"top_k": True}, "top_k must be an integer"),
         ({"logprobs": True}, "logprobs must be an integer"),
         ({"policy": "x" * 100_000}, "unknown policy 'xxxx"),
@@ -46,16 +65,18 @@ from tests.tools.serving import JSON, QUESTION
         ({"prompt": [1, 1.5]}, "prompt"),
         ({"prompt": [[[[1]]]]}, "prompt must be"),
         ({"stop": "\ud800"}, "stop must be"),
-        ({"stop": ["a"] * 5}, "at most 4"),
+        ({"stop": ["a"] * 17}, "at most 16"),
         ({"stop": [""]}, "none of them empty"),
-        ({"logprobs": 6}, "at most 5"),
-        ({"stream_options": {}}, "only for stream=true"),
+        ({"logprobs": 21}, "at most 20"),
+        ({"stream_options": {"include_usage": True}}, "only for stream=true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         ({"policy": "nonsense"}, "unknown policy 'nonsense'"),
         ({"policy": "int4", "kv_bits": 3}, "cannot follow a budget"),
         ({"kv_bits": 0.1}, "below what is possible"),
         ({"prompt": ""}, "non-empty string"),
-        ({"prompt": ["a", "b"]}, "several prompts"),
+        ({"prompt": ["a", ""]}, "prompt must be"),
+        ({"prompt": ["a"] * 65}, "at most 64 prompts"),
+        ({"prompt": ["a", [99999]]}, "token ids must be"),
         ({"prompt": [1, 99999]}, "token ids must be"),
         ({"prompt": [10**30]}, "token ids must be"),
         ({"prompt": "\ud800"}, "text or token ids"),
@@ -82,12 +103,31 @@ def test_a_completion_request_that_would_be_misunderstood_is_refused_by_name(ser
     [
         ({"messages": []}, "non-empty list"),
         ({"messages": ["x"]}, "messages[0] must be an object"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "text parts only"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "y"}]}, "messages[0].mood"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "function.name"),
+        ({"messages": [{"role": "user", "content": "x"}] * 5000}, "at most 4096 messages"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function must be"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type must be"),
+        ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "a"}}] * 2}, "different names"),
+        ({"tools": [{"function": {"name": "a"}}] * 129}, "at most 128"),
+        ({"tools": [{"function": {"name": "a", "description": "x" * 300_000}}]}, "characters"),
+        ({"tools": [{"function": {"name": "a", "parameters": 5}}]}, "parameters must be"),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": [{"function": {"name": "a"}}], "tool_choice": {"function": {"name": "b"}}}, "not among tools"),
+        ({"tools": [{"function": {"name": "a"}}], "tool_choice": 5}, "tool_choice must be"),
+        ({"tools": [{"function": {"name": "a"}}], "response_format": {"type": "json_object"}}, "exclude each other"),
+        ({"tools": [{"function": {"name": "a", "parameters": {"not": {}}}}], "tool_choice": "required"}, "not"),
+        ({"tools": [{"function": {"name": "a", "description": "\ud800"}}]}, "surrogates"),
+        ({"chat_template_kwargs": {"x": "\ud800"}}, "surrogates"),
+        ({"chat_template_kwargs": {"x": json.loads("[" * 200 + "]" * 200)}}, "nest at most"),
+        ({"functions": [{"name": "a"}]}, "functions is not supported"),
+        ({"echo": True}, "echo is for completions"),
+        ({"continue_final_message": True}, "needs a last message"),
+        ({"chat_template_kwargs": {"messages": []}}, "cannot have 'messages'"),
         ({"top_logprobs": 3}, "needs logprobs=true"),
         ({"logprobs": 3}, "logprobs must be true or false"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
@@ -119,7 +159,7 @@ def test_a_chat_request_that_would_be_misunderstood_is_refused_by_name(server, c
         (b'{"kv_bits": 1e400, "prompt": "x"}', 400, "kv_bits must be a number"),
         (b'{"prompt": "x", "temperature": Infinity}', 400, "not a JSON number"),
         (b'{"a":' * 100_000, 400, "not JSON"),
-        (b'{"prompt": "x", "metadata": ' + b"[" * 500 + b"]" * 500 + b', "n": 2}', 400, "n is not supported"),
+        (b'{"prompt": "x", "metadata": ' + b"[" * 500 + b"]" * 500 + b', "n": 0}', 400, "n must be an integer"),
         (b'"' + b"x" * 100_000 + b'"', 400, "must be a JSON object"),
         (b"\xef\xbb\xbf{}", 400, "not JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
@@ -157,6 +197,10 @@ def test_a_body_without_length_is_bounded_too(server):
 def test_requests_that_a_web_page_could_send_unasked_are_refused(server):
     answer = server.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 415
+    for header in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert server.post("/v1/completions", content=b'{"prompt": "x"}', headers=header).status_code == 415
+    answer = server.post("/v1/completions", content=b'{"prompt": "x", "max_tokens": 1}')  # no kind, and no page's
+    assert answer.status_code == 200
     answer = server.get("/v1/models", headers={"host": "evil.example:80"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
     answer = server.get("/v1/models", headers={"origin": "http://evil.example"})
@@ -169,6 +213,7 @@ def test_paths_and_methods(server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/completions").status_code == 405
     assert server.post("/v1/embeddings", {}).json()["error"]["type"] == "not_found_error"
+    assert server.post("/api/embed", {}).json() == {"error": "no such path; the API is under /v1"}
 
 
 def test_a_wrong_model_is_not_found(client):
@@ -192,8 +237,9 @@ def test_an_unexpected_error_has_the_apis_form_and_tells_nothing(embedded):
     """Whatever a fault of ours raises, on the way to the model or behind it."""
     import asyncio
 
-    from kvq.runtime.server.app import Api, Limits, make_app
+    from kvq.runtime.server.app import Api, make_app
     from kvq.runtime.server.guard import Guard
+    from kvq.runtime.server.preparing import Limits
     from kvq.runtime.server.protocol import Settings
 
     class Broken:
@@ -217,9 +263,9 @@ def test_an_unexpected_error_has_the_apis_form_and_tells_nothing(embedded):
 
 
 def test_line_ends_of_other_alphabets_do_not_split_an_event():
-    from kvq.runtime.server.events import _sse
+    from kvq.runtime.server.responses import sse
 
     text = "a\u2028b\u2029c\x85d\ne"
-    event = _sse({"text": text})
+    event = sse({"text": text})
     assert len(event.decode().splitlines()) == 2  # the event, and the empty line behind it
     assert json.loads(event.removeprefix(b"data: ")) == {"text": text}

@@ -62,10 +62,11 @@ class Runner:
 
         length = len(ids) + tokens
         job = Job(
-            np.asarray(ids, np.int64), kind, self.pool.check(kind, length), length, tokens, [], [],
-            {"temperature": 1.0, "seed": seed, **sampling}, 0, time.monotonic() + deadline, emit,
+            np.asarray(ids, np.int64), kind, self.pool.check(kind, length), length,
+            [{"max_tokens": tokens, "temperature": 1.0, "seed": seed, **sampling}],
+            deadline=time.monotonic() + deadline, emit=emit,
         )  # fmt: skip
-        self.scheduler.submit(job)
+        self.scheduler.submit([job])
         job.events = events
         return job
 

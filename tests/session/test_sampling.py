@@ -310,3 +310,75 @@ def test_generate_refuses_options_out_of_range_and_appends_nothing(tiny_model, o
         session.generate("Hello", **options)
     assert session.tokens == []
     assert session.pending == []
+
+
+@given(
+    st.lists(st.floats(-8, 8), min_size=VOCAB, max_size=VOCAB),
+    st.lists(st.integers(0, VOCAB - 1), max_size=8),
+    st.lists(st.integers(0, VOCAB - 1), max_size=8),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100), max_size=4),
+)
+@settings(deadline=None)
+def test_penalties_and_biases_are_what_the_words_say(logits, before, said, presence, frequency, bias):
+    """Presence and frequency count what this sampler has drawn, and nothing that was there before."""
+    values = np.array(logits, np.float32)
+    options = {"presence_penalty": presence, "frequency_penalty": frequency, "logit_bias": bias}
+    sample = make_sampler(temperature=0, **options)
+    kept = values.copy()
+    for at in range(len(said) + 1):
+        token, logprob = sample(values, [*before, *said[:at]])
+        counts = Counter(said[:at])
+        scores = [
+            np.float32(x) - frequency * counts[i] - presence * (counts[i] > 0) + bias.get(i, 0)
+            for i, x in enumerate(values)
+        ]
+        assert scores[token] == pytest.approx(max(scores), abs=1e-3)
+        assert logprob == log_probability(values, token)
+    assert (values == kept).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"presence_penalty": 101}, "presence_penalty must be"),
+        ({"frequency_penalty": "much"}, "frequency_penalty must be"),
+        ({"presence_penalty": math.nan}, "presence_penalty must be"),
+        ({"logit_bias": {"5": 1}}, "token ids to numbers"),
+        ({"logit_bias": {-1: 1}}, "token ids to numbers"),
+        ({"logit_bias": {True: 1}}, "token ids to numbers"),
+        ({"logit_bias": [1]}, "must map"),
+        ({"logit_bias": {5: 101}}, "from -100 to 100"),
+        ({"logit_bias": {5: math.nan}}, "from -100"),
+    ],
+)
+def test_what_is_no_penalty_is_refused(options, words):
+    with pytest.raises(SamplingError, match=words):
+        make_sampler(**options)
+
+
+def test_processors_see_the_ids_and_what_the_one_before_left():
+    seen = []
+
+    def first(ids, logits):
+        seen.append(list(ids))
+        logits[:] = -np.inf  # theirs to change
+        logits[4] = 1.0
+        return logits
+
+    def second(ids, logits):
+        return np.where(logits == 1.0, logits, -5.0)
+
+    logits = np.arange(VOCAB, dtype=np.float32)
+    sample = make_sampler(processors=[first, second], temperature=0)
+    assert sample(logits, HISTORY)[0] == 4
+    assert seen == [HISTORY]
+    assert logits[0] == 0
+    for wrong in (
+        lambda ids, logits: logits[:3],
+        lambda ids, logits: logits * np.nan,
+        lambda ids, logits: logits - np.inf,
+    ):
+        with pytest.raises(SamplingError, match="a logits processor must give"):
+            make_sampler(processors=[wrong])(logits, [])
