@@ -1,4 +1,4 @@
-"""Training knows every family's cache: what it holds and what comes of it are the runtime's; controllers are trained."""
+"""Training knows every family's cache: keys, values and what comes of them are those of the runtime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.tools.families import SMALL, save_family
 from tests.tools.packages import needs
 
 torch = needs("torch")
-from kvq.controller.training.parallel import ParallelModel  # noqa: E402
-from kvq.controller.training.train import Recipe, train_controllers  # noqa: E402
+from kvq.controller.training.parallel import ParallelModel
+from kvq.controller.training.train import Recipe, train_controllers
 
 IDS = np.random.default_rng(2).integers(0, 512, 80)
 TEXT = calibration_text()
