@@ -145,6 +145,7 @@ class GgufFile(Source):
         config["vocab_size"] = embedding.shape[0]
         config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         heads = config["num_attention_heads"]
+        config.setdefault("num_key_value_heads", heads)
         head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
         if self._field("attention.value_length", head_dim) != head_dim:
             raise UnsupportedArchitectureError(
