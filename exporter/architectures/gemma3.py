@@ -5,6 +5,7 @@ embeddings times the root of their size, a network with GELU, and two rotary emb
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from kvq.exporter.architectures.description import Adapted, Add, Family, GeGLU, Layer, Model
 from kvq.exporter.architectures.parts import FINAL_NORM, HEAD_NORMS, LAYER, Parts, gguf
@@ -18,9 +19,12 @@ ONLY = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
     "attention_bias": False,
 }  # fmt: skip
-# Of transformers' Gemma3TextConfig: every so many layers one sees all; base of the others' rotary embedding; what
-# queries are divided by the root of; the window.
-PATTERN, LOCAL_BASE, SCALAR, WINDOW = 6, 10000.0, 256, 4096
+DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rope_theta": 1e6, "sliding_window": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+# Every so many layers one sees all; base of the others' rotary embedding; what queries are divided by the root of.
+PATTERN, LOCAL_BASE, SCALAR = 6, 10000.0, 256
 # Our own field: what has been added to the weights of norms already, as llama.cpp's converter does.
 ADDED = "norm_weights_include"
 GLOBAL, LOCAL = 0, 1  # rotary embeddings
@@ -28,9 +32,9 @@ GLOBAL, LOCAL = 0, 1  # rotary embeddings
 
 def gemma3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts = Parts.of(source, ONLY)
+    parts = Parts.of(source, ONLY, **DEFAULTS)
     local = _local(parts)
-    parts, notes = without_window(parts, WINDOW) if any(local) else (parts, ())
+    parts, notes = without_window(parts) if any(local) else (parts, ())
     shape, offset = parts.shape, 1.0 - parts.config.get(ADDED, 0)
     # Attention divides by the root of head_dim itself.
     queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", _scalar(parts)))
@@ -47,7 +51,7 @@ def gemma3(source: Source) -> Model:
     of_local = {"rope_theta": parts.number("rope_local_base_freq", LOCAL_BASE)}
     rotaries = parts.rotary("rope_local_base_freq"), rotary(of_local, shape.head_dim, shape.context, parts.name)
     more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden), "notes": notes}
-    return parts.model(layers, rotaries if any(local) else rotaries[:1], tied=True, **more)
+    return parts.model(layers, rotaries if any(local) else rotaries[:1], **more)
 
 
 def _scalar(parts: Parts) -> float:

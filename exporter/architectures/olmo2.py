@@ -9,7 +9,8 @@ from kvq.exporter.sources.base import Source
 
 def olmo2(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts = Parts.of(source, {**ONLY, "sliding_window": None})  # that of OLMo 3, which GGUF files call olmo2 too
+    only = {**ONLY, "sliding_window": None}  # that of OLMo 3, which GGUF files call olmo2 too
+    parts = Parts.of(source, only, rms_norm_eps=1e-5)
     biased, shape = parts.says("attention_bias"), parts.shape
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layers = []

@@ -37,7 +37,7 @@ class Parts:
     """The parts that a family's layers are made of.
 
     Attributes:
-        config: of config.json.
+        config: of config.json, with the family's defaults for what it leaves out.
         name: of the checkpoint, for messages.
         shape: of the model.
         epsilon: of its norms.
@@ -49,13 +49,19 @@ class Parts:
     epsilon: float
 
     @classmethod
-    def of(cls, source: Source, only: Mapping[str, Any] = ONLY) -> Parts:
-        """Those of a source's model; `only`: see `refuse_variants`.
+    def of(cls, source: Source, only: Mapping[str, Any] = ONLY, **defaults: Any) -> Parts:
+        """Those of a source's model.
+
+        Args:
+            source: the model's files.
+            only: see `refuse_variants`.
+            defaults: what a config.json leaves out when it is the family's usual, where transformers' configuration of
+                the family has other defaults than Llama's.
 
         Raises:
             CheckpointError, UnsupportedArchitectureError: as `Family.describe`.
         """
-        config, name = source.config, source.name
+        config, name = {**defaults, **source.config}, source.name
         refuse_variants(config, name, only)
         return cls(config, name, shape_of(config, name, FIELDS), epsilon_of(config, name))
 
@@ -109,15 +115,12 @@ class Parts:
         config = {field: value for field, value in self.config.items() if field not in read}
         return rotary(config, self.shape.head_dim, self.shape.context, self.name)
 
-    def model(
-        self, layers: Sequence[Layer], rotaries: tuple[Rotary, ...] | None = None, tied: bool = False, **more: Any
-    ) -> Model:
+    def model(self, layers: Sequence[Layer], rotaries: tuple[Rotary, ...] | None = None, **more: Any) -> Model:
         """The description of the whole model.
 
         Args:
             layers: of it.
             rotaries: of the layers; None is the one that the configuration says.
-            tied: whether the head is the embedding where the configuration does not say.
             more: of its attributes.
         """
         return Model(
@@ -125,7 +128,7 @@ class Parts:
             embedding=EMBEDDING,
             layers=tuple(layers),
             norm=Norm(FINAL_NORM, self.shape.hidden, self.epsilon),
-            head=EMBEDDING if self.config.get("tie_word_embeddings", tied) is True else HEAD,
+            head=EMBEDDING if self.says("tie_word_embeddings") else HEAD,
             rotaries=(self.rotary(),) if rotaries is None else rotaries,
             **more,
         )

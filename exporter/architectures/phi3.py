@@ -20,13 +20,16 @@ from kvq.exporter.architectures.windows import without_window
 from kvq.exporter.sources.base import Source, positive, positive_number
 from kvq.runtime.errors import UnsupportedArchitectureError
 
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 LONG = ("longrope", "su", "yarn")  # what files call it, "su" and "yarn" older ones
 
 
 def phi3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     only = {field: value for field, value in ONLY.items() if field != "partial_rotary_factor"}
-    parts, notes = without_window(Parts.of(source, only | {"attention_bias": False}))
+    parts, notes = without_window(Parts.of(source, only | {"attention_bias": False}, **DEFAULTS))
     shape, config = parts.shape, dict(parts.config)
     rotated = _rotated(config, shape.head_dim, parts.name)
     config["rope_scaling"], context = _of_one_length(parts, source.context)

@@ -10,7 +10,7 @@ from kvq.exporter.sources.base import Source
 
 def qwen2(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts, notes = without_later_windows(Parts.of(source))
+    parts, notes = without_later_windows(Parts.of(source, max_position_embeddings=32768))
     layers = [parts.pre_norm(i, parts.attend(i, bias=True), parts.mlp(i)) for i in range(parts.shape.layers)]
     return parts.model(layers, notes=notes)
 

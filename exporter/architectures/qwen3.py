@@ -10,7 +10,7 @@ from kvq.exporter.sources.base import Source
 
 def qwen3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts, notes = without_later_windows(Parts.of(source))
+    parts, notes = without_later_windows(Parts.of(source, max_position_embeddings=32768, head_dim=128))
     biased, head_dim = parts.says("attention_bias"), parts.shape.head_dim
     layers = []
     for i in range(parts.shape.layers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvq.exporter.architectures.description import Family, Model
 from kvq.exporter.architectures.parts import Parts, gguf
 from kvq.exporter.architectures.windows import without_window
@@ -10,11 +12,14 @@ from kvq.runtime.errors import CheckpointError
 
 # Every so many layers one goes without, unless a configuration says more: transformers' and llama.cpp's default.
 INTERVAL = 4
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def smollm3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts = Parts.of(source)
+    parts = Parts.of(source, **DEFAULTS)
     parts, notes = without_window(parts) if parts.says("use_sliding_window") else (parts, ())
     biased = parts.says("attention_bias")
     layers = []
@@ -22,7 +27,7 @@ def smollm3(source: Source) -> Model:
         attend = parts.attend(i, bias=biased, output_bias=biased, rotary=0 if rotates else None)
         layers.append(parts.pre_norm(i, attend, parts.mlp(i, parts.says("mlp_bias"))))
     rotaries = (parts.rotary("no_rope_layers", "no_rope_layer_interval"),)
-    return parts.model(layers, rotaries, tied=True, notes=notes)
+    return parts.model(layers, rotaries, notes=notes)
 
 
 def _rotating(parts: Parts) -> list[bool]:

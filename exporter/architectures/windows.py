@@ -16,7 +16,7 @@ def without_window(parts: Parts, default: int | None = None) -> tuple[Parts, tup
 
     Args:
         parts: of the model.
-        default: the window where the configuration does not have the field; None is none.
+        default: the window that there is where the configuration does not speak of one; None is none.
 
     Raises:
         CheckpointError: the window is no size.

@@ -145,6 +145,7 @@ class GgufFile(Source):
         config["vocab_size"] = embedding.shape[0]
         config["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         heads = config["num_attention_heads"]
+        config.setdefault("num_key_value_heads", heads)
         head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
         if self._field("attention.value_length", head_dim) != head_dim:
             raise UnsupportedArchitectureError(
@@ -157,14 +158,20 @@ class GgufFile(Source):
             raise UnsupportedArchitectureError(
                 f"{self.path.name} rotates only part of a head; kvq supports rotary embedding of the whole head only"
             )
+        context = config["max_position_embeddings"]
+        return config | self._windows() | rope_fields(self._field, self._factors, rotated, context, self.path)
+
+    def _windows(self) -> dict[str, Any]:
+        """The fields of config.json that say which layers see the last tokens only, and how many."""
+        found: dict[str, Any] = {}
         if window := self._field("attention.sliding_window"):  # 0 is none
-            config["sliding_window"] = positive(window, f"{self.path.name} has {self._key('attention.sliding_window')}")
+            found["sliding_window"] = positive(window, f"{self.path.name} has {self._key('attention.sliding_window')}")
         kinds = self._field("attention.sliding_window_pattern")
         if isinstance(kinds, list):
-            config["layer_types"] = ["sliding_attention" if kind else "full_attention" for kind in kinds]
+            found["layer_types"] = ["sliding_attention" if kind else "full_attention" for kind in kinds]
         elif kinds is not None:
-            config["sliding_window_pattern"] = kinds
-        return config | rope_fields(self._field, self._factors, rotated, config["max_position_embeddings"], self.path)
+            found["sliding_window_pattern"] = kinds
+        return found
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ bits, sessions that are saved, forked and trimmed.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from kvq.composition import open_bundle
 from kvq.controller.evaluation.llama import LlamaModel
 from kvq.exporter.calibration import calibration_text
+from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.export import Summary, export
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
@@ -22,6 +24,7 @@ from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, edit_config, save_checkpoint
 from tests.tools.families import FEATURES, REAL, SMALL, config_of, family_logits, save_family
 from tests.tools.gguf_files import write_gguf
+from tests.tools.packages import needs
 from tests.tools.references import effective_model, logits_of
 
 BACKENDS = ["native", "numpy"]
@@ -107,6 +110,7 @@ def test_the_twin_says_the_same(family: Family) -> None:
     assert off(found, family.logits) <= TOLERANCE / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_weights_are_those_of_the_twin(weights: str, family: Family, tmp_path: Path) -> None:
     options = {"weights": weights, "activations": "fp32", "compensate": False, "calibration": TEXT}
@@ -115,6 +119,37 @@ def test_quantized_weights_are_those_of_the_twin(weights: str, family: Family, t
     for backend in BACKENDS:
         assert off(through_the_cache(open_bundle(bundle), backend, 7), wanted) <= 2 * TOLERANCE, backend
     assert off(wanted, family.logits) > TOLERANCE
+
+
+LEFT_OUT = [
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+    "sliding_window", "original_max_position_embeddings", "embedding_multiplier", "residual_multiplier",
+    "logits_scaling", "attention_multiplier", "query_pre_attn_scalar", "rope_local_base_freq", "layer_types",
+    "no_rope_layers",
+]  # fmt: skip
+
+
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(family: Family, tmp_path: Path) -> None:
+    transformers = needs("transformers")
+    weights, said = load_file(family.folder / "model.safetensors"), config_of(family.folder)
+    compared = 0
+    for field in set(LEFT_OUT) & said.keys():
+        less = {name: value for name, value in said.items() if name != field}
+        whole = less | {field: transformers.AutoConfig.for_model(**less).to_dict()[field]}
+        found = []
+        for number, config in enumerate((less, whole)):
+            folder = tmp_path / f"{field}-{number}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(config))
+            save_file(weights, folder / "model.safetensors")
+            try:
+                model = load_checkpoint(folder).model
+                found.append((repr(model).replace(folder.name, ""), [r.inv_freq.tolist() for r in model.rotaries]))
+            except CheckpointError:  # the weights are of other sizes
+                found.append(("refused", []))
+        assert found[0] == found[1], field
+        compared += found[0][0] != "refused"
+    assert compared >= 3
 
 
 def digests(summary: Summary) -> dict[str, str]:
