@@ -25,17 +25,17 @@ def text(responses) -> str:
 
 
 @pytest.mark.slow
-def test_every_finished_output_of_a_quarter_of_the_schemas_is_valid(model):
+def test_every_finished_output_of_some_schemas_is_valid(model):
     template, finished = model.chat_template, 0
     session = model.session()
     session.append(template.encode([{"role": "user", "content": "Fill in the form, as JSON."}]))
-    for name, schema in list(SCHEMAS.items())[1::4]:
-        options = {"max_tokens": 100, "temperature": 0.7, "seed": 1, "stop_tokens": template.stop_tokens}
+    for name, schema in list(SCHEMAS.items())[1::6]:
+        options = {"max_tokens": 60, "temperature": 0.7, "seed": 1, "stop_tokens": template.stop_tokens}
         responses = list(session.fork().generate(schema=schema, **options))
         if responses[-1].finish_reason == "stop":
             finished += 1
             assert problems(schema, text(responses)) == [], name
-    assert finished > 15
+    assert finished > 8
 
 
 @pytest.mark.slow
