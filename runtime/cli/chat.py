@@ -31,11 +31,14 @@ from kvq.runtime.errors import PromptError
 @click.argument("question", required=False)
 @options([SYSTEM, *SESSION])
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No notices, only answers and errors.")
+@option("--no-history", is_flag=True, section="Basics", help="Do not keep what is typed for the next run.")
 @options(MODEL)
 @options(CACHE)
 @options([max_tokens(512), *SAMPLING[1:]])
 @click.pass_context
-def chat(ctx, question, system, session_file, session_readonly, quiet, model, threads, **parameters) -> None:
+def chat(
+    ctx, question, system, session_file, session_readonly, quiet, no_history, model, threads, **parameters
+) -> None:
     """Talk with a model; /help lists what you can type besides.
 
     QUESTION is asked first, where it is given. Every question is added to the
@@ -57,7 +60,7 @@ def chat(ctx, question, system, session_file, session_readonly, quiet, model, th
     generation = generation_options(parameters)
     kept = SessionFile.of(session_file, session_readonly)
     loaded = load_model(model, threads)
-    repl = Repl(loaded, settings, system, generation, quiet)
+    repl = Repl(loaded, settings, system, generation, quiet, not no_history)
     if kept is not None and kept.exists:
         repl.begin(kept.open(loaded, settings, given(ctx)))
     if kept is not None:

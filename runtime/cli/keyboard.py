@@ -61,8 +61,11 @@ def await_line() -> None:
             pass
 
 
-def prepare_readline(commands: Sequence[str]) -> History | None:
-    """Line editing, completion of commands, pasted lines as one, and the history; None where Python has no readline."""
+def prepare_readline(commands: Sequence[str], keep: bool = True) -> History | None:
+    """Line editing, completion of commands, pasted lines as one, and the history; None where Python has no readline.
+
+    keep: the history on disk; without, there is that of this run, by readline itself.
+    """
     try:
         import readline
     except ImportError:
@@ -78,6 +81,8 @@ def prepare_readline(commands: Sequence[str]) -> History | None:
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     if not libedit:  # Python switches it off: a program has to expect lines that hold several
         readline.parse_and_bind("set enable-bracketed-paste on")
+    if not keep:
+        return None
     history = History(home() / HISTORY)
     readline.set_auto_history(False)  # a question of several lines is one entry
     readline.clear_history()

@@ -34,6 +34,7 @@ class Repl:
         system: system prompt.
         generation: options of `Conversation.reply`.
         quiet: whether notices are left out.
+        history: whether what is typed is kept on disk.
         attended: whether somebody is there whose Ctrl-C ends an answer alone.
         forgotten: turns that had to make room.
     """
@@ -43,6 +44,7 @@ class Repl:
     system: str | None
     generation: dict[str, Any]
     quiet: bool
+    history: bool = True
     conversation: Conversation = field(init=False)
     attended: bool = False
     forgotten: int = 0
@@ -96,7 +98,8 @@ class Repl:
 
     def interactive(self, first: str | None = None) -> None:
         """A first question, and those from the terminal until Ctrl-D; an error is told and the chat goes on."""
-        history = prepare_readline([line.split()[0] for line in HELP.splitlines() if line.startswith("/")])
+        commands = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
+        history = prepare_readline(commands, self.history)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
         self.attended = True
         session = self.conversation.session

@@ -140,9 +140,10 @@ class Api:
 
     def _reader(self, prepared: Prepared) -> CallReader | None:
         """What tells calls from the text, where there are tools to call."""
-        tools, template = prepared.request.tools, self.scheduler.ready()[0].chat_template
+        tools = prepared.request.tools
         if tools is None or not tools.offered:
             return None
+        template = self.scheduler.ready()[0].chat_template
         names = [tool.name for tool in tools.offered]
         return CallReader(template.calls, names, sorted(template.hidden), not tools.parallel)
 

@@ -100,7 +100,10 @@ def _chat_ids(request: Generation, model: Model) -> list[int]:
     """Token ids of the conversation, with the tools in the way that the template has for them."""
     template, messages, tools = model.chat_template, request.messages, request.tools
     shown = tools.shown if tools is not None else ()
-    if not template.calls.native:
+    spoken = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if not shown and not spoken:
+        definitions = None
+    elif not template.calls.native:
         messages, definitions = with_tools(template, messages, shown), None
     else:
         definitions = [tool.definition for tool in shown] or None

@@ -136,7 +136,7 @@ def with_tools(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], to
     """Messages in which tools are described, called and answered in text: for a template that knows none."""
     found: list[dict[str, Any]] = []
     for message in messages:
-        kept = {name: value for name, value in message.items() if name in ("role", "content")}
+        kept = {name: value for name, value in message.items() if name not in ("tool_calls", "tool_call_id")}
         if message.get("tool_calls"):
             kept["content"] = "\n".join(
                 part for part in (message["content"], PLAIN.written(message["tool_calls"])) if part

@@ -99,7 +99,7 @@ def test_help_is_80_columns_wide_with_examples_and_the_twins():
 def test_the_flags_of_run_stand_in_sections():
     text = kvq("run", "-h").stdout
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Basics", "Model", "Cache", "Sampling", "Options"]
+    assert titles == ["Basics", "Model", "Cache", "Structure", "Sampling", "Options"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

