@@ -180,7 +180,7 @@ class GraphReader:
                 raise Refused(f"it is of version {entry.get('version')} of the operators {domain or 'ai.onnx'!r:.60}")
             opsets[domain] = entry["version"]
         graph = model["graph"]
-        nodes = [self._node(node, external_files) for node in graph.get("node", ())]
+        nodes = [self.node(node, external_files) for node in graph.get("node", ())]
         if foreign := {node.get("domain", "") for node in graph.get("node", ())} - opsets.keys():
             operators = {f"{node.get('domain')}::{node.get('op_type')}" for node in graph["node"]}
             wanted = sorted(name for name in operators if name.partition("::")[0] in foreign)
@@ -192,7 +192,12 @@ class GraphReader:
         inputs, outputs = ([_declared(entry) for entry in graph.get(side, ())] for side in ("input", "output"))
         return Graph(nodes, constants, inputs, outputs, opsets)
 
-    def _node(self, node: dict[str, Any], external_files: frozenset[str]) -> Node:
+    def node(self, node: dict[str, Any], external_files: frozenset[str]) -> Node:
+        """An operator at work, from the fields of its message.
+
+        Raises:
+            Refused: something in it that no graph of ours holds.
+        """
         attributes: dict[str, Any] = {}
         for content in node.get("attribute", ()):
             known = self._attributes.get(content)

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.renaming import with_products
 from kvq.runtime.compute.binding import NamedSession
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.machine import hugepages
@@ -35,10 +36,9 @@ class Engine:
         self.huge_nbytes = 0  # of the loaded graphs' memory, on huge pages
         hugepages.wanted()  # refuses an unknown setting
         # The first graph that is asked for has all of them checked, those too that no backend asks for later.
-        self.head = self._session(bundle.manifest.head)
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
-        self._decoder: NamedSession | None = None
+        self._others: dict[tuple[str, int | None], NamedSession] = {}
 
     @property
     def segments(self) -> list[NamedSession]:
@@ -48,14 +48,26 @@ class Engine:
                 self._segments = [self._session(name) for name in self._bundle.manifest.segments]
             return self._segments
 
-    def decoder(self, library: Path) -> NamedSession:
-        """The segments as one graph, whose attention is an operator of the native library."""
-        with self._lock:
-            if self._decoder is None:
-                self._decoder = self._session(self._bundle.manifest.decoder, library)
-            return self._decoder
+    def decoder(self, library: Path, kernel: int) -> NamedSession:
+        """The segments as one graph, whose attention is an operator of the native library, as its products are.
 
-    def _session(self, name: str, library: Path | None = None) -> NamedSession:
+        Args:
+            library: its file.
+            kernel: index of its instruction set.
+        """
+        return self._other(self._bundle.manifest.decoder, library, kernel)
+
+    def head(self, library: Path | None = None, kernel: int | None = None) -> NamedSession:
+        """The head; its product is the native library's, if one is given."""
+        return self._other(self._bundle.manifest.head, library, kernel)
+
+    def _other(self, name: str, library: Path | None, kernel: int | None) -> NamedSession:
+        with self._lock:
+            if (name, kernel) not in self._others:
+                self._others[name, kernel] = self._session(name, library, kernel)
+            return self._others[name, kernel]
+
+    def _session(self, name: str, library: Path | None = None, kernel: int | None = None) -> NamedSession:
         options = session_options()
         # An arena saves a tenth of a step where one graph holds all layers; one per segment would keep every segment's
         # largest buffers, 190 MB on the 135M shape.
@@ -65,6 +77,8 @@ class Engine:
         # What was checked as ONNX is not to be guessed at again.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         graph = self._bundle.graph(name)
+        if kernel is not None:
+            graph = with_products(graph, kernel)
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))

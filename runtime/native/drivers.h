@@ -52,5 +52,9 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
 /* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
 void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                   float *normed);
+/* out [rows, n] = x [rows, k] times the transpose of a matrix that has at least as many rows as the kernel's
+ * product_columns, by kernel (-1: the best). Returns 0 or an error: NO_KERNEL, MISFIT_SHAPE, NO_MEMORY. */
+int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
+                void *context);
 
 #endif

@@ -48,6 +48,25 @@ typedef struct {
     int32_t sums[QUERY_PARTS]; /* over all channels: unsigned codes are offset */
 } kvq_integer_query;
 
+/* A matrix of weights, as MatMulNBits of onnxruntime defines it (com.microsoft, version 1): the weight at k of row n is
+ * its scale times its code less 128, or, with 4 bits, its code less the block's zero point. */
+typedef struct {
+    const uint8_t *codes;  /* [n, blocks, block * bits / 8]; of 4 bits the first is the low one of a byte */
+    const float *scales;   /* [n, blocks] */
+    const uint8_t *zeros;  /* [n, (blocks + 1) / 2], 4 bits each, the low ones first; null: 8 each. Of 4 bits alone */
+    int32_t n, k, blocks;  /* blocks: k in whole blocks, of which the last one may have codes without a meaning */
+    int32_t bits, block;   /* 4 or 8; 32, 64, 128 or 256 */
+} kvq_matrix;
+#define MOST_BLOCK 256
+
+/* Rows that a matrix is multiplied with, in bytes: a value is about its code times the scale of its block. */
+typedef struct {
+    int8_t *codes;  /* [rows, blocks * block]; of 4 bits those of the even places of a block come first, then the odd */
+    float *scales;  /* [blocks, rows] */
+    int32_t *sums;  /* [blocks, rows]: of the codes */
+    size_t rows;
+} kvq_byte_rows;
+
 typedef struct kvq_task kvq_task;
 
 typedef struct {
@@ -67,6 +86,12 @@ typedef struct {
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                      float *normed);
+    /* x [k], row number `row`, to bytes */
+    void (*quantize)(const kvq_matrix *matrix, const float *x, size_t row, const kvq_byte_rows *to);
+    /* the columns from product_columns * group on of rows [first, first + rows), at most PRODUCT_MOST_ROWS, of
+     * out [rows, n]. What a row yields does not depend on the others */
+    void (*product)(const kvq_matrix *matrix, const kvq_byte_rows *of, size_t group, size_t first, size_t rows, float *out);
+    size_t product_columns;
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
@@ -96,6 +121,8 @@ struct kvq_task {
 #define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
+
+#define PRODUCT_MOST_ROWS 192 /* that share an expansion of weights; sums of so many stay in the first-level cache */
 
 #define NOINLINE static __attribute__((noinline))
 

@@ -1,5 +1,6 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
 #include "encode.h"
+#include "matrix.h"
 #include "move.h"
 #include "norm.h"
 #include "prefill.h"
@@ -19,6 +20,9 @@
                                .rotate = rotate_heads,             \
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
+                               .quantize = quantize_row,           \
+                               .product = multiply,                \
+                               .product_columns = MATRIX_COLUMNS,  \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
                                .within = within,                   \
