@@ -188,7 +188,7 @@ class GraphReader:
         names = [node.name for node in nodes if node.name]
         if len(set(names)) < len(names):
             raise Refused("two operators have the same name")
-        constants = [self._tensor(content, external_files) for content in graph.get("initializer", ())]
+        constants = [self.tensor(content, external_files) for content in graph.get("initializer", ())]
         inputs, outputs = ([_declared(entry) for entry in graph.get(side, ())] for side in ("input", "output"))
         return Graph(nodes, constants, inputs, outputs, opsets)
 
@@ -210,7 +210,12 @@ class GraphReader:
         operator = f"{domain}::{name}" if domain else name
         return Node(node.get("name", ""), operator, node.get("input", []), node.get("output", []), attributes)
 
-    def _tensor(self, content: bytes, external_files: frozenset[str]) -> Tensor:
+    def tensor(self, content: bytes, external_files: frozenset[str]) -> Tensor:
+        """A constant, from its message.
+
+        Raises:
+            WireError, Refused: as for `read`.
+        """
         key = content, external_files
         known = self._tensors.get(key)
         if known is None:

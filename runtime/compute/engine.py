@@ -14,9 +14,9 @@ from pathlib import Path
 import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
-from kvq.runtime.bundle.renaming import with_products
 from kvq.runtime.compute.binding import NamedSession
 from kvq.runtime.compute.failures import refusal
+from kvq.runtime.compute.products import own_products
 from kvq.runtime.machine import hugepages
 from kvq.runtime.machine.threads import configure, session_options
 
@@ -76,15 +76,15 @@ class Engine:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
         # What was checked as ONNX is not to be guessed at again.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        graph = self._bundle.graph(name)
-        if kernel is not None:
-            graph = with_products(graph, kernel)
+        graph, kept = self._bundle.graph(name), None
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
             with hugepages.new_memory() as done:
+                if kernel is not None:
+                    graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]
-            return NamedSession(name, session)
+            return NamedSession(name, session, kept)
         except Exception as error:  # onnxruntime's errors share no base class
             raise refusal(error, f"{name} cannot be loaded", "export the bundle again") from None

@@ -15,6 +15,8 @@ int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t v
                      const uint32_t *words, const uint16_t *scales);
 int kvq_check_move(const kvq_move *move, int steps);
 int kvq_check_moved_values(const kvq_move *move);
+int kvq_check_matrix(int32_t kernel, const kvq_matrix *matrix);
+int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to);
 
 /* As kvq_attend, for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where
  * rows points; it may be null. Its head_dim is even. */
@@ -52,8 +54,8 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
 /* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
 void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                   float *normed);
-/* out [rows, n] = x [rows, k] times the transpose of a matrix that has at least as many rows as the kernel's
- * product_columns, by kernel (-1: the best). Returns 0 or an error: NO_KERNEL, MISFIT_SHAPE, NO_MEMORY. */
+/* out [rows, n] = x [rows, k] times the transpose of a matrix packed for that kernel (-1: the best), as MatMulNBits of
+ * onnxruntime at accuracy level 4. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
 int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
                 void *context);
 

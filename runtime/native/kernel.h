@@ -48,20 +48,9 @@ typedef struct {
     int32_t sums[QUERY_PARTS]; /* over all channels: unsigned codes are offset */
 } kvq_integer_query;
 
-/* A matrix of weights, as MatMulNBits of onnxruntime defines it (com.microsoft, version 1): the weight at k of row n is
- * its scale times its code less 128, or, with 4 bits, its code less the block's zero point. */
-typedef struct {
-    const uint8_t *codes;  /* [n, blocks, block * bits / 8]; of 4 bits the first is the low one of a byte */
-    const float *scales;   /* [n, blocks] */
-    const uint8_t *zeros;  /* [n, (blocks + 1) / 2], 4 bits each, the low ones first; null: 8 each. Of 4 bits alone */
-    int32_t n, k, blocks;  /* blocks: k in whole blocks, of which the last one may have codes without a meaning */
-    int32_t bits, block;   /* 4 or 8; 32, 64, 128 or 256 */
-} kvq_matrix;
-#define MOST_BLOCK 256
-
 /* Rows that a matrix is multiplied with, in bytes: a value is about its code times the scale of its block. */
 typedef struct {
-    int8_t *codes;  /* [rows, blocks * block]; of 4 bits those of the even places of a block come first, then the odd */
+    int8_t *codes;  /* [rows, blocks * block] */
     float *scales;  /* [blocks, rows] */
     int32_t *sums;  /* [blocks, rows]: of the codes */
     size_t rows;
@@ -88,10 +77,11 @@ typedef struct {
                      float *normed);
     /* x [k], row number `row`, to bytes */
     void (*quantize)(const kvq_matrix *matrix, const float *x, size_t row, const kvq_byte_rows *to);
-    /* the columns from product_columns * group on of rows [first, first + rows), at most PRODUCT_MOST_ROWS, of
-     * out [rows, n]. What a row yields does not depend on the others */
-    void (*product)(const kvq_matrix *matrix, const kvq_byte_rows *of, size_t group, size_t first, size_t rows, float *out);
-    size_t product_columns;
+    /* columns [KVQ_PANEL * panel, + KVQ_PANEL * product_panels) of rows [first, first + rows), at most
+     * PRODUCT_MOST_ROWS, of out [rows, n]. What a row yields does not depend on the others */
+    void (*product)(const kvq_matrix *matrix, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out);
+    int product_panels;
+    int weight_offset; /* what the bytes of 8-bit weights are more than the weights, see kvq_matrix */
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */

@@ -30,8 +30,7 @@ typedef struct {
     int64_t layer, rotate; /* of Attention */
     int64_t block;         /* of the others: size of the blocks of a row that they rotate, or 0 */
     float epsilon;         /* of AddNorm */
-    kvq_matrix matrix;     /* of Product: its numbers */
-    int64_t kernel;        /* of Product */
+    int64_t matrix, kernel; /* of Product: address of a kvq_matrix, packed for that kernel */
 } node;
 
 /* One execution of a node. The first thing that goes wrong stays in status, and what follows does nothing. */
@@ -53,25 +52,19 @@ static void refuse(run *r, int32_t error) {
     fail(r, kvq_error_text(error));
 }
 
-/* Data of an input and how many bytes it has; null when there is none such. Asking for a shape takes three more calls
+/* Data of an input and how many floats it has; null when there is none such. Asking for a shape takes three more calls
  * and an allocation, which 200 nodes of a step would make for every input; what is read depends on the count alone. */
-static const void *bytes_of(run *r, size_t index, size_t *bytes) {
+static const float *input(run *r, size_t index, size_t *count) {
     const OrtApi *api = r->api;
     const OrtValue *value = NULL;
     void *data = NULL;
-    *bytes = 0;
+    *count = 0;
     if (!r->status) r->status = KernelContext_GetInput(api)(r->context, index, &value);
     if (!r->status && !value) fail(r, "kvq: an input is left out");
-    if (!r->status) r->status = GetTensorSizeInBytes(api)(value, bytes);
+    if (!r->status) r->status = GetTensorSizeInBytes(api)(value, count);
     if (!r->status) r->status = GetTensorMutableData(api)((OrtValue *)value, &data);
-    return r->status ? NULL : data;
-}
-
-/* The same of floats and their number. */
-static const float *input(run *r, size_t index, size_t *count) {
-    const float *data = bytes_of(r, index, count);
     *count /= sizeof(float);
-    return data;
+    return r->status ? NULL : data;
 }
 
 /* The same for an input that has to have so many. */
@@ -263,25 +256,20 @@ static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
     return r.status;
 }
 
-/* kvq::Product, as MatMulNBits of com.microsoft with accuracy level 4: x [rows, K], codes [N, blocks, ...], scales
- * [N, blocks] and, of 4 bits, perhaps zero points -> [rows, N];  attributes K, N, bits, block_size, and kernel: as in
- * kvq_pass */
+/* kvq::Product: x [rows, k] -> [rows, n], x times the transpose of a packed matrix;  attributes matrix, the address of a
+ * kvq_matrix, and kernel, the number of that which it was packed for. No file has them: the runtime puts such nodes into a
+ * graph that it has read, see runtime/bundle/renaming.py, and keeps the matrix for as long as the graph. */
 static OrtStatus *product(void *state, OrtKernelContext *context) {
     const node *self = state;
-    kvq_matrix m = self->matrix;
+    const kvq_matrix *m = (const kvq_matrix *)(uintptr_t)self->matrix;
     run r = {self->api, context, NULL};
-    size_t inputs = 0, count, codes, zeros = 0;
+    size_t count;
     const float *x = input(&r, 0, &count);
-    m.codes = bytes_of(&r, 1, &codes);
-    m.scales = floats(&r, 2, (int64_t)m.n * m.blocks);
-    if (!r.status) r.status = KernelContext_GetInputCount(r.api)(r.context, &inputs);
-    if (inputs > 3) m.zeros = bytes_of(&r, 3, &zeros);
-    const size_t rows = count / m.k, wanted_zeros = inputs > 3 ? (size_t)m.n * ((m.blocks + 1) / 2) : 0;
-    if (!r.status && (count % m.k || zeros != wanted_zeros || codes != (size_t)m.n * m.blocks * (m.block * m.bits / 8)))
-        fail(&r, MISFIT);
-    float *out = output(&r, 0, (int64_t)rows, m.n);
+    if (!r.status && count % m->k) fail(&r, MISFIT);
+    const size_t rows = count / m->k;
+    float *out = output(&r, 0, (int64_t)rows, m->n);
     if (r.status) return r.status;
-    const int error = kvq_product((int32_t)self->kernel, &m, x, rows, out, run_on_pool, &r);
+    const int error = kvq_product((int32_t)self->kernel, m, x, rows, out, run_on_pool, &r);
     if (error) refuse(&r, error);
     return r.status;
 }
@@ -294,53 +282,26 @@ static const char *product_name(const OrtCustomOp *op) { (void)op; return "Produ
 static const char *swiglu_name(const OrtCustomOp *op) { (void)op; return "SwiGLU"; }
 static const char *any_provider(const OrtCustomOp *op) { (void)op; return NULL; }
 static int float_type(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_FLOAT; }
-static int type_of_product(const OrtCustomOp *op, size_t i) { (void)op; return i % 2 ? ORT_UINT8 : ORT_FLOAT; }
 static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; } /* required; default memory */
 static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
 static size_t two(const OrtCustomOp *op) { (void)op; return 2; }
 static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
-static size_t four(const OrtCustomOp *op) { (void)op; return 4; }
-static int optional_of_product(const OrtCustomOp *op, size_t i) { (void)op; return i >= 3; }
 static size_t inputs_of_attention(const OrtCustomOp *op) { (void)op; return ATTENTION_INPUTS; }
 static int optional_of_attention(const OrtCustomOp *op, size_t i) { (void)op; return i >= ATTENTION_INPUTS_NEEDED; }
 
-#define OPERATOR(get_name, type, inputs, characteristic, outputs, run_it)                                         \
+#define OPERATOR(get_name, inputs, characteristic, outputs, run_it)                                         \
     {                                                                                                            \
         .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider,               \
-        .GetInputType = type, .GetInputTypeCount = inputs, .GetOutputType = float_type,                          \
+        .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,                          \
         .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = characteristic,          \
         .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,                   \
         .KernelComputeV2 = run_it,                                                                               \
     }
 static const OrtCustomOp ATTENTION =
-    OPERATOR(attention_name, float_type, inputs_of_attention, optional_of_attention, one, attention);
-static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, float_type, one, zero, one, swiglu);
-static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, float_type, three, zero, two, add_norm);
-static const OrtCustomOp PRODUCT = OPERATOR(product_name, type_of_product, four, optional_of_product, one, product);
-
-/* A whole number that a node has to have, in a range. */
-static OrtStatus *number(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t least, int64_t most,
-                         int32_t *to) {
-    int64_t value = 0;
-    OrtStatus *status = KernelInfoGetAttribute_int64(api)(info, name, &value);
-    if (!status && (value < least || value > most))
-        status = CreateStatus(api)(ORT_FAIL, "kvq::Product: an attribute is out of range");
-    *to = (int32_t)value;
-    return status;
-}
-
-static OrtStatus *create_product(const OrtApi *api, const OrtKernelInfo *info, node *self) {
-    kvq_matrix *m = &self->matrix;
-    OrtStatus *status = number(api, info, "K", 1, INT32_MAX - MOST_BLOCK, &m->k);
-    if (!status) status = number(api, info, "N", 1, INT32_MAX - MOST_BLOCK, &m->n);
-    if (!status) status = number(api, info, "bits", 4, 8, &m->bits);
-    if (!status) status = number(api, info, "block_size", 32, MOST_BLOCK, &m->block);
-    if (!status) status = KernelInfoGetAttribute_int64(api)(info, "kernel", &self->kernel);
-    if (!status && ((m->bits != 4 && m->bits != 8) || m->block & (m->block - 1)))
-        status = CreateStatus(api)(ORT_FAIL, "kvq::Product: bits are neither 4 nor 8, or a block no power of two");
-    if (!status) m->blocks = (m->k + m->block - 1) / m->block;
-    return status;
-}
+    OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
+static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, swiglu);
+static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, add_norm);
+static const OrtCustomOp PRODUCT = OPERATOR(product_name, one, zero, one, product);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     node *self = calloc(1, sizeof *self);
@@ -351,7 +312,10 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
         status = KernelInfoGetAttribute_int64(api)(info, "layer", &self->layer);
         if (!status) status = KernelInfoGetAttribute_int64(api)(info, "rotate", &self->rotate);
     } else if (op == &PRODUCT) {
-        status = create_product(api, info, self);
+        status = KernelInfoGetAttribute_int64(api)(info, "matrix", &self->matrix);
+        if (!status) status = KernelInfoGetAttribute_int64(api)(info, "kernel", &self->kernel);
+        if (!status && kvq_check_matrix((int32_t)self->kernel, (const kvq_matrix *)(uintptr_t)self->matrix))
+            status = CreateStatus(api)(ORT_FAIL, "kvq::Product: a matrix that is none");
     } else {
         OrtStatus *left_out = KernelInfoGetAttribute_int64(api)(info, "block", &self->block);
         if (left_out) ReleaseStatus(api)(left_out);

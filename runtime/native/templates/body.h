@@ -22,7 +22,8 @@
                                .add_norm = add_norm_row,           \
                                .quantize = quantize_row,           \
                                .product = multiply,                \
-                               .product_columns = MATRIX_COLUMNS,  \
+                               .product_panels = PART_PANELS,      \
+                               .weight_offset = weight_offset,     \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
                                .within = within,                   \

@@ -48,20 +48,6 @@ INLINE vf swap_lanes(vf x, int step) {
 #endif
 }
 
-/* Of two vectors as the rows of a matrix of blocks of `step` lanes, two by two, a row of its transpose: lane i of the
- * first one is lane i of a where i has no `step`, and lane i - step of b where it has; of the second one lane i + step of a,
- * and lane i of b. step is a constant. */
-INLINE vu lanes_of_two(vu a, vu b, int step, int second) {
-#if defined(__clang__)
-    vu y;
-    for (int i = 0; i < LANES; i++) y[i] = (i & step ? b : a)[(i & ~step) + second * step];
-    return y;
-#else
-    const vi lane = lane_numbers(), of_b = (lane & step) * (LANES / step - 1);
-    return (vu)__builtin_shuffle((vi)a, (vi)b, lane + of_b + second * step);
-#endif
-}
-
 INLINE float sum_lanes(vf x) {
     float s = 0;
     for (int i = 0; i < LANES; i++) s += x[i];
