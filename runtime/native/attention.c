@@ -10,6 +10,9 @@ static const kvq_kernel *const KERNELS[] = {
     &kvq_kernel_plain,
 #if defined(__x86_64__) || defined(_M_X64)
     &kvq_kernel_avx2, &kvq_kernel_avxvnni, &kvq_kernel_avx512,
+#if KVQ_AMX
+    &kvq_kernel_amx,
+#endif
 #elif defined(__aarch64__)
     &kvq_kernel_neon, &kvq_kernel_dotprod,
 #endif

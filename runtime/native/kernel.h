@@ -50,7 +50,7 @@ typedef struct {
 
 /* Rows that a matrix is multiplied with, in bytes: a value is about its code times the scale of its block. */
 typedef struct {
-    int8_t *codes;  /* [rows, blocks * block] */
+    int8_t *codes;  /* [blocks, rows, block] */
     float *scales;  /* [blocks, rows] */
     int32_t *sums;  /* [blocks, rows]: of the codes */
     size_t rows;
@@ -199,7 +199,9 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
 /* Every instruction set that a machine of this kind may have; each is a file of isa/. */
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512;
+extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512, kvq_kernel_amx;
+/* Where the compiler and the system know tiles: a process has to ask Linux for them. */
+#define KVQ_AMX (defined(__linux__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)))
 #elif defined(__aarch64__)
 extern const kvq_kernel kvq_kernel_neon, kvq_kernel_dotprod;
 #endif

@@ -81,4 +81,5 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vnni");
 }
 KERNEL(kvq_kernel_avx512, "avx512", has_avx512, 1);
+#include "amx.h"
 #endif

@@ -8,7 +8,8 @@
 #include "query.h"
 #include "swiglu.h"
 
-#define KERNEL(symbol, label, check, dot_products)                 \
+#define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply)
+#define KERNEL_WITH(symbol, label, check, dot_products, products)  \
     const kvq_kernel symbol = {.name = label,                      \
                                .available = check,                 \
                                .integer_dot = dot_products,        \
@@ -21,7 +22,7 @@
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
                                .quantize = quantize_row,           \
-                               .product = multiply,                \
+                               .product = products,                \
                                .product_panels = PART_PANELS,      \
                                .weight_offset = weight_offset,     \
                                .move = move_tokens,                \

@@ -54,7 +54,7 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
     const int block = m->block;
     for (int b = 0; b < m->blocks; b++) {
         float padded[KVQ_MOST_BLOCK];
-        int8_t *out = to->codes + (row * m->blocks + b) * block;
+        int8_t *out = to->codes + (b * to->rows + row) * block;
         const float *in = x + (size_t)b * block;
         if ((b + 1) * block > m->k) {
             memset(padded, 0, sizeof padded);
@@ -121,7 +121,7 @@ typedef struct {
 } part_block;
 
 /* A block of so many rows at once: sums [rows, PART_COLUMNS] grow. */
-INLINE void product_part(int rows, const part_block *t, int groups, const int8_t *x, size_t stride, const float *scales,
+INLINE void product_part(int rows, const part_block *t, const int8_t *x, int block, const float *scales,
                          const int32_t *sums, float *out) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
     const int chains = rows * PART_VECTORS < 8 ? CHAINS : 1;
@@ -134,7 +134,7 @@ INLINE void product_part(int rows, const part_block *t, int groups, const int8_t
             if (chains > 1) dots[rows + r][v] = (vi){0};
         }
     }
-    for (int g = 0; g < groups; g += chains) {
+    for (int g = 0; g < block / 4; g += chains) {
         UNROLL
         for (int c = 0; c < chains; c++) {
             vu codes[PART_VECTORS];
@@ -146,7 +146,7 @@ INLINE void product_part(int rows, const part_block *t, int groups, const int8_t
             UNROLL
             for (int r = 0; r < rows; r++) {
                 uint32_t four;
-                memcpy(&four, x + r * stride + 4 * (g + c), sizeof four);
+                memcpy(&four, x + r * block + 4 * (g + c), sizeof four);
                 UNROLL
                 for (int v = 0; v < PART_VECTORS; v++)
                     dots[c * rows + r][v] = dot_words(dots[c * rows + r][v], codes[v], four - (vu){0});
@@ -168,24 +168,24 @@ INLINE void product_part(int rows, const part_block *t, int groups, const int8_t
 /* The same for any number of rows from `row` on. */
 static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
                          size_t rows, float *out) {
-    const size_t stride = (size_t)m->blocks * m->block;
-    const int8_t *x = of->codes + row * stride + b * m->block;
+    const int8_t *x = of->codes + (b * of->rows + row) * m->block;
     const float *scales = of->scales + b * of->rows + row;
     const int32_t *sums = of->sums + b * of->rows + row;
     size_t r = 0;
 #define TILES(n)                        \
     for (; r + n <= rows; r += n)       \
-    product_part(n, t, m->block / 4, x + r * stride, stride, scales + r, sums + r, out + r * PART_COLUMNS)
-#ifdef product_tiles
-    r = product_tiles(m, t, x, stride, scales, sums, rows, out);
-#endif
+    product_part(n, t, x + r * m->block, m->block, scales + r, sums + r, out + r * PART_COLUMNS)
     TILES(PART_ROWS);
     TILES(4);
     TILES(1);
 #undef TILES
 }
 
-static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
+typedef void (*multiply_rows)(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
+                              size_t rows, float *out);
+
+INLINE void multiply_by(multiply_rows multiply_rows, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel,
+                        size_t first, size_t rows, float *out) {
     uint32_t expanded[PART_PANELS][KVQ_MOST_BLOCK / 4 * KVQ_PANEL] __attribute__((aligned(64)));
     float sums[PRODUCT_MOST_ROWS * PART_COLUMNS] __attribute__((aligned(64)));
     const size_t panels = ((size_t)m->n + KVQ_PANEL - 1) / KVQ_PANEL, block_bytes = KVQ_PANEL * m->block * m->bits / 8;
@@ -199,11 +199,19 @@ static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel,
             t.scales[p] = m->scales + at * KVQ_PANEL;
             if (m->bits == 4) expand_nibbles(&(nibbles){words, m->zeros + at * KVQ_PANEL}, m->block, expanded[p]);
         }
-        product_rows(m, &t, of, b, first, rows, sums);
+        multiply_rows(m, &t, of, b, first, rows, sums);
     }
-    const size_t column = panel * KVQ_PANEL, left = m->n - column, columns = left < PART_COLUMNS ? left : PART_COLUMNS;
-    for (size_t r = 0; r < rows; r++)
-        memcpy(out + (first + r) * m->n + column, sums + r * PART_COLUMNS, sizeof(float) * columns);
+    const size_t column = panel * KVQ_PANEL, left = m->n - column;
+    for (size_t r = 0; r < rows; r++) {
+        float *to = out + (first + r) * m->n + column;
+        const float *from = sums + r * PART_COLUMNS;
+        if (left < PART_COLUMNS) memcpy(to, from, sizeof(float) * left);
+        else memcpy(to, from, sizeof(float) * PART_COLUMNS);
+    }
+}
+
+static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
+    multiply_by(product_rows, m, of, panel, first, rows, out);
 }
 
 #endif
