@@ -35,7 +35,7 @@ const kvq_kernel *kvq_choose_kernel(int32_t i) {
 #define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
 #define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values, about */
 
-static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
+void kvq_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
     (void)context;
     for (size_t i = 0; i < count; i++) work(data, i);
 }
@@ -135,7 +135,7 @@ static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *row
     };
     if (!task.kernel) return KVQ_NO_KERNEL;
     if (prepare && pass->head_dim % 2) return KVQ_MISFIT_SHAPE;
-    if (!parallel) parallel = run_serially;
+    if (!parallel) parallel = kvq_serially;
     if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
     parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){&task, prepare});
     if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);

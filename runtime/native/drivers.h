@@ -7,6 +7,9 @@
 /* The instruction set of that number, -1: the best one; null where this machine cannot run it. */
 const kvq_kernel *kvq_choose_kernel(int32_t i);
 
+/* A kvq_parallel: everything in the calling thread. */
+void kvq_serially(void *context, void (*work)(void *, size_t), size_t count, void *data);
+
 /* Whether what an exported function is given fits: 0 or an error, see checks.c. Of a pass that is its page table and what
  * it does stepwise, too. */
 int kvq_check_pass(const kvq_pass *pass);
@@ -55,7 +58,7 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
 void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                   float *normed);
 /* out [rows, n] = x [rows, k] times the transpose of a matrix packed for that kernel (-1: the best), as MatMulNBits of
- * onnxruntime at accuracy level 4. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
+ * onnxruntime at accuracy level 4; parallel may be null. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
 int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
                 void *context);
 

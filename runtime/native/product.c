@@ -72,6 +72,7 @@ int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t
     product_task t = {.kernel = kvq_choose_kernel(kernel), .matrix = matrix, .x = x, .out = out, .rows.rows = rows};
     if (!t.kernel) return KVQ_NO_KERNEL;
     if (!rows) return 0;
+    if (!parallel) parallel = kvq_serially;
     char *memory = NULL;
     const size_t blocks = matrix->blocks;
     for (int filled = 0; filled < 2; filled++) {

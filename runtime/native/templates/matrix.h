@@ -66,10 +66,12 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
             const vi magnitude = (vi)load_f(in + i) & 0x7fffffff, larger = magnitude > top;
             top = (magnitude & larger) | (top & ~larger);
         }
-        int32_t bits = 0;
-        for (int i = 0; i < LANES; i++) bits = top[i] > bits ? top[i] : bits;
-        float largest;
-        memcpy(&largest, &bits, sizeof largest);
+        UNROLL
+        for (int step = 1; step < LANES; step *= 2) {
+            const vi other = (vi)swap_lanes((vf)top, step), larger = other > top;
+            top = (other & larger) | (top & ~larger);
+        }
+        const float largest = ((vf)top)[0];
         const float inverse = largest > 1e-36f ? 127 / largest : 0; /* below, it would be infinite */
         const float magic = 12582912.0f;                            /* 1.5 * 2^23: adding it rounds to a whole number */
         vi sum = {0};
@@ -82,7 +84,9 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
             memcpy(out + i, &narrow, sizeof narrow);
         }
         to->scales[b * to->rows + row] = largest / 127;
-        to->sums[b * to->rows + row] = sum_whole(sum);
+        UNROLL
+        for (int step = 1; step < LANES; step *= 2) sum += (vi)swap_lanes((vf)sum, step);
+        to->sums[b * to->rows + row] = sum[0];
     }
 }
 
