@@ -178,7 +178,7 @@ void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *g
 
 int32_t kvq_move_tokens(const kvq_move *move) {
     const int refused = kvq_check_move(move, move ? move->tokens : 0);
-    return refused || move->tokens < 1 ? refused : kvq_move_layers(move);
+    return refused || move->tokens < 1 ? refused : kvq_move_layers(move, 0, move->layers);
 }
 
 int32_t kvq_movable(const kvq_move *move) {

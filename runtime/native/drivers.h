@@ -40,8 +40,8 @@ typedef struct {
 } kvq_layer_pass;
 /* Fills `own` for a layer. Returns 0 or NO_MEMORY. */
 int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own);
-/* The tokens of a move go their way. Returns 0 or NO_MEMORY. */
-int kvq_move_layers(const kvq_move *move);
+/* The tokens of a move go their way in the layers [first, end). Returns 0 or NO_MEMORY. */
+int kvq_move_layers(const kvq_move *move, int first, int end);
 
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);

@@ -163,4 +163,7 @@ KVQ_EXPORT const char *kvq_error_text(int32_t error); /* cause and remedy in one
  * Returns 0 or an error: of the pass, which is not set then; with null, of the operator that failed since. */
 KVQ_EXPORT int32_t kvq_set_pass(const kvq_pass *pass);
 
+/* The move that the Move operator carries out, when it runs in this thread; null takes it away. Returns as kvq_set_pass. */
+KVQ_EXPORT int32_t kvq_set_move(const kvq_move *move);
+
 #endif

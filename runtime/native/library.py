@@ -106,6 +106,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_finite.argtypes = (number, floats, size)
     library.kvq_pack.argtypes = (number, ctypes.POINTER(Matrix), ctypes.POINTER(Matrix))
+    library.kvq_set_move.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
 
 

@@ -13,6 +13,7 @@
 #endif
 
 static THREAD_LOCAL const kvq_pass *current_pass;
+static THREAD_LOCAL const kvq_move *current_move;
 static THREAD_LOCAL int32_t refused; /* by what has stopped an operator, or the pass from being set */
 
 int32_t kvq_set_pass(const kvq_pass *pass) {
@@ -20,6 +21,13 @@ int32_t kvq_set_pass(const kvq_pass *pass) {
     refused = pass ? kvq_check_pass(pass) : 0;
     current_pass = refused ? NULL : pass;
     return pass ? refused : before;
+}
+
+int32_t kvq_set_move(const kvq_move *move) {
+    const int32_t before = refused;
+    refused = move ? kvq_check_move(move, move->tokens) : 0;
+    current_move = refused ? NULL : move;
+    return move ? refused : before;
 }
 
 enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7, MOST_ROTATED = 1024 };
@@ -274,10 +282,36 @@ static OrtStatus *product(void *state, OrtKernelContext *context) {
     return r.status;
 }
 
+typedef struct {
+    const kvq_move *move;
+    int failed;
+} moved_layers;
+
+static void move_work(void *data, size_t layer) {
+    moved_layers *m = data;
+    if (kvq_move_layers(m->move, (int)layer, (int)layer + 1)) __atomic_store_n(&m->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* kvq::Move: the thread's move, on onnxruntime's threads, which spin for a while after a pass and would be in the way of
+ * any others. Its input says nothing, [1] -> [1]. */
+static OrtStatus *move(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    run r = {self->api, context, NULL};
+    moved_layers layers = {.move = current_move};
+    float *out = output(&r, 0, 1, 1);
+    if (!layers.move) fail(&r, "kvq::Move: no move was set in this thread");
+    if (r.status) return r.status;
+    *out = 0;
+    if (layers.move->tokens > 0) run_on_pool(&r, move_work, (size_t)layers.move->layers, &layers);
+    if (layers.failed) refuse(&r, KVQ_NO_MEMORY);
+    return r.status;
+}
+
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state);
 
 static const char *attention_name(const OrtCustomOp *op) { (void)op; return "Attention"; }
 static const char *add_norm_name(const OrtCustomOp *op) { (void)op; return "AddNorm"; }
+static const char *move_name(const OrtCustomOp *op) { (void)op; return "Move"; }
 static const char *product_name(const OrtCustomOp *op) { (void)op; return "Product"; }
 static const char *swiglu_name(const OrtCustomOp *op) { (void)op; return "SwiGLU"; }
 static const char *any_provider(const OrtCustomOp *op) { (void)op; return NULL; }
@@ -301,6 +335,7 @@ static const OrtCustomOp ATTENTION =
     OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
 static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, swiglu);
 static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, add_norm);
+static const OrtCustomOp MOVE = OPERATOR(move_name, one, zero, one, move);
 static const OrtCustomOp PRODUCT = OPERATOR(product_name, one, zero, one, product);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
@@ -336,6 +371,7 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     if (!status) status = CustomOpDomain_Add(api)(domain, &SWIGLU);
     if (!status) status = CustomOpDomain_Add(api)(domain, &ADD_NORM);
     if (!status) status = CustomOpDomain_Add(api)(domain, &PRODUCT);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &MOVE);
     if (!status) status = AddCustomOpDomain(api)(options, domain);
     return status;
 }
