@@ -12,7 +12,7 @@ import numpy as np
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.bundle.onnx_file import Region
 from kvq.runtime.bundle.renaming import Attributes, Matrix, with_products
-from kvq.runtime.native.matrices import PANEL, PackedMatrix, packs
+from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
 
 READ_BYTES = 1 << 20  # of codes at a time
 
@@ -31,6 +31,8 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
         OSError, MemoryError: the weights cannot be read.
     """
     packed: list[PackedMatrix] = []
+    if not multiplies(kernel):
+        return graph, packed
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:

@@ -23,6 +23,7 @@ int32_t kvq_abi(void) { return KVQ_ABI; }
 int32_t kvq_kernels(void) { return KERNEL_COUNT; }
 const char *kvq_kernel_name(int32_t i) { return i >= 0 && i < KERNEL_COUNT ? KERNELS[i]->name : ""; }
 int32_t kvq_kernel_available(int32_t i) { return i >= 0 && i < KERNEL_COUNT && KERNELS[i]->available(); }
+int32_t kvq_kernel_products(int32_t i) { return kvq_kernel_available(i) && KERNELS[i]->own_products; }
 
 const kvq_kernel *kvq_choose_kernel(int32_t i) {
     if (i >= 0) return kvq_kernel_available(i) ? KERNELS[i] : NULL;

@@ -81,6 +81,7 @@ typedef struct {
      * PRODUCT_MOST_ROWS, of out [rows, n]. What a row yields does not depend on the others */
     void (*product)(const kvq_matrix *matrix, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out);
     int product_panels;
+    int own_products;  /* see kvq_kernel_products */
     int weight_offset; /* what the bytes of 8-bit weights are more than the weights, see kvq_matrix */
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);

@@ -157,6 +157,7 @@ KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);
 KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine can run it */
+KVQ_EXPORT int32_t kvq_kernel_products(int32_t i);    /* 1 where its products are to be used, not onnxruntime's */
 KVQ_EXPORT const char *kvq_error_text(int32_t error); /* cause and remedy in one line; empty for a number that is none */
 
 /* The pass that the Attention operator works on, when it runs in this thread; null takes it away.

@@ -16,6 +16,11 @@ PANEL = 16  # rows that lie side by side
 LEAST_BLOCK, MOST_BLOCK = 32, 256
 
 
+def multiplies(kernel: int) -> bool:
+    """Whether an instruction set's products are faster than onnxruntime's."""
+    return bool(load().kvq_kernel_products(kernel))
+
+
 def packs(bits: int, block: int, zeros: bool) -> bool:
     """Whether the library has products with such codes, in blocks of that size, with zero points or without."""
     whole = LEAST_BLOCK <= block <= MOST_BLOCK and block & (block - 1) == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvq.runtime.errors import BackendError
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.native import library
-from kvq.runtime.native.matrices import PANEL, PackedMatrix, packs
+from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
 from tests.tools.kvdata import examples
 
 helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
@@ -171,3 +171,9 @@ def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block):
     else:
         with pytest.raises(BackendError):
             packed.fill(0, codes, scales)
+
+
+def test_plain_c_leaves_products_to_onnxruntime():
+    kernels = library.kernels()
+    assert not multiplies(kernels["plain"])
+    assert {name for name, kernel in kernels.items() if multiplies(kernel)} == kernels.keys() - {"plain", "neon"}

@@ -25,6 +25,7 @@
                                .product = products,                \
                                .product_panels = PART_PANELS,      \
                                .weight_offset = weight_offset,     \
+                               .own_products = own_products,       \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
                                .within = within,                   \

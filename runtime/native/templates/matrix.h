@@ -23,6 +23,13 @@
 #define PART_VECTORS (PART_COLUMNS / LANES)
 #define PANEL_VECTORS (KVQ_PANEL / LANES)
 
+/* Whether they are faster than those of onnxruntime, which has better forms for processors that lack such instructions. */
+#if defined(DOT_KERNEL) || LANES == 8
+enum { own_products = 1 };
+#else
+enum { own_products = 0 };
+#endif
+
 #ifdef DOT_KERNEL
 enum { weight_offset = dot_offset_INT8 };
 #else
