@@ -91,8 +91,8 @@ def _matrix(node: Node, regions: dict[str, Region | None]) -> Matrix | None:
     codes, scales, *zeros = parts
     if codes is None or scales is None or None in zeros:
         return None
-    sizes = (numbers[name] for name in ("N", "K", "bits", "block_size"))
-    return Matrix(*sizes, codes, scales, zeros[0] if zeros else None)
+    n, k, bits, block = (numbers[name] for name in ("N", "K", "bits", "block_size"))
+    return Matrix(n, k, bits, block, codes, scales, zeros[0] if zeros else None)
 
 
 def _product(node: bytes, attributes: Attributes) -> bytes:

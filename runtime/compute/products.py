@@ -51,14 +51,14 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
 
 def _fill(packed: PackedMatrix, file: Path, matrix: Matrix, kernel: int) -> None:
     """Read and pack a matrix, some rows at a time: it is not in memory twice."""
-    regions, dtypes = (matrix.codes, matrix.scales, matrix.zeros), (np.uint8, np.float32, np.uint8)
-    rows = max(1, READ_BYTES // math.prod(packed.shapes[0][1:]) // PANEL) * PANEL
+    of_codes, of_scales, of_zeros = packed.shapes
+    rows = max(1, READ_BYTES // math.prod(of_codes[1:]) // PANEL) * PANEL
     for first in range(0, matrix.n, rows):
-        parts = [
-            None if region is None else _rows(file, region, dtype, shape, slice(first, first + rows))
-            for region, dtype, shape in zip(regions, dtypes, packed.shapes, strict=True)
-        ]
-        packed.fill(kernel, *parts, first=first)
+        part = slice(first, first + rows)
+        codes = _rows(file, matrix.codes, np.uint8, of_codes, part)
+        scales = _rows(file, matrix.scales, np.float32, of_scales, part)
+        zeros = None if matrix.zeros is None else _rows(file, matrix.zeros, np.uint8, of_zeros, part)
+        packed.fill(kernel, codes, scales, zeros, first)
 
 
 def _rows(file: Path, region: Region, dtype: Any, shape: tuple[int, ...], rows: slice) -> np.ndarray:
