@@ -31,8 +31,10 @@ X86 = {
 }  # fmt: skip
 ARM = {"isa/neon.c": [], "isa/dotprod.c": ["-march=armv8.2-a+dotprod"]}
 COMMON = {
-    file: [] for file in ("attention.c", "checks.c", "decode.c", "layers.c", "stepwise.c", "operators.c", "isa/plain.c")
-}
+    file: []
+    for file in ("attention.c", "checks.c", "decode.c", "layers.c", "operators.c", "product.c", "stepwise.c",
+                 "isa/plain.c")
+}  # fmt: skip
 
 
 def build_native(targets: list[Path]) -> None:

@@ -180,7 +180,7 @@ class GraphReader:
                 raise Refused(f"it is of version {entry.get('version')} of the operators {domain or 'ai.onnx'!r:.60}")
             opsets[domain] = entry["version"]
         graph = model["graph"]
-        nodes = [self._node(node, external_files) for node in graph.get("node", ())]
+        nodes = [self.node(node, external_files) for node in graph.get("node", ())]
         if foreign := {node.get("domain", "") for node in graph.get("node", ())} - opsets.keys():
             operators = {f"{node.get('domain')}::{node.get('op_type')}" for node in graph["node"]}
             wanted = sorted(name for name in operators if name.partition("::")[0] in foreign)
@@ -188,11 +188,16 @@ class GraphReader:
         names = [node.name for node in nodes if node.name]
         if len(set(names)) < len(names):
             raise Refused("two operators have the same name")
-        constants = [self._tensor(content, external_files) for content in graph.get("initializer", ())]
+        constants = [self.tensor(content, external_files) for content in graph.get("initializer", ())]
         inputs, outputs = ([_declared(entry) for entry in graph.get(side, ())] for side in ("input", "output"))
         return Graph(nodes, constants, inputs, outputs, opsets)
 
-    def _node(self, node: dict[str, Any], external_files: frozenset[str]) -> Node:
+    def node(self, node: dict[str, Any], external_files: frozenset[str]) -> Node:
+        """An operator at work, from the fields of its message.
+
+        Raises:
+            Refused: something in it that no graph of ours holds.
+        """
         attributes: dict[str, Any] = {}
         for content in node.get("attribute", ()):
             known = self._attributes.get(content)
@@ -205,7 +210,12 @@ class GraphReader:
         operator = f"{domain}::{name}" if domain else name
         return Node(node.get("name", ""), operator, node.get("input", []), node.get("output", []), attributes)
 
-    def _tensor(self, content: bytes, external_files: frozenset[str]) -> Tensor:
+    def tensor(self, content: bytes, external_files: frozenset[str]) -> Tensor:
+        """A constant, from its message.
+
+        Raises:
+            WireError, Refused: as for `read`.
+        """
         key = content, external_files
         known = self._tensors.get(key)
         if known is None:

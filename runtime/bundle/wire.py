@@ -9,6 +9,7 @@ nothing else, single ones at most once, and numbers are as short as they can be.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Wire types.
@@ -126,6 +127,37 @@ def read(data: bytes, schema: Schema, at: int = 0, end: int | None = None) -> Me
         else:
             found[name] = content
     return found
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Number, wire type and content of every field of a message that `read` has understood, in the file's order."""
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at, end, TAG_BYTES)
+        wire, start = tag & 7, at
+        if wire == VARINT:
+            _, at = _varint(data, at, end, NUMBER_BYTES)
+        elif wire == FIXED32:
+            at += 4
+        else:
+            size, start = _varint(data, at, end, TAG_BYTES)
+            at = start + size
+        yield tag >> 3, wire, data[start:at]
+
+
+def field(number: int, wire: int, content: bytes) -> bytes:
+    """A field as `fields` yields it, written."""
+    size = varint(len(content)) if wire == DELIMITED else b""
+    return varint(number << 3 | wire) + size + content
+
+
+def varint(value: int) -> bytes:
+    """A whole number from 0 on, as short as it can be."""
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*found, value))
 
 
 def _varint(data: bytes, at: int, end: int, most: int) -> tuple[int, int]:

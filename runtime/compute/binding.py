@@ -12,10 +12,11 @@ from kvq.runtime.errors import BundleError
 
 
 class NamedSession(NamedTuple):
-    """An onnxruntime session and the file its graph came from."""
+    """An onnxruntime session and the file its graph came from; `kept` is memory of ours that it reads."""
 
     name: str
     session: onnxruntime.InferenceSession
+    kept: object = None
 
     @property
     def inputs(self) -> set[str]:
@@ -35,7 +36,7 @@ class Bound:
     """
 
     def __init__(self, named: NamedSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-        self._name, session = named
+        self._name, session, self._kept = named
         self._session = session
         self._arrays = (inputs, outputs)
         self._binding = session.io_binding()

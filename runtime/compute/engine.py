@@ -16,6 +16,7 @@ import onnxruntime
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.binding import NamedSession
 from kvq.runtime.compute.failures import refusal
+from kvq.runtime.compute.products import own_products
 from kvq.runtime.machine import hugepages
 from kvq.runtime.machine.threads import configure, session_options
 
@@ -35,10 +36,9 @@ class Engine:
         self.huge_nbytes = 0  # of the loaded graphs' memory, on huge pages
         hugepages.wanted()  # refuses an unknown setting
         # The first graph that is asked for has all of them checked, those too that no backend asks for later.
-        self.head = self._session(bundle.manifest.head)
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
-        self._decoder: NamedSession | None = None
+        self._others: dict[tuple[str, int | None], NamedSession] = {}
 
     @property
     def segments(self) -> list[NamedSession]:
@@ -48,14 +48,26 @@ class Engine:
                 self._segments = [self._session(name) for name in self._bundle.manifest.segments]
             return self._segments
 
-    def decoder(self, library: Path) -> NamedSession:
-        """The segments as one graph, whose attention is an operator of the native library."""
-        with self._lock:
-            if self._decoder is None:
-                self._decoder = self._session(self._bundle.manifest.decoder, library)
-            return self._decoder
+    def decoder(self, library: Path, kernel: int) -> NamedSession:
+        """The segments as one graph, whose attention is an operator of the native library, as its products are.
 
-    def _session(self, name: str, library: Path | None = None) -> NamedSession:
+        Args:
+            library: its file.
+            kernel: index of its instruction set.
+        """
+        return self._other(self._bundle.manifest.decoder, library, kernel)
+
+    def head(self, library: Path | None = None, kernel: int | None = None) -> NamedSession:
+        """The head; its product is the native library's, if one is given."""
+        return self._other(self._bundle.manifest.head, library, kernel)
+
+    def _other(self, name: str, library: Path | None, kernel: int | None) -> NamedSession:
+        with self._lock:
+            if (name, kernel) not in self._others:
+                self._others[name, kernel] = self._session(name, library, kernel)
+            return self._others[name, kernel]
+
+    def _session(self, name: str, library: Path | None = None, kernel: int | None = None) -> NamedSession:
         options = session_options()
         # An arena saves a tenth of a step where one graph holds all layers; one per segment would keep every segment's
         # largest buffers, 190 MB on the 135M shape.
@@ -64,13 +76,15 @@ class Engine:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._bundle.path))
         # What was checked as ONNX is not to be guessed at again.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        graph = self._bundle.graph(name)
+        graph, kept = self._bundle.graph(name), None
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
             with hugepages.new_memory() as done:
+                if kernel is not None:
+                    graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]
-            return NamedSession(name, session)
+            return NamedSession(name, session, kept)
         except Exception as error:  # onnxruntime's errors share no base class
             raise refusal(error, f"{name} cannot be loaded", "export the bundle again") from None

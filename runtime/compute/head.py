@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.runtime.compute.binding import Bound
+from kvq.runtime.compute.binding import Bound, NamedSession
 from kvq.runtime.compute.engine import Engine
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
@@ -12,15 +12,21 @@ HEAD_ROWS = 32
 
 
 class Head:
-    """Buffers and bindings of the language-model head, `rows` tokens at a time."""
+    """Buffers and bindings of the language-model head, `rows` tokens at a time.
 
-    def __init__(self, engine: Engine, rows: int) -> None:
+    Args:
+        engine: the sessions.
+        rows: most tokens at a time.
+        head: the head's session; None takes the one that runs everywhere.
+    """
+
+    def __init__(self, engine: Engine, rows: int, head: NamedSession | None = None) -> None:
         shape = engine.architecture
         self._residual = np.zeros((rows, shape.hidden), np.float32)
         self._logits = np.zeros((rows, shape.vocab), np.float32)
         self._entropy = np.zeros(rows, np.float32)
         self._confidence = np.zeros(rows, np.float32)
-        self._head = Bound(engine.head, {"residual": self._residual}, {"logits": self._logits})
+        self._head = Bound(head or engine.head(), {"residual": self._residual}, {"logits": self._logits})
         self._uncertainty = Bound(
             engine.uncertainty, {"logits": self._logits}, {"entropy": self._entropy, "confidence": self._confidence}
         )

@@ -8,6 +8,7 @@ Contents and addresses stay as they are. KVQ_HUGE_PAGES=off leaves memory alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -31,6 +32,7 @@ GAP = 64 << 10  # bytes of others' memory between two pieces that are still take
 SETTINGS = ("auto", "off")
 
 _MADV_COLLAPSE = 25
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MAPS = Path("/proc/self/maps")
 
@@ -70,7 +72,7 @@ class _Slab:
     """A mapping that arrays are cut from, one after the other; it goes when the last of them does."""
 
     def __init__(self) -> None:
-        self.mapping = mmap.mmap(-1, SLAB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.mapping = mmap.mmap(-1, SLAB, **_PRIVATE)
         self.used = 0
 
 
@@ -97,6 +99,15 @@ def zeros(shape: tuple[int, ...], dtype: type[np.generic] = np.uint8) -> np.ndar
     cut = np.frombuffer(mapping, np.uint8, nbytes, begin)
     weakref.finalize(cut, _give_back, mapping, begin, begin + nbytes).atexit = False
     return cut.view(dtype).reshape(shape)
+
+
+def block(nbytes: int) -> np.ndarray:
+    """uint8 zeros [nbytes] in a mapping of their own, to be put on huge pages as it is filled."""
+    mapping = mmap.mmap(-1, max(1, nbytes), **_PRIVATE)
+    if nbytes >= HUGE_PAGE and wanted() and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8, nbytes)
 
 
 def _give_back(mapping: mmap.mmap, begin: int, end: int) -> None:

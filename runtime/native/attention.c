@@ -10,6 +10,9 @@ static const kvq_kernel *const KERNELS[] = {
     &kvq_kernel_plain,
 #if defined(__x86_64__) || defined(_M_X64)
     &kvq_kernel_avx2, &kvq_kernel_avxvnni, &kvq_kernel_avx512,
+#if KVQ_AMX
+    &kvq_kernel_amx,
+#endif
 #elif defined(__aarch64__)
     &kvq_kernel_neon, &kvq_kernel_dotprod,
 #endif
@@ -20,6 +23,7 @@ int32_t kvq_abi(void) { return KVQ_ABI; }
 int32_t kvq_kernels(void) { return KERNEL_COUNT; }
 const char *kvq_kernel_name(int32_t i) { return i >= 0 && i < KERNEL_COUNT ? KERNELS[i]->name : ""; }
 int32_t kvq_kernel_available(int32_t i) { return i >= 0 && i < KERNEL_COUNT && KERNELS[i]->available(); }
+int32_t kvq_kernel_products(int32_t i) { return kvq_kernel_available(i) && KERNELS[i]->own_products; }
 
 const kvq_kernel *kvq_choose_kernel(int32_t i) {
     if (i >= 0) return kvq_kernel_available(i) ? KERNELS[i] : NULL;
@@ -32,7 +36,7 @@ const kvq_kernel *kvq_choose_kernel(int32_t i) {
 #define LEAST_CHUNK 256    /* slots; smaller ones would spend their time on merging */
 #define ROW_BLOCK 96       /* query rows that share one expansion of the keys and values, about */
 
-static void run_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
+void kvq_serially(void *context, void (*work)(void *, size_t), size_t count, void *data) {
     (void)context;
     for (size_t i = 0; i < count; i++) work(data, i);
 }
@@ -132,7 +136,7 @@ static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *row
     };
     if (!task.kernel) return KVQ_NO_KERNEL;
     if (prepare && pass->head_dim % 2) return KVQ_MISFIT_SHAPE;
-    if (!parallel) parallel = run_serially;
+    if (!parallel) parallel = kvq_serially;
     if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
     parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){&task, prepare});
     if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);
@@ -175,7 +179,7 @@ void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *g
 
 int32_t kvq_move_tokens(const kvq_move *move) {
     const int refused = kvq_check_move(move, move ? move->tokens : 0);
-    return refused || move->tokens < 1 ? refused : kvq_move_layers(move);
+    return refused || move->tokens < 1 ? refused : kvq_move_layers(move, 0, move->layers);
 }
 
 int32_t kvq_movable(const kvq_move *move) {

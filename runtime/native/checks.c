@@ -130,3 +130,23 @@ int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t v
     if (!kvq_choose_kernel(kernel)) return KVQ_NO_KERNEL;
     return vectors && (!x || !words || (has_scale(precision) && !scales)) ? KVQ_NO_DATA : 0;
 }
+
+int kvq_check_matrix(int32_t kernel, const kvq_matrix *m) {
+    if (!m) return KVQ_NO_DATA;
+    const int32_t block = m->block;
+    const int whole = block >= KVQ_LEAST_BLOCK && block <= KVQ_MOST_BLOCK && !(block & (block - 1));
+    if (!whole || (m->bits != 4 && m->bits != 8)) return KVQ_MISFIT_SHAPE;
+    if (m->n < 1 || m->k < 1 || m->k > INT32_MAX - block || m->blocks != (m->k + block - 1) / block)
+        return KVQ_MISFIT_SHAPE;
+    if (!kvq_choose_kernel(kernel)) return KVQ_NO_KERNEL;
+    return m->codes && m->scales ? 0 : KVQ_NO_DATA;
+}
+
+int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
+    int refused = kvq_check_matrix(kernel, from);
+    if (!refused) refused = kvq_check_matrix(kernel, to);
+    if (refused) return refused;
+    const int same = from->n == to->n && from->k == to->k && from->bits == to->bits && from->block == to->block;
+    if (!same) return KVQ_MISFIT_SHAPE;
+    return from->bits == 4 && !to->zeros ? KVQ_NO_DATA : 0;
+}

@@ -7,6 +7,9 @@
 /* The instruction set of that number, -1: the best one; null where this machine cannot run it. */
 const kvq_kernel *kvq_choose_kernel(int32_t i);
 
+/* A kvq_parallel: everything in the calling thread. */
+void kvq_serially(void *context, void (*work)(void *, size_t), size_t count, void *data);
+
 /* Whether what an exported function is given fits: 0 or an error, see checks.c. Of a pass that is its page table and what
  * it does stepwise, too. */
 int kvq_check_pass(const kvq_pass *pass);
@@ -15,6 +18,8 @@ int kvq_check_encode(int32_t kernel, int32_t precision, const float *x, size_t v
                      const uint32_t *words, const uint16_t *scales);
 int kvq_check_move(const kvq_move *move, int steps);
 int kvq_check_moved_values(const kvq_move *move);
+int kvq_check_matrix(int32_t kernel, const kvq_matrix *matrix);
+int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to);
 
 /* As kvq_attend, for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where
  * rows points; it may be null. Its head_dim is even. */
@@ -35,8 +40,8 @@ typedef struct {
 } kvq_layer_pass;
 /* Fills `own` for a layer. Returns 0 or NO_MEMORY. */
 int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own);
-/* The tokens of a move go their way. Returns 0 or NO_MEMORY. */
-int kvq_move_layers(const kvq_move *move);
+/* The tokens of a move go their way in the layers [first, end). Returns 0 or NO_MEMORY. */
+int kvq_move_layers(const kvq_move *move, int first, int end);
 
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);
@@ -52,5 +57,9 @@ void kvq_swiglu(int32_t kernel, const float *x, size_t n, float *out);
 /* sum [n] = x + y and normed [n] = its RMS norm times gain [n], by kernel (-1: the best). */
 void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                   float *normed);
+/* out [rows, n] = x [rows, k] times the transpose of a matrix packed for that kernel (-1: the best), as MatMulNBits of
+ * onnxruntime at accuracy level 4; parallel may be null. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
+int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
+                void *context);
 
 #endif

@@ -48,6 +48,14 @@ typedef struct {
     int32_t sums[QUERY_PARTS]; /* over all channels: unsigned codes are offset */
 } kvq_integer_query;
 
+/* Rows that a matrix is multiplied with, in bytes: a value is about its code times the scale of its block. */
+typedef struct {
+    int8_t *codes;  /* [blocks, rows, block] */
+    float *scales;  /* [blocks, rows] */
+    int32_t *sums;  /* [blocks, rows]: of the codes */
+    size_t rows;
+} kvq_byte_rows;
+
 typedef struct kvq_task kvq_task;
 
 typedef struct {
@@ -67,6 +75,14 @@ typedef struct {
     void (*swiglu)(const float *x, size_t n, float *out);
     void (*add_norm)(const float *x, const float *y, const float *gain, size_t n, float epsilon, float *sum,
                      float *normed);
+    /* x [k], row number `row`, to bytes */
+    void (*quantize)(const kvq_matrix *matrix, const float *x, size_t row, const kvq_byte_rows *to);
+    /* columns [KVQ_PANEL * panel, + KVQ_PANEL * product_panels) of rows [first, first + rows), at most
+     * PRODUCT_MOST_ROWS, of out [rows, n]. What a row yields does not depend on the others */
+    void (*product)(const kvq_matrix *matrix, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out);
+    int product_panels;
+    int own_products;  /* see kvq_kernel_products */
+    int weight_offset; /* what the bytes of 8-bit weights are more than the weights, see kvq_matrix */
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
@@ -97,6 +113,8 @@ struct kvq_task {
 #define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
+
+#define PRODUCT_MOST_ROWS 192 /* that share an expansion of weights; sums of so many stay in the first-level cache */
 
 #define NOINLINE static __attribute__((noinline))
 
@@ -183,7 +201,9 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
 /* Every instruction set that a machine of this kind may have; each is a file of isa/. */
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512;
+extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512, kvq_kernel_amx;
+/* Where the compiler and the system know tiles: a process has to ask Linux for them. */
+#define KVQ_AMX (defined(__linux__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)))
 #elif defined(__aarch64__)
 extern const kvq_kernel kvq_kernel_neon, kvq_kernel_dotprod;
 #endif

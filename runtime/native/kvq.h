@@ -95,6 +95,30 @@ typedef struct {
     float *row_squares; /* [tokens, heads] or null */
 } kvq_rows;
 
+/* A matrix of quantized weights [n, k]. The weight at k of row n is the scale of its block of k times its code less 128, or,
+ * with 4 bits, less the block's zero point.
+ *
+ * As MatMulNBits of onnxruntime has it (com.microsoft, version 1): codes uint8 [n, blocks, block * bits / 8], of 4 bits the
+ * first one low in its byte; scales [n, blocks]; zeros [n, (blocks + 1) / 2], 4 bits each, the first one low, or null: 8.
+ *
+ * Packed, which kvq_pack makes of it for a kernel: panels of KVQ_PANEL rows, of the last one those that are too many with
+ * scales of 0. A word holds four neighbours of a row, so that a register holds those of neighbouring rows:
+ *   codes [panels, blocks, block / 4, KVQ_PANEL] words of four bytes, the weights plus the kernel's weight_offset; of 4 bits
+ *         [panels, blocks, block / 8, KVQ_PANEL] words whose bytes have codes of a block's first half low, of its second
+ *         half high
+ *   scales [panels, blocks, KVQ_PANEL]
+ *   zeros [panels, blocks, KVQ_PANEL] bytes; of 4 bits alone */
+typedef struct {
+    uint8_t *codes;
+    float *scales;
+    uint8_t *zeros;
+    int32_t n, k, blocks; /* blocks: k in whole blocks; codes of the last one that are too many have no meaning */
+    int32_t bits, block;  /* 4 or 8; KVQ_LEAST_BLOCK to KVQ_MOST_BLOCK, a power of two */
+} kvq_matrix;
+#define KVQ_PANEL 16
+#define KVQ_LEAST_BLOCK 32
+#define KVQ_MOST_BLOCK 256
+
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);
 
@@ -126,14 +150,21 @@ KVQ_EXPORT int32_t kvq_knows(int32_t precision, int32_t bits, int32_t scale);
 /* 32-bit words of a vector's codes; or an error. */
 KVQ_EXPORT int32_t kvq_words(int32_t precision, int32_t head_dim);
 
+/* Fill the arrays of `to`, which has the numbers of `from`, for a kernel (-1: the best). Returns 0 or an error. */
+KVQ_EXPORT int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to);
+
 KVQ_EXPORT int32_t kvq_abi(void);
 KVQ_EXPORT int32_t kvq_kernels(void);                 /* how many were compiled in, the best one last */
 KVQ_EXPORT const char *kvq_kernel_name(int32_t i);
 KVQ_EXPORT int32_t kvq_kernel_available(int32_t i);   /* 1 where this machine can run it */
+KVQ_EXPORT int32_t kvq_kernel_products(int32_t i);    /* 1 where its products are to be used, not onnxruntime's */
 KVQ_EXPORT const char *kvq_error_text(int32_t error); /* cause and remedy in one line; empty for a number that is none */
 
 /* The pass that the Attention operator works on, when it runs in this thread; null takes it away.
  * Returns 0 or an error: of the pass, which is not set then; with null, of the operator that failed since. */
 KVQ_EXPORT int32_t kvq_set_pass(const kvq_pass *pass);
+
+/* The move that the Move operator carries out, when it runs in this thread; null takes it away. Returns as kvq_set_pass. */
+KVQ_EXPORT int32_t kvq_set_move(const kvq_move *move);
 
 #endif

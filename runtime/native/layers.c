@@ -46,13 +46,14 @@ int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own) {
     return 0;
 }
 
-int kvq_move_layers(const kvq_move *move) {
+int kvq_move_layers(const kvq_move *move, int first, int end) {
     const kvq_kernel *kernel = kvq_choose_kernel(move->kernel);
-    if (!any_shares(move->page, move->pages)) return kernel->move(move), 0;
+    const int all = first == 0 && end == move->layers;
+    if (all && !any_shares(move->page, move->pages)) return kernel->move(move), 0;
     kvq_page *page = malloc(sizeof *page * (size_t)move->pages);
     if (!page) return KVQ_NO_MEMORY;
     const size_t floats = (size_t)move->kv_heads * move->tokens * move->head_dim; /* of a layer */
-    for (int layer = 0; layer < move->layers; layer++) {
+    for (int layer = first; layer < end; layer++) {
         const kvq_page window = row_of_layer(move->window, layer, 0, move->kv_heads, move->head_dim);
         for (int p = 0; p < move->pages; p++)
             page[p] = row_of_layer(move->page + p, layer, 0, move->kv_heads, move->head_dim);

@@ -62,6 +62,15 @@ class Moves(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """kvq_matrix: a matrix of quantized weights."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
+        *((name, ctypes.c_int32) for name in ("n", "k", "blocks", "bits", "block")),
+    )
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, its functions declared.
@@ -96,6 +105,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_finite.argtypes = (number, floats, size)
+    library.kvq_pack.argtypes = (number, ctypes.POINTER(Matrix), ctypes.POINTER(Matrix))
+    library.kvq_set_move.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)
 
 

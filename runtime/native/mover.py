@@ -12,8 +12,11 @@ from kvq.runtime.kv.moves import Move
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import MOST_CHANNELS, Moves, MoveStep, check, known_precisions, load
+from kvq.runtime.native.pool import move_on_pool
 from kvq.runtime.native.table import as_buffer, page_row, window_rows
 from kvq.runtime.precision.table import Pair
+
+MANY = 16  # tokens whose way several threads share; handing it to them takes as long as some tokens do
 
 
 def write_steps(to: ctypes.Array[MoveStep], moves: list[Move], pages: list[Page]) -> None:
@@ -63,7 +66,10 @@ class NativeMover:
             self._steps = (MoveStep * len(moves))()
             move.step = ctypes.addressof(self._steps)
         write_steps(self._steps, moves, pages)
-        check(self._library.kvq_move_tokens(move))
+        if len(moves) < MANY:
+            check(self._library.kvq_move_tokens(move))
+        else:
+            move_on_pool(move)
 
     def _point_at(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Have the call in C read these arrays, where they are not those of the last time."""

@@ -13,6 +13,7 @@
 #endif
 
 static THREAD_LOCAL const kvq_pass *current_pass;
+static THREAD_LOCAL const kvq_move *current_move;
 static THREAD_LOCAL int32_t refused; /* by what has stopped an operator, or the pass from being set */
 
 int32_t kvq_set_pass(const kvq_pass *pass) {
@@ -20,6 +21,13 @@ int32_t kvq_set_pass(const kvq_pass *pass) {
     refused = pass ? kvq_check_pass(pass) : 0;
     current_pass = refused ? NULL : pass;
     return pass ? refused : before;
+}
+
+int32_t kvq_set_move(const kvq_move *move) {
+    const int32_t before = refused;
+    refused = move ? kvq_check_move(move, move->tokens) : 0;
+    current_move = refused ? NULL : move;
+    return move ? refused : before;
 }
 
 enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7, MOST_ROTATED = 1024 };
@@ -30,6 +38,7 @@ typedef struct {
     int64_t layer, rotate; /* of Attention */
     int64_t block;         /* of the others: size of the blocks of a row that they rotate, or 0 */
     float epsilon;         /* of AddNorm */
+    int64_t matrix, kernel; /* of Product: address of a kvq_matrix, packed for that kernel */
 } node;
 
 /* One execution of a node. The first thing that goes wrong stays in status, and what follows does nothing. */
@@ -52,7 +61,7 @@ static void refuse(run *r, int32_t error) {
 }
 
 /* Data of an input and how many floats it has; null when there is none such. Asking for a shape takes three more calls
- * and an allocation, which 90 nodes of a step would make for every input; what is read depends on the count alone. */
+ * and an allocation, which 200 nodes of a step would make for every input; what is read depends on the count alone. */
 static const float *input(run *r, size_t index, size_t *count) {
     const OrtApi *api = r->api;
     const OrtValue *value = NULL;
@@ -255,10 +264,55 @@ static OrtStatus *add_norm(void *state, OrtKernelContext *context) {
     return r.status;
 }
 
+/* kvq::Product: x [rows, k] -> [rows, n], x times the transpose of a packed matrix;  attributes matrix, the address of a
+ * kvq_matrix, and kernel, the number of that which it was packed for. No file has them: the runtime puts such nodes into a
+ * graph that it has read, see runtime/bundle/renaming.py, and keeps the matrix for as long as the graph. */
+static OrtStatus *product(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    const kvq_matrix *m = (const kvq_matrix *)(uintptr_t)self->matrix;
+    run r = {self->api, context, NULL};
+    size_t count;
+    const float *x = input(&r, 0, &count);
+    if (!r.status && count % m->k) fail(&r, MISFIT);
+    const size_t rows = count / m->k;
+    float *out = output(&r, 0, (int64_t)rows, m->n);
+    if (r.status) return r.status;
+    const int error = kvq_product((int32_t)self->kernel, m, x, rows, out, run_on_pool, &r);
+    if (error) refuse(&r, error);
+    return r.status;
+}
+
+typedef struct {
+    const kvq_move *move;
+    int failed;
+} moved_layers;
+
+static void move_work(void *data, size_t layer) {
+    moved_layers *m = data;
+    if (kvq_move_layers(m->move, (int)layer, (int)layer + 1)) __atomic_store_n(&m->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* kvq::Move: the thread's move, on onnxruntime's threads, which spin for a while after a pass and would be in the way of
+ * any others. Its input says nothing, [1] -> [1]. */
+static OrtStatus *move(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    run r = {self->api, context, NULL};
+    moved_layers layers = {.move = current_move};
+    float *out = output(&r, 0, 1, 1);
+    if (!layers.move) fail(&r, "kvq::Move: no move was set in this thread");
+    if (r.status) return r.status;
+    *out = 0;
+    if (layers.move->tokens > 0) run_on_pool(&r, move_work, (size_t)layers.move->layers, &layers);
+    if (layers.failed) refuse(&r, KVQ_NO_MEMORY);
+    return r.status;
+}
+
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state);
 
 static const char *attention_name(const OrtCustomOp *op) { (void)op; return "Attention"; }
 static const char *add_norm_name(const OrtCustomOp *op) { (void)op; return "AddNorm"; }
+static const char *move_name(const OrtCustomOp *op) { (void)op; return "Move"; }
+static const char *product_name(const OrtCustomOp *op) { (void)op; return "Product"; }
 static const char *swiglu_name(const OrtCustomOp *op) { (void)op; return "SwiGLU"; }
 static const char *any_provider(const OrtCustomOp *op) { (void)op; return NULL; }
 static int float_type(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_FLOAT; }
@@ -269,17 +323,20 @@ static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
 static size_t inputs_of_attention(const OrtCustomOp *op) { (void)op; return ATTENTION_INPUTS; }
 static int optional_of_attention(const OrtCustomOp *op, size_t i) { (void)op; return i >= ATTENTION_INPUTS_NEEDED; }
 
-#define OPERATOR(get_name, inputs, characteristic, outputs, run_it)                                              \
-    {                                                                                            \
-        .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider, \
-        .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,    \
-        .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = characteristic,    \
-        .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,   \
-        .KernelComputeV2 = run_it,                                                               \
+#define OPERATOR(get_name, inputs, characteristic, outputs, run_it)                                         \
+    {                                                                                                            \
+        .version = ORT_API_VERSION, .GetName = get_name, .GetExecutionProviderType = any_provider,               \
+        .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,                          \
+        .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = characteristic,          \
+        .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,                   \
+        .KernelComputeV2 = run_it,                                                                               \
     }
-static const OrtCustomOp ATTENTION = OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
+static const OrtCustomOp ATTENTION =
+    OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
 static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, swiglu);
 static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, add_norm);
+static const OrtCustomOp MOVE = OPERATOR(move_name, one, zero, one, move);
+static const OrtCustomOp PRODUCT = OPERATOR(product_name, one, zero, one, product);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     node *self = calloc(1, sizeof *self);
@@ -289,6 +346,11 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     if (op == &ATTENTION) {
         status = KernelInfoGetAttribute_int64(api)(info, "layer", &self->layer);
         if (!status) status = KernelInfoGetAttribute_int64(api)(info, "rotate", &self->rotate);
+    } else if (op == &PRODUCT) {
+        status = KernelInfoGetAttribute_int64(api)(info, "matrix", &self->matrix);
+        if (!status) status = KernelInfoGetAttribute_int64(api)(info, "kernel", &self->kernel);
+        if (!status && kvq_check_matrix((int32_t)self->kernel, (const kvq_matrix *)(uintptr_t)self->matrix))
+            status = CreateStatus(api)(ORT_FAIL, "kvq::Product: a matrix that is none");
     } else {
         OrtStatus *left_out = KernelInfoGetAttribute_int64(api)(info, "block", &self->block);
         if (left_out) ReleaseStatus(api)(left_out);
@@ -308,6 +370,8 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     if (!status) status = CustomOpDomain_Add(api)(domain, &ATTENTION);
     if (!status) status = CustomOpDomain_Add(api)(domain, &SWIGLU);
     if (!status) status = CustomOpDomain_Add(api)(domain, &ADD_NORM);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &PRODUCT);
+    if (!status) status = CustomOpDomain_Add(api)(domain, &MOVE);
     if (!status) status = AddCustomOpDomain(api)(options, domain);
     return status;
 }

@@ -16,7 +16,6 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
-from kvq.runtime.compute.head import Head
 from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
@@ -93,7 +92,8 @@ class Model:
         shape = self.architecture
         try:
             store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
-            layers, head = make_backend().forward_pass(self.engine, 1), Head(self.engine, 1)
+            backend = make_backend()
+            layers, head = backend.forward_pass(self.engine, 1), backend.head(self.engine, 1)
             layers.forward(np.zeros(1, np.int64), store)
             head.logits(layers.residual)
             head.uncertainty(1)

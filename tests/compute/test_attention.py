@@ -27,7 +27,7 @@ from tests.tools.kvdata import (
 
 STORE_LENGTHS = (*ODD_COUNTS, 300)
 # Of the largest value; integer weights of values add a noise of 1.6e-5 of an output's root mean square (dot_values.h).
-TOLERANCE, ROUNDED_TOLERANCE = 1e-5, {"avx512": 6e-5}
+TOLERANCE, ROUNDED_TOLERANCE = 1e-5, {"avx512": 6e-5, "amx": 6e-5}
 
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
 

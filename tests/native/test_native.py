@@ -24,7 +24,7 @@ from tests.tools.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, 
 
 # Of the largest output; both sides are single precision. Integer weights of values add a noise of 1.6e-5 of the root
 # mean square (dot_values.h).
-TOLERANCE, ROUNDED_TOLERANCE = 3e-5, {"avx512": 6e-5}
+TOLERANCE, ROUNDED_TOLERANCE = 3e-5, {"avx512": 6e-5, "amx": 6e-5}
 HEAD_DIMS = (8, 16, 24, 40, 64, 80, 96, 128, 256)
 COUNTS = (0, 1, 7, 15, 16, 17, 63, 64, 65, 130)
 

@@ -102,7 +102,8 @@ def test_every_kernel_equals_the_reference(tmp_path):
     need(CC)
     check = compiled_check(tmp_path, CC, host_kernels())
     lines = kernel_lines(check)
-    assert len(lines) == 1 + len(recipe()[host_kernels()])
+    names = {Path(file).stem for file in recipe()[host_kernels()]}
+    assert lines.keys() - {"amx"} == {"plain"} | names  # tiles are in the file of AVX-512
     assert "attentions" in lines["plain"]
     assert kernel_lines(check, "odd").keys() == lines.keys()
 

@@ -55,7 +55,7 @@ class NativePass(ForwardPass):
             *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
         )
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
-        self._graph = Bound(engine.decoder(FILE), inputs, outputs)
+        self._graph = Bound(engine.decoder(FILE, kernel), inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
         table = self._table
@@ -97,7 +97,7 @@ class NativeHead(Head):
     """
 
     def __init__(self, engine: Engine, rows: int, kernel: int) -> None:
-        super().__init__(engine, rows)
+        super().__init__(engine, rows, engine.head(FILE, kernel))
         self._kernel, self._library = kernel, load()
         self._address, self._vocab = self._logits.ctypes.data, self._logits.shape[1]
 

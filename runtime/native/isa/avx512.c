@@ -66,11 +66,11 @@ INLINE vf avx512_exp(vf x) {
 INLINE vu dot_codes_CODEBOOK(vw word, int s) {
     return (vu)_mm512_shuffle_epi8(_mm512_set1_epi32(CODEBOOK_THIRDS), (__m512i)CODEBOOK_CODES(word, s));
 }
-INLINE vi dot(vi sum, vu codes, int32_t query) {
-    const __m512i all = _mm512_set1_epi32(query);
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(all));
+INLINE vi dot_words(vi sum, vu codes, vu query) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(query));
     return sum;
 }
+INLINE vi dot(vi sum, vu codes, int32_t query) { return dot_words(sum, codes, (vu)_mm512_set1_epi32(query)); }
 #include "half_avx512.h"
 #include "dot_values.h"
 #include "../templates/body.h"
@@ -81,4 +81,5 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vnni");
 }
 KERNEL(kvq_kernel_avx512, "avx512", has_avx512, 1);
+#include "amx.h"
 #endif

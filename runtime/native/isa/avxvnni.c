@@ -13,9 +13,10 @@ INLINE vu avxvnni_shuffle(const uint8_t *bytes, vu x) {
 INLINE vu dot_codes_CODEBOOK(vw word, int s) {
     return (vu)_mm256_shuffle_epi8(_mm256_set1_epi32(CODEBOOK_THIRDS), (__m256i)CODEBOOK_CODES(word, s));
 }
-INLINE vi dot(vi sum, vu codes, int32_t query) {
-    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(query));
+INLINE vi dot_words(vi sum, vu codes, vu query) {
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)query);
 }
+INLINE vi dot(vi sum, vu codes, int32_t query) { return dot_words(sum, codes, (vu)_mm256_set1_epi32(query)); }
 #include "../templates/body.h"
 
 static int has_avxvnni(void) {

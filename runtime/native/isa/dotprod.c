@@ -29,9 +29,10 @@ INLINE vu dot_codes_CODEBOOK(vw word, int s) {
     const int8x16_t levels = {-10, -3, 3, 10};
     return (vu)vqtbl1q_s8(levels, (uint8x16_t)((word.low >> (2 * s)) & 0x03030303u));
 }
-INLINE vi dot(vi sum, vu codes, int32_t query) {
-    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(query)));
+INLINE vi dot_words(vi sum, vu codes, vu query) {
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)query);
 }
+INLINE vi dot(vi sum, vu codes, int32_t query) { return dot_words(sum, codes, (vu)vdupq_n_s32(query)); }
 #include "../templates/body.h"
 
 #if defined(__APPLE__)

@@ -1,5 +1,6 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
 #include "encode.h"
+#include "matrix.h"
 #include "move.h"
 #include "norm.h"
 #include "prefill.h"
@@ -7,7 +8,8 @@
 #include "query.h"
 #include "swiglu.h"
 
-#define KERNEL(symbol, label, check, dot_products)                 \
+#define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply)
+#define KERNEL_WITH(symbol, label, check, dot_products, products)  \
     const kvq_kernel symbol = {.name = label,                      \
                                .available = check,                 \
                                .integer_dot = dot_products,        \
@@ -19,6 +21,11 @@
                                .rotate = rotate_heads,             \
                                .swiglu = swiglu_row,               \
                                .add_norm = add_norm_row,           \
+                               .quantize = quantize_row,           \
+                               .product = products,                \
+                               .product_panels = PART_PANELS,      \
+                               .weight_offset = weight_offset,     \
+                               .own_products = own_products,       \
                                .move = move_tokens,                \
                                .move_token = move_token,           \
                                .within = within,                   \

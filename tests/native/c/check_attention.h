@@ -110,7 +110,8 @@ static void check_kernel(const store *s, const new_tokens *n, const kvq_rows *ro
         .values = n->copy ? exactly(sizeof(float) * copies) : NULL,
     };
     const int status = kvq_attend(&pass, n->layer, &in, WAYS[n->way], &shared_calls);
-    const int rounded = n->tokens == 1 && !strcmp(kvq_kernel_name(kernel), "avx512");
+    const char *name = kvq_kernel_name(kernel);
+    const int rounded = n->tokens == 1 && (!strcmp(name, "avx512") || !strcmp(name, "amx"));
     const double allowed = n->large_score ? LARGE_SCORE_TOLERANCE : TOLERANCE;
     const double error = difference(in.out, expected, outputs);
     const double squares_error =

@@ -9,6 +9,7 @@
  * access beyond a page; the random numbers are the same in every run. */
 #include "check_attention.h"
 #include "check_codecs.h"
+#include "check_products.h"
 #include "check_refusals.h"
 #include "check_stepwise.h"
 
@@ -41,6 +42,7 @@ static void check_everything(int quick) {
     check_refused_passes();
     check_refused_moves();
     check_refused_encoding();
+    check_refused_matrices();
     check_counts(quick ? 3 : 1);
     check_shapes(quick ? 7 : 1);
     check_rings(quick);
@@ -54,6 +56,7 @@ static void check_everything(int quick) {
     check_movable();
     check_swiglu();
     check_add_norm();
+    check_products(quick);
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
         if (kvq_kernel_available(kernel)) check_prepare(kernel);
     if (!shared_calls) fail("no work was ever handed to other threads");

@@ -1,0 +1,75 @@
+"""Which products of a graph the native library takes, and their weights, packed for it."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvq.runtime.bundle.manifest import WEIGHTS
+from kvq.runtime.bundle.onnx_file import Region
+from kvq.runtime.bundle.renaming import Attributes, Matrix, with_products
+from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
+
+READ_BYTES = 1 << 20  # of codes at a time
+
+
+def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple[bytes, list[PackedMatrix]]:
+    """A graph whose products with quantized weights are the library's, where it has them, and what it multiplies with,
+    to be kept for as long as the graph.
+
+    Args:
+        graph: that was checked.
+        folder: of the bundle.
+        kernel: index of the instruction set, see `kvq.runtime.native.library.kernels`.
+        threads: that pack.
+
+    Raises:
+        OSError, MemoryError: the weights cannot be read.
+    """
+    packed: list[PackedMatrix] = []
+    if not multiplies(kernel):
+        return graph, packed
+    filled: list[Future[None]] = []
+
+    def take(matrix: Matrix) -> Attributes | None:
+        if not packs(matrix.bits, matrix.block, matrix.zeros is not None):
+            return None
+        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block))
+        filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
+        return {"matrix": packed[-1].address, "kernel": kernel}
+
+    with ThreadPoolExecutor(threads) as pool:
+        graph = with_products(graph, take)
+    for future in filled:
+        future.result()
+    return graph, packed
+
+
+def _fill(packed: PackedMatrix, file: Path, matrix: Matrix, kernel: int) -> None:
+    """Read and pack a matrix, some rows at a time: it is not in memory twice."""
+    of_codes, of_scales, of_zeros = packed.shapes
+    rows = max(1, READ_BYTES // math.prod(of_codes[1:]) // PANEL) * PANEL
+    for first in range(0, matrix.n, rows):
+        part = slice(first, first + rows)
+        codes = _rows(file, matrix.codes, np.uint8, of_codes, part)
+        scales = _rows(file, matrix.scales, np.float32, of_scales, part)
+        zeros = None if matrix.zeros is None else _rows(file, matrix.zeros, np.uint8, of_zeros, part)
+        packed.fill(kernel, codes, scales, zeros, first)
+
+
+def _rows(file: Path, region: Region, dtype: Any, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+    """Some rows of the array of a shape that lies in a region.
+
+    Raises:
+        OSError: the file ends before, or cannot be read.
+    """
+    begin, end, _ = rows.indices(shape[0])
+    count, item = math.prod(shape[1:]), np.dtype(dtype).itemsize
+    found = np.fromfile(file, dtype, (end - begin) * count, offset=region.offset + begin * count * item)
+    if found.size < (end - begin) * count:
+        raise OSError(f"{file.name} is shorter than it was")
+    return found.reshape(end - begin, *shape[1:])

@@ -1,0 +1,108 @@
+/* AVX-512 with tiles for products: server processors since Sapphire Rapids (2023). All but products is as without. */
+#ifndef KVQ_AMX_H
+#define KVQ_AMX_H
+
+#if KVQ_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define USES_TILES __attribute__((target("amx-tile,amx-int8")))
+enum { TILE_SIDE = 16, TILE_BYTES = 64 }; /* rows, and bytes of a row: as large as tiles are */
+
+/* All tiles of that size. Layout of LDTILECFG's operand, Intel SDM volume 2A. */
+USES_TILES static void open_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.row_bytes[i] = TILE_BYTES, config.rows[i] = TILE_SIDE;
+    __asm__ volatile("" : "+m"(config));
+    _tile_loadconfig(&config);
+}
+
+/* TILE_SIDE rows of a part whose dot products are there: sums [TILE_SIDE, PART_COLUMNS] grow, as in product_part. */
+INLINE void add_tiles(const int32_t dots[2][TILE_SIDE][LANES], const part_block *t, const float *scales,
+                      const int32_t *sums, float *out) {
+    const vf first = load_f(t->scales[0]), second = load_f(t->scales[1]);
+    for (int r = 0; r < TILE_SIDE; r++, out += PART_COLUMNS) {
+        const vi less = -weight_offset * sums[r] - (vi){0};
+        const vi a = (vi)load_u((const uint32_t *)dots[0][r]) + less, b = (vi)load_u((const uint32_t *)dots[1][r]) + less;
+        store_f(out, load_f(out) + to_float(a) * (first * scales[r]));
+        store_f(out + LANES, load_f(out + LANES) + to_float(b) * (second * scales[r]));
+    }
+}
+
+/* As product_rows. A row of a tile is what a block has of a row, or, of weights, a panel's words of a place: blocks of 64
+ * are a tile, larger ones several; what is left over goes without. */
+USES_TILES static void product_tiles(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
+                                     size_t rows, float *out) {
+    int32_t dots[4][TILE_SIDE][LANES] __attribute__((aligned(64)));
+    const size_t stride = m->block;
+    const int8_t *x = of->codes + (b * of->rows + row) * stride;
+    const float *scales = of->scales + b * of->rows + row;
+    const int32_t *sums = of->sums + b * of->rows + row;
+    size_t r = 0;
+    if (m->block % TILE_BYTES == 0)
+        for (; r + TILE_SIDE <= rows; r += 2 * TILE_SIDE) {
+            const int both = r + 2 * TILE_SIDE <= rows;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (size_t k = 0; k < stride; k += TILE_BYTES) {
+                _tile_loadd(4, x + r * stride + k, stride);
+                _tile_loadd(6, t->words[0] + k / 4 * KVQ_PANEL, TILE_BYTES);
+                _tile_loadd(7, t->words[1] + k / 4 * KVQ_PANEL, TILE_BYTES);
+                _tile_dpbsud(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
+                if (!both) continue;
+                _tile_loadd(5, x + (r + TILE_SIDE) * stride + k, stride);
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
+            _tile_stored(0, dots[0], TILE_BYTES);
+            _tile_stored(1, dots[1], TILE_BYTES);
+            add_tiles(dots, t, scales + r, sums + r, out + r * PART_COLUMNS);
+            if (!both) {
+                r += TILE_SIDE;
+                break;
+            }
+            _tile_stored(2, dots[2], TILE_BYTES);
+            _tile_stored(3, dots[3], TILE_BYTES);
+            const size_t next = r + TILE_SIDE;
+            add_tiles(dots + 2, t, scales + next, sums + next, out + next * PART_COLUMNS);
+        }
+    if (r < rows) product_rows(m, t, of, b, row + r, rows - r, out + r * PART_COLUMNS);
+}
+
+USES_TILES static void multiply_tiles(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows,
+                                      float *out) {
+    if (rows < TILE_SIDE) {
+        multiply(m, of, panel, first, rows, out);
+        return;
+    }
+    open_tiles();
+    multiply_by(product_tiles, m, of, panel, first, rows, out);
+    _tile_release(); /* a thread that holds tiles is dear to switch */
+}
+
+/* The system has to be asked before a process may use them; it then may in all its threads. Asked once: the instruction
+ * that says what a processor has takes a virtual machine 20 microseconds. */
+static int has_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
+    static int known; /* 1: it has not, 2: it has */
+    int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!found) {
+        unsigned a, b, c, d;
+        const int has = has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_TILE && d & AMX_INT8;
+        found = has && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 1;
+        __atomic_store_n(&known, found, __ATOMIC_RELAXED);
+    }
+    return found == 2;
+}
+KERNEL_WITH(kvq_kernel_amx, "amx", has_amx, 1, multiply_tiles);
+#endif
+
+#endif

@@ -1,0 +1,76 @@
+"""Matrices of weights packed for the native library's products, in memory of their own.
+
+What a file holds lies row by row, for rows to be looked up and for onnxruntime; kvq.h says how a kernel wants it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from kvq.runtime.machine import hugepages
+from kvq.runtime.native.library import Matrix, check, load
+
+PANEL = 16  # rows that lie side by side
+LEAST_BLOCK, MOST_BLOCK = 32, 256
+
+
+def multiplies(kernel: int) -> bool:
+    """Whether an instruction set's products are faster than onnxruntime's."""
+    return bool(load().kvq_kernel_products(kernel))
+
+
+def packs(bits: int, block: int, zeros: bool) -> bool:
+    """Whether the library has products with such codes, in blocks of that size, with zero points or without."""
+    whole = LEAST_BLOCK <= block <= MOST_BLOCK and block & (block - 1) == 0
+    return whole and (bits == 4 or (bits == 8 and not zeros))
+
+
+class PackedMatrix:
+    """A matrix of quantized weights as kernels read it, empty at first.
+
+    Args:
+        n, k: rows and columns.
+        bits, block: of a code; weights that share a scale.
+
+    Attributes:
+        address: of its kvq_matrix, for as long as this object lives.
+        shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits.
+    """
+
+    def __init__(self, n: int, k: int, bits: int, block: int) -> None:
+        blocks, width, panels = -(-k // block), block * bits // 8, -(-n // PANEL)
+        self.shapes = (n, blocks, width), (n, blocks), (n, -(-blocks // 2))
+        sizes = [panels * blocks * PANEL * each for each in (width, 4, bits == 4)]
+        memory = hugepages.block(sum(sizes))
+        codes, scales, zeros = np.split(memory, np.cumsum(sizes)[:-1])
+        self._codes = codes.reshape(panels, -1)
+        self._scales = scales.view(np.float32).reshape(panels, -1)
+        self._zeros = zeros.reshape(panels, -1)
+        self._numbers = (k, blocks, bits, block)
+        self._matrix = self._described(n, self._codes, self._scales, self._zeros)
+        self.address = ctypes.addressof(self._matrix)
+
+    def fill(
+        self, kernel: int, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, first: int = 0
+    ) -> None:
+        """Pack some rows for a kernel; of the last ones `first` + their number may be none of PANEL.
+
+        Args:
+            kernel: index of the instruction set, see `kvq.runtime.native.library.kernels`.
+            codes: uint8, as `shapes` says, of these rows.
+            scales: float32.
+            zeros: zero points of 4-bit codes, uint8; None is 8 each.
+            first: of the rows, a multiple of PANEL.
+
+        Raises:
+            BackendError: numbers that the library does not take.
+        """
+        given = self._described(len(codes), codes, scales, zeros)
+        into = (array[first // PANEL :] for array in (self._codes, self._scales, self._zeros))
+        check(load().kvq_pack(kernel, ctypes.byref(given), ctypes.byref(self._described(len(codes), *into))))
+
+    def _described(self, n: int, *arrays: np.ndarray | None) -> Matrix:
+        addresses = (None if array is None else array.ctypes.data for array in arrays)
+        return Matrix(*addresses, n, *self._numbers)

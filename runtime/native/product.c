@@ -1,0 +1,93 @@
+/* Rows times a matrix of weights: cut into groups of columns and blocks of rows. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "drivers.h"
+
+#define FEW_ROWS 8 /* are quantized by the calling thread */
+#define ROWS_AT_A_TIME 16
+
+typedef struct {
+    const kvq_kernel *kernel;
+    const kvq_matrix *matrix;
+    const float *x;
+    float *out;
+    kvq_byte_rows rows;
+    size_t groups; /* of panels */
+} product_task;
+
+static void quantize_work(void *data, size_t i) {
+    const product_task *t = data;
+    const size_t end = (i + 1) * ROWS_AT_A_TIME;
+    for (size_t row = i * ROWS_AT_A_TIME; row < (end < t->rows.rows ? end : t->rows.rows); row++)
+        t->kernel->quantize(t->matrix, t->x + row * t->matrix->k, row, &t->rows);
+}
+
+static void product_work(void *data, size_t i) {
+    const product_task *t = data;
+    const size_t first = i / t->groups * PRODUCT_MOST_ROWS, left = t->rows.rows - first;
+    t->kernel->product(t->matrix, &t->rows, i % t->groups * t->kernel->product_panels, first, left < PRODUCT_MOST_ROWS ? left : PRODUCT_MOST_ROWS,
+                       t->out);
+}
+
+/* Four codes of 4 bits, of two bytes, in a byte each. */
+static uint32_t spread_nibbles(const uint8_t *two) {
+    const uint32_t x = two[0] | (uint32_t)two[1] << 8;
+    return (x & 0xf) | (x & 0xf0) << 4 | (x & 0xf00) << 8 | (x & 0xf000) << 12;
+}
+
+/* Words of a block of a row to every KVQ_PANEL-th one of a panel. */
+static void pack_block(const kvq_matrix *m, uint32_t flip, const uint8_t *from, uint32_t *to) {
+    for (int w = 0; w < m->block * m->bits / 32; w++, to += KVQ_PANEL) {
+        if (m->bits == 8) {
+            uint32_t word;
+            memcpy(&word, from + 4 * w, sizeof word);
+            *to = word ^ flip;
+        } else *to = spread_nibbles(from + 2 * w) | spread_nibbles(from + m->block / 4 + 2 * w) << 4;
+    }
+}
+
+int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
+    const int refused = kvq_check_pack(kernel, from, to);
+    if (refused) return refused;
+    const size_t n = from->n, blocks = from->blocks, block_bytes = from->block * from->bits / 8;
+    const uint32_t flip = kvq_choose_kernel(kernel)->weight_offset ? 0 : 0x80808080u; /* 128 less is another first bit */
+    for (size_t row = 0; row < (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL; row++) {
+        const size_t source = row < n ? row : n - 1;
+        for (size_t b = 0; b < blocks; b++) {
+            const size_t block = row / KVQ_PANEL * blocks + b, lane = row % KVQ_PANEL;
+            pack_block(from, flip, from->codes + (source * blocks + b) * block_bytes,
+                       (uint32_t *)(to->codes + block * block_bytes * KVQ_PANEL) + lane);
+            to->scales[block * KVQ_PANEL + lane] = row < n ? from->scales[row * blocks + b] : 0;
+            if (from->bits == 8) continue;
+            const uint8_t *zeros = from->zeros ? from->zeros + source * ((blocks + 1) / 2) : NULL;
+            to->zeros[block * KVQ_PANEL + lane] = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
+        }
+    }
+    return 0;
+}
+
+int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
+                void *context) {
+    product_task t = {.kernel = kvq_choose_kernel(kernel), .matrix = matrix, .x = x, .out = out, .rows.rows = rows};
+    if (!t.kernel) return KVQ_NO_KERNEL;
+    if (!rows) return 0;
+    if (!parallel) parallel = kvq_serially;
+    char *memory = NULL;
+    const size_t blocks = matrix->blocks;
+    for (int filled = 0; filled < 2; filled++) {
+        size_t used = 0;
+        t.rows.codes = kvq_part(memory, &used, rows * blocks * matrix->block);
+        t.rows.scales = kvq_part(memory, &used, sizeof(float) * rows * blocks);
+        t.rows.sums = kvq_part(memory, &used, sizeof(int32_t) * rows * blocks);
+        if (!filled && !(memory = malloc(used))) return KVQ_NO_MEMORY;
+    }
+    const size_t parts = (rows + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
+    if (rows > FEW_ROWS) parallel(context, quantize_work, parts, &t);
+    else quantize_work(&t, 0);
+    const size_t columns = (size_t)KVQ_PANEL * t.kernel->product_panels;
+    t.groups = (matrix->n + columns - 1) / columns;
+    parallel(context, product_work, t.groups * ((rows + PRODUCT_MOST_ROWS - 1) / PRODUCT_MOST_ROWS), &t);
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,119 @@
+/* Products with packed matrices against the same sums in double precision, and against themselves: a row's result does not
+ * depend on the rows beside it. */
+#ifndef KVQ_CHECK_PRODUCTS_H
+#define KVQ_CHECK_PRODUCTS_H
+
+#include "check_refusals.h"
+
+/* The weight at column k of a row, as MatMulNBits defines it. */
+static double weight_of(const kvq_matrix *m, int row, int k) {
+    const int b = k / m->block, i = k % m->block;
+    const size_t block = (size_t)row * m->blocks + b;
+    const double scale = m->scales[block];
+    if (m->bits == 8) return scale * (m->codes[block * m->block + i] - 128);
+    const uint8_t *zeros = m->zeros ? m->zeros + (size_t)row * ((m->blocks + 1) / 2) : NULL;
+    const int zero = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
+    return scale * ((m->codes[(block * m->block + i) / 2] >> (i % 2 * 4) & 15) - zero);
+}
+
+/* x as a row of bytes has it: rounded to steps of 1/127 of its block's largest magnitude. */
+static double stepped(const kvq_matrix *m, const float *x, int k) {
+    const int begin = k / m->block * m->block, end = begin + m->block < m->k ? begin + m->block : m->k;
+    float largest = 0;
+    for (int i = begin; i < end; i++) largest = fmaxf(largest, fabsf(x[i]));
+    if (largest <= 1e-36f) return 0;
+    const float code = nearbyintf(x[k] * (127 / largest));
+    return (double)code * (largest / 127);
+}
+
+static void free_matrix(kvq_matrix *m) { free(m->codes), free(m->scales), free(m->zeros); }
+
+/* Arrays of exactly their size for so many rows. */
+static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros) {
+    const int blocks = (k + block - 1) / block;
+    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(sizeof(float) * rows * blocks),
+                        zeros ? exactly(zeros) : NULL, n, k, blocks, bits, block};
+}
+
+static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int rows) {
+    const size_t blocks = (k + block - 1) / block, padded = (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL;
+    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0);
+    kvq_matrix to = matrix_of(n, k, bits, block, padded, bits == 4 ? padded * blocks : 0);
+    float *x = exactly(sizeof(float) * rows * k), *out = exactly(sizeof(float) * rows * n);
+    float *alone = exactly(sizeof(float) * n);
+    for (size_t i = 0; i < n * blocks * block * bits / 8; i++) from.codes[i] = (uint8_t)random_bits();
+    for (size_t i = 0; i < n * blocks; i++) from.scales[i] = (float)uniform(1e-4, 1e-2);
+    for (size_t i = 0; with_zeros && i < n * ((blocks + 1) / 2); i++) from.zeros[i] = (uint8_t)random_bits();
+    for (int i = 0; i < rows * k; i++) x[i] = (float)(uniform(-1, 1) * (below(50) ? 1 : 40));
+    if (kvq_pack(kernel, &from, &to)) fail("a matrix [%d, %d] of %d bits in blocks of %d is refused", n, k, bits, block);
+    if (kvq_product(kernel, &to, x, rows, out, PICK(WAYS), &shared_calls)) fail("a product is refused");
+    for (int r = 0; r < rows; r += r < 3 ? 1 : 5) {
+        for (int c = 0; c < n; c += n > 100 ? 7 : 1) {
+            double wanted = 0, size = 0;
+            for (int i = 0; i < k; i++) {
+                const double term = weight_of(&from, c, i) * stepped(&from, x + r * k, i);
+                wanted += term, size += fabs(term);
+            }
+            const double error = fabs(out[r * n + c] - wanted);
+            if (!(error <= 1e-6 * size + 1e-30))
+                fail("kernel %s: product [%d, %d] of %d bits in blocks of %d: %g is %g, off by %g", kvq_kernel_name(kernel),
+                     n, k, bits, block, wanted, out[r * n + c], error);
+        }
+        kvq_product(kernel, &to, x + r * k, 1, alone, NULL, NULL);
+        if (memcmp(alone, out + r * n, sizeof(float) * n)) fail("kernel %s: a row differs alone", kvq_kernel_name(kernel));
+    }
+    free_matrix(&from), free_matrix(&to), free(x), free(out), free(alone);
+}
+
+/* A matrix of 8 bits that fits, with one thing wrong at a time. */
+#define MATRIX(name, number, error) {"matrix." #name, offsetof(kvq_matrix, name), number, KVQ_##error}
+static const misfit MATRICES[] = {
+    MATRIX(n, 0, MISFIT_SHAPE), MATRIX(n, -1, MISFIT_SHAPE), MATRIX(n, 17, MISFIT_SHAPE), MATRIX(k, 0, MISFIT_SHAPE),
+    MATRIX(k, INT_MAX, MISFIT_SHAPE), MATRIX(k, 65, MISFIT_SHAPE), MATRIX(blocks, 0, MISFIT_SHAPE),
+    MATRIX(blocks, 3, MISFIT_SHAPE), MATRIX(bits, 0, MISFIT_SHAPE), MATRIX(bits, 5, MISFIT_SHAPE),
+    MATRIX(bits, 4, MISFIT_SHAPE), MATRIX(block, 0, MISFIT_SHAPE), MATRIX(block, 16, MISFIT_SHAPE),
+    MATRIX(block, 48, MISFIT_SHAPE), MATRIX(block, 512, MISFIT_SHAPE), MATRIX(block, INT_MIN, MISFIT_SHAPE),
+};
+
+static void check_refused_matrices(void) {
+    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0), to = matrix_of(16, 64, 8, 32, 16, 0);
+    memset(from.codes, 128, 16 * 64);
+    memset(from.scales, 0, sizeof(float) * 32);
+    expect_error("a matrix that fits", 0, kvq_pack(0, &from, &to), 0);
+    expect_error("no matrix", 0, kvq_pack(0, NULL, &to), KVQ_NO_DATA);
+    expect_error("no matrix", 1, kvq_pack(0, &from, NULL), KVQ_NO_DATA);
+    expect_error("kernel", 1000, kvq_pack(1000, &from, &to), KVQ_NO_KERNEL);
+    for (int i = 0; i < LENGTH(MATRICES); i++)
+        for (int side = 0; side < 2; side++) {
+            kvq_matrix wrong = side ? from : to;
+            *field(&wrong, MATRICES[i].offset) = MATRICES[i].value;
+            const int found = side ? kvq_pack(0, &wrong, &to) : kvq_pack(0, &from, &wrong);
+            expect_error(MATRICES[i].what, MATRICES[i].value, found, MATRICES[i].error);
+        }
+    for (int side = 0; side < 4; side++) {
+        kvq_matrix left = from, right = to;
+        if (side % 2) *(side / 2 ? &left.codes : &right.codes) = NULL;
+        else *(side / 2 ? &left.scales : &right.scales) = NULL;
+        expect_error("an address", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
+    }
+    from.bits = to.bits = 4;
+    expect_error("zero points", 0, kvq_pack(0, &from, &to), KVQ_NO_DATA);
+    from.bits = to.bits = 8;
+    free_matrix(&from), free_matrix(&to);
+}
+
+static void check_products(int quick) {
+    static const int BLOCKS[] = {32, 64, 128, 256};
+    for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
+        if (!kvq_kernel_available(kernel)) continue;
+        for (int i = 0; i < LENGTH(BLOCKS); i++)
+            for (int kind = 0; kind < 3; kind++) {
+                const int bits = kind ? 4 : 8, zeros = kind == 2;
+                check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, 1 + below(quick ? 20 : 60));
+                check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, 33);
+            }
+        if (!quick) check_product(kernel, 40, 576, 8, 64, 0, PRODUCT_MOST_ROWS + 7);
+    }
+}
+
+#endif

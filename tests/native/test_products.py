@@ -1,0 +1,179 @@
+"""The native library's products beside MatMulNBits of ONNX Runtime, whose rounding of activations is the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvq.runtime.errors import BackendError
+from kvq.runtime.machine.threads import session_options
+from kvq.runtime.native import library
+from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
+from tests.tools.kvdata import examples
+
+helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
+IMPORTS = [helper.make_opsetid(name, version) for name, version in (("", 21), ("kvq", 1), ("com.microsoft", 1))]
+# Sums of blocks are whole numbers in both; they add the same floats in another order.
+TOLERANCE = 1e-6
+
+KERNELS = st.sampled_from(sorted(library.kernels().items()))
+
+
+class Weights:
+    """Random codes, scales and, of 4 bits, zero points or none, as a bundle holds them."""
+
+    def __init__(self, random, n, k, bits, block, zeros):
+        blocks = -(-k // block)
+        self.k, self.n, self.bits, self.block = k, n, bits, block
+        self.codes = random.integers(0, 256, (n, blocks, block * bits // 8), dtype=np.uint8)
+        self.scales = random.uniform(0.5, 2, (n, blocks)).astype(np.float32)
+        self.zeros = random.integers(0, 256, (n, -(-blocks // 2)), dtype=np.uint8) if zeros else None
+
+    @property
+    def parts(self):
+        return [part for part in (self.codes, self.scales, self.zeros) if part is not None]
+
+    def floats(self, less=1):
+        """The weights, float64 [n, k]; with `less` -1 zero points are added to the codes instead."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
+        middle = np.full(self.scales.shape, 1.0 * (1 << (self.bits - 1)))
+        if self.zeros is not None:
+            middle = (
+                np.stack((self.zeros & 15, self.zeros >> 4), axis=-1)
+                .reshape(self.n, -1)[:, : middle.shape[1]]
+                .astype(float)
+            )
+        weights = (codes.astype(np.float64) - less * middle[..., None]) * self.scales[..., None]
+        return weights.reshape(self.n, -1)[:, : self.k]
+
+
+def session_of(node, *constants):
+    values = [helper.make_tensor_value_info(name, FLOAT, None) for name in ("x", "out")]
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants]
+    graph = helper.make_graph([node], "product", values[:1], values[1:], initializers)
+    model = helper.make_model(graph, opset_imports=IMPORTS, ir_version=10)
+    options = session_options()
+    options.register_custom_ops_library(str(library.FILE))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def matmul_nbits(weights, x):
+    names = ["codes", "scales", "zeros"][: len(weights.parts)]
+    node = helper.make_node(
+        "MatMulNBits", ["x", *names], ["out"], domain="com.microsoft",
+        K=weights.k, N=weights.n, bits=weights.bits, block_size=weights.block, accuracy_level=4,
+    )  # fmt: skip
+    return session_of(node, *zip(names, weights.parts, strict=True)).run(None, {"x": x})[0]
+
+
+class Product:
+    """The library's product with packed weights."""
+
+    def __init__(self, weights, kernel):
+        self._packed = PackedMatrix(weights.n, weights.k, weights.bits, weights.block)
+        self._packed.fill(kernel, weights.codes, weights.scales, weights.zeros)
+        numbers = {"matrix": self._packed.address, "kernel": kernel}
+        self._session = session_of(helper.make_node("Product", ["x"], ["out"], domain="kvq", **numbers))
+
+    def __call__(self, x):
+        return self._session.run(None, {"x": x})[0]
+
+
+shapes = st.tuples(
+    st.integers(1, 100), st.integers(1, 600), st.sampled_from([(8, False), (4, False), (4, True)]),
+    st.sampled_from([32, 64, 128, 256]),
+)  # fmt: skip
+
+
+@given(shapes, st.integers(1, 70), KERNELS, st.integers(0, 2**32 - 1))
+@examples(60)
+def test_products_are_those_of_onnxruntime(shape, rows, kernel, seed):
+    (n, k, (bits, zeros), block), random = shape, np.random.default_rng(seed)
+    weights = Weights(random, n, k, bits, block, zeros)
+    x = (random.standard_normal((rows, k)) * np.exp(2 * random.standard_normal((rows, 1)))).astype(np.float32)
+    out, expected = Product(weights, kernel[1])(x), matmul_nbits(weights, x)
+    size = np.abs(x).astype(np.float64) @ weights.floats(less=-1).T  # of what onnxruntime adds: codes and zero points
+    assert out.shape == (rows, n)
+    assert (np.abs(out - expected) <= TOLERANCE * size + 1e-30).all()
+
+
+@given(shapes, st.integers(2, 230), KERNELS, st.integers(0, 2**32 - 1))
+@examples(40)
+def test_a_row_does_not_depend_on_the_rows_beside_it(shape, rows, kernel, seed):
+    (n, k, (bits, zeros), block), random = shape, np.random.default_rng(seed)
+    product = Product(Weights(random, n, k, bits, block, zeros), kernel[1])
+    x = random.standard_normal((rows, k)).astype(np.float32)
+    whole = product(x)
+    first = int(random.integers(rows))
+    last = int(random.integers(first, rows)) + 1
+    np.testing.assert_array_equal(product(x[first:last]), whole[first:last])
+    np.testing.assert_array_equal(product(x[first : first + 1]), whole[first : first + 1])
+
+
+@given(st.sampled_from([(8, False), (4, True)]), KERNELS, st.integers(0, 2**32 - 1))
+@examples(20)
+def test_whole_numbers_are_multiplied_exactly(form, kernel, seed):
+    (bits, zeros), random = form, np.random.default_rng(seed)
+    weights = Weights(random, 37, 200, bits, 64, zeros)
+    weights.scales[...] = 1
+    x = random.integers(-127, 128, (9, 200)).astype(np.float32)
+    x[:, ::64] = 127  # so that a step is 1
+    np.testing.assert_array_equal(Product(weights, kernel[1])(x), x.astype(np.float64) @ weights.floats().T)
+
+
+@pytest.mark.parametrize("kernel", library.kernels().values(), ids=library.kernels())
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_in_its_row_alone(kernel, value):
+    random = np.random.default_rng(0)
+    weights, x = Weights(random, 40, 128, 8, 64, False), random.standard_normal((20, 128)).astype(np.float32)
+    x[7, 100] = value
+    finite = np.isfinite(Product(weights, kernel)(x))
+    assert not finite[7].any()
+    assert np.delete(finite, 7, axis=0).all()
+
+
+@pytest.mark.parametrize("kernel", library.kernels().values(), ids=library.kernels())
+def test_rows_of_zeros_and_of_next_to_nothing_yield_zeros(kernel):
+    weights, x = Weights(np.random.default_rng(0), 40, 128, 8, 64, False), np.zeros((3, 128), np.float32)
+    x[1], x[2] = 1e-42, 1e-37
+    out = Product(weights, kernel)(x)
+    np.testing.assert_array_equal(out[:2], 0)
+    assert np.abs(out[2]).max() < 1e-30
+
+
+@given(st.integers(1, 90), st.integers(1, 4), KERNELS, st.integers(0, 2**32 - 1))
+@examples(20)
+def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed):
+    random = np.random.default_rng(seed)
+    weights, x = Weights(random, n, 96, 4, 32, True), random.standard_normal((2, 96)).astype(np.float32)
+    expected, product = Product(weights, kernel[1])(x), Product(weights, kernel[1])
+    for array in (product._packed._codes, product._packed._scales, product._packed._zeros):
+        array[...] = 255 if array.dtype == np.uint8 else np.nan
+    for first in range(0, n, step := panels * PANEL):
+        parts = (weights.codes[first : first + step], weights.scales[first : first + step])
+        product._packed.fill(kernel[1], *parts, weights.zeros[first : first + step], first=first)
+    np.testing.assert_array_equal(product(x), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 128, 256, 512])
+def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block):
+    packed = PackedMatrix(3, block, bits, block)
+    codes, scales = np.zeros(packed.shapes[0], np.uint8), np.zeros(packed.shapes[1], np.float32)
+    if packs(bits, block, zeros=False):
+        packed.fill(0, codes, scales)
+    else:
+        with pytest.raises(BackendError):
+            packed.fill(0, codes, scales)
+
+
+def test_plain_c_leaves_products_to_onnxruntime():
+    kernels = library.kernels()
+    assert not multiplies(kernels["plain"])
+    assert {name for name, kernel in kernels.items() if multiplies(kernel)} == kernels.keys() - {"plain", "neon"}
