@@ -100,7 +100,7 @@ def exact_damage(
     jobs = [(i, c) for i in range(len(tokens)) for c in range(len(classes))]
     result = np.zeros((len(tokens), len(classes)))
     with torch.inference_mode():
-        reference = model.run(ids[None]).logits.log_softmax(-1)
+        reference = model.run(ids[None], lambda layer, keys, values: (keys, values)).logits.log_softmax(-1)
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             places = torch.tensor([int(tokens[i]) for i, _ in part])

@@ -47,7 +47,8 @@ class Session:
         backend: attention backend; None reads KVQ_BACKEND, "auto" takes the fastest.
         kv_bits: most bits per stored value, all told, or
         kv_memory: most bytes of the store; either is kept as `kvq.runtime.policy.budget` defines it.
-        protect_bits: 8 or 16; None is 16 for a policy that stores all keys or all values at 8 or more, else 8.
+        protect_bits: 8 or 16; None is 16 for a policy that stores all keys or all values at 8 or more, or under
+            a budget of more than 8 bits a value, else 8.
 
     Attributes:
         store: keys and values of the text.
@@ -90,7 +91,7 @@ class Session:
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
         geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
         chooses, window, budget = model.policy(policy), min(recent, shape.context), None
-        bits = protect_bits_for(chooses) if protect_bits is None else int(protect_bits)
+        bits = protect_bits_for(chooses, kv_bits) if protect_bits is None else int(protect_bits)
         self.store = KVStore(geometry, window, sink, self.backend.codecs, bits)
         if kv_bits is not None or kv_memory is not None:
             budget = Budget(

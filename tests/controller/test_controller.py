@@ -73,7 +73,7 @@ def test_streaming_features_agree_with_the_batched_ones(chunk, samples, tiny_mod
     first = samples.text == 0
     ids = samples.ids[first]
     policy = Watcher()
-    session = tiny_model.session(policy, recent=len(ids), prefill_chunk=chunk)
+    session = tiny_model.session(policy, recent=len(ids), prefill_chunk=chunk, protect_bits=8)
     if chunk == 1:
         for i in ids:
             session.append([i])
@@ -87,11 +87,11 @@ def test_streaming_features_agree_with_the_batched_ones(chunk, samples, tiny_mod
     streamed = np.stack([entropy, rarity, variance, confidence], 1)
     # In units of each feature's own spread.
     spread = samples.paper.std(0)
-    assert (np.abs(streamed - samples.paper[first]) / spread).max() <= 1e-3
+    assert (np.abs(streamed - samples.paper[first]) / spread).max() <= 5e-3  # a code on a border falls either way
     np.testing.assert_allclose(rarity, samples.paper[first][:, 1], atol=1e-5)
     np.testing.assert_allclose(variance, samples.paper[first][:, 2], atol=1e-5)
-    # The logits themselves differ between torch and onnxruntime in the fourth digit.
-    np.testing.assert_allclose(confidence, samples.paper[first][:, 3], atol=1e-4)
+    # The logits themselves differ between torch and onnxruntime in the fourth digit, more where a code fell another way.
+    np.testing.assert_allclose(confidence, samples.paper[first][:, 3], atol=1e-3)
     np.testing.assert_allclose(residual, samples.residual[first], atol=2e-2)  # kept in half precision
 
 
@@ -116,7 +116,7 @@ def test_the_runtime_s_choices_equal_torch_s(name, table, samples, tiny_bundle, 
             return scores
 
     policy.__class__ = Both
-    model.session(policy, recent=256).append(samples.ids[first])
+    model.session(policy, recent=256, protect_bits=8).append(samples.ids[first])
     found = np.concatenate(seen)
     with torch.inference_mode():
         outputs = net(
@@ -126,7 +126,8 @@ def test_the_runtime_s_choices_equal_torch_s(name, table, samples, tiny_bundle, 
     shift = np.median(found - expected, axis=0) if name == "adaptive" else 0  # the prices of the classes
     close = np.abs(found - expected - shift) <= 1e-2 * np.abs(expected) + 1e-4
     assert close.mean() > 0.98, "the residual is kept in half precision for training"
-    same = (found - shift).argmax(1) == expected.argmax(1)
+    chosen = np.take_along_axis(expected, (found - shift).argmax(1)[:, None], 1)[:, 0]
+    same = chosen >= expected.max(1) - 1e-6  # what went through a window of 8 bits is as good at 8 as at 16
     assert same.mean() > 0.98
 
 
@@ -189,12 +190,12 @@ def test_chunks_do_not_change_the_choices(name, trained):
 def test_evaluations_choose_as_token_by_token(name, seed, recent, kv_bits, trained):
     model = kvq.load(trained)
     ids = np.random.default_rng(seed).integers(0, TINY["vocab_size"], 120)
-    session = model.session(name, recent=recent, kv_bits=kv_bits, prefill_chunk=1)
+    session = model.session(name, recent=recent, kv_bits=kv_bits, prefill_chunk=1, protect_bits=8)
     if kv_bits is not None:  # as an evaluation has it, which compares at equal bytes
         held = session.store
         session.chooser.budget = Budget(
             session.policy, held.geometry, model.architecture.context, held.recent, held.sink,
-            kv_bits=kv_bits, short_text=0,
+            kv_bits=kv_bits, short_text=0, protect_bits=held.protect_bits,
         )  # fmt: skip
     session.append(ids)
     found = Scorer(model, recent).score(ids, make_policy(name, model.bundle), kv_bits)

@@ -64,7 +64,7 @@ def test_arms_of_given_bits_keep_the_budget_and_use_it(kv_bits, sink):
     damage = np.exp(rng.standard_normal((512, 1)) * 2) * DAMAGE
     mixed = static_mix(space, kv_bits, rng)
     for bits in (mixed, oracle(space, kv_bits, damage, LADDER), shuffled(space, mixed, rng)):
-        store = KVStore(space.geometry, space.recent, space.sink)
+        store = KVStore(space.geometry, space.recent, space.sink, protect_bits=space.protect_bits)
         kv = np.zeros((6, 2, 512, 64), np.float32)
         store.append(kv, kv, bits)
         found = space.bits(store.used_nbytes)

@@ -41,22 +41,23 @@ class Given(Policy):
         return self.bits[features.positions]
 
 
+@pytest.mark.parametrize("protect_bits", [8, 16])
 @pytest.mark.parametrize("recent", [0, 1, 5, 16])
 @pytest.mark.parametrize("widths", [*((id_,) for id_ in sorted(CODECS)), sorted(CODECS)], ids=str)
-def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, twin, tiny_model):
-    twin.recent = recent
+def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, protect_bits, twin, tiny_model):
+    twin.recent, twin.protect_bits = recent, protect_bits
     worst = []
     for seed in range(3):
         ids = some_ids(60, seed)
         bits = np.random.default_rng(seed).choice(np.array(widths, np.uint8), (len(ids), 2))
-        session = tiny_model.session(Given(bits), recent=recent, sink=0)
+        session = tiny_model.session(Given(bits), recent=recent, sink=0, protect_bits=protect_bits)
         expected = np.stack([session.append([i]) for i in ids])
         with torch.inference_mode():
             found = twin.run(torch.tensor(ids)[None], hard_reader(bits[None])).logits[0].numpy()
         worst.append(np.median(np.abs(found - expected).max(axis=1)))
     # A value on the border of two codes falls either way with the last bit of a sum, and then the
     # rows after it differ: so the typical row of the typical text is compared.
-    assert np.median(worst) <= 1e-3
+    assert np.median(worst) <= (1e-3 if protect_bits == 16 or not recent else 0.02)  # apart it is 0.1 and more
 
 
 def test_a_mixture_of_one_class_is_that_class(twin):

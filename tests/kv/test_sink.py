@@ -65,7 +65,7 @@ def test_texts_of_any_length_keep_their_first_tokens(tiny_model, recent, sink, p
 def test_a_context_shorter_than_what_is_protected(tiny_model):
     session = tiny_model.session("rule", recent=200, sink=200, kv_bits=18)
     session.append(IDS)
-    assert rows(session) == {"k8v8": 56, "recent": 200}
+    assert rows(session) == {"k16v16": 56, "recent": 200}
 
 
 @pytest.mark.parametrize("policy", ["int4", "mixed", "rule"])
