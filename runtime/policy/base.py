@@ -83,9 +83,9 @@ class Policy(ABC):
 def protect_bits_for(policy: Policy, kv_bits: float | None = None) -> int:
     """Bits of the protected tokens of window and sink where nobody names them.
 
-    16 where the policy stores the keys or the values of every token at 8 bits or more, may choose anything, or has a budget
-    of more than 8 bits a value: what is protected is to be finer than the rest, and no finer than 8 bits is what has gone
-    through a window of 8. Else 8, whose difference to 16 is noise beside the rest (docs/decisions.md).
+    16 where the policy stores the keys or the values of every token at 8 bits or more, may choose anything, or has a
+    budget of more than 8 bits a value: what is protected is to be finer than the rest, and what has gone through a
+    window of 8 bits is no finer than that. Else 8, whose difference to 16 is noise beside the rest (docs/decisions.md).
     """
     if policy.classes is None or (isinstance(kv_bits, int | float) and kv_bits > 8):
         return 16

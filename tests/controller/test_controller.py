@@ -90,7 +90,7 @@ def test_streaming_features_agree_with_the_batched_ones(chunk, samples, tiny_mod
     assert (np.abs(streamed - samples.paper[first]) / spread).max() <= 5e-3  # a code on a border falls either way
     np.testing.assert_allclose(rarity, samples.paper[first][:, 1], atol=1e-5)
     np.testing.assert_allclose(variance, samples.paper[first][:, 2], atol=1e-5)
-    # The logits themselves differ between torch and onnxruntime in the fourth digit, more where a code fell another way.
+    # Logits differ between torch and onnxruntime in the fourth digit, more where a code falls either way.
     np.testing.assert_allclose(confidence, samples.paper[first][:, 3], atol=1e-3)
     np.testing.assert_allclose(residual, samples.residual[first], atol=2e-2)  # kept in half precision
 
