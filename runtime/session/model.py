@@ -43,6 +43,7 @@ class SessionSettings(TypedDict, total=False):
     backend: str | None
     kv_bits: float | None
     kv_memory: float | None
+    protect_bits: int | None
 
 
 class AllOptions(SessionSettings, GenerationOptions, total=False):
@@ -205,7 +206,8 @@ class Model:
         Args:
             prompt: text, token ids, or messages, {"role", "content"} each, which go through the chat template; where
                 the last one is the assistant's, it goes on.
-            policy, recent, sink, prefill_chunk, prefill, backend, kv_bits, kv_memory: of the session, as in `session`.
+            policy, recent, sink, prefill_chunk, prefill, backend, kv_bits, kv_memory, protect_bits: of the session, as
+                in `session`.
             max_tokens, temperature, schema and all others: as in `Session.generate`.
 
         Raises:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
 import kvq
 from kvq.controller.policies import POLICIES, Policy, make_policy
 from kvq.controller.policies.static import EQUAL
+from kvq.runtime.cli.options import SESSION_SETTINGS
 from kvq.runtime.cli.run import run as kvq_run
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import BackendError, PolicyError
 from kvq.runtime.policy.base import DEFAULT_POLICY
 from kvq.runtime.precision.table import named
+from kvq.runtime.session.model import Model, SessionSettings
 from kvq.runtime.session.session import Session
 from tests.tools.sessions import IDS, greedy, rows
 from tests.tools.tree import ROOT
@@ -102,3 +106,10 @@ def test_another_number_of_threads_in_one_process_is_refused(tiny_bundle, tiny_m
         kvq.load(tiny_bundle, threads=running + 1)
     with pytest.raises(BackendError, match="threads must be at least 1 and at most 256, got 0"):
         kvq.load(tiny_bundle, threads=0)
+
+
+def test_every_way_to_a_session_takes_the_same_settings():
+    of_model, of_session = (
+        inspect.signature(function).parameters.keys() - {"self", "model"} for function in (Model.session, Session)
+    )
+    assert of_model == of_session == SessionSettings.__annotations__.keys() >= set(SESSION_SETTINGS)
