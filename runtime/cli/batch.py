@@ -50,6 +50,7 @@ def batch(
         done = answer_file(
             source, target, lambda: load_model(model, threads),
             Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens), bar, log,
+            (lambda text: None) if quiet else log,
         )  # fmt: skip
     finally:
         bar.clear()

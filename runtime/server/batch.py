@@ -79,6 +79,7 @@ def answer_file(
     options: Options,
     progress: Callable[[int, int], None],
     log: Callable[[str], None],
+    notice: Callable[[str], None],
 ) -> Summary:
     """Answer every line of a file that has no answer yet.
 
@@ -89,7 +90,8 @@ def answer_file(
         load: makes the model, once the files are known to be good.
         options: what else there is to know.
         progress: told lines done and lines in total.
-        log: told in one line what goes wrong beside the answers.
+        log: told unexpected errors.
+        notice: told in one line what becomes of files of idle sessions.
 
     Raises:
         BatchError: a line cannot be told from others, or the output is not of this input, model and options.
@@ -105,7 +107,7 @@ def answer_file(
         answers.check(requests, made_with)
         summary, begun = Summary(skipped=len(answers.marks)), time.monotonic()
         missing = [custom_id for custom_id in requests.numbers if custom_id not in answers.marks]
-        with closing(Answerer(model, options, log)) as answerer:
+        with closing(Answerer(model, options, log, notice)) as answerer:
             for custom_id in missing:
                 progress(len(answers.marks), len(requests.numbers))
                 values, line = requests.read(custom_id)
@@ -135,14 +137,16 @@ class Answerer:
     Args:
         model: the loaded model.
         options: what answers depend on beside it.
-        log: told unexpected errors, and what goes wrong with files of idle sessions.
+        log, notice: as in `answer_file`.
 
     Raises:
         KvqError: the settings do not fit the model.
     """
 
-    def __init__(self, model: Model, options: Options, log: Callable[[str], None]) -> None:
-        self._model, self._options, self._log = model, options, log
+    def __init__(
+        self, model: Model, options: Options, log: Callable[[str], None], notice: Callable[[str], None]
+    ) -> None:
+        self._options, self._log, self._notice = options, log, notice
         self._limits = Limits(max_tokens=options.max_tokens)
         self._texts = TokenTexts(model.tokenizer)
         self._served = served_name(model, options.name)
@@ -155,7 +159,7 @@ class Answerer:
             raise error
 
     def _make_pool(self, model: Model) -> SessionPool:
-        pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._log)
+        pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._notice)
         pool.check(self._options.settings, 1)
         return pool
 

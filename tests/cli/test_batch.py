@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from kvq.runtime.errors import BatchError
 from kvq.runtime.files import try_lock
+from kvq.runtime.server import batch
 from kvq.runtime.server.batch import seed_of
 from kvq.runtime.server.batchfiles import Answers, Requests, mark
 from tests.tools.command_line import assert_one_line_error, kvq
@@ -175,7 +177,7 @@ def test_killed_at_any_moment_every_line_is_answered_once(tmp_path, out):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_next_run_goes_on(tmp_path, out):
-    lines = [completion(str(i), WORDS[i % 6], max_tokens=64, ignore_eos=True) for i in range(40)]
+    lines = [completion(str(i), WORDS[i % 6], max_tokens=48, ignore_eos=True) for i in range(20)]
     source = written(tmp_path / "in.jsonl", lines)
     process = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -190,7 +192,7 @@ def test_ctrl_c_ends_it_and_the_next_run_goes_on(tmp_path, out):
     assert "Traceback" not in error
     assert 0 < len(answers(out)) < len(lines)
     assert kvq("batch", source, out).returncode == 0
-    assert list(answers(out)) == [str(i) for i in range(40)]
+    assert list(answers(out)) == [str(i) for i in range(20)]
 
 
 @pytest.mark.slow
@@ -209,8 +211,69 @@ def test_other_options_do_not_go_on_with_the_file(tmp_path, out):
 @pytest.mark.slow
 def test_wrong_settings_are_told_before_anything_is_answered(tmp_path, out):
     source = written(tmp_path / "in.jsonl", [completion("1", "The ship")])
-    assert_one_line_error(kvq("batch", "-q", source, out, "-p", "int3"), "int3", code=2)
+    assert_one_line_error(kvq("batch", "-q", source, out, "-p", "int9"), "int9", code=2)
     assert out.read_bytes() == b""
+
+
+@pytest.mark.slow
+def test_the_model_has_the_name_that_requests_ask_for(tmp_path, out):
+    source = written(tmp_path / "in.jsonl", [completion("1", "The ship", model="gpt-4o-mini")])
+    done = kvq("batch", "-q", "--name", "gpt-4o-mini", source, out)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert bodies(out)["1"]["model"] == "gpt-4o-mini"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals there")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_how_far_it_is_and_no_bar_is_left(quiet, tmp_path, out):
+    import pty
+
+    source = written(tmp_path / "in.jsonl", [completion("1", "The ship"), completion("2", "The sea")])
+    ours, theirs = pty.openpty()
+    arguments = [sys.executable, "-m", "kvq", "batch", "-m", "kvq-books", source, out, *["-q"] * quiet]
+    process = subprocess.Popen(arguments, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux tells the end
+        while part := os.read(ours, 4096):
+            seen += part
+    os.close(ours)
+    assert process.wait() == 0
+    if quiet:
+        assert seen == b""
+        return
+    lines = seen.decode().split("\r")
+    assert any(line.startswith("answering [") and line.endswith("0 of 2 requests") for line in lines)
+    assert f"{out}: 2 answered, 0 of them by an error" in seen.decode().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["prepare", "reply_of"])
+def test_an_unexpected_error_is_of_its_line_alone(place, embedded, monkeypatch):
+    told: list[str] = []
+    answerer = batch.Answerer(embedded, batch.Options(), told.append, told.append)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(batch, place, lambda *_: 1 / 0)
+            status, body = answerer.answer(completion("1", "The ship"))
+        assert (status, body["error"]["type"]) == (500, "server_error")
+        assert "ZeroDivisionError" in told[-1]
+        assert answerer.answer(completion("1", "The ship"))[0] == 200
+    finally:
+        answerer.close()
+
+
+@pytest.mark.slow
+def test_a_worker_that_ends_ends_the_run_and_no_line_is_answered_by_that(embedded, monkeypatch):
+    told: list[str] = []
+    answerer = batch.Answerer(embedded, batch.Options(), told.append, told.append)
+    try:
+        monkeypatch.setattr(answerer._scheduler, "_drop", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answerer.answer(completion("1", "The ship"))
+    finally:
+        answerer.close()
 
 
 # -- the files, without a model ---------------------------------------------------------------------
