@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvq.runtime.chat.conversation import Conversation
     from kvq.runtime.errors import (
         BackendError,
+        BatchError,
         BudgetError,
         BundleError,
         CalibrationError,
@@ -77,6 +78,7 @@ _EXPORTS = {
     **dict.fromkeys(
         [
             "BackendError",
+            "BatchError",
             "BudgetError",
             "BundleError",
             "CalibrationError",
@@ -105,6 +107,7 @@ _EXPORTS = {
 __all__ = [
     "POLICIES",
     "BackendError",
+    "BatchError",
     "BudgetError",
     "BundleError",
     "CalibrationError",

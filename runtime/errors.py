@@ -83,6 +83,10 @@ class ServerError(KvqError):
     """`kvq serve` cannot start: the address is taken, or an option is out of its range."""
 
 
+class BatchError(KvqError):
+    """A file of `kvq batch` whose lines cannot be told apart, or that does not belong to the other one."""
+
+
 class RequestError(KvqError):
     """A request that the server refuses; `status`, `code` and `param` go into the HTTP answer."""
 

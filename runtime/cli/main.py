@@ -26,6 +26,7 @@ COMMANDS = {
     "name": ("kvq.runtime.cli.models:name_model", "Give a model a name of your own."),
     "rm": ("kvq.runtime.cli.models:remove", "Remove a model from this machine."),
     "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
+    "batch": ("kvq.runtime.cli.batch:batch", "Answer a file of requests, each line once."),
     "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
     "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),

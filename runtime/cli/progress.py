@@ -22,25 +22,30 @@ def drawn(done: int, total: int) -> str:
 
 
 class Bar:
-    """A line that grows with the tokens read, and is gone before text comes.
+    """A line that grows with what is done, tokens read most often, and is gone before text comes.
 
     Called as `Session.append`'s progress.
 
     Args:
         shown: whether the user wants it; it is drawn on a terminal only.
+        what, unit: what is done, and to what.
+        least: up to so many are done before a bar could be looked at.
     """
 
-    def __init__(self, shown: bool = True) -> None:
+    def __init__(
+        self, shown: bool = True, what: str = "reading", unit: str = "tokens", least: int = LEAST_TOKENS
+    ) -> None:
         self._shown = shown and sys.stderr.isatty()
+        self._what, self._unit, self._least = what, unit, least
         self._columns = 0  # characters on the line
         self._last = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._shown or total <= LEAST_TOKENS or now < self._last + EVERY_S:
+        if not self._shown or total <= self._least or now < self._last + EVERY_S:
             return
         self._last = now
-        text = f"reading {drawn(done, total)} {done:,} of {total:,} tokens"
+        text = f"{self._what} {drawn(done, total)} {done:,} of {total:,} {self._unit}"
         sys.stderr.write("\r" + text.ljust(self._columns))
         sys.stderr.flush()
         self._columns = len(text)

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-import kvq
 from kvq.runtime.errors import KvqError, RequestError
+from kvq.runtime.server.answering import reader_of, reply_of
 from kvq.runtime.server.choices import choices_of
 from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.fields import parse_json
@@ -27,7 +27,6 @@ from kvq.runtime.server.protocol import Generation, Settings, parse_generation
 from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Event, Scheduler, Step
 from kvq.runtime.server.tokens import TokenTexts
-from kvq.runtime.text.tools import CallReader
 
 # A body -> what it asks for; None for nothing.
 Parser = Callable[[dict[str, Any], Settings], Generation | None]
@@ -138,26 +137,15 @@ class Api:
     def _served(self) -> str:
         return self.information.served(self.scheduler.ready()[0])
 
-    def _reader(self, prepared: Prepared) -> CallReader | None:
-        """What tells calls from the text, where there are tools to call."""
-        tools = prepared.request.tools
-        if tools is None or not tools.offered:
-            return None
-        template = self.scheduler.ready()[0].chat_template
-        names = [tool.name for tool in tools.offered]
-        return CallReader(template.calls, names, sorted(template.hidden), not tools.parallel)
-
     def _reply(self, prepared: Prepared) -> Reply:
         model, _ = self.scheduler.ready()
-        texts = self._texts or TokenTexts(model.tokenizer)
-        fingerprint = f"kvq-{kvq.__version__}-{model.bundle.manifest.model_digest[:12]}"
-        choices = choices_of(prepared, texts, lambda: self._reader(prepared))
-        return Reply(prepared, self._served(), fingerprint, texts, choices)
+        return reply_of(prepared, model, self._served(), self._texts or TokenTexts(model.tokenizer))
 
     def _ollama_reply(self, chat: bool) -> Callable[[Prepared], OllamaReply]:
         def make(prepared: Prepared) -> OllamaReply:
-            texts = self._texts or TokenTexts(self.scheduler.ready()[0].tokenizer)
-            (choice,) = choices_of(prepared, texts, lambda: self._reader(prepared))
+            model, _ = self.scheduler.ready()
+            texts = self._texts or TokenTexts(model.tokenizer)
+            (choice,) = choices_of(prepared, texts, lambda: reader_of(prepared, model))
             return OllamaReply(prepared, self._served(), choice, chat)
 
         return make

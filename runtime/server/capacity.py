@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,3 +69,11 @@ def _choices(session: Session) -> np.ndarray:
     """Every pair that the policy may choose, [pairs, 2]."""
     classes = session.policy.classes
     return np.array(pairs()) if classes is None else classes
+
+
+def quarter_of_memory() -> int:
+    """A quarter of the machine's memory, bytes; where the system does not tell, of 4 GB."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return 1_000_000_000

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 import kvq
 from kvq.runtime.errors import RequestError
+from kvq.runtime.server.answering import check_name, served_name
 from kvq.runtime.server.fields import Fields, is_integer, parse_json
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.messages import parse_messages
@@ -75,15 +76,11 @@ class Information:
 
     def served(self, model: Model) -> str:
         """The model's name."""
-        return self._name or model.bundle.manifest.name
+        return served_name(model, self._name)
 
     def check_name(self, model: Model, name: str | None) -> None:
         """Raise RequestError for a name that is not the model's."""
-        served = self.served(model)
-        if name is not None and name != served:
-            raise RequestError(
-                f"no model {name!r:.100} here; this server has {served!r}", 404, "model_not_found", "model"
-            )
+        check_name(self.served(model), name)
 
     def _card(self, model: Model) -> dict[str, Any]:
         shape = model.architecture

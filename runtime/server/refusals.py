@@ -23,7 +23,7 @@ CALLERS = (
 )  # fmt: skip
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 2  # with 429 and 503: a request of this server's size takes seconds
-INTERNAL = "internal error; the server's log has it"
+INTERNAL = "internal error; the log has it"
 
 
 def status_of(error: BaseException) -> int:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 import kvq
 from kvq.runtime.errors import ServerError
 from kvq.runtime.server.app import Api, make_app
+from kvq.runtime.server.capacity import quarter_of_memory
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
 from kvq.runtime.server.pool import SessionPool
@@ -186,14 +187,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise ServerError(f"cannot listen on {host} port {port} ({why}); choose another --host or --port") from None
-
-
-def quarter_of_memory() -> int:
-    """A quarter of the machine's memory, bytes; where the system does not tell, of 4 GB."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, ValueError, OSError):
-        return 1_000_000_000
 
 
 def _say(message: str) -> None:

@@ -1,0 +1,63 @@
+"""``kvq batch``: a file of requests to a file of responses, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kvq.runtime.cli.loading import load_model
+from kvq.runtime.cli.options import CACHE, MODEL, OUTPUT, SETTINGS, Command, option, options
+from kvq.runtime.cli.progress import Bar
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("source", metavar="IN", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT", **OUTPUT)
+@option("--name", metavar="NAME", section="Basics", help="Of the model in requests; the bundle's if not given.")
+@option("--max-tokens", type=click.IntRange(1), default=1024, metavar="N", show_default=True, section="Basics",
+        help="Of a response.")  # fmt: skip
+@option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no last line.")
+@options(MODEL)
+@options(CACHE)
+def batch(
+    source, target, name, max_tokens, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink, protect_bits,
+    prefill, backend,
+) -> None:  # fmt: skip
+    """Answer the requests of IN, lines as OpenAI's batch API has them, in lines of OUT.
+
+    Every line is answered once: interrupted or killed, the same command goes on
+    where it stopped. A request that is refused has its error as its answer.
+
+    \b
+    Example:
+      kvq batch questions.jsonl answers.jsonl -m smollm
+    with lines such as
+      {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+       "body": {"messages": [{"role": "user", "content": "Who is Ahab?"}]}}
+    """
+    from kvq.runtime.server.batch import Options, answer_file
+    from kvq.runtime.server.protocol import Settings
+
+    bar = Bar(shown=not quiet, what="answering", unit="requests", least=0)
+
+    def log(message: str) -> None:
+        bar.clear()
+        click.echo("kvq: " + message.rstrip(), err=True)
+
+    settings = Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits)
+    try:
+        done = answer_file(
+            source, target, lambda: load_model(model, threads),
+            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens), bar, log,
+            (lambda text: None) if quiet else log,
+        )  # fmt: skip
+    finally:
+        bar.clear()
+    if not quiet:
+        before = f", {done.skipped} were there" if done.skipped else ""
+        click.echo(
+            f"{target}: {done.answered} answered, {done.failed} of them by an error{before} | prompts"
+            f" {done.prompt_tokens} tokens, answers {done.generated} | {done.seconds:.1f} s",
+            err=True,
+        )
