@@ -265,7 +265,8 @@ def test_the_window_rounds_to_a_65536th_of_the_range(x):
             codec.encode(x)
         return
     _, scales = codec.encode(x)
-    bound = scales.astype(np.float64) * (0.5 + 32767 * 2.0**-24)
+    # Half a code, and what division and product are rounded by, half a unit in the last place of up to 32767 codes each.
+    bound = scales.astype(np.float64) * (0.5 + 2 * 32767 * 2.0**-24)
     assert (np.abs(codec.roundtrip(x) - x) <= bound + 2.0**-142).all()
     peak = np.abs(x).max(axis=-1, keepdims=True, initial=0)
     assert (scales <= peak / 32767 * (1 + 2.0**-10) + 6e-8).all()
