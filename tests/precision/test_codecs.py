@@ -265,7 +265,7 @@ def test_the_window_rounds_to_a_65536th_of_the_range(x):
             codec.encode(x)
         return
     _, scales = codec.encode(x)
-    # Half a code, and what division and product are rounded by, half a unit in the last place of up to 32767 codes each.
+    # Half a code, and what quotient and product are rounded by: half a unit in the last place of 32767 codes each.
     bound = scales.astype(np.float64) * (0.5 + 2 * 32767 * 2.0**-24)
     assert (np.abs(codec.roundtrip(x) - x) <= bound + 2.0**-142).all()
     peak = np.abs(x).max(axis=-1, keepdims=True, initial=0)
