@@ -13,7 +13,6 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.table import Geometry
 from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 MAX_TOKENS = 4096
@@ -79,7 +78,7 @@ def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], No
     total = np.zeros((shape.layers, shape.kv_heads, shape.head_dim))
     count, passes = 0, {}
     for start, part in windows(ids, shape.context):
-        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0, codecs=backend.codecs)
+        store = KVStore(shape.geometry, recent=0, codecs=backend.codecs)
         for at in range(0, len(part), CHUNK):
             chunk = part[at : at + CHUNK]
             if len(chunk) not in passes:

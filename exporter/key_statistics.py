@@ -11,7 +11,6 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.passes import SegmentedPass
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.table import Geometry
 
 TEXT = 512  # tokens that are read on their own: time grows with their square
 SINK, RECENT = 4, 16  # of a session's defaults: tokens that are read exactly need no better basis
@@ -102,7 +101,7 @@ def key_statistics(
     shape, engine = bundle.manifest.architecture, Engine(bundle)
     found = KeyStatistics(shape.layers, shape.kv_heads, shape.head_dim)
     for start, part in windows(ids, min(TEXT, shape.context)):
-        store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+        store = KVStore(shape.geometry, recent=0)
         SegmentedPass(engine, len(part), found.attend).forward(part, store)
         found.count += len(part) - 1
         if progress is not None:

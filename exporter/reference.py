@@ -92,7 +92,13 @@ class Twin:
         """Logits of int64 ids [batch, tokens], without a cache between layers."""
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            window = self.shape.windows[layer] if self.shape.windows else 0
+            if not window:
+                return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            place = torch.arange(ids.shape[1], device=ids.device)
+            behind = place[:, None] - place
+            sees = (behind >= 0) & (behind < window)
+            return scaled_dot_product_attention(query, key, value, attn_mask=sees, enable_gqa=True)
 
         return Scores(self.logits(self.residual(ids, attend)))
 

@@ -15,7 +15,6 @@ from kvq.controller.evaluation.pareto import Progress
 from kvq.controller.evaluation.peer import LlamaCaches
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
-from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.model import Model
 
 EDGES = (0, 64, 128, 256, 512, 1024, 1536, 2048, 4096, 8192)
@@ -59,7 +58,7 @@ def measure(
         progress: called as work goes on.
     """
     shape, scorer = model.architecture, Scorer(model, recent, sink, protect_bits)
-    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), len(texts[0]), recent, sink, protect_bits)
+    space = Bytes(shape.geometry, len(texts[0]), recent, sink, protect_bits)
     policies = [make_policy(name, model.bundle) for name, _ in arms]
     ours = [Measured(name, kv_bits) for name, kv_bits in arms]
     theirs = [Measured(f"llama.cpp {kind}") for kind in (peer.kinds if peer else ())]

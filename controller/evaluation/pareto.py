@@ -16,7 +16,6 @@ from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import make_policy
 from kvq.controller.training.texts import read_text, windows
 from kvq.runtime.errors import ContextError
-from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "int3", "int2")
@@ -72,7 +71,7 @@ def measure(
     """
     context = len(texts[0])
     scorer, shape = Scorer(model, recent, sink, protect_bits), model.architecture
-    space = Bytes(Geometry(shape.layers, shape.kv_heads, shape.head_dim), context, recent, sink, protect_bits)
+    space = Bytes(shape.geometry, context, recent, sink, protect_bits)
     for budget in budgets:
         space.check(budget)
     meter = DamageMeter(model.bundle, recent) if "oracle" in arms else None

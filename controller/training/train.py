@@ -31,7 +31,7 @@ from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.base import curve_of
-from kvq.runtime.precision.table import EXACT, Geometry, named
+from kvq.runtime.precision.table import EXACT, named
 
 # loss(outputs [rows, classes], which rows int64 [rows])
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -259,7 +259,7 @@ def store(
     manifest = Bundle(bundle.path).manifest  # another controller may have been stored meanwhile
     shape = manifest.architecture
     classes = CLASSES[recipe.objective]
-    geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+    geometry = shape.geometry
     nbytes = np.array([geometry.token_bytes(pair) for pair in classes])
     prices, scores = None, output - output.max(1, keepdims=True)
     if recipe.objective == "adaptive":

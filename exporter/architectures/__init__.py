@@ -39,7 +39,8 @@ def _shortened(model: Model, source: Source) -> Model:
     wanted, most = source.context, model.shape.context
     if wanted is None or not 0 < wanted <= most:
         raise CheckpointError(f"{source.name} has a context of {most} tokens; give a context from 1 to {most}")
-    return replace(model, shape=replace(model.shape, context=wanted))
+    windows = tuple(window if window < wanted else 0 for window in model.shape.windows)
+    return replace(model, shape=replace(model.shape, context=wanted, windows=windows if any(windows) else ()))
 
 
 __all__ = ["ARCHITECTURES", "Family", "Model", "describe", "what_is_missing"]

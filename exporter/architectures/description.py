@@ -87,12 +87,14 @@ class Attend:
         norms: of queries and of keys, before the rotary embedding: of each head where a norm has head_dim features, of
             all heads together where it has those of all.
         rotary: which of the model's rotary embeddings; None rotates nothing.
+        window: tokens that a token sees, itself included; 0: all.
     """
 
     inputs: Project
     output: Project
     norms: tuple[Norm, Norm] | None = None
     rotary: int | None = 0
+    window: int = 0
 
     def parameters(self) -> Shapes:
         """Name -> shape of every parameter."""

@@ -10,9 +10,8 @@ from typing import Any
 from kvq.exporter.architectures.description import Adapted, Add, Family, GeGLU, Layer, Model
 from kvq.exporter.architectures.parts import FINAL_NORM, HEAD_NORMS, LAYER, Parts, gguf
 from kvq.exporter.architectures.rope import rotary
-from kvq.exporter.architectures.windows import without_window
+from kvq.exporter.architectures.windows import listed_kinds, window_size
 from kvq.exporter.sources.base import Source, positive
-from kvq.runtime.errors import CheckpointError
 
 ONLY = {
     "hidden_activation": "gelu_pytorch_tanh", "quantization_config": None, "partial_rotary_factor": 1.0,
@@ -34,7 +33,7 @@ def gemma3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     parts = Parts.of(source, ONLY, **DEFAULTS)
     local = _local(parts)
-    parts, notes = without_window(parts) if any(local) else (parts, ())
+    window = window_size(parts)
     shape, offset = parts.shape, 1.0 - parts.config.get(ADDED, 0)
     # Attention divides by the root of head_dim itself.
     queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", _scalar(parts)))
@@ -43,14 +42,14 @@ def gemma3(source: Source) -> Model:
         of_queries, of_keys = (parts.norm(i, f"self_attn.{part}_norm", shape.head_dim) for part in "qk")
         before, after = (parts.norm(i, f"{name}_layernorm") for name in ("input", "post_attention"))
         between, last = (parts.norm(i, f"{name}_feedforward_layernorm") for name in ("pre", "post"))
-        attend = parts.attend(i, norms=(of_queries, of_keys), rotary=LOCAL if local[i] else GLOBAL)
+        attend = parts.attend(i, norms=(of_queries, of_keys), rotary=LOCAL if local[i] else GLOBAL, window=window * local[i])
         layers.append(Layer.of(before, attend, after, Add(), between, *parts.mlp(i, activation=GeGLU()), last, Add()))
         for step in (before, after, between, last, of_keys):
             adapted[step.gain] = Adapted(offset=offset)
         adapted[of_queries.gain] = Adapted(offset=offset, factor=queries)
     of_local = {"rope_theta": parts.number("rope_local_base_freq", LOCAL_BASE)}
     rotaries = parts.rotary("rope_local_base_freq"), rotary(of_local, shape.head_dim, shape.context, parts.name)
-    more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden), "notes": notes}
+    more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden)}
     return parts.model(layers, rotaries if any(local) else rotaries[:1], **more)
 
 
@@ -66,18 +65,12 @@ def _local(parts: Parts) -> list[bool]:
     Raises:
         CheckpointError: the configuration does not say it of every layer, or says something else.
     """
-    kinds, layers = parts.config.get("layer_types"), parts.shape.layers
+    kinds, layers = listed_kinds(parts), parts.shape.layers
     if kinds is None:
         pattern = parts.config.get("sliding_window_pattern", PATTERN)
         positive(pattern, f"config.json of {parts.name} has sliding_window_pattern")
         return [(i + 1) % pattern != 0 for i in range(layers)]
-    known = ("sliding_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise CheckpointError(
-            f"config.json of {parts.name} has layer_types={kinds!r:.60}; fix it: it must be one of"
-            f" {' and '.join(known)} for each of {layers} layers"
-        )
-    return [kind == known[0] for kind in kinds]
+    return kinds
 
 
 GGUF_LAYER = LAYER | HEAD_NORMS | {

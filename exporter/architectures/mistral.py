@@ -6,7 +6,7 @@ from typing import Any
 
 from kvq.exporter.architectures.description import Family, Model
 from kvq.exporter.architectures.parts import Parts
-from kvq.exporter.architectures.windows import without_window
+from kvq.exporter.architectures.windows import windows
 from kvq.exporter.sources.base import Source
 
 DEFAULTS: dict[str, Any] = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
@@ -14,9 +14,9 @@ DEFAULTS: dict[str, Any] = {"num_key_value_heads": 8, "max_position_embeddings":
 
 def mistral(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
-    parts, notes = without_window(Parts.of(source, **DEFAULTS))
-    layers = [parts.pre_norm(i, parts.attend(i), parts.mlp(i)) for i in range(parts.shape.layers)]
-    return parts.model(layers, notes=notes)
+    parts = Parts.of(source, **DEFAULTS)
+    sees = windows(parts)
+    return parts.model([parts.pre_norm(i, parts.attend(i, window=sees[i]), parts.mlp(i)) for i in range(len(sees))])
 
 
 ARCHITECTURES = {"mistral": Family(mistral)}

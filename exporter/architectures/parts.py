@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,13 +91,14 @@ class Parts:
         output_bias: bool = False,
         norms: tuple[Norm, Norm] | None = None,
         rotary: int | None = 0,
+        window: int = 0,
     ) -> Attend:
         """Attention with a matrix each for queries, keys, values and output."""
         shape = self.shape
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         q, k, v, o = (f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkvo")
         inputs = Project((q, k, v), (queries, keys, keys), shape.hidden, bias)
-        return Attend(inputs, Project((o,), (shape.hidden,), queries, output_bias), norms, rotary)
+        return Attend(inputs, Project((o,), (shape.hidden,), queries, output_bias), norms, rotary, window)
 
     def mlp(self, layer: int, bias: bool = False, activation: Step = SWIGLU) -> tuple[Step, ...]:
         """The gated network behind attention."""
@@ -123,8 +124,9 @@ class Parts:
             rotaries: of the layers; None is the one that the configuration says.
             more: of its attributes.
         """
+        windows = tuple(layer.attend.window for layer in layers)
         return Model(
-            shape=self.shape,
+            shape=replace(self.shape, windows=windows if any(windows) else ()),
             embedding=EMBEDDING,
             layers=tuple(layers),
             norm=Norm(FINAL_NORM, self.shape.hidden, self.epsilon),

@@ -16,7 +16,7 @@ import numpy as np
 from kvq.exporter.architectures.description import Adapted, Attend, Family, Model, Project, Rotary, SwiGLU
 from kvq.exporter.architectures.parts import LAYER, ONLY, Parts, gguf
 from kvq.exporter.architectures.rope import kind_of, rotary
-from kvq.exporter.architectures.windows import without_window
+from kvq.exporter.architectures.windows import windows
 from kvq.exporter.sources.base import Source, positive, positive_number
 from kvq.runtime.errors import UnsupportedArchitectureError
 
@@ -29,24 +29,25 @@ LONG = ("longrope", "su", "yarn")  # what files call it, "su" and "yarn" older o
 def phi3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     only = {field: value for field, value in ONLY.items() if field != "partial_rotary_factor"}
-    parts, notes = without_window(Parts.of(source, only | {"attention_bias": False}, **DEFAULTS))
+    parts, notes = Parts.of(source, only | {"attention_bias": False}, **DEFAULTS), ()
     shape, config = parts.shape, dict(parts.config)
     rotated = _rotated(config, shape.head_dim, parts.name)
     config["rope_scaling"], context = _of_one_length(parts, source.context)
     if context < shape.context:
         more = f"context {context} of {shape.context}: longer texts are rotated by other factors; see --context"
-        notes = (*notes, more) if source.context is None else notes
+        notes = (more,) if source.context is None else ()
         parts = replace(parts, shape=replace(shape, context=context))
     read = ("original_max_position_embeddings", "partial_rotary_factor")
     known = {field: value for field, value in config.items() if field not in read}
     part = rotary(known, rotated, parts.shape.context, parts.name)
     queries, keys, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
     order = _order(shape.heads + shape.kv_heads, shape.kv_heads, shape.head_dim, rotated)
-    layers, adapted = [], {}
+    layers, adapted, sees = [], {}, windows(parts)
     for i in range(shape.layers):
         qkv, o = (f"model.layers.{i}.self_attn.{name}_proj" for name in ("qkv", "o"))
         gate_up, down = (f"model.layers.{i}.mlp.{name}_proj" for name in ("gate_up", "down"))
-        attend = Attend(Project((qkv,), (queries + 2 * keys,), hidden), Project((o,), (hidden,), queries))
+        inputs, output = Project((qkv,), (queries + 2 * keys,), hidden), Project((o,), (hidden,), queries)
+        attend = Attend(inputs, output, window=sees[i])
         mlp = Project((gate_up,), (2 * shape.ffn,), hidden), SwiGLU(), Project((down,), (hidden,), shape.ffn)
         layers.append(parts.pre_norm(i, attend, mlp))
         if rotated < shape.head_dim:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvq.exporter.architectures.description import Family, Model
 from kvq.exporter.architectures.parts import Parts, gguf
-from kvq.exporter.architectures.windows import without_window
+from kvq.exporter.architectures.windows import later_windows
 from kvq.exporter.sources.base import Source, positive
 from kvq.runtime.errors import CheckpointError
 
@@ -20,14 +20,14 @@ DEFAULTS: dict[str, Any] = {
 def smollm3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     parts = Parts.of(source, **DEFAULTS)
-    parts, notes = without_window(parts) if parts.says("use_sliding_window") else (parts, ())
+    sees = later_windows(parts)
     biased = parts.says("attention_bias")
     layers = []
     for i, rotates in enumerate(_rotating(parts)):
-        attend = parts.attend(i, bias=biased, output_bias=biased, rotary=0 if rotates else None)
+        attend = parts.attend(i, bias=biased, output_bias=biased, rotary=0 if rotates else None, window=sees[i])
         layers.append(parts.pre_norm(i, attend, parts.mlp(i, parts.says("mlp_bias"))))
     rotaries = (parts.rotary("no_rope_layers", "no_rope_layer_interval"),)
-    return parts.model(layers, rotaries, notes=notes)
+    return parts.model(layers, rotaries)
 
 
 def _rotating(parts: Parts) -> list[bool]:

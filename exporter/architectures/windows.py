@@ -1,42 +1,70 @@
-"""Sliding windows, which kvq does not have yet: to a text of no more tokens than the window there is none."""
+"""Sliding windows: which layers see the newest tokens alone, and how many."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvq.exporter.architectures.parts import Parts
 from kvq.exporter.sources.base import positive
+from kvq.runtime.errors import CheckpointError
 
 # Defaults of transformers' configurations that have `use_sliding_window`: the window, and the first layer with one.
 WINDOW, FIRST = 4096, 28
+KINDS = ("sliding_attention", "full_attention")
 
 
-def without_window(parts: Parts, default: int | None = None) -> tuple[Parts, tuple[str, ...]]:
-    """Parts of a model whose texts are no longer than the window of its layers, and what to say of it.
+def windows(parts: Parts, default: int | None = None) -> list[int]:
+    """Tokens that a token sees in each layer, itself included, where `layer_types` names some of them: those with a
+    window, else all; 0 is all tokens.
 
     Args:
         parts: of the model.
         default: the window that there is where the configuration does not speak of one; None is none.
 
     Raises:
-        CheckpointError: the window is no size.
+        CheckpointError: the window is no size, or the kinds of layers are not those of every layer.
     """
-    window, context = parts.config.get("sliding_window", default), parts.shape.context
-    if window is None or positive(window, f"config.json of {parts.name} has sliding_window") >= context:
-        return parts, ()
-    note = f"context {window} of {context}: layers see the last {window} tokens only, and kvq has no such windows yet"
-    return replace(parts, shape=replace(parts.shape, context=window)), (note,)
+    kinds = listed_kinds(parts)
+    size = window_size(parts, default)
+    return [size] * parts.shape.layers if kinds is None else [size if local else 0 for local in kinds]
 
 
-def without_later_windows(parts: Parts) -> tuple[Parts, tuple[str, ...]]:
-    """The same where `use_sliding_window` says whether there is one, and `max_window_layers` in which layers.
+def later_windows(parts: Parts) -> list[int]:
+    """The same where `use_sliding_window` says whether there are any, and `max_window_layers` how many layers, the first
+    ones, have none.
 
     Raises:
-        CheckpointError: one of them is no size.
+        CheckpointError: as there, or one of them is no size.
     """
-    kinds, first = parts.config.get("layer_types"), parts.config.get("max_window_layers", FIRST)
-    if isinstance(kinds, list):
-        used = "sliding_attention" in kinds
-    else:
-        used = first is None or first == 0 or positive(first, "max_window_layers") < parts.shape.layers
-    return without_window(parts, WINDOW) if parts.says("use_sliding_window") and used else (parts, ())
+    layers = parts.shape.layers
+    if not parts.says("use_sliding_window"):
+        return [0] * layers
+    kinds = listed_kinds(parts)
+    if kinds is None:
+        first = parts.config.get("max_window_layers", FIRST)
+        first = positive(first, f"config.json of {parts.name} has max_window_layers") if first else 0
+        kinds = [i >= first for i in range(layers)]
+    size = window_size(parts, WINDOW)
+    return [size if local else 0 for local in kinds]
+
+
+def listed_kinds(parts: Parts) -> list[bool] | None:
+    """Whether each layer has a window, as `layer_types` lists it; None where it does not.
+
+    Raises:
+        CheckpointError: it does not say it of every layer, or says something else.
+    """
+    kinds, layers = parts.config.get("layer_types"), parts.shape.layers
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in KINDS for kind in kinds):
+        raise CheckpointError(
+            f"config.json of {parts.name} has layer_types={kinds!r:.60}; fix it: it must be one of"
+            f" {' and '.join(KINDS)} for each of {layers} layers"
+        )
+    return [kind == KINDS[0] for kind in kinds]
+
+
+def window_size(parts: Parts, default: int | None = None) -> int:
+    """The window; 0 where there is none, or none that a text of the model's context comes to."""
+    window = parts.config.get("sliding_window", default)
+    size = 0 if window is None else positive(window, f"config.json of {parts.name} has sliding_window")
+    return size if size < parts.shape.context else 0

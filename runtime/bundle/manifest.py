@@ -23,6 +23,7 @@ from kvq.runtime.bundle.fields import (
     text,
 )
 from kvq.runtime.errors import BundleError
+from kvq.runtime.precision.table import Geometry
 
 MANIFEST = "kvq.json"
 
@@ -31,6 +32,7 @@ FORMAT = "kvq-bundle"
 
 
 FORMAT_VERSION = 2
+WINDOWED_VERSION = 3  # of bundles with windows: who reads version 2 alone would let their layers see all tokens
 
 
 WEIGHTS = "weights.bin"
@@ -44,7 +46,10 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of the model; all in elements, tokens or layers."""
+    """Shape of the model; all in elements, tokens or layers.
+
+    windows: of each layer how many of the newest tokens a token sees, itself included; 0: all. Empty: all layers see all.
+    """
 
     layers: int
     hidden: int
@@ -54,6 +59,33 @@ class Architecture:
     head_dim: int
     vocab: int
     context: int
+    windows: tuple[int, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the keys and values of a token."""
+        return Geometry(self.layers, self.kv_heads, self.head_dim, self.windows)
+
+    @property
+    def window(self) -> int:
+        """Tokens that layers with a window see at most; 0 without such."""
+        return max(self.windows, default=0)
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it, without windows where there are none; `of` gives it back."""
+        found = asdict(self)
+        windows = list(found.pop("windows"))
+        return found | {"windows": windows} if windows else found
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Architecture:
+        """Of `fields`.
+
+        Raises:
+            KeyError, TypeError: fields that are missing.
+        """
+        names = [f.name for f in fields(cls) if f.name != "windows"]
+        return cls(**{name: found[name] for name in names}, windows=tuple(found.get("windows", ())))
 
 
 @dataclass(frozen=True)
@@ -97,14 +129,19 @@ class Manifest:
 
     @property
     def model_digest(self) -> str:
-        """sha256 over the digests of graphs and weights: the model itself, whatever controllers the bundle holds."""
+        """sha256 over the digests of graphs and weights, and the windows of layers, which no graph says: the model itself,
+        whatever controllers the bundle holds.
+        """
         names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS})
-        listed = json.dumps([(name, self.files[name]["sha256"]) for name in names])
+        windows = [self.architecture.windows] if self.architecture.windows else []
+        listed = json.dumps([*((name, self.files[name]["sha256"]) for name in names), *windows])
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def to_json(self) -> str:
         """Text of kvq.json."""
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+        version = WINDOWED_VERSION if self.architecture.windows else FORMAT_VERSION
+        content = {**asdict(self), "architecture": self.architecture.fields()}
+        return json.dumps({"format": FORMAT, "format_version": version, **content}, indent=1) + "\n"
 
     @staticmethod
     def of_file(file: Path) -> Manifest:
@@ -130,12 +167,13 @@ class Manifest:
                 raise BundleError(
                     f"{MANIFEST} is not of format {FORMAT!r}; point --model at a folder made by kvq export"
                 )
-            if data["format_version"] != FORMAT_VERSION:
+            version = WINDOWED_VERSION if data["architecture"] and data["architecture"].get("windows") else FORMAT_VERSION
+            if data["format_version"] != version:
                 raise BundleError(
-                    f"bundle format version {data['format_version']!r:.40} is not {FORMAT_VERSION}, the one this kvq"
+                    f"bundle format version {data['format_version']!r:.40} is not {version}, the one this kvq"
                     f" reads; {remedy}"
                 )
-            architecture = Architecture(**{f.name: data["architecture"][f.name] for f in fields(Architecture)})
+            architecture = Architecture.of(data["architecture"])
             later = ("controllers", "special_tokens", "source")  # older bundles have none
             names = [f.name for f in fields(Manifest) if f.name not in ("architecture", *later)]
             manifest = Manifest(
@@ -196,7 +234,12 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _check_shape(shape: Architecture) -> None:
-    for name, value in asdict(shape).items():
+    sizes = asdict(shape)
+    for window in (windows := sizes.pop("windows")):
+        integer(window, "windows, one of which", 0, limits.SHAPE["context"])
+    if windows and (len(windows) != shape.layers or not any(windows)):
+        raise ValueError(f"windows {windows!r:.60}: none, or not one for each of {shape.layers} layers")
+    for name, value in sizes.items():
         integer(value, name, 1, limits.SHAPE.get(name, limits.FEATURES))
     if shape.heads % shape.kv_heads or shape.head_dim % 8:
         raise ValueError(f"heads {shape.heads}, kv_heads {shape.kv_heads}, head_dim {shape.head_dim}")

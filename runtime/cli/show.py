@@ -61,7 +61,7 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
         "licence": licence,
         "nbytes": sum(file["nbytes"] for file in manifest.files.values()),
         "digest": manifest.model_digest,
-        "architecture": asdict(manifest.architecture),
+        "architecture": manifest.architecture.fields(),
         "weights": manifest.weights,
         "kv_token_nbytes": kv_token_nbytes(manifest.architecture),
         "tokenizer": TOKENIZER in manifest.files,
@@ -73,9 +73,9 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
 
 def kv_token_nbytes(shape: Architecture) -> dict[str, int]:
     """Bytes that one stored token takes, by policy."""
-    from kvq.runtime.precision.table import Geometry, named
+    from kvq.runtime.precision.table import named
 
-    geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+    geometry = shape.geometry
     return {name: geometry.token_bytes(named(*pair)) for name, pair in PAIRS.items()}
 
 

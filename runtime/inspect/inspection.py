@@ -112,7 +112,10 @@ def _totals(store: KVStore, tokens: list[InspectedToken]) -> list[Total]:
     for bits in pairs:
         row = account.get("recent" if bits is None else str(bits), {"tokens": 0, "nbytes": 0, "slack_nbytes": 0})
         held, used = row["tokens"], row["nbytes"] - row["slack_nbytes"]
-        bits_per_value = 8 * used / (store.geometry.values * held) if held else None
+        values = store.geometry.values * held
+        if bits is not None and bits in store.buckets:
+            values = store.buckets[bits].values
+        bits_per_value = 8 * used / values if values else None
         totals.append(Total(bits, held, due[bits] if bits else 0, used, row["slack_nbytes"], bits_per_value))
     return totals
 

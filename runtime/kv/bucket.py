@@ -15,6 +15,7 @@ class Bucket:
     Attributes:
         count: tokens stored.
         token_bytes: bytes of one token: codes, scales and its position tag.
+        narrow: pages at the beginning that hold the layers without a window alone.
         ahead: pages made ahead of the tokens that will need them, see `reserve`.
         nbytes: bytes of all pages, free room included; kept as pages come and go, since every step asks for it.
     """
@@ -24,7 +25,7 @@ class Bucket:
         self.geometry = geometry
         self.pages: list[Page] = []
         self.ahead: list[Page] = []
-        self.count = 0
+        self.count = self.narrow = 0
         self.nbytes = 0
         self.token_bytes = geometry.token_bytes(pair)
 
@@ -86,6 +87,40 @@ class Bucket:
             self.count += stop - done
             done = stop
 
+    def forget(self, position: int) -> None:
+        """Free what the layers with windows have of whole pages before a position."""
+        pages = self.pages
+        while self.narrow < len(pages):
+            page = pages[self.narrow]
+            if page.count < PAGE_TOKENS or page.positions[-1] >= position:
+                return
+            self.narrow_pages(1)
+
+    def narrow_pages(self, pages: int) -> None:
+        """Free what the layers with windows have of the next full pages."""
+        for at in range(self.narrow, self.narrow + pages):
+            page = self.pages[at]
+            self.pages[at] = page.narrowed()
+            self.nbytes += self.pages[at].nbytes - page.nbytes
+        self.narrow += pages
+
+    @property
+    def forgotten(self) -> int:
+        """Where the layers with windows begin to have tokens: no earlier than this position."""
+        return int(self.pages[self.narrow - 1].positions[-1]) + 1 if self.narrow else 0
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of its tokens alone."""
+        freed = self.token_bytes - self.geometry.narrow.token_bytes(self.pair) if self.narrow else 0
+        return self.count * self.token_bytes - self.narrow * PAGE_TOKENS * freed
+
+    @property
+    def values(self) -> int:
+        """Numbers that it holds."""
+        freed = self.geometry.values - self.geometry.narrow.values
+        return self.count * self.geometry.values - self.narrow * PAGE_TOKENS * freed
+
     def trim(self, length: int) -> None:
         """Drop every token at a position >= length."""
         self.nbytes -= sum(page.nbytes for page in self.ahead)
@@ -96,6 +131,7 @@ class Bucket:
             self.count -= page.count - kept
             if not kept:
                 self.nbytes -= self.pages.pop().nbytes
+                self.narrow = min(self.narrow, len(self.pages))
                 continue
             capacity = self._last_capacity(kept)
             if capacity < page.capacity or (kept < page.count and page.shared):
@@ -110,7 +146,7 @@ class Bucket:
         twin = Bucket(self.pair, self.geometry)
         for page in self.pages:
             page.shared = True
-        twin.pages, twin.count = list(self.pages), self.count
+        twin.pages, twin.count, twin.narrow = list(self.pages), self.count, self.narrow
         twin.nbytes = self.nbytes - sum(page.nbytes for page in self.ahead)
         return twin
 

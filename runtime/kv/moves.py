@@ -81,6 +81,7 @@ def plan(
         if i >= stays:
             pair = gone[i - stays]
             page, page_slot = bucket_of(pair).place(before[pair])
+            page.positions[page_slot] = length + i - window.capacity  # a stepwise pass looks at it before it is counted
             before[pair] += 1
         moves.append(Move((length + i) % window.capacity, page, page_slot))
     return moves

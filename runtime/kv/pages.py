@@ -61,21 +61,25 @@ class BucketBytes:
 class Page:
     """Room for `capacity` tokens of one `Pair`; `count` of them are used.
 
+    narrow: it holds the layers that have no window alone: the others see none of its tokens any more.
     shared: other buckets may hold this page too, so it must not change any more.
     row: where its arrays are, for native code, which fills it in.
     settled: its memory has been put on huge pages, or is not worth it, see `settle`.
     """
 
-    def __init__(self, pair: Pair, geometry: Geometry, capacity: int) -> None:
+    def __init__(self, pair: Pair, geometry: Geometry, capacity: int, narrow: bool = False) -> None:
         self.pair = pair
         self.geometry = geometry
+        self.narrow = narrow
         self.capacity = capacity
         self.count = 0
         self.shared = False
         self.row: ctypes.Array[ctypes.c_char] | None = None
-        self.settled = capacity < PAGE_TOKENS  # a smaller one will be replaced soon
-        self.keys = Slots(CODECS[pair.k], geometry, capacity, tiled=True, lasting=not self.settled)
-        self.values = Slots(CODECS[pair.v], geometry, capacity, tiled=False, lasting=not self.settled)
+        held = geometry.narrow if narrow else geometry
+        # A smaller one will be replaced soon; a narrow one may hold nothing at all.
+        self.settled = capacity < PAGE_TOKENS or narrow
+        self.keys = Slots(CODECS[pair.k], held, capacity, tiled=True, lasting=not self.settled)
+        self.values = Slots(CODECS[pair.v], held, capacity, tiled=False, lasting=not self.settled)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
         self.nbytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes  # of all arrays, free room included
 
@@ -120,8 +124,17 @@ class Page:
 
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Decode one layer's tokens [start, stop) into keys, values float32 [kv_heads, stop - start, head_dim]."""
+        row = self.geometry.wide.index(layer) if self.narrow else layer
         for part, out in ((self.keys, keys), (self.values, values)):
-            part.decode(slice(start, stop), out, layer)
+            part.decode(slice(start, stop), out, row)
+
+    def narrowed(self) -> Page:
+        """A narrow page of the same tokens; of a full one."""
+        twin, wide = Page(self.pair, self.geometry, self.capacity, narrow=True), self.geometry.wide
+        for new, old in ((twin.keys, self.keys), (twin.values, self.values)):
+            new.codes[...], new.scales[...] = old.codes[wide], old.scales[wide]
+        twin.positions[...], twin.count = self.positions, self.count
+        return twin
 
 
 def settle(pages: list[Page]) -> None:

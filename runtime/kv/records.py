@@ -31,7 +31,8 @@ def stored_tokens(store: KVStore) -> StoredTokens:
     for pair, bucket in store.buckets.items():
         for page in bucket.pages:
             at = page.positions[: page.count]
-            bits[at], nbytes[at] = pair, bucket.token_bytes
+            held = store.geometry.narrow if page.narrow else store.geometry
+            bits[at], nbytes[at] = pair, held.token_bytes(pair)
     chosen, window, start = bits.copy(), store.window, store.bucketed
     if window.count:
         bits[start:], nbytes[start:] = PROTECTED[store.protect_bits], window.token_bytes

@@ -14,12 +14,16 @@ import numpy as np
 
 from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.moves import Move, leaving, plan
-from kvq.runtime.kv.pages import Page
+from kvq.runtime.kv.pages import PAGE_TOKENS, Page
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
 from kvq.runtime.precision.precision import OPEN
 from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
+
+
+# Tokens that layers with a window keep beyond it, so that a text can be trimmed by so many without them.
+LAG = PAGE_TOKENS
 
 
 class KVStore:
@@ -74,6 +78,9 @@ class KVStore:
         else:
             self._append(keys, values, chosen)
         window.open += still_open
+        if self.geometry.window:
+            for bucket in self.buckets.values():
+                bucket.forget(self.length - self.geometry.window + 1 - LAG)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
     def _append(self, keys: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> None:
@@ -188,6 +195,8 @@ class KVStore:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot trim to {length} tokens, the store holds {self.length}")
+        if 0 < length < self.least_trim:
+            raise ValueError(f"cannot trim to {length} tokens: layers with a window have lost what the next token sees")
         self.settle()
         for bucket in self.buckets.values():
             bucket.trim(length)
@@ -208,8 +217,8 @@ class KVStore:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Decode one layer, block by block: keys, values float32 [kv_heads, n <= limit, head_dim].
 
-        Together the blocks are all stored tokens, each once, in no particular order. Each block
-        is overwritten by the next one: read it before going on.
+        Together the blocks are all stored tokens that the next one sees, each once, in no particular order. Each
+        block is overwritten by the next one: read it before going on.
 
         Args:
             layer: which one.
@@ -217,11 +226,20 @@ class KVStore:
             scratch: float32 [2, at least kv_heads * min(limit, length) * head_dim] to decode into; made if None.
             recent: with the tokens of the recent window.
         """
+        for keys, values, _ in self.placed_blocks(layer, limit, scratch, recent):
+            yield keys, values
+
+    def placed_blocks(
+        self, layer: int, limit: int, scratch: np.ndarray | None = None, recent: bool = True
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`blocks`, and where their tokens stand in the text: int64 [n]."""
         g = self.geometry
+        sees = g.windows[layer] if g.windows else 0
+        first = max(0, self.length - sees + 1) if sees else 0
         if scratch is None:
             scratch = np.empty((2, g.kv_heads * min(limit, self.length) * g.head_dim), np.float32)
         for bucket in self.buckets.values():
-            for run in _runs(bucket.pages, limit):
+            for run in _runs(bucket.pages, limit, first):
                 total = sum(stop - start for _, start, stop in run)
                 keys, values = (s[: g.kv_heads * total * g.head_dim].reshape(g.kv_heads, total, -1) for s in scratch)
                 at = 0
@@ -229,11 +247,30 @@ class KVStore:
                     part = slice(at, at + stop - start)
                     page.read(layer, start, stop, keys[:, part], values[:, part])
                     at = part.stop
-                yield keys, values
+                places = [page.positions[start:stop] for page, start, stop in run]
+                yield keys, values, np.concatenate(places).astype(np.int64)
         window = self.window
-        start = self.length - (window.count if recent else 0)
+        start = max(first, self.length - (window.count if recent else 0))
         for at in range(start, self.length, limit):
-            yield window.read(window.slots(at, min(at + limit, self.length)), layer)
+            places = np.arange(at, min(at + limit, self.length))
+            yield *window.read(places % window.capacity, layer), places
+
+    @property
+    def forgotten(self) -> int:
+        """Where the layers with windows begin to have all tokens; 0: they have all."""
+        return max((bucket.forgotten for bucket in self.buckets.values()), default=0)
+
+    @property
+    def least_trim(self) -> int:
+        """Fewest tokens but none that it can be trimmed to: the next one has to find all that its windows show."""
+        forgotten = self.forgotten
+        return forgotten + self.geometry.window - 1 if forgotten else 0
+
+    @property
+    def values(self) -> int:
+        """Numbers that it holds: what bits per value are counted by."""
+        buckets = sum(bucket.values for bucket in self.buckets.values())
+        return buckets + self.window.count * self.geometry.values
 
     @property
     def nbytes(self) -> int:
@@ -244,9 +281,7 @@ class KVStore:
     def used_nbytes(self) -> int:
         """Bytes of the stored tokens alone: what a step has to read."""
         window = self.window
-        return window.count * window.token_bytes + sum(
-            bucket.count * bucket.token_bytes for bucket in self.buckets.values()
-        )
+        return window.count * window.token_bytes + sum(bucket.used_nbytes for bucket in self.buckets.values())
 
     def account(self) -> dict[str, dict[str, Any]]:
         """Tokens and bytes by precision: {"k4v4": {"tokens", "nbytes", "slack_nbytes"}, ..., "recent": ...}.
@@ -255,7 +290,7 @@ class KVStore:
         """
         rows = {}
         for pair, bucket in sorted(self.buckets.items(), reverse=True):
-            used = bucket.count * bucket.token_bytes
+            used = bucket.used_nbytes
             rows[str(pair)] = {"tokens": bucket.count, "nbytes": bucket.nbytes, "slack_nbytes": bucket.nbytes - used}
         window = self.window
         rows["recent"] = {
@@ -318,12 +353,15 @@ def distinct_nbytes(stores: Collection[KVStore]) -> int:
     return sum(held.values())
 
 
-def _runs(pages: list[Page], limit: int) -> Iterator[list[tuple[Page, int, int]]]:
-    """Cut the tokens of consecutive pages into runs of `limit`, the last one shorter: (page, start, stop) each."""
+def _runs(pages: list[Page], limit: int, first: int = 0) -> Iterator[list[tuple[Page, int, int]]]:
+    """Cut the tokens of consecutive pages into runs of `limit`, the last one shorter: (page, start, stop) each.
+
+    first: position of the first token that is wanted.
+    """
     run: list[tuple[Page, int, int]] = []
     room = limit
     for page in pages:
-        start = 0
+        start = int(np.searchsorted(page.positions[: page.count], first)) if first else 0
         while start < page.count:
             stop = min(page.count, start + room)
             run.append((page, start, stop))

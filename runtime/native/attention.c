@@ -131,6 +131,7 @@ static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *row
         .kernel = kvq_choose_kernel(pass->kernel),
         .layer = layer,
         .group = pass->heads / pass->kv_heads,
+        .window = pass->windows ? pass->windows[layer] : 0,
         .padded_dim = (pass->head_dim + 15) / 16 * 16,
         .softmax_scale = 1 / sqrtf((float)pass->head_dim),
     };

@@ -107,6 +107,16 @@ static int check_stepwise(const kvq_pass *pass) {
     return move->pages > pass->pages ? KVQ_MISFIT_MOVE : kvq_check_move(move, pass->tokens - 1);
 }
 
+/* The windows of a pass's layers, and the pages that some of them have no part of. */
+static int check_windows(const kvq_pass *pass) {
+    if (pass->windows && (pass->position < 0 || pass->position > INT32_MAX - pass->tokens)) return KVQ_MISFIT_SHAPE;
+    for (int l = 0; pass->windows && l < pass->layers; l++)
+        if (pass->windows[l] < 0) return KVQ_MISFIT_SHAPE;
+    for (int p = 0; p < pass->pages; p++)
+        if (pass->page[p].narrow && (!pass->windows || kvq_shares_tiles(pass->page + p))) return KVQ_MISFIT_PAGE;
+    return 0;
+}
+
 int kvq_check_pass(const kvq_pass *pass) {
     if (!pass) return KVQ_NO_DATA;
     int refused = check_shape(pass->layers, pass->kv_heads, pass->head_dim, pass->tokens);
@@ -114,6 +124,7 @@ int kvq_check_pass(const kvq_pass *pass) {
     if (!counts(pass->heads) || pass->heads % pass->kv_heads) return KVQ_MISFIT_SHAPE;
     if (!kvq_choose_kernel(pass->kernel)) return KVQ_NO_KERNEL;
     refused = check_pages(pass->page, pass->pages);
+    if (!refused) refused = check_windows(pass);
     return refused || !pass->stepwise || pass->tokens < 2 ? refused : check_stepwise(pass);
 }
 

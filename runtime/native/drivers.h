@@ -40,6 +40,8 @@ typedef struct {
 } kvq_layer_pass;
 /* Fills `own` for a layer. Returns 0 or NO_MEMORY. */
 int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own);
+/* Leave in pages of one layer what the token at position `next` sees through a window; `next` tokens are in them. */
+void kvq_cut_pages(kvq_page *page, int pages, int next, int window);
 /* The tokens of a move go their way in the layers [first, end). Returns 0 or NO_MEMORY. */
 int kvq_move_layers(const kvq_move *move, int first, int end);
 

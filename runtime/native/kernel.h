@@ -94,6 +94,7 @@ struct kvq_task {
     const kvq_rows *rows;
     const kvq_kernel *kernel;
     int layer, group, padded_dim; /* group: query heads of a KV head; padded_dim: head_dim in whole 16s */
+    int window;                   /* of the layer, see kvq_pass; 0: none */
     float softmax_scale;
     /* decode */
     const float *query;                /* [heads, padded_dim], scaled, zero-padded */
@@ -127,6 +128,13 @@ static inline int slots_of(const kvq_page *page) {
 /* Whether a slot of the arrays holds a token. */
 static inline int holds_token(const kvq_page *page, int slot) {
     return slot < page->period && (slot - page->first + page->period) % page->period < page->count;
+}
+
+/* Where the token in a slot of the arrays stands in the text, of a pass that has windows. */
+static inline int position_at(const kvq_pass *pass, const kvq_page *page, int slot) {
+    const int last = pass->position - 1; /* the newest one's, which lies in slot last % period of the window */
+    if (page->positions) return page->positions[slot];
+    return last - (last % page->period - slot + page->period) % page->period;
 }
 
 /* The order of items: all KV heads of the last chunk, since theirs lie side by side in a page, then all of the one

@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 12 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 13 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -50,6 +50,10 @@ typedef struct {
     int32_t key_precision, value_precision; /* ids of widths.h */
     int32_t capacity, begin, end; /* multiples of TILE, see above; end - begin at most CHUNK_SLOTS */
     int32_t first, count, period; /* first < period <= capacity, count <= period */
+    int32_t narrow; /* 1: the arrays have rows of the layers without a window alone, in order; 0: of all layers */
+    int32_t unused;
+    const int32_t *positions; /* [count] of a page: where its tokens stand in the text, ascending; null of the window,
+                               * whose slots follow from the position. Read where a pass has windows */
 } kvq_page;
 
 /* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
@@ -83,6 +87,9 @@ typedef struct {
     const kvq_move *stepwise; /* null, or how each token but the last goes on its way before the next one attends: every
                                * row then sees just what a pass of its own would see. Its rows are those of `page`, its
                                * keys and values those above; pages are written behind their count */
+    const int32_t *windows; /* [layers], or null: of how many tokens, itself included, a token of a layer sees the last
+                             * ones; 0: all */
+    int32_t position;       /* of the first new token in the text; read where there are windows */
 } kvq_pass;
 
 /* The new tokens of one layer. Strides are in floats, from one token to the next. */

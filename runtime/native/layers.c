@@ -1,5 +1,6 @@
-/* Pages with room for less than a tile, whose layers share tiles: made into pages of whole tiles, layer by layer, before a
- * kernel sees them. Kernels know nothing of it. */
+/* Pages as one layer has them, made before a kernel sees them: pages with room for less than a tile, whose layers share
+ * tiles, become pages of whole tiles; narrow ones, which some layers have no part of, and what is outside of a layer's
+ * window are left out. Kernels know nothing of it, but for prefill, whose rows see different tokens. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,16 +29,68 @@ static kvq_page row_of_layer(const kvq_page *page, int layer, int as, int kv_hea
     return row;
 }
 
+/* The row in which the vectors of `layer` are where they would be, had the page all layers; of a layer with a window it
+ * has no token. */
+static void widen(kvq_page *page, const int32_t *windows, int layer, int kv_heads, int head_dim) {
+    int row = 0;
+    for (int l = 0; l < layer; l++) row += !windows[l];
+    if (windows[layer]) {
+        page->count = page->first = 0;
+        return;
+    }
+    const ptrdiff_t slots = (ptrdiff_t)(row - layer) * kv_heads * page->capacity;
+    page->keys += slots * words_per_vector(page->key_precision, head_dim);
+    page->values += slots * words_per_vector(page->value_precision, head_dim);
+    if (has_scale(page->key_precision)) page->key_scales += slots;
+    if (has_scale(page->value_precision)) page->value_scales += slots;
+}
+
+/* How many of a page's tokens stand before a position. */
+static int tokens_before(const kvq_page *page, int position) {
+    int low = 0, high = page->count;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (page->positions[middle] < position) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+void kvq_cut_pages(kvq_page *page, int pages, int next, int window) {
+    const int start = next - window + 1; /* the first position that is seen */
+    for (int p = 0; start > 0 && p < pages; p++, page++) {
+        if (!page->count) continue;
+        if (!page->positions) { /* the ring of the newest tokens */
+            if (window - 1 >= page->count) continue;
+            page->count = window - 1;
+            page->first = page->count ? start % page->period : 0;
+            continue;
+        }
+        const int unseen = tokens_before(page, start), used = (page->count + TILE - 1) / TILE * TILE;
+        if (!unseen) continue;
+        page->count -= unseen;
+        page->first = page->count ? unseen : 0;
+        if (!page->count) continue;
+        page->begin = unseen / TILE * TILE;
+        if (used < page->end) page->end = used;
+    }
+}
+
 int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own) {
     own->pass = *pass;
     own->page = NULL;
-    if (!any_shares(pass->page, pass->pages)) return 0;
-    if (!(own->page = malloc(sizeof *own->page * (size_t)pass->pages))) return KVQ_NO_MEMORY;
-    memcpy(own->page, pass->page, sizeof *own->page * (size_t)pass->pages);
-    for (int p = 0; p < pass->pages; p++)
+    if (!pass->windows && !any_shares(pass->page, pass->pages)) return 0;
+    if (!(own->page = malloc(sizeof *own->page * ((size_t)pass->pages + 1)))) return KVQ_NO_MEMORY;
+    if (pass->pages) memcpy(own->page, pass->page, sizeof *own->page * (size_t)pass->pages);
+    for (int p = 0; p < pass->pages; p++) {
         if (kvq_shares_tiles(pass->page + p))
             own->page[p] = row_of_layer(pass->page + p, layer, layer, pass->kv_heads, pass->head_dim);
+        else if (pass->page[p].narrow)
+            widen(own->page + p, pass->windows, layer, pass->kv_heads, pass->head_dim);
+    }
     own->pass.page = own->page;
+    if (pass->windows && pass->windows[layer] && !(pass->stepwise && pass->tokens > 1)) /* there each token sees others */
+        kvq_cut_pages(own->page, pass->pages, pass->position, pass->windows[layer]);
     if (pass->stepwise) { /* of the same pages; its window is among those of whole tiles */
         own->stepwise = *pass->stepwise;
         own->stepwise.page = own->page;

@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 12
+ABI = 13
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -23,7 +23,8 @@ FILE = Path(__file__).with_name("libkvq.so")
 PAGE = np.dtype(
     [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
     + [(name, np.int32) for name in ("key_precision", "value_precision")]
-    + [(name, np.int32) for name in ("capacity", "begin", "end", "first", "count", "period")]
+    + [(name, np.int32) for name in ("capacity", "begin", "end", "first", "count", "period", "narrow", "unused")]
+    + [("positions", np.uint64)]
 )
 
 
@@ -33,7 +34,8 @@ class Pass(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
-        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "windows")),
+        ("position", ctypes.c_int32),
     )
 
 

@@ -12,7 +12,7 @@ typedef struct {
     kvq_integer_query *integer;
     int32_t *words;
     /* of every KV head: the pages as they are before a token, its plan of chunks, its partial results */
-    kvq_page *page;
+    kvq_page *page, *seen; /* seen: through the layer's window */
     int32_t *chunk;
     char *partials;
     size_t partials_bytes;
@@ -67,6 +67,12 @@ static void head_work(void *data, size_t kv_head) {
         kvq_rows rows = *s->task->rows;
         kvq_task task = task_of(s, (size_t)t, &pass, &rows);
         pass.page = page;
+        if (task.window) {
+            kvq_page *seen = s->seen + kv_head * whole->pages;
+            memcpy(seen, page, sizeof *page * (size_t)whole->pages);
+            kvq_cut_pages(seen, whole->pages, whole->position + t, task.window);
+            pass.page = seen;
+        }
         int32_t *chunk = s->chunk + kv_head * ((size_t)whole->pages + 1);
         task.chunk = chunk;
         task.chunks = kvq_plan_chunks(&pass, chunk, &task.chunk_room);
@@ -95,6 +101,7 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
         s.integer = kvq_part(memory, &used, sizeof *s.integer * rows);
         s.words = kvq_part(memory, &used, sizeof *s.words * rows * integer_words_all(pass->head_dim));
         s.page = kvq_part(memory, &used, sizeof *s.page * kv_heads * pages);
+        s.seen = kvq_part(memory, &used, sizeof *s.seen * kv_heads * (task->window ? pages : 0));
         s.chunk = kvq_part(memory, &used, sizeof *s.chunk * kv_heads * (pages + 1));
         s.partials = kvq_part(memory, &used, s.partials_bytes * kv_heads);
         if (!filled && !(memory = malloc(used))) return KVQ_NO_MEMORY;

@@ -73,7 +73,8 @@ def page_row(page: Page) -> ctypes.Array[ctypes.c_char]:
     if page.row is None:
         k, v = page.pair
         size = page.capacity
-        row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size)
+        narrow, positions = int(page.narrow), page.positions.ctypes.data
+        row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size, narrow, 0, positions)
         page.row = as_buffer(np.array(row, PAGE).tobytes())
     return page.row
 
@@ -89,7 +90,7 @@ def window_rows(window: RecentWindow) -> bytes:
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
     rows = [
-        (*addresses, own, own, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity)
+        (*addresses, own, own, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity, 0, 0, 0)
         for begin in range(0, room, CHUNK_SLOTS)
     ]
     return np.array(rows, PAGE).tobytes()

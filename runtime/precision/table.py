@@ -45,11 +45,30 @@ def pairs() -> list[Pair]:
 
 
 class Geometry(NamedTuple):
-    """What fixes the size of every stored token."""
+    """What fixes the size of every stored token.
+
+    windows: of each layer how many of the newest tokens it sees, 0: all; empty: all layers see all.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int, ...] = ()
+
+    @property
+    def window(self) -> int:
+        """Tokens that the layers with a window see at most; 0 without such."""
+        return max(self.windows, default=0)
+
+    @property
+    def wide(self) -> list[int]:
+        """Layers that see all tokens."""
+        return [i for i in range(self.layers) if not self.windows or not self.windows[i]]
+
+    @property
+    def narrow(self) -> Geometry:
+        """Of tokens that only these layers see."""
+        return Geometry(len(self.wide), self.kv_heads, self.head_dim)
 
     @property
     def values(self) -> int:

@@ -8,6 +8,7 @@ The payload is, without gaps, all little-endian::
         positions             int32 [count]
         key codes             uint8 [layers, kv_heads, count // 16, words, 16, 4], whole tiles
                               uint8 [layers, kv_heads, words, count % 16, 4], the one begun
+                              (of the first `narrow` pages, here and below, the layers without a window alone)
         key scales            float16 [layers, kv_heads, count, 1 or 0]
         value codes           uint8 [layers, kv_heads, count, words, 4]
         value scales          float16 [layers, kv_heads, count, 1 or 0]
@@ -86,6 +87,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
         pending=list(pending),
         window=store.window.count,
         buckets=[[*bits, bucket.count] for bits, bucket in store.buckets.items()],
+        narrow=[bucket.narrow for bucket in store.buckets.values()] if store.forgotten else [],
         logits=logits is not None,
         metadata=session.metadata,
         payload_sha256=digest.hexdigest(),
@@ -256,13 +258,15 @@ class _Source:
 
 def _read_store(source: _Source, header: SessionHeader, store: KVStore) -> None:
     """Fill an empty store."""
-    for k, v, count in header.buckets:
+    narrow = header.narrow or [0] * len(header.buckets)
+    for (k, v, count), pages_before in zip(header.buckets, narrow, strict=True):
         bucket = store.buckets[Pair(k, v)] = Bucket(Pair(k, v), store.geometry)
         bucket.reserve(count)
         while bucket.count < count:
             page = bucket.open_page()
             page.count = min(page.capacity, count - bucket.count)
             bucket.count += page.count
+        bucket.narrow_pages(pages_before)
         pages = _in_whole_tiles(bucket)
         for page, start, stop in _pieces(pages):
             _read_piece(source, page, start, stop)

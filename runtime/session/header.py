@@ -21,13 +21,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import SessionError
+from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
+from kvq.runtime.precision.table import PROTECTED, Pair
 
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
@@ -58,6 +59,7 @@ class SessionHeader:
         window: how many of the tokens stand in the recent window.
         buckets: [id of keys' precision, of values', tokens] of each bucket, in the order in which attention sums.
         logits: whether the logits after the last token are in the file: where no pending token follows them.
+        narrow: of each bucket how many pages, its first ones, hold the layers without a window alone; empty: none.
         metadata: the caller's.
         payload_sha256: of everything behind the header.
     """
@@ -83,15 +85,19 @@ class SessionHeader:
     payload_sha256: str = ""
     prefill: str = "auto"
     protect_bits: int = 16
+    narrow: list[int] = field(default_factory=list)
 
     def precisions(self) -> dict[str, dict[str, int]]:
         """Tokens and bytes in the file by precision, as `KVStore.account` names them."""
         shape = self.architecture
-        geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+        geometry = shape.geometry
         rows = {
             str(Pair(k, v)): {"tokens": count, "nbytes": count * geometry.token_bytes((k, v))}
             for k, v, count in self.buckets
         }
+        for (k, v, _), narrow in zip(self.buckets, self.narrow, strict=False):
+            freed = geometry.token_bytes((k, v)) - geometry.narrow.token_bytes((k, v))
+            rows[str(Pair(k, v))]["nbytes"] -= narrow * PAGE_TOKENS * freed
         rows["recent"] = {"tokens": self.window, "nbytes": self.window * geometry.window_token_bytes(self.protect_bits)}
         return rows
 
@@ -117,7 +123,10 @@ class SessionHeader:
                     f"{name} must be JSON values that come back as they are: dictionaries with text as keys, lists,"
                     f" text, finite numbers, booleans, None; got {value!r:.80}"
                 )
-        text = json.dumps(asdict(self), ensure_ascii=False).encode(errors="surrogatepass")
+        content = asdict(self) | {"architecture": self.architecture.fields()}
+        if not self.narrow:
+            del content["narrow"]
+        text = json.dumps(content, ensure_ascii=False).encode(errors="surrogatepass")
         if len(text) > HEADER_MAX_BYTES:
             raise SessionError(
                 f"metadata takes {len(text)} bytes, a session file holds {HEADER_MAX_BYTES}; keep less in it"
@@ -195,7 +204,7 @@ def _read_header(file: BinaryIO, path: str) -> SessionHeader:
 def _parse(text: bytes, path: str) -> SessionHeader:
     try:
         data = json.loads(text.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
-        data["architecture"] = Architecture(**data["architecture"])
+        data["architecture"] = Architecture.of(data["architecture"])
         header = SessionHeader(**data)
         _check_types(header)
         _check_counts(header)
@@ -252,8 +261,12 @@ def _check_option(value: Any, depth: int = 0) -> None:
 def _check_counts(header: SessionHeader) -> None:
     """Raise ValueError for numbers that do not fit each other or the architecture."""
     shape = header.architecture
-    for field in fields(Architecture):
-        _within(field.name, getattr(shape, field.name), 1, MOST_TOKENS)
+    for name in shape.fields().keys() - {"windows"}:
+        _within(name, getattr(shape, name), 1, MOST_TOKENS)
+    if shape.windows and len(shape.windows) != shape.layers:
+        raise ValueError(f"{len(shape.windows)} windows of {shape.layers} layers")
+    for window in shape.windows:
+        _within("a window", window, 0, MOST_TOKENS)
     _within("recent", header.recent, 0, shape.context)
     _within("sink", header.sink, 0, MOST_TOKENS)
     _within("prefill_chunk", header.prefill_chunk, 1, MOST_TOKENS)
@@ -268,6 +281,10 @@ def _check_counts(header: SessionHeader) -> None:
             raise ValueError(f"a bucket of {k!r} and {v!r} bits")
         seen.add((k, v))
         _within("tokens of a bucket", count, 0, header.tokens)
+    if type(header.narrow) is not list or len(header.narrow) not in (0, len(header.buckets)):
+        raise ValueError("narrow is no list of a number for each bucket")
+    for narrow, row in zip(header.narrow, header.buckets, strict=False):
+        _within("narrow pages of a bucket", narrow, 0, row[2] // PAGE_TOKENS if shape.window else 0)
     held = header.window + sum(row[2] for row in header.buckets)
     if held != header.tokens:
         raise ValueError(f"{held} tokens in window and buckets, {header.tokens} in the text")

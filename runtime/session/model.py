@@ -20,7 +20,6 @@ from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, Prom
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
-from kvq.runtime.precision.table import Geometry
 from kvq.runtime.session.generation import GenerationOptions, Response
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -92,7 +91,7 @@ class Model:
         """
         shape = self.architecture
         try:
-            store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
+            store = KVStore(shape.geometry, recent=0)
             backend = make_backend()
             layers, head = backend.forward_pass(self.engine, 1), backend.head(self.engine, 1)
             layers.forward(np.zeros(1, np.int64), store)

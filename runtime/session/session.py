@@ -19,7 +19,7 @@ from kvq.runtime.kv.store import KVStore, distinct_nbytes
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
-from kvq.runtime.precision.table import PROTECTED, Geometry
+from kvq.runtime.precision.table import PROTECTED
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
 from kvq.runtime.session.statistics import Clock, Stats, size
@@ -89,7 +89,7 @@ class Session:
         self.tokens: list[int] = []
         self.last_logits: np.ndarray | None = None  # after the last cached token, float32 [vocab]
         self.pending: list[int] = []  # sampled but not yet fed to the model: the next append begins with them
-        geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
+        geometry = shape.geometry
         chooses, window, budget = model.policy(policy), min(recent, shape.context), None
         bits = protect_bits_for(chooses, kv_bits) if protect_bits is None else int(protect_bits)
         self.store = KVStore(geometry, window, sink, self.backend.codecs, bits)
@@ -284,7 +284,8 @@ class Session:
         The last remaining token is run through the model again for its logits, and with it those
         that should stand in the window but have left it. Afterwards every token is stored at
         the precision it would have without the rest; values of re-run tokens may differ a little at
-        low precisions, because they now read quantized predecessors.
+        low precisions, because they now read quantized predecessors. Where layers with a window no longer have what
+        the text then needs, the whole text is run again.
 
         Raises:
             ContextError: length is negative or beyond the cached tokens.
@@ -295,6 +296,8 @@ class Session:
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
             keep = max(0, length - 1)
+        if keep < self.store.least_trim:
+            keep = 0
         again = self.tokens[keep:length]
         self.pending.clear()
         self.store.trim(keep)
@@ -358,7 +361,7 @@ class Session:
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
         store = self.store
-        values = store.geometry.values * store.length
+        values = store.values
         prefill, decode = self._prefill, self._decode
         return Stats(
             backend=self.backend.name,

@@ -29,10 +29,14 @@ STRANGE = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "books"])
+@pytest.fixture(scope="module", params=["tiny", "books", "windowed"])
 def text(request: pytest.FixtureRequest, tiny_bundle: Path) -> str:
-    folder = tiny_bundle if request.param == "tiny" else kvq.load("kvq-books").path
-    return (folder / MANIFEST).read_text()
+    folder = kvq.load("kvq-books").path if request.param == "books" else tiny_bundle
+    content = json.loads((folder / MANIFEST).read_text())
+    if request.param == "windowed":
+        content["format_version"] = 3
+        content["architecture"]["windows"] = [8] * (content["architecture"]["layers"] - 1) + [0]
+    return json.dumps(content, indent=1)
 
 
 def read(content: str) -> Manifest | None:
@@ -46,6 +50,9 @@ def read(content: str) -> Manifest | None:
     if manifest is None:
         return None
     shape = asdict(manifest.architecture)
+    windows = shape.pop("windows")
+    assert not windows or (len(windows) == shape["layers"] and any(windows))
+    assert all(type(window) is int and 0 <= window <= 1 << 24 for window in windows)
     assert all(type(value) is int and 0 < value <= 1 << 24 for value in shape.values())
     assert manifest.name.isprintable()
     assert all(type(end) is int and 0 <= end < shape["vocab"] for end in manifest.eos_token_ids)

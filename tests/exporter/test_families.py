@@ -252,14 +252,6 @@ def test_other_families_are_refused_by_name(kind: str, missing: str, tmp_path: P
             export(checkpoint, tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("window", [100, 256])
-def test_texts_are_no_longer_than_a_window_that_is_not_there(window: int, tmp_path: Path) -> None:
-    folder = save_family(tmp_path / "c", SMALL["mistral"] | {"sliding_window": window})
-    summary = export(folder, tmp_path / "bundle", weights="fp32")
-    assert summary.manifest.architecture.context == min(window, 256)
-    assert any("sees the last 100" in note or "see the last 100" in note for note in summary.notes) == (window == 100)
-
-
 def test_rotary_factors_are_those_of_the_context(tmp_path: Path) -> None:
     folder, ids = save_family(tmp_path / "c", SMALL["phi3"], tokenizer=False), np.resize(IDS, 300)
     wanted = family_logits(folder, ids)  # of more than the original 256 tokens
@@ -309,14 +301,6 @@ def test_layers_without_rotary_embedding_are_told_by_flags(flags: object, tmp_pa
     edit_config(folder, no_rope_layers=flags)
     with pytest.raises(CheckpointError, match="no_rope_layers"):
         export(folder, tmp_path / "bundle")
-
-
-def test_a_window_in_no_layer_is_none(tmp_path: Path) -> None:
-    fields = SMALL["qwen2"] | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
-    folder = save_family(tmp_path / "c", fields, tokenizer=False)
-    assert export(folder, tmp_path / "none").manifest.architecture.context == 256
-    edit_config(folder, layer_types=["full_attention", "full_attention", "sliding_attention"])
-    assert export(folder, tmp_path / "one").manifest.architecture.context == 64
 
 
 @pytest.mark.parametrize("field", ["embedding_multiplier", "residual_multiplier", "logits_scaling"])

@@ -50,7 +50,7 @@ def new_tokens(seed, tokens, heads, geometry):
     """Query, key, value float32 of new tokens, views into larger arrays."""
     rng = np.random.default_rng(seed)
     both = rng.standard_normal((tokens, heads + geometry.kv_heads, geometry.head_dim), np.float32)
-    return both[:, :heads], both[:, heads:], rng.standard_normal((tokens, *geometry[1:]), np.float32)
+    return both[:, :heads], both[:, heads:], rng.standard_normal((tokens, *geometry[1:3]), np.float32)
 
 
 def assert_equals_numpy(backend, store, query, key, value, layer=0):

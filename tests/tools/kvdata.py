@@ -76,7 +76,11 @@ def as_read(tokens, recent=0, sink=0, protect_bits=16):
 
 
 geometries = st.builds(
-    Geometry, layers=st.integers(1, 3), kv_heads=st.integers(1, 3), head_dim=st.sampled_from((8, 16, 24))
+    Geometry,
+    layers=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from((8, 16, 24)),
+    windows=st.just(()),
 )
 seeds = st.integers(0, 2**32 - 1)
 protected = st.sampled_from((8, 16))

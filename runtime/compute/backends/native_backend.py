@@ -46,6 +46,7 @@ class NativeAttention(AttentionBackend):
         self.detail, self._kernel = choose_kernel()
         self._table = PageTable()
         self._stepwise = StepwiseTable(self._kernel)
+        self._windows = np.zeros(0, np.int32)
         self._numpy: NumpyAttention | None = None
         self._foreign: dict[Pair, None] = {}
         self.codecs = native_codecs(self._kernel)
@@ -107,7 +108,11 @@ class NativeAttention(AttentionBackend):
     def _pass_of(self, query: np.ndarray, key: np.ndarray, store: KVStore, table: PageTable) -> Pass:
         tokens, heads, head_dim = query.shape
         shape = (store.geometry.layers, heads, key.shape[1], head_dim)
-        return Pass(*shape, tokens, len(table.rows), self._kernel, 1, table.address)
+        forward = Pass(*shape, tokens, len(table.rows), self._kernel, 1, table.address, position=store.length)
+        self._windows = np.array(store.geometry.windows, np.int32)
+        if len(self._windows):
+            forward.windows = self._windows.ctypes.data
+        return forward
 
     def _attend(
         self, forward: Pass, new: tuple[np.ndarray, ...], layer: int, out: np.ndarray, row_squares: np.ndarray | None

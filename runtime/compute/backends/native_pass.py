@@ -54,6 +54,9 @@ class NativePass(ForwardPass):
             *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
             *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
         )
+        self._windows = np.array(shape.windows, np.int32)
+        if shape.windows:
+            self._pass.windows = self._windows.ctypes.data
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
         self._graph = Bound(engine.decoder(FILE, kernel), inputs, outputs)
 
@@ -68,6 +71,7 @@ class NativePass(ForwardPass):
             self._run_other(self._stand_in(table.foreign), store, row_squares)
             return
         self._pass.page, self._pass.pages = table.address, len(table.rows)
+        self._pass.position = store.length
         self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
         check(self._library.kvq_set_pass(self._pass))
         try:

@@ -92,9 +92,11 @@ class NumpyAttention(AttentionBackend):
         tokens = len(query)
         # The new tokens first: each sees at least itself, so the running maximum is finite.
         rows = _Rows(query, key.shape[1])
-        rows.add(key.transpose(1, 0, 2), value.transpose(1, 0, 2), np.tri(tokens, dtype=bool))
-        for keys, values in store.blocks(layer, BLOCK, self._room(store)):
-            rows.add(keys, values)
+        place = store.length + np.arange(tokens)
+        causal = np.tri(tokens, dtype=bool)
+        rows.add(key.transpose(1, 0, 2), value.transpose(1, 0, 2), causal & _near(store, layer, place, place))
+        for keys, values, column in store.placed_blocks(layer, BLOCK, self._room(store)):
+            rows.add(keys, values, _near(store, layer, place, column))
         rows.finish(out, row_squares)
 
     def attend_stepwise(
@@ -118,14 +120,15 @@ class NumpyAttention(AttentionBackend):
         place = store.length + np.arange(tokens)[:, None]
         column = first + np.arange(kept[0].shape[1])
         near = place - column <= window.capacity
-        rows.add(kept[0], kept[1], near & (column < place))
+        seen = _near(store, layer, place[:, 0], column)
+        rows.add(kept[0], kept[1], near & (column < place) & seen)
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
             due = store.due()
             stored = [self._as_stored(x[:, gone], ids[gone]) for x, ids in zip(held, due.T, strict=True)]
-            rows.add(stored[0], stored[1], ~near[:, gone])
-        for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
-            rows.add(keys, values)
+            rows.add(stored[0], stored[1], ~near[:, gone] & seen[:, gone])
+        for keys, values, places in store.placed_blocks(layer, BLOCK, self._room(store), recent=False):
+            rows.add(keys, values, _near(store, layer, place[:, 0], places))
         rows.finish(out, row_squares)
 
     def _as_stored(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -143,6 +146,14 @@ class NumpyAttention(AttentionBackend):
             most = store.geometry.kv_heads * BLOCK * store.geometry.head_dim
             self._scratch = np.empty((2, min(2 * needed, most)), np.float32)
         return self._scratch
+
+
+def _near(store: KVStore, layer: int, places: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Whether tokens at some places [n] see those at others [m] through the layer's window: bool [n, m]."""
+    windows = store.geometry.windows
+    if not windows or not windows[layer]:
+        return np.ones((len(places), len(columns)), bool)
+    return places[:, None] - columns < windows[layer]
 
 
 BACKENDS = {"numpy": NumpyAttention}

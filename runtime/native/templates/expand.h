@@ -12,6 +12,7 @@ typedef struct {
     float *values; /* [KEY_BLOCK, depth], and room for a vector more */
     int depth;     /* head_dim in whole 16s */
     int tokens;
+    int32_t position[KEY_BLOCK]; /* of each in the text, where the layer has a window */
 } kvq_block;
 
 /* A tile of keys. */
@@ -82,6 +83,8 @@ static void expand_page(const kvq_task *task, const kvq_page *page, size_t vecto
             for (int c = 0; c < d; c++) keys[c * KEY_BLOCK + kept] = keys[c * KEY_BLOCK + t];
             memcpy(values + (size_t)kept * depth, values + (size_t)t * depth, sizeof(float) * depth);
         }
+        if (task->window)
+            block->position[block->tokens + kept] = position_at(task->pass, page, page->begin + begin + t);
         kept++;
     }
     block->tokens += kept;

@@ -14,6 +14,7 @@ typedef struct {
     float *scores;                 /* [count, KEY_BLOCK] */
     vf *maximum, *total, *squares; /* [count]: the maximum in every lane; sums lane by lane */
     int count, group, first_token; /* count: in whole PRODUCT_ROWS */
+    int window, position;          /* of the layer, 0: none; of first_token in the text */
 } query_rows;
 
 /* Scores of a row become softmax weights, with 0 from `seen` on; returns what earlier sums are multiplied by. */
@@ -36,8 +37,19 @@ INLINE vf softmax_row(query_rows *q, int r, int seen, int columns) {
     return keep;
 }
 
+/* Scores of tokens outside of the window become those of none. A row that sees none of a block gives each of them the same
+ * weight, which is multiplied by nothing when it comes to a token that it sees, itself at the latest. */
+static void hide_old(query_rows *q, int first, int columns, const int32_t *position) {
+    for (int r = first; r < first + PRODUCT_ROWS; r++) {
+        const int start = q->position + r / q->group - q->window + 1;
+        float *row = q->scores + (size_t)r * KEY_BLOCK;
+        for (int t = 0; t < columns; t++)
+            if (position[t] < start) row[t] = -FLT_MAX;
+    }
+}
+
 /* Merge a block into the softmax. Its tokens are new ones from `begin` on, of which a row sees those up to its own;
- * with begin < 0 all rows see all. Every row has to see some token of the first block it is given. */
+ * with begin < 0 all rows see all that their window has. Without one every row has to see some token of the first block. */
 static void merge_block(query_rows *q, int head_dim, int begin, const kvq_block *block) {
     const int before = begin < 0 ? 0 : begin - q->first_token; /* tokens of these rows that come before the block */
     const int first = before > 0 ? before * q->group / PRODUCT_ROWS * PRODUCT_ROWS : 0;
@@ -47,12 +59,13 @@ static void merge_block(query_rows *q, int head_dim, int begin, const kvq_block 
             const int own = begin < 0 ? block->tokens : (r + i) / q->group + 1 - before;
             seen[i] = own < 0 ? 0 : own < block->tokens ? own : block->tokens;
         }
-        const int most = seen[PRODUCT_ROWS - 1]; /* later tokens see more */
+        const int most = seen[PRODUCT_ROWS - 1]; /* later tokens see more of what is new */
         const int columns = (most + LANES - 1) / LANES * LANES;
         float *scores = q->scores + (size_t)r * KEY_BLOCK;
         vf keep[PRODUCT_ROWS];
         product(NULL, columns, head_dim, q->rows + (size_t)r * block->depth, block->depth, block->keys, KEY_BLOCK,
                 scores, KEY_BLOCK);
+        if (q->window) hide_old(q, r, most, block->position);
         for (int i = 0; i < PRODUCT_ROWS; i++) keep[i] = softmax_row(q, r + i, seen[i], columns);
         product(keep, block->depth, most, scores, KEY_BLOCK, block->values, block->depth,
                 q->sums + (size_t)r * block->depth, block->depth);
@@ -88,7 +101,8 @@ static int prefill_item(const kvq_task *task, size_t item) {
     const int rows = tokens * group, count = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS * PRODUCT_ROWS;
 
     char *memory = NULL, *start = NULL;
-    query_rows q = {.count = count, .group = group, .first_token = first};
+    query_rows q = {.count = count, .group = group, .first_token = first, .window = task->window,
+                    .position = pass->position + first};
     kvq_block block = {.depth = depth};
     for (int filled = 0; filled < 2; filled++) {
         size_t used = 0;
@@ -113,8 +127,10 @@ static int prefill_item(const kvq_task *task, size_t item) {
         for (int c = 0; c < d; c++) q.rows[(size_t)r * depth + c] = query[c] * task->softmax_scale;
     }
     merge_pages(task, (size_t)task->layer * pass->kv_heads + kv_head, &q, &block);
-    for (int begin = 0; begin < first + tokens; begin += KEY_BLOCK) {
+    const int unseen = q.window && first >= q.window ? (first - q.window + 1) / KEY_BLOCK * KEY_BLOCK : 0;
+    for (int begin = unseen; begin < first + tokens; begin += KEY_BLOCK) {
         const int left = first + tokens - begin;
+        for (int t = 0; q.window && t < KEY_BLOCK; t++) block.position[t] = pass->position + begin + t;
         expand_new(task, kv_head, begin, left < KEY_BLOCK ? left : KEY_BLOCK, &block);
         merge_block(&q, d, begin, &block);
     }
