@@ -12,6 +12,7 @@ from kvq.exporter.architectures.parts import FINAL_NORM, HEAD_NORMS, LAYER, Part
 from kvq.exporter.architectures.rope import rotary
 from kvq.exporter.architectures.windows import listed_kinds, window_size
 from kvq.exporter.sources.base import Source, positive
+from kvq.exporter.sources.text_part import PART_OF
 
 ONLY = {
     "hidden_activation": "gelu_pytorch_tanh", "quantization_config": None, "partial_rotary_factor": 1.0,
@@ -34,6 +35,7 @@ def gemma3(source: Source) -> Model:
     parts = Parts.of(source, ONLY, **DEFAULTS)
     local = _local(parts)
     window = window_size(parts)
+    notes = ("text alone: the part of the checkpoint that reads images is left out",) if PART_OF in parts.config else ()
     shape, offset = parts.shape, 1.0 - parts.config.get(ADDED, 0)
     # Attention divides by the root of head_dim itself.
     queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", _scalar(parts)))
@@ -42,14 +44,16 @@ def gemma3(source: Source) -> Model:
         of_queries, of_keys = (parts.norm(i, f"self_attn.{part}_norm", shape.head_dim) for part in "qk")
         before, after = (parts.norm(i, f"{name}_layernorm") for name in ("input", "post_attention"))
         between, last = (parts.norm(i, f"{name}_feedforward_layernorm") for name in ("pre", "post"))
-        attend = parts.attend(i, norms=(of_queries, of_keys), rotary=LOCAL if local[i] else GLOBAL, window=window * local[i])
+        attend = parts.attend(
+            i, norms=(of_queries, of_keys), rotary=LOCAL if local[i] else GLOBAL, window=window * local[i]
+        )
         layers.append(Layer.of(before, attend, after, Add(), between, *parts.mlp(i, activation=GeGLU()), last, Add()))
         for step in (before, after, between, last, of_keys):
             adapted[step.gain] = Adapted(offset=offset)
         adapted[of_queries.gain] = Adapted(offset=offset, factor=queries)
     of_local = {"rope_theta": parts.number("rope_local_base_freq", LOCAL_BASE)}
     rotaries = parts.rotary("rope_local_base_freq"), rotary(of_local, shape.head_dim, shape.context, parts.name)
-    more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden)}
+    more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden), "notes": notes}
     return parts.model(layers, rotaries if any(local) else rotaries[:1], **more)
 
 

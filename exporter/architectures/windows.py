@@ -28,8 +28,8 @@ def windows(parts: Parts, default: int | None = None) -> list[int]:
 
 
 def later_windows(parts: Parts) -> list[int]:
-    """The same where `use_sliding_window` says whether there are any, and `max_window_layers` how many layers, the first
-    ones, have none.
+    """The same where `use_sliding_window` says whether there are any, and `max_window_layers` how many layers, the
+    first ones, have none.
 
     Raises:
         CheckpointError: as there, or one of them is no size.

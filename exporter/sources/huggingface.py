@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Source, short
+from kvq.exporter.sources.text_part import own_names, text_config
 from kvq.runtime.errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -40,16 +41,20 @@ class HuggingFaceFolder(Source):
             raise CheckpointError(f"{name} has no config.json in {path}; give a Hugging Face checkpoint folder")
         self.config = read_json(path / CONFIG)
         self._files = self._weight_files()
-        self._places: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        places: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in self._files:
             try:
                 with safe_open(file, "np") as opened:
                     for tensor in opened.keys():  # noqa: SIM118 # no mapping
                         part = opened.get_slice(tensor)
                         if part.get_dtype() in FLOATS:
-                            self._places[tensor] = (file, tuple(part.get_shape()))
+                            places[tensor] = (file, tensor, tuple(part.get_shape()))
             except Exception as error:  # the Rust library's errors share no base class
                 raise self._unreadable(error) from None
+        text = text_config(self.config, name)
+        if text is not None:
+            self.config, places = text, own_names(places)
+        self._places = places
 
     def _unreadable(self, error: BaseException) -> CheckpointError:
         return CheckpointError(
@@ -83,12 +88,13 @@ class HuggingFaceFolder(Source):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape) in self._places.items()}
+        return {name: shape for name, (_, _, shape) in self._places.items()}
 
     def read(self, name: str) -> np.ndarray:
         try:
-            with safe_open(self._places[name][0], "np") as opened:
-                return np.ascontiguousarray(opened.get_tensor(name), np.float32)
+            file, stored, _ = self._places[name]
+            with safe_open(file, "np") as opened:
+                return np.ascontiguousarray(opened.get_tensor(stored), np.float32)
         except Exception as error:
             raise self._unreadable(error) from None
 

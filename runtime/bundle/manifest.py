@@ -48,7 +48,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 class Architecture:
     """Shape of the model; all in elements, tokens or layers.
 
-    windows: of each layer how many of the newest tokens a token sees, itself included; 0: all. Empty: all layers see all.
+    windows: of each layer how many of the newest tokens a token sees, itself included; 0: all. Empty: all see all.
     """
 
     layers: int
@@ -129,8 +129,8 @@ class Manifest:
 
     @property
     def model_digest(self) -> str:
-        """sha256 over the digests of graphs and weights, and the windows of layers, which no graph says: the model itself,
-        whatever controllers the bundle holds.
+        """sha256 over the digests of graphs and weights, and the windows of layers, which no graph says: the model
+        itself, whatever controllers the bundle holds.
         """
         names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS})
         windows = [self.architecture.windows] if self.architecture.windows else []
@@ -167,7 +167,9 @@ class Manifest:
                 raise BundleError(
                     f"{MANIFEST} is not of format {FORMAT!r}; point --model at a folder made by kvq export"
                 )
-            version = WINDOWED_VERSION if data["architecture"] and data["architecture"].get("windows") else FORMAT_VERSION
+            version = (
+                WINDOWED_VERSION if data["architecture"] and data["architecture"].get("windows") else FORMAT_VERSION
+            )
             if data["format_version"] != version:
                 raise BundleError(
                     f"bundle format version {data['format_version']!r:.40} is not {version}, the one this kvq"

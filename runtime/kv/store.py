@@ -21,7 +21,6 @@ from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
 from kvq.runtime.precision.precision import OPEN
 from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
 
-
 # Tokens that layers with a window keep beyond it, so that a text can be trimmed by so many without them.
 LAG = PAGE_TOKENS
 

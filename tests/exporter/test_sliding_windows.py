@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kvq.composition import open_bundle
 from kvq.exporter.export import export
@@ -23,6 +24,7 @@ from kvq.runtime.session.session import Session
 from tests.tools.checkpoints import edit_config
 from tests.tools.families import SMALL, family_logits, save_family
 from tests.tools.gguf_files import write_gguf
+from tests.tools.packages import needs
 from tests.tools.references import effective_model, logits_of
 
 TOLERANCE = 1e-3
@@ -171,8 +173,10 @@ def test_caches_of_few_bits_are_numpy_s(name: str, policy: str, place: Path) -> 
             session = of.model.session(SAWTOOTH if policy == "sawtooth" else policy, backend=backend, **settings)
             logits = [session.append(IDS[:PREFILL], all_logits=True), fed(session, IDS[PREFILL:], 1)]
             sessions.append(np.concatenate(logits))
-        assert off(*sessions) <= 0.02
-    assert off(sessions[0], of.logits) <= (0.2 if policy == "int8" else 5)
+        # A value that rounds the other way changes all that follows, so the two are near, not equal.
+        near, far = np.abs(sessions[0] - sessions[1]).mean(), np.abs(sessions[0] - of.logits).mean()
+        assert near <= 0.25 * far + 1e-5
+        assert 0 < far < (0.05 if policy == "int8" else 0.6) * np.abs(of.logits).mean()
 
 
 def test_precise_tokens_outside_are_not_seen(place: Path) -> None:
@@ -233,3 +237,34 @@ class Sawtooth(Policy):
 
 
 SAWTOOTH = Sawtooth()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_part_of_a_model_of_images(older: bool, place: Path, tmp_path: Path) -> None:
+    """A folder of Gemma3ForConditionalGeneration, its parameters named as transformers names them now or as it did."""
+    torch, transformers = needs("torch"), needs("transformers")
+    fields = WINDOWED["gemma3"][0] | {"vocab_size": 512}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=fields, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=[1, 2])
+    folder = tmp_path / "whole"
+    model.save_pretrained(folder)
+    arrays = load_file(folder / "model.safetensors")
+    if older != any(name.startswith("language_model.model.") for name in arrays):
+        new = {name: name.replace("model.language_model.", "language_model.model.") for name in arrays}
+        old = {name: name.replace("language_model.model.", "model.language_model.") for name in arrays}
+        save_file({(new if older else old)[name]: x for name, x in arrays.items()}, folder / "model.safetensors")
+    with torch.inference_mode():
+        wanted = model(torch.as_tensor(IDS)[None]).logits[0].numpy()
+    summary = export(folder, tmp_path / "bundle", weights="fp32")
+    assert any("reads images is left out" in note for note in summary.notes)
+    assert summary.manifest.eos_token_ids == [1, 2]
+    assert summary.manifest.architecture.windows == (16,) * 5 + (0, 16)
+    session = open_bundle(summary.path).session("fp16", recent=256)
+    assert off(session.append(IDS, all_logits=True), wanted) <= TOLERANCE
+    edit_config(folder, text_config=None)
+    with pytest.raises(CheckpointError, match="no text_config"):
+        export(folder, tmp_path / "none")
