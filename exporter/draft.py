@@ -72,10 +72,12 @@ class Draft:
             return following
         heads, query_key = self.shape.heads, found["query_key"]
         attention = np.empty((len(query_key), heads, self.shape.head_dim), np.float32)
-        causal_attention(query_key[:, :heads], query_key[:, heads:], found["value"], attention)
+        layer, windows = int(state.get("layer", 0)), self.shape.windows
+        window = windows[layer] if windows else 0
+        causal_attention(query_key[:, :heads], query_key[:, heads:], found["value"], attention, window=window)
         angles = {name for pair in ANGLES for name in pair}
         following |= {name: value for name, value in (state | found).items() if name in angles}
-        return following | {"attention": attention.reshape(len(attention), -1)}
+        return following | {"attention": attention.reshape(len(attention), -1), "layer": np.array(layer + 1)}
 
 
 def products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

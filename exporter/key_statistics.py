@@ -21,7 +21,12 @@ See = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def causal_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, out: np.ndarray, see: See | None = None
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    out: np.ndarray,
+    see: See | None = None,
+    window: int = 0,
 ) -> None:
     """Attention of a whole text over itself, KV head by KV head, and what `see` wants to see of it.
 
@@ -30,9 +35,12 @@ def causal_attention(
         key, value: float32 [tokens, kv_heads, head_dim].
         out: float32 [tokens, heads, head_dim], written.
         see: may change the weights it is given.
+        window: newest tokens that each sees, itself included; 0: all.
     """
     tokens, heads, head_dim = query.shape
     kv_heads, hidden = key.shape[1], np.triu(np.ones((tokens, tokens), bool), 1)
+    if window:
+        hidden |= np.tri(tokens, k=-window, dtype=bool)
     for h in range(kv_heads):
         group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
         q, k = query[:, group].transpose(1, 0, 2), key[:, h]
@@ -85,7 +93,8 @@ class KeyStatistics:
             self.weight[layer, h] += received.sum()
             self.plain[layer, h] += k[1:].sum(0, dtype=np.float64)
 
-        causal_attention(query, key, value, out, count)
+        windows = store.geometry.windows
+        causal_attention(query, key, value, out, count, windows[layer] if windows else 0)
 
 
 def key_statistics(

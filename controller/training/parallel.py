@@ -86,7 +86,11 @@ class ParallelModel:
             read: what later tokens see of a layer's keys and values; None is the exact cache.
         """
         shape, rotation, tokens = self.shape, self.twin.rotation, ids.shape[1]
-        blocks = [_Block.of(start, min(start + ROWS, tokens), self.recent, ids) for start in range(0, tokens, ROWS)]
+        windows = shape.windows or (0,) * shape.layers
+        blocks = {
+            window: [_Block.of(at, min(at + ROWS, tokens), self.recent, ids, window) for at in range(0, tokens, ROWS)]
+            for window in set(windows)
+        }
         keys, values, squares = [], [], []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -101,12 +105,15 @@ class ParallelModel:
                 # way to a codec, are rounded as the window does.
                 window = (self._as_kept(key), self._as_kept(value))
                 seen = read(layer, *window)
-            mixed, row_squares = _attention(query * shape.head_dim**-0.5, (key, value), window, seen, blocks)
+            scaled = query * shape.head_dim**-0.5
+            mixed, row_squares = _attention(scaled, (key, value), window, seen, blocks[windows[layer]])
             squares.append(row_squares)
             return mixed.view(len(ids), -1, tokens, shape.head_dim) @ rotation.T
 
         residual = self.twin.residual(ids, attend)
         length = torch.arange(tokens, device=ids.device) + 1.0
+        if windows[-1]:
+            length = length.clamp(max=windows[-1])
         variance = squares[-1].mean(1) / length - 1 / length**2
         return Pass(self.twin.logits(residual), variance, residual, torch.stack(keys, 1), torch.stack(values, 1))
 
@@ -127,15 +134,17 @@ class _Block(NamedTuple):
     own: Tensor
 
     @classmethod
-    def of(cls, start: int, stop: int, recent: int, like: Tensor) -> _Block:
+    def of(cls, start: int, stop: int, recent: int, like: Tensor, window: int = 0) -> _Block:
         far, near = max(0, stop - 1 - recent), max(0, start - recent)
         row = torch.arange(start, stop, device=like.device)[:, None]
-        decoded = row - torch.arange(far, device=like.device) > recent
+        behind = row - torch.arange(far, device=like.device)
+        decoded = (behind > recent) & (behind < window) if window else behind > recent
+        most = min(recent, window - 1) if window else recent
         distance = row - torch.arange(near, stop, device=like.device)
         zero = torch.zeros((), device=like.device)
         return cls(
             start, stop, far, near, torch.where(decoded, zero, -torch.inf),
-            torch.where((distance >= 0) & (distance <= recent), zero, -torch.inf), distance == 0,
+            torch.where((distance >= 0) & (distance <= most), zero, -torch.inf), distance == 0,
         )  # fmt: skip
 
 

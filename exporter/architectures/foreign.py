@@ -5,7 +5,7 @@ from __future__ import annotations
 EXPERTS, STATES, LATENT = "mixtures of experts", "layers with a recurrent state", "latent attention"
 CONVOLUTIONS, CAPS, LAYER_NORM = "convolutions", "soft-capped logits", "layer norms with a mean"
 PARALLEL, BOTH_WAYS = "attention and network side by side", "attention in both directions"
-WINDOWS, IMAGES = "sliding windows that are no shorter context", "images"
+IMAGES = "images"
 RELATIVE, ABSOLUTE = "relative positions without rotary embedding", "learned positions"
 # By model_type of config.json or general.architecture of a GGUF file, without "_", "-" and ".".
 MISSING: dict[str, str] = {
@@ -22,7 +22,6 @@ MISSING: dict[str, str] = {
          "plamo2", "kimilinear"),
         STATES,
     ),
-    **dict.fromkeys(("olmo3", "ministral", "ministral3", "exaone4"), WINDOWS),
     **dict.fromkeys(("gemma3", "mistral3", "qwen2vl", "qwen25vl", "qwen3vl", "idefics3", "llava"), IMAGES),
     **dict.fromkeys(("lfm2", "lfm2moe"), CONVOLUTIONS),
     **dict.fromkeys(("gemma2", "gemma3n", "gemma3ntext"), CAPS),

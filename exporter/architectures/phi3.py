@@ -29,7 +29,8 @@ LONG = ("longrope", "su", "yarn")  # what files call it, "su" and "yarn" older o
 def phi3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     only = {field: value for field, value in ONLY.items() if field != "partial_rotary_factor"}
-    parts, notes = Parts.of(source, only | {"attention_bias": False}, **DEFAULTS), ()
+    parts = Parts.of(source, only | {"attention_bias": False}, **DEFAULTS)
+    notes: tuple[str, ...] = ()
     shape, config = parts.shape, dict(parts.config)
     rotated = _rotated(config, shape.head_dim, parts.name)
     config["rope_scaling"], context = _of_one_length(parts, source.context)

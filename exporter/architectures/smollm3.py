@@ -6,7 +6,7 @@ from typing import Any
 
 from kvq.exporter.architectures.description import Family, Model
 from kvq.exporter.architectures.parts import Parts, gguf
-from kvq.exporter.architectures.windows import later_windows
+from kvq.exporter.architectures.windows import windows
 from kvq.exporter.sources.base import Source, positive
 from kvq.runtime.errors import CheckpointError
 
@@ -20,10 +20,13 @@ DEFAULTS: dict[str, Any] = {
 def smollm3(source: Source) -> Model:
     """The description of a source's model; see `Family.describe`."""
     parts = Parts.of(source, **DEFAULTS)
-    sees = later_windows(parts)
+    rotating = _rotating(parts)
+    # As transformers has it, the layers without rotary embedding have one, if any.
+    local = [parts.says("use_sliding_window") and not rotates for rotates in rotating]
+    sees = windows(parts, unlisted=local) if any(local) else [0] * parts.shape.layers
     biased = parts.says("attention_bias")
     layers = []
-    for i, rotates in enumerate(_rotating(parts)):
+    for i, rotates in enumerate(rotating):
         attend = parts.attend(i, bias=biased, output_bias=biased, rotary=0 if rotates else None, window=sees[i])
         layers.append(parts.pre_norm(i, attend, parts.mlp(i, parts.says("mlp_bias"))))
     rotaries = (parts.rotary("no_rope_layers", "no_rope_layer_interval"),)

@@ -11,20 +11,20 @@ WINDOW, FIRST = 4096, 28
 KINDS = ("sliding_attention", "full_attention")
 
 
-def windows(parts: Parts, default: int | None = None) -> list[int]:
-    """Tokens that a token sees in each layer, itself included, where `layer_types` names some of them: those with a
-    window, else all; 0 is all tokens.
+def windows(parts: Parts, default: int | None = None, unlisted: list[bool] | None = None) -> list[int]:
+    """Tokens that a token sees in each layer, itself included; 0 is all. Those have a window that `layer_types` says.
 
     Args:
         parts: of the model.
         default: the window that there is where the configuration does not speak of one; None is none.
+        unlisted: which layers have one where `layer_types` is not there; None: all.
 
     Raises:
         CheckpointError: the window is no size, or the kinds of layers are not those of every layer.
     """
-    kinds = listed_kinds(parts)
-    size = window_size(parts, default)
-    return [size] * parts.shape.layers if kinds is None else [size if local else 0 for local in kinds]
+    kinds, size = listed_kinds(parts), window_size(parts, default)
+    local = unlisted or [True] * parts.shape.layers if kinds is None else kinds
+    return [size if has_one else 0 for has_one in local]
 
 
 def later_windows(parts: Parts) -> list[int]:
@@ -37,13 +37,9 @@ def later_windows(parts: Parts) -> list[int]:
     layers = parts.shape.layers
     if not parts.says("use_sliding_window"):
         return [0] * layers
-    kinds = listed_kinds(parts)
-    if kinds is None:
-        first = parts.config.get("max_window_layers", FIRST)
-        first = positive(first, f"config.json of {parts.name} has max_window_layers") if first else 0
-        kinds = [i >= first for i in range(layers)]
-    size = window_size(parts, WINDOW)
-    return [size if local else 0 for local in kinds]
+    first = parts.config.get("max_window_layers", FIRST)
+    first = positive(first, f"config.json of {parts.name} has max_window_layers") if first else 0
+    return windows(parts, WINDOW, [i >= first for i in range(layers)])
 
 
 def listed_kinds(parts: Parts) -> list[bool] | None:

@@ -71,6 +71,11 @@ class Architecture:
         """Tokens that layers with a window see at most; 0 without such."""
         return max(self.windows, default=0)
 
+    @property
+    def last_window(self) -> int:
+        """Tokens that one sees in the last layer; 0: all."""
+        return self.windows[-1] if self.windows else 0
+
     def fields(self) -> dict[str, Any]:
         """As JSON has it, without windows where there are none; `of` gives it back."""
         found = asdict(self)

@@ -246,8 +246,8 @@ class KVStore:
                     part = slice(at, at + stop - start)
                     page.read(layer, start, stop, keys[:, part], values[:, part])
                     at = part.stop
-                places = [page.positions[start:stop] for page, start, stop in run]
-                yield keys, values, np.concatenate(places).astype(np.int64)
+                tags = [page.positions[start:stop] for page, start, stop in run]
+                yield keys, values, np.concatenate(tags).astype(np.int64)
         window = self.window
         start = max(first, self.length - (window.count if recent else 0))
         for at in range(start, self.length, limit):

@@ -30,6 +30,7 @@ class Chooser:
         vocab: ids there are, for rarity.
         recent: tokens of the recent window: no more can be open.
         budget: kept to where the policy has scores; None: the policy decides alone.
+        sees: tokens that one sees in the last layer, of whose rows the attention variance is; 0: all.
 
     Attributes:
         policy, budget: as given; a budget made for the same settings may be put in while nothing is stored.
@@ -37,8 +38,9 @@ class Chooser:
             arrays are views that the next pass overwrites. None, as it is at first, costs nothing.
     """
 
-    def __init__(self, policy: Policy, vocab: int, recent: int, budget: Budget | None = None) -> None:
+    def __init__(self, policy: Policy, vocab: int, recent: int, budget: Budget | None = None, sees: int = 0) -> None:
         self.policy = policy
+        self._sees = sees
         self.budget = budget
         self.observer: Callable[[TokenFeatures], None] | None = None
         self._vocab = vocab
@@ -96,12 +98,14 @@ class Chooser:
 
     def _features(self, length: int, seen: Seen) -> TokenFeatures:
         positions = np.arange(length, length + len(seen.ids))
-        squares = seen.row_squares
+        squares, rows = seen.row_squares, positions + 1
+        if self._sees:
+            rows = np.minimum(rows, self._sees)
         return TokenFeatures(
             positions,
             seen.entropy,
             self._rarity.rarity(seen.ids) if "rarity" in self.needs else None,
-            None if squares is None else attention_variance(squares, positions + 1),
+            None if squares is None else attention_variance(squares, rows),
             seen.confidence,
             seen.ids,
             seen.residual,

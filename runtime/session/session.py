@@ -97,7 +97,7 @@ class Session:
             budget = Budget(
                 chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=bits
             )
-        self.chooser = Chooser(chooses, shape.vocab, window, budget)
+        self.chooser = Chooser(chooses, shape.vocab, window, budget, shape.last_window)
         self.store.choose_open = self.chooser.settle
         self.prefill_chunk = prefill_chunk
         self.prefill = prefill

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import kvq
 from kvq.composition import open_bundle
+from kvq.controller.training.parallel import ParallelModel
+from kvq.exporter.calibration import calibration_text
 from kvq.exporter.export import export
 from kvq.runtime.bundle.manifest import Manifest
 from kvq.runtime.errors import BundleError, CheckpointError
@@ -28,6 +31,7 @@ from tests.tools.packages import needs
 from tests.tools.references import effective_model, logits_of
 
 TOLERANCE = 1e-3
+TEXT = calibration_text()[:2000]
 PREFILL, DECODE = 76, 64
 IDS = np.random.default_rng(5).integers(0, 512, PREFILL + DECODE)
 LONG = np.random.default_rng(6).integers(0, 512, 700)
@@ -48,6 +52,10 @@ WINDOWED: dict[str, tuple[dict[str, Any], list[int]]] = {
         [12, 0, 12],
     ),
     "gemma3": (SMALL["gemma3"] | {"sliding_window": 16}, [16] * 5 + [0, 16]),
+    "smollm3": (
+        SMALL["smollm3"] | {"use_sliding_window": True, "sliding_window": 20, "no_rope_layers": [1, 0, 1, 0, 1]},
+        [0, 20, 0, 20, 0],
+    ),
     "one": (SMALL["mistral"] | {"sliding_window": 1}, [1] * 3),
 }  # fmt: skip
 
@@ -268,3 +276,66 @@ def test_the_text_part_of_a_model_of_images(older: bool, place: Path, tmp_path: 
     edit_config(folder, text_config=None)
     with pytest.raises(CheckpointError, match="no text_config"):
         export(folder, tmp_path / "none")
+
+
+@pytest.fixture(scope="module")
+def talker(place: Path) -> Model:
+    """A model with a tokenizer, its weights in 8 bits, its keys rotated, centred and in a basis of their own."""
+    folder = save_family(place / "talker", WINDOWED["qwen2"][0] | {"max_position_embeddings": 1024})
+    return open_bundle(export(folder, place / "talker-bundle", activations="fp32", calibration=TEXT).path)
+
+
+def test_keys_are_transformed_before_windows_are_looked_through(talker: Model) -> None:
+    kv = talker.bundle.manifest.kv
+    assert (kv["rotation"], kv["centered"], kv["keys"]) == ("hadamard", True, "balanced")
+    wanted = logits_of(effective_model(talker.bundle), IDS).numpy()
+    for backend in ("native", "numpy"):
+        session = talker.session("fp16", recent=256, backend=backend, prefill_chunk=7)
+        assert off(session.append(IDS, all_logits=True), wanted) <= 2 * TOLERANCE, backend
+
+
+def test_a_budget_holds_for_what_is_held(talker: Model) -> None:
+    session = talker.session("rule", kv_memory=200_000, recent=8)
+    for at in range(0, 600, 50):
+        session.append(LONG[at : at + 50])
+        assert session.store.nbytes <= 200_000
+    within = talker.session("rule", kv_bits=4, recent=8)
+    within.append(LONG[:600])
+    assert within.store.forgotten
+    assert within.store.used_nbytes <= 4 * within.store.geometry.values * 600 / 8
+    for each in (session, within):
+        stats, seen = each.stats(), kvq.inspect_session(each, features=False)
+        assert sum(token.nbytes for token in seen.tokens) == each.store.used_nbytes
+        assert sum(total.nbytes + total.slack_nbytes for total in seen.totals) == stats.kv_nbytes
+        assert stats.kv_used_bits == pytest.approx(8 * each.store.used_nbytes / each.store.values)
+
+
+def test_texts_of_training_are_seen_through_windows(talker: Model) -> None:
+    torch = needs("torch")
+    twin = ParallelModel.load(talker.bundle)
+    found = twin.run(torch.as_tensor(IDS)[None]).logits[0].numpy()
+    assert off(found, logits_of(effective_model(talker.bundle), IDS).numpy()) <= TOLERANCE
+
+
+def test_attention_variance_is_of_what_the_last_layer_sees(talker: Model) -> None:
+    session, found = talker.session("fp16", recent=256), []
+    session.chooser.observer = lambda features: found.append(features.attention_variance.copy())
+    session.append(IDS)
+    wanted = ParallelModel.load(talker.bundle).run(needs("torch").as_tensor(IDS)[None]).attention_variance[0].numpy()
+    assert off(np.concatenate(found), wanted) <= 1e-5
+    assert (wanted >= -1e-7).all()
+
+
+def test_a_conversation_forgets_its_oldest_turns(talker: Model) -> None:
+    conversation = talker.chat()
+    for _ in range(8):
+        list(conversation.reply("What do the birds do in winter, and where do they go? " * 2, max_tokens=40))
+    before = len(conversation.session.tokens)
+    assert conversation.session.store.forgotten
+    assert conversation.forget(talker.architecture.context - before // 2)
+    tokens = list(conversation.session.tokens)
+    assert 0 < len(tokens) < before
+    fresh = talker.session()
+    fresh.append(tokens)
+    ends = [session.append([5, 6, 7]) for session in (conversation.session, fresh)]
+    assert off(*ends) <= 0.05 * np.abs(ends[1]).max()
