@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvq.runtime.bundle import forms, limits
 from kvq.runtime.bundle.guard import check_graph
-from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, text_of
+from kvq.runtime.bundle.manifest import KEY_FEEDBACK, MANIFEST, WEIGHTS, Manifest, text_of
 from kvq.runtime.bundle.onnx_file import GraphReader
 from kvq.runtime.bundle.regions import Regions
 from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
@@ -102,6 +105,30 @@ class Bundle:
         data = self._read(name, limits.CONTROLLER_BYTES)
         check_graph(data, name, set(), forms.controller(self.manifest.architecture, classes))
         return data
+
+    @cached_property
+    def key_feedback(self) -> np.ndarray | None:
+        """What codecs of keys do with errors, see `kvq.runtime.precision.codecs.Codec.encode`: float32 [layers, kv_heads,
+        head_dim, head_dim], read-only, or None in older bundles.
+
+        Raises:
+            BundleError: it is not of this model's shape, or not finite.
+            MemoryShortageError: as for `graph`.
+        """
+        if KEY_FEEDBACK not in self.manifest.files:
+            return None
+        shape = self.manifest.architecture
+        axes = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+        try:
+            data = self._read(KEY_FEEDBACK, nbytes := 2 * math.prod(axes))
+            halves = np.frombuffer(data, "<f2")
+            if len(data) != nbytes or not np.isfinite(halves).all():
+                raise BundleError(f"{KEY_FEEDBACK} is not {nbytes} bytes of finite halves; export the bundle again")
+            feedback = halves.reshape(axes).astype(np.float32)
+        except MemoryError as error:
+            raise unreadable(error, self.path / KEY_FEEDBACK) from None
+        feedback.flags.writeable = False
+        return feedback
 
     @cached_property
     def _graphs(self) -> dict[str, bytes]:

@@ -155,10 +155,12 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
     return failed;
 }
 
-int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
+int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                   const float *feedback, size_t each, uint32_t *words,
                    uint16_t *scales) {
-    const int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
-    return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, words, scales);
+    int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
+    if (!refused && feedback && !each) refused = KVQ_MISFIT_SHAPE;
+    return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, feedback, each, words, scales);
 }
 
 void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim) {

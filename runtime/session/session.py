@@ -92,7 +92,8 @@ class Session:
         geometry = Geometry(shape.layers, shape.kv_heads, shape.head_dim)
         chooses, window, budget = model.policy(policy), min(recent, shape.context), None
         bits = protect_bits_for(chooses, kv_bits) if protect_bits is None else int(protect_bits)
-        self.store = KVStore(geometry, window, sink, self.backend.codecs, bits)
+        codecs = self.backend.codecs._replace(feedback=model.bundle.key_feedback)
+        self.store = KVStore(geometry, window, sink, codecs, bits)
         if kv_bits is not None or kv_memory is not None:
             budget = Budget(
                 chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=bits
@@ -317,7 +318,7 @@ class Session:
             protect_bits=self.store.protect_bits,
         )  # fmt: skip
         twin.chooser.budget = self.budget
-        twin.restore(self.store.fork(twin.backend.codecs), list(self.tokens), list(self.pending), self.last_logits)
+        twin.restore(self.store.fork(twin.store.codecs), list(self.tokens), list(self.pending), self.last_logits)
         twin.metadata = copy.deepcopy(self.metadata)
         return twin
 

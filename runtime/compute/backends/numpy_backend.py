@@ -6,6 +6,7 @@ import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.codecs import CodecSet
 
 # Tokens decoded at a time: scratch is two arrays of kv_heads * BLOCK * head_dim floats, and the
 # score matrix stays in cache, however long the context.
@@ -122,19 +123,12 @@ class NumpyAttention(AttentionBackend):
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
             due = store.due()
-            stored = [self._as_stored(x[:, gone], ids[gone]) for x, ids in zip(held, due.T, strict=True)]
+            parts = zip(held, due.T, (layer, None), strict=True)
+            stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of) for x, ids, of in parts]
             rows.add(stored[0], stored[1], ~near[:, gone])
         for keys, values in store.blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values)
         rows.finish(out, row_squares)
-
-    def _as_stored(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision."""
-        stored = np.empty_like(x)
-        for precision in np.unique(ids):
-            chosen = np.flatnonzero(ids == precision)
-            stored[:, chosen] = self.codecs.by_id[int(precision)].roundtrip(np.ascontiguousarray(x[:, chosen]))
-        return stored
 
     def _room(self, store: KVStore) -> np.ndarray:
         """Scratch to decode blocks into."""
@@ -143,6 +137,17 @@ class NumpyAttention(AttentionBackend):
             most = store.geometry.kv_heads * BLOCK * store.geometry.head_dim
             self._scratch = np.empty((2, min(2 * needed, most)), np.float32)
         return self._scratch
+
+
+def _as_stored(codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None) -> np.ndarray:
+    """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision; layer: whose
+    keys they are, None for values.
+    """
+    stored = np.empty_like(x)
+    for precision in np.unique(ids):
+        chosen = np.flatnonzero(ids == precision)
+        stored[:, chosen] = codecs.reread(int(precision), np.ascontiguousarray(x[:, chosen]), layer)
+    return stored
 
 
 BACKENDS = {"numpy": NumpyAttention}
