@@ -232,7 +232,7 @@ def _write_graphs(
 def _measured(
     bundle: Bundle, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
 ) -> tuple[np.ndarray, KeyBasis | None, np.ndarray | None]:
-    """What `GraphWriter.center` takes: means of keys, and their basis if the bundle's are to have one; then also feedback."""
+    """Means of keys; their basis and feedback, if the bundle's are to have them."""
     if "keys" not in bundle.manifest.kv:
         return mean_keys(bundle, ids, progress), None, None
     statistics = key_statistics(bundle, ids, progress)

@@ -1,10 +1,11 @@
 """How a code of a channel makes up for the rounding of the channels before it, per layer and KV head.
 
-A score is the product of a key with a query, so an error e of a key costs e^T S e, with S the second moment of the queries
-that attend to keys beyond the recent window. Channels of S are far from independent: what rounding channel i did wrong can
-be taken from the channels behind it, so that queries see little of both. With U the upper Cholesky factor of the inverse,
-S^-1 = U^T U, the best share that channel j takes of channel i's error is U_ij / U_ii: rounding with error feedback, as
-GPTQ does it to weights (Frantar et al., 2022), here to every key as it is stored. Bytes and readers stay the same.
+A score is the product of a key with a query, so an error e of a key costs e^T S e, with S the second moment of the
+queries that attend to keys beyond the recent window. Channels of S are far from independent: what rounding channel i
+did wrong can be taken from the channels behind it, so that queries see little of both. With U the upper Cholesky factor of
+the inverse, S^-1 = U^T U, the best share that channel j takes of channel i's error is U_ij / U_ii. This is rounding
+with error feedback, as GPTQ does it to weights (Frantar et al., 2022), here of every key as it is stored: bytes and
+readers stay the same.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def key_feedback(statistics: KeyStatistics, basis: KeyBasis, rotation: np.ndarra
 
 
 def feedback_of(moments: np.ndarray) -> np.ndarray:
-    """The shares for second moments [..., d, d] of what errors are multiplied with, float16 [..., d, d], 0 but for j > i."""
+    """Shares for second moments [..., d, d] of what multiplies errors: float16 [..., d, d], 0 but for j > i."""
     d = moments.shape[-1]
     mean = np.trace(moments, axis1=-2, axis2=-1)[..., None, None] / d
     damped = np.where(mean > 0, moments / np.where(mean > 0, mean, 1), 0) + DAMPING * np.eye(d)

@@ -108,8 +108,9 @@ class Bundle:
 
     @cached_property
     def key_feedback(self) -> np.ndarray | None:
-        """What codecs of keys do with errors, see `kvq.runtime.precision.codecs.Codec.encode`: float32 [layers, kv_heads,
-        head_dim, head_dim], read-only, or None in older bundles.
+        """What codecs of keys do with errors, see `kvq.runtime.precision.codecs.Codec.encode`; None in older bundles.
+
+        float32 [layers, kv_heads, head_dim, head_dim], read-only.
 
         Raises:
             BundleError: it is not of this model's shape, or not finite.

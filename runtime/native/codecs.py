@@ -33,10 +33,12 @@ class NativeCodec(Codec):
         codes = np.empty((*x.shape[:-1], self.code_bytes(head_dim)), np.uint8)
         scales = np.empty((*x.shape[:-1], int(self.has_scale)), np.float16)
         vectors = x.size // head_dim
-        fed = None if feedback is None else np.ascontiguousarray(feedback, np.float32)
+        fed = feedback
+        if fed is not None:  # a matrix for every run of tokens
+            fed = np.ascontiguousarray(np.broadcast_to(fed, (*x.shape[:-2], head_dim, head_dim)), np.float32)
         status = self._library.kvq_encode(
             *(self._kernel, self.precision.id, x.ctypes.data, vectors, head_dim),
-            *(None if fed is None else fed.ctypes.data, x.shape[-2] if fed is not None else 1),
+            *(None if fed is None else fed.ctypes.data, max(1, x.shape[-2]) if fed is not None else 1),
             *(codes.ctypes.data, scales.ctypes.data),
         )
         if status == REFUSED_VALUE:

@@ -131,7 +131,7 @@ KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_row
 
 /* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written where the precision
  * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses.
- * feedback: matrices [vectors / each, head_dim, head_dim], one for `each` vectors after another, or null: entry (i, j), j > i,
+ * feedback: matrices of halves [vectors / each, head_dim, head_dim], one for `each` vectors after another, or null: entry (i, j), j > i,
  * is how much of channel i's error is taken from channel j before that is rounded. */
 KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
                               const float *feedback, size_t each, uint32_t *words, uint16_t *scales);

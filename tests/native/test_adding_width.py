@@ -33,7 +33,7 @@ class NormalFloat(Codec):
     precision = Precision(7, "nf4", 4)
     has_scale = True
 
-    def encode(self, x):
+    def encode(self, x, feedback=None):
         scales = half_scale(absmax(x))
         unit = np.divide(x, scales.astype(np.float32), out=np.zeros(x.shape, np.float32), where=scales > 0)
         codes = to_words(np.searchsorted(BORDERS, unit).astype(np.uint8), 8)

@@ -140,8 +140,9 @@ class NumpyAttention(AttentionBackend):
 
 
 def _as_stored(codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None) -> np.ndarray:
-    """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision; layer: whose
-    keys they are, None for values.
+    """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision.
+
+    layer: whose keys they are; None for values.
     """
     stored = np.empty_like(x)
     for precision in np.unique(ids):

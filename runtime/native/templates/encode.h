@@ -72,6 +72,15 @@ INLINE double stored_scale(const book_levels *book, double scale, int64_t produc
     return stored < largest ? stored : largest;
 }
 
+/* x with 13 significant bits, towards 0. */
+INLINE float short_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0xfffff800;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* Codes of whole numbers, channel by channel: what rounding one does wrong is taken from those behind it, as much as
  * feedback [head_dim, head_dim] says. Returns the scale to store. rest: the numbers as floats [padded], changed. */
 INLINE double fed_back(const book_levels *book, const float *feedback, const float *x, const int32_t *magnitude,
@@ -79,15 +88,15 @@ INLINE double fed_back(const book_levels *book, const float *feedback, const flo
     const int count = book->count;
     int64_t products = 0, squares = 0;
     float border[8], value[8];
-    for (int k = 0; k < count; k++) value[k] = scale * ((float)book->level[k] / (float)book->parts);
-    for (int k = 0; k + 1 < count; k++)
-        border[k] = scale * (float)((book->level[k] + book->level[k + 1]) / (2.0 * book->parts));
+    const float unit = short_float(scale / (float)book->parts); /* products of these are exact, fused or not */
+    for (int k = 0; k < count; k++) value[k] = unit * (float)book->level[k];
+    for (int k = 0; k + 1 < count; k++) border[k] = unit * ((float)(book->level[k] + book->level[k + 1]) / 2);
     for (int i = 0; i < head_dim; i++) {
         const float now = rest[i], size = fabsf(now);
         const int positive = now >= 0;
         int rank = 0;
         for (int k = 0; k + 1 < count; k++) rank += size > border[k];
-        const float error = now - (positive ? value[rank] : -value[rank]);
+        const float error = short_float(now - (positive ? value[rank] : -value[rank]));
         const float *row = feedback + (size_t)i * head_dim;
         int j = (i + 1) / LANES * LANES; /* channels that are done may change: nobody looks at them again */
         for (; j + LANES <= head_dim; j += LANES) store_f(rest + j, load_f(rest + j) - error * load_f(row + j));

@@ -44,11 +44,11 @@ class CodecSet(NamedTuple):
     feedback: np.ndarray | None = None
 
     def stored(self, precision: int, x: np.ndarray, keys: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window; keys: they are keys."""
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window."""
         return self.by_id[precision].encode(x, self.feedback if keys else None)
 
     def reread(self, precision: int, x: np.ndarray, layer: int | None) -> np.ndarray:
-        """What readers see of vectors [kv_heads, tokens, head_dim] that left the window; layer: whose keys, None: values."""
+        """What readers see of vectors [kv_heads, tokens, head_dim] that left it; layer: whose keys, None: values."""
         feedback = None if layer is None or self.feedback is None else self.feedback[layer]
         return self.by_id[precision].roundtrip(x, feedback)
 

@@ -9,9 +9,9 @@ adds up over many tokens keeps this error while the others average out. At the u
 projection on the exact one is the exact one, with a slightly larger error; four fifths of the way to it, a vector is
 2 % too short (docs/measurements.md has the divergences). Scales are small enough that what fits a half can be stored.
 
-With `feedback` (see `base.Codec.encode`) codes are chosen again, one channel after the other, by the scale that has been
-found: what a channel's rounding did wrong is made up for by the channels behind it, as far as readers mix the two. A scale
-is then fitted to these codes.
+With `feedback` (see `base.Codec.encode`) codes are chosen again, one channel after the other, by the scale that has
+been found: what a channel's rounding did wrong is made up for by the channels behind it, as far as readers mix the two.
+A scale is then fitted to these codes.
 
 3 bits fill words in two parts: the two low bits of every code as at 2 bits, then the high bits, a word of which serves
 two words of low bits. Byte b of a word of low bits has the codes 4 b to 4 b + 3; their high bits are the bits 0 to 3,
@@ -103,24 +103,24 @@ class CodebookCodec(Codec):
         # A vector that the levels do not fit at all must not grow without bound.
         return np.minimum((scale + 4 * unbiased) / 5, MOST_GAIN * scale)
 
-    def _fed_back(
-        self, rest: np.ndarray, scale: np.ndarray, feedback: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks of the levels, uint8 [..., head_dim], and signs, channel by channel, each error taken from what is to come.
+    def _fed_back(self, rest: np.ndarray, scale: np.ndarray, feedback: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks of the levels, uint8 [..., head_dim], and signs; each channel's error is taken from those to come.
 
         Args:
             rest: float32 [..., tokens, head_dim], changed.
             scale: float32 [..., tokens, 1].
-            feedback: float32 [..., head_dim, head_dim].
+            feedback: see `encode`.
         """
         rank, positive = np.zeros(rest.shape, np.uint8), np.empty(rest.shape, bool)
-        borders, values = scale * self._borders, scale * (self._whole.astype(np.float32) / np.float32(self._parts))
+        # Products of 13 bits with halves or levels are exact, so a fused multiply-add gives these bytes, too.
+        unit, whole = _short(scale / np.float32(self._parts)), self._whole.astype(np.float32)
+        borders, values = unit * ((whole[1:] + whole[:-1]) / 2), unit * whole
         for channel in range(rest.shape[-1]):
             now, later = rest[..., channel], rest[..., channel + 1 :]
             magnitude, above = np.abs(now), now >= 0
             chosen = (magnitude[..., None] > borders).sum(-1, dtype=np.uint8)
             value = np.take_along_axis(values, chosen[..., None].astype(np.intp), -1)[..., 0]
-            error = now - np.where(above, value, -value)
+            error = _short(now - np.where(above, value, -value))
             later -= error[..., None] * feedback[..., None, channel, channel + 1 :]
             rank[..., channel], positive[..., channel] = chosen, above
         return rank, positive
@@ -138,6 +138,11 @@ class CodebookCodec(Codec):
         values = np.take(self._bytes, codes, axis=0, mode="clip")
         values = values.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // self.bits))
         np.multiply(from_words(values, 32 // self.bits, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+def _short(x: np.ndarray) -> np.ndarray:
+    """float32 with 13 significant bits, towards 0."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFF800)).view(np.float32)
 
 
 class ThreeBitCodec(CodebookCodec):
