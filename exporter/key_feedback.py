@@ -2,10 +2,10 @@
 
 A score is the product of a key with a query, so an error e of a key costs e^T S e, with S the second moment of the
 queries that attend to keys beyond the recent window. Channels of S are far from independent: what rounding channel i
-did wrong can be taken from the channels behind it, so that queries see little of both. With U the upper Cholesky factor of
-the inverse, S^-1 = U^T U, the best share that channel j takes of channel i's error is U_ij / U_ii. This is rounding
-with error feedback, as GPTQ does it to weights (Frantar et al., 2022), here of every key as it is stored: bytes and
-readers stay the same.
+did wrong can be taken from the channels behind it, so that queries see little of both. With U the upper Cholesky
+factor of the inverse, S^-1 = U^T U, the best share that channel j takes of channel i's error is U_ij / U_ii. This is
+rounding with error feedback, as GPTQ does it to weights (Frantar et al., 2022), here of every key as it is stored:
+bytes and readers stay the same.
 """
 
 from __future__ import annotations

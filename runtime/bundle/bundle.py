@@ -22,6 +22,7 @@ from kvq.runtime.bundle.manifest import KEY_FEEDBACK, MANIFEST, WEIGHTS, Manifes
 from kvq.runtime.bundle.onnx_file import GraphReader
 from kvq.runtime.bundle.regions import Regions
 from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
+from kvq.runtime.precision.codecs.codebook import feeds_back_little
 
 
 def digest(path: Path) -> str:
@@ -122,10 +123,11 @@ class Bundle:
         axes = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
         try:
             data = self._read(KEY_FEEDBACK, nbytes := 2 * math.prod(axes))
-            halves = np.frombuffer(data, "<f2")
-            if len(data) != nbytes or not np.isfinite(halves).all():
-                raise BundleError(f"{KEY_FEEDBACK} is not {nbytes} bytes of finite halves; export the bundle again")
-            feedback = halves.reshape(axes).astype(np.float32)
+            if len(data) != nbytes:
+                raise BundleError(f"{KEY_FEEDBACK} has not {nbytes} bytes; export the bundle again")
+            feedback = np.frombuffer(data, "<f2").reshape(axes).astype(np.float32)
+            if not feeds_back_little(feedback):
+                raise BundleError(f"{KEY_FEEDBACK} lets errors grow without bound; export the bundle again")
         except MemoryError as error:
             raise unreadable(error, self.path / KEY_FEEDBACK) from None
         feedback.flags.writeable = False

@@ -61,7 +61,9 @@ INLINE vf level_NF4(vw word, int i) {{
 }}
 """
 ENCODE = f"""
-INLINE int encode_NF4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {{
+INLINE int encode_NF4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                      uint16_t *scale_out) {{
+    (void)feedback;
     static const float borders[15] = {c_array(BORDERS)};
     const int half = half_above(peak);
     if (half < 0) return KVQ_REFUSED_VALUE;

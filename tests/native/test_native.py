@@ -181,7 +181,7 @@ def assert_encodes_as_numpy(kernel, name, x, feedback=None):
     shape=st.tuples(st.integers(1, 2), st.integers(0, 4), st.sampled_from((*HEAD_DIMS, 1024, 1032))),
     exponents=st.tuples(st.integers(-45, 38), st.integers(-45, 38)),
     steps=st.sampled_from((0, 0, 2, 4)),
-    share=st.sampled_from((None, None, 0.0, 0.3, 60000.0)),
+    share=st.sampled_from((None, None, 0.0, 0.3)),
 )
 @examples(80)
 def test_native_encoding_gives_numpy_s_bytes(kernel, name, seed, shape, exponents, steps, share):
@@ -302,7 +302,8 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 @pytest.mark.parametrize("policy", ["int2", "mixed", "rule"])
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
-    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY, protect_bits=8)
+    codecs = NUMPY._replace(feedback=session.store.codecs.feedback)
+    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=codecs, protect_bits=8)
     append, choose = session.store.append, session.store.choose_open
     chosen = {}
     store.choose_open = lambda of, start, count: chosen[start, count]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from kvq.exporter.key_feedback import DAMPING, feedback_of
 from kvq.runtime.precision.codecs import CODECS
-from kvq.runtime.precision.codecs.codebook import CodebookCodec
-from tests.tools.kvdata import WIDTHS, examples, seeds
+from kvq.runtime.precision.codecs.codebook import CodebookCodec, feeds_back_little
+from kvq.runtime.precision.table import Geometry
+from tests.tools.kvdata import WIDTHS, examples, random_feedback, seeds
 from tests.tools.vectors import vectors
 
 BOOKS = [id_ for id_ in WIDTHS if isinstance(CODECS[id_], CodebookCodec)]
@@ -98,3 +99,11 @@ def test_codecs_of_many_bits_leave_it_out(precision):
         CODECS[precision].encode(x), CODECS[precision].encode(x, np.ones((2, 64, 64), np.float32)), strict=True
     ):
         np.testing.assert_array_equal(plain, fed)
+
+
+def test_what_could_grow_without_bound_is_told_apart():
+    honest = random_feedback(1, Geometry(2, 2, 128))
+    assert feeds_back_little(honest)
+    assert feeds_back_little(feedback_of(np.diag(np.arange(1.0, 257))))
+    for wrong in (np.full((1, 64, 64), 60.0), np.full((1, 8, 8), np.nan)):
+        assert not feeds_back_little(wrong.astype(np.float32))

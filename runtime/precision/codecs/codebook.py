@@ -140,6 +140,19 @@ class CodebookCodec(Codec):
         np.multiply(from_words(values, 32 // self.bits, out.shape[-1]), scales.astype(np.float32), out=out)
 
 
+def feeds_back_little(feedback: np.ndarray) -> bool:
+    """Whether no vector's errors can grow beyond single precision, see `Codec.encode`; not where feedback has NaN.
+
+    Beyond it, a fused multiply-add would have another result.
+    """
+    most = np.full(feedback.shape[:-1], 2.0 * FIXED_ONE)  # of what may be left of each channel, and of its error
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in range(feedback.shape[-1]):
+            later = slice(channel + 1, None)
+            most[..., later] += most[..., channel, None] * np.abs(feedback[..., channel, later])
+    return bool((most < 2.0**100).all())
+
+
 def _short(x: np.ndarray) -> np.ndarray:
     """float32 with 13 significant bits, towards 0."""
     return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFF800)).view(np.float32)
