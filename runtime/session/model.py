@@ -91,6 +91,7 @@ class Model:
         now.
         """
         shape = self.architecture
+        _ = self.bundle.key_feedback  # damaged files are refused here, not by the first session
         try:
             store = KVStore(Geometry(shape.layers, shape.kv_heads, shape.head_dim), recent=0)
             backend = make_backend()
