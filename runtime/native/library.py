@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 12
+ABI = 13
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -28,12 +28,12 @@ PAGE = np.dtype(
 
 
 class Pass(ctypes.Structure):
-    """kvq_pass: one forward pass of one session."""
+    """kvq_pass: what one session has of a forward pass; next: address of the next one's, or None."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
-        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "next")),
     )
 
 
