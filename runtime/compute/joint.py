@@ -1,4 +1,4 @@
-"""Passes over the tokens of several sessions at once: products run over all rows, attention over each session's store."""
+"""Passes over the tokens of several sessions at once: products over all rows, attention over each one's store."""
 
 from __future__ import annotations
 

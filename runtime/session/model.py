@@ -274,7 +274,7 @@ class Model:
         """Append tokens to several sessions in as few passes as the longest takes: weights are read once a pass.
 
         Every session gets what `Session.append` gives it, texts of any lengths, precisions and policies; see
-        docs/stepwise.md for where the logits may differ in rounding. One thread at a time runs such passes, others wait.
+        docs/stepwise.md for where the logits may differ in rounding. One thread at a time runs such passes.
 
         Args:
             feeds: sessions of this model, each once, and the token ids for it: one, or a prompt, or a part of one.

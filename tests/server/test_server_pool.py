@@ -278,6 +278,9 @@ def test_jobs_take_turns_token_by_token(tiny_model):
     for job in jobs:
         runner.finish(job)
     assert all(len(set(runner.order[at : at + 3])) == 3 for at in range(6, 24))
+    passes = runner.scheduler.passes
+    # The three prompts of five tokens fit into one pass, then each gives its eleven further tokens with the others.
+    assert (passes.passes, passes.sessions, passes.rows) == (12, 36, 3 * 5 + 3 * 11)
     runner.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ class NativeJointPass(JointPass):
             self._positions[at:stop] = span.positions
             span.keys, span.values = own.keys, own.values
             at = stop
-        for one, following in zip(given, given[1:], strict=False):
+        for one, following in itertools.pairwise(given):
             one.given.next = ctypes.addressof(following.given)
         given[-1].given.next = None
         run_graph(graph, given[0].given)
