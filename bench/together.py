@@ -3,8 +3,8 @@
     python -m kvq.bench.together -m BUNDLE --context 512
 
 Every round has all arms once, in an order that turns, so that a slow minute is everybody's; ratios are those within a
-round. Tokens are the most likely ones, or drawn as `kvq-run` draws them with --draw. At the end every session's logits are
-compared with those of a session alone that was fed the same tokens.
+round. Tokens are the most likely ones, or drawn as `kvq-run` draws them with --draw. At the end every session's
+logits are compared with those of a session alone that was fed the same tokens.
 """
 
 from __future__ import annotations

@@ -279,8 +279,8 @@ def test_jobs_take_turns_token_by_token(tiny_model):
         runner.finish(job)
     assert all(len(set(runner.order[at : at + 3])) == 3 for at in range(6, 24))
     passes = runner.scheduler.passes
-    # The three prompts of five tokens fit into one pass, then each gives its eleven further tokens with the others.
-    assert (passes.passes, passes.sessions, passes.rows) == (12, 36, 3 * 5 + 3 * 11)
+    # One of what held the worker; all three prompts of five tokens; eleven times the further tokens of all.
+    assert (passes.passes, passes.sessions, passes.rows) == (1 + 1 + 11, 1 + 3 + 33, 1 + 15 + 33)
     runner.close()
 
 

@@ -43,7 +43,7 @@ class NativeSpan:
         """Have `given` describe the store as it is now, until it changes.
 
         Returns:
-            The pairs of pages that the library has no kernels for; if there are any, another backend has to run the pass.
+            Pairs of its pages that the library has no kernels for; if there are any, another backend has to run.
         """
         table, given = self._table, self.given
         if self._stepwise is not None:
