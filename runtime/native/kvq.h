@@ -71,9 +71,10 @@ typedef struct {
     const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
 } kvq_move;
 
-/* One forward pass of one session. */
-typedef struct {
-    int32_t layers, heads, kv_heads, head_dim;
+/* The part of a forward pass that is one session's; several go through the graph together as a chain, the rows of each
+ * behind those of the one before. A row comes out as it does in a pass of its own. */
+typedef struct kvq_pass {
+    int32_t layers, heads, kv_heads, head_dim; /* the same in all of a chain, kernel too */
     int32_t tokens;  /* new ones, not in the pages */
     int32_t pages;   /* rows of page */
     int32_t kernel;  /* index of an instruction set, see kvq_kernel_name; -1: the best this machine has */
@@ -84,16 +85,18 @@ typedef struct {
     const kvq_move *stepwise; /* null, or how each token but the last goes on its way before the next one attends: every
                                * row then sees just what a pass of its own would see. Its rows are those of `page`, its
                                * keys and values those above; pages are written behind their count */
+    const struct kvq_pass *next; /* the session whose rows come behind these, or null; at most KVQ_MOST_SESSIONS in all */
 } kvq_pass;
+#define KVQ_MOST_SESSIONS 4096
 
-/* The new tokens of one layer. Strides are in floats, from one token to the next. */
+/* The new tokens of one layer, of a chain those of all its sessions. Strides are in floats, from one token to the next. */
 typedef struct {
     const float *query; /* [tokens, heads, head_dim] */
     const float *key;   /* [tokens, kv_heads, head_dim] */
     const float *value; /* [tokens, kv_heads, head_dim] */
     float *out;         /* [tokens, heads, head_dim], contiguous */
     ptrdiff_t query_stride, key_stride, value_stride;
-    float *row_squares; /* [tokens, heads] or null */
+    float *row_squares; /* [tokens, heads]; null: in the last layer to each pass's own, if it has any */
 } kvq_rows;
 
 /* A matrix of quantized weights [n, k]. The weight at k of row n is the scale of its block of k times its code less 128, or,

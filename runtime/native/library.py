@@ -28,12 +28,12 @@ PAGE = np.dtype(
 
 
 class Pass(ctypes.Structure):
-    """kvq_pass: one forward pass of one session."""
+    """kvq_pass: what one session has of a forward pass; next: address of the next one's, or None."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
-        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "next")),
     )
 
 

@@ -167,6 +167,7 @@ class Information:
         _, pool = self.scheduler.ready()
         active, waiting = self.scheduler.counts()
         memory, disk = pool.prefixes.counts()
+        passes = self.scheduler.passes
         return {
             "active": active,
             "waiting": waiting,
@@ -180,6 +181,9 @@ class Information:
             "evictions": pool.prefixes.evictions,
             "restores": pool.prefixes.restores,
             "dropped_files": pool.prefixes.dropped_files,
+            "passes": passes.passes,
+            "pass_sessions": passes.sessions,
+            "pass_tokens": passes.rows,
         }
 
     async def stats(self, request: Request) -> Response:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
+from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
@@ -47,16 +48,16 @@ Progress = Callable[[int, int], None]
 
 def generate_tokens(
     session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
-) -> Iterator[tuple[int, float]]:
+) -> Iterator[Appending | tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
 
-    The last yielded token is in `session.pending`: it is fed when the next one is asked for, or
-    by the next append.
+    Before a token comes what has to be appended for it: whoever asked has it run until it is finished, and goes on. The
+    last yielded token is in `session.pending`: it is fed when the next one is asked for, or by the next append.
     """
-    if len(ids):
-        logits = session.append(ids, progress=progress)
-    elif session.pending:
-        logits = session.append([session.pending.pop()])
+    if len(ids) or session.pending:
+        appending = Appending(session, ids if len(ids) else None, progress=progress)
+        yield appending
+        logits = appending.result
     elif session.last_logits is not None:
         logits = session.last_logits
     else:
@@ -68,7 +69,9 @@ def generate_tokens(
         if session.room < 0:
             session.pending.clear()
             return
-        logits = session.append([session.pending.pop()])
+        appending = Appending(session, None)
+        yield appending
+        logits = appending.result
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -88,6 +91,21 @@ class GenerationOptions(SamplingOptions, total=False):
 
 
 def stream(
+    session: Session, prompt: str | Sequence[int] | None = None, **options: Unpack[GenerationOptions]
+) -> Iterator[Response]:
+    """Generate text after a prompt, in passes of the session's own; arguments and errors as of `events`."""
+    return _alone(events(session, prompt, **options))
+
+
+def _alone(generation: Iterator[Appending | Response]) -> Iterator[Response]:
+    for event in generation:
+        if isinstance(event, Appending):
+            event.run()
+        else:
+            yield event
+
+
+def events(
     session: Session,
     prompt: str | Sequence[int] | None = None,
     *,
@@ -103,8 +121,11 @@ def stream(
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
-) -> Iterator[Response]:
-    """Generate text after a prompt.
+) -> Iterator[Appending | Response]:
+    """Generate text after a prompt: a `Response` per token, and before it what has to be appended for it.
+
+    Whoever asks for these has each `Appending` run until it is finished, alone or together with those of other
+    sessions (`appending.run_pass`), before the next event; its logits are then what the token is drawn from.
 
     Args:
         session: where the text so far is cached; the prompt is appended to it.
@@ -158,11 +179,16 @@ def _stream(
     stop_ids: frozenset[int],
     constraint: Constraint | None,
     progress: Progress | None,
-) -> Iterator[Response]:
+) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     matcher = StopMatcher(stop)
-    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
+    index = -1
+    for event in generate_tokens(session, ids, sampler, progress):
+        if isinstance(event, Appending):
+            yield event
+            continue
+        index, (token, logprob) = index + 1, event
         reason = None
         text = ""
         if decoder and not index:  # it has to know what the first token stands behind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,13 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
+from kvq.runtime.compute.several import JointRunner
 from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.table import Geometry
+from kvq.runtime.session.appending import Appending, run_pass
 from kvq.runtime.session.generation import GenerationOptions, Response
 from kvq.runtime.session.session import Session
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -76,6 +79,7 @@ class Model:
         self.notice: Callable[[str], None] | None = None
         self._told = {""}
         self.engine = Engine(bundle, threads)
+        self._joint, self._joint_lock = JointRunner(self.engine), threading.Lock()
         self._check()
         self.optional_tokenizer = _tokenizer(bundle)
 
@@ -264,6 +268,44 @@ class Model:
             self, policy, recent=recent, sink=sink, prefill_chunk=prefill_chunk, prefill=prefill, backend=backend,
             kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=protect_bits,
         )  # fmt: skip
+
+    def step(
+        self, feeds: Sequence[tuple[Session, Sequence[int] | np.ndarray]], all_logits: bool = False
+    ) -> list[np.ndarray]:
+        """Append tokens to several sessions in as few passes as the longest takes: weights are read once a pass.
+
+        Every session gets what `Session.append` gives it, texts of any lengths, precisions and policies; see
+        docs/stepwise.md for where the logits may differ in rounding. One thread at a time runs such passes.
+
+        Args:
+            feeds: sessions of this model, each once, and the token ids for it: one, or a prompt, or a part of one.
+            all_logits: as in `Session.append`.
+
+        Returns:
+            For each session what `Session.append` returns.
+
+        Raises:
+            PromptError, ContextError: the tokens of one do not fit it, or a session is there twice or of another
+                model; nothing was appended to any.
+            KvqError: what has gone wrong with one, when the others are done.
+        """
+        if any(session.model is not self for session, _ in feeds):
+            raise PromptError("a step takes sessions of one model; give those of another to its own")
+        appendings = [Appending(session, ids, all_logits) for session, ids in feeds]
+        failed: list[Exception] = []
+        left = appendings
+        while left:
+            errors = self.run_pass(left)
+            failed += [error for error in errors if error is not None]
+            left = [each for each, error in zip(left, errors, strict=True) if error is None and not each.finished]
+        if failed:
+            raise failed[0]
+        return [each.result for each in appendings]
+
+    def run_pass(self, appendings: Sequence[Appending]) -> list[Exception | None]:
+        """The next pass of some appends together, see `kvq.runtime.session.appending.run_pass`."""
+        with self._joint_lock:
+            return run_pass(self._joint, appendings)
 
     @named_keywords()
     def load_session(
