@@ -19,6 +19,7 @@ from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.messages import parse_messages
 from kvq.runtime.server.metrics import Metrics
 from kvq.runtime.server.ollama import now
+from kvq.runtime.server.page import page
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.session.sampling import DEFAULTS
@@ -133,7 +134,9 @@ class Information:
         })  # fmt: skip
 
     async def root(self, request: Request) -> Response:
-        """For clients that look whether somebody is there."""
+        """The page, for a browser; a word, for clients that look whether somebody is there."""
+        if "text/html" in request.headers.get("accept", ""):
+            return page()
         return PlainTextResponse("kvq is running")
 
     async def version(self, request: Request) -> Response:

@@ -8,7 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,12 +42,14 @@ class Step:
     response: None where no token was asked for.
     alternatives: the most likely tokens in its place, as many as asked for.
     done: with the last token of the choice.
+    cache: what `Job.reader` says of the session.
     """
 
     choice: int
     response: Response | None
     alternatives: list[Scored]
     done: Done | None
+    cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Job:
             is the last one of all.
         cancelled: set from any thread: nobody waits for the answer any more. All jobs of a request share it.
         place: how many places it takes in the queue; of a request's jobs one takes one.
+        reader: told number and session of a choice after each of its tokens; what it says goes with the step.
     """
 
     ids: np.ndarray
@@ -100,6 +103,7 @@ class Job:
     emit: Callable[[Event], None] = lambda event: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     place: int = 1
+    reader: Callable[[int, Session], dict[str, Any]] | None = None
     lease: Lease | None = None
     choices: list[Choice] | None = None
     prompted: Prompted | None = None
@@ -315,6 +319,7 @@ class Scheduler:
             pool.appended(lease)
             logits = choice.session.last_logits  # those the token was drawn from
             alternatives = [] if logits is None else most_likely(logits, job.alternatives)
+            cache = None if job.reader is None else job.reader(choice.number, choice.session)
             done = None
             if response.finish_reason is not None and job.choices is not None:
                 done = Done(choice.session.stats(), lease.cached)
@@ -322,9 +327,9 @@ class Scheduler:
                 if choice.session is not lease.session:
                     lease.sessions.remove(choice.session)
                 if not job.choices:
-                    self._end(job, Step(choice.number, response, alternatives, done))
+                    self._end(job, Step(choice.number, response, alternatives, done, cache))
                     return
-            job.emit(Step(choice.number, response, alternatives, done))
+            job.emit(Step(choice.number, response, alternatives, done, cache))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):

@@ -86,7 +86,7 @@ def html(inspection: Inspection) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>kvq inspect: {stats.tokens} tokens, {policy}</title>",
-            f"<style>{STYLE}{_shades(pairs)}</style></head><body>",
+            f"<style>{STYLE}{shades(pairs)}</style></head><body>",
             "<h1>Bits of every token</h1>",
             f'<p class="about">{". ".join(about)}.</p>',
             "<h2>Totals by precision</h2>",
@@ -105,8 +105,8 @@ def html(inspection: Inspection) -> str:
     )
 
 
-def _shades(pairs: Sequence[Pair]) -> str:
-    """Styles of the pairs that occur: shade and height of the bar, in light, dark and print."""
+def shades(pairs: Sequence[Pair]) -> str:
+    """Styles of pairs by their names as classes: shade and height of the bar, in light, dark and print."""
 
     def rules(ramp: Sequence[Color]) -> str:
         parts = []
