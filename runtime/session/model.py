@@ -226,6 +226,22 @@ class Model:
             generation["stop_tokens"] = [*ends, *generation.get("stop_tokens", ())]
         return self.session(**settings).generate(prompt, **generation)  # type: ignore[arg-type]
 
+    @named_keywords()
+    def embed(self, text: str | Sequence[int]) -> np.ndarray:
+        """A vector of a text, or of token ids: the mean of the last residual over its tokens, scaled to length 1.
+
+        No model is trained for it here: see `kvq.runtime.session.embedding`.
+
+        Returns:
+            float32 [hidden].
+
+        Raises:
+            PromptError, ContextError: it is empty, not of this model's ids, or longer than the context.
+        """
+        from kvq.runtime.session.embedding import embed
+
+        return embed(self, text)
+
     @named_keywords(SessionSettings)
     def chat(self, system: str | None = None, **settings: Unpack[SessionSettings]) -> Any:
         """A new `kvq.Conversation`: `reply` answers a question, and every turn is cached.
