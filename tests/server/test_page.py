@@ -7,9 +7,8 @@ import re
 import pytest
 
 from tests.tools.browser import browsing
-from tests.tools.serving import QUESTION, served
+from tests.tools.serving import HTML_PAGE, QUESTION, served
 
-HTML = {"accept": "text/html"}
 WAIT_MS = 60_000
 pytestmark = pytest.mark.slow
 
@@ -149,7 +148,7 @@ def test_every_control_has_a_name_and_can_be_reached_with_the_keyboard(page):
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(page, server):
-    answer = server.get("/", headers=HTML)
+    answer = server.get("/", headers=HTML_PAGE)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
