@@ -16,9 +16,8 @@ from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
-from kvq.runtime.server.tokens import Scored, most_likely
 from kvq.runtime.session.generation import GenerationOptions, Response
-from kvq.runtime.session.sampling import log_probability
+from kvq.runtime.session.sampling import Scored, log_probability, most_likely
 from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
