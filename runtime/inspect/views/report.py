@@ -125,11 +125,12 @@ def _hex(color: Color) -> str:
 
 
 def _reading(inspection: Inspection) -> str:
+    stats = inspection.stats
     parts = ["The shade of a token and the height of the bar below it follow its bits; point at it to read all of it."]
-    if inspection.stats.recent:
+    if stats.recent:
         parts.append(
-            f"A dashed line above: one of the newest {inspection.stats.recent}, still at 16 bits; its shade is what it"
-            " will be stored at. The plots have them on grey."
+            f"A dashed line above: one of the newest {stats.recent}, still at {stats.protect_bits} bits; its shade is"
+            " what it will be stored at. The plots have them on grey."
         )
     if any(len({token.chosen for token in cell}) > 1 for cell in inspection.cells()):
         parts.append("A character spread over several tokens has the shade of the lowest.")
@@ -169,7 +170,7 @@ def _cell(cell: Sequence[InspectedToken]) -> str:
 
 def _tip(token: InspectedToken) -> str:
     """All of a token in one line."""
-    bits = f"{token.chosen}" if not token.in_window else f"16 bits now, {token.chosen} later"
+    bits = f"{token.chosen}" if not token.in_window else f"{token.bits.bits[0]} bits now, {token.chosen} later"
     parts = [f"#{token.position}", f"{_quoted(token)} (id {token.id})", bits, f"{token.nbytes:,} bytes"]
     if token.features:
         parts += [f"{TITLES[name].split(',')[0]} {value:.3g}" for name, value in token.features._asdict().items()]
