@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,14 @@ from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.texts import Choice, Passes
-from kvq.runtime.server.tokens import Scored, most_likely
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import GenerationOptions, Response, events
-from kvq.runtime.session.sampling import log_probability
+from kvq.runtime.session.sampling import Scored, log_probability, most_likely
 from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
+    from kvq.runtime.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Step:
     response: None where no token was asked for.
     alternatives: the most likely tokens in its place, as many as asked for.
     done: with the last token of the choice.
+    cache: what `Job.reader` says of the session.
     """
 
     choice: int
     response: Response | None
     alternatives: list[Scored]
     done: Done | None
+    cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Job:
             is the last one of all.
         cancelled: set from any thread: nobody waits for the answer any more. All jobs of a request share it.
         place: how many places it takes in the queue; of a request's jobs one takes one.
+        reader: told number and session of a choice after each of its tokens; what it says goes with the step.
     """
 
     ids: np.ndarray
@@ -102,6 +105,7 @@ class Job:
     emit: Callable[[Event], None] = lambda event: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     place: int = 1
+    reader: Callable[[int, Session], dict[str, Any]] | None = None
     lease: Lease | None = None
     reading: Appending | None = None
     choices: list[Choice] | None = None
@@ -355,6 +359,7 @@ class Scheduler:
             raise RuntimeError("a generation asked for an append twice")
         logits = choice.session.last_logits  # those the token was drawn from
         alternatives = [] if logits is None else most_likely(logits, job.alternatives)
+        cache = None if job.reader is None else job.reader(choice.number, choice.session)
         done = None
         if response.finish_reason is None:
             following = next(choice.events)
@@ -365,9 +370,9 @@ class Scheduler:
             if choice.session is not lease.session:
                 lease.sessions.remove(choice.session)
             if not job.choices:
-                self._end(job, Step(choice.number, response, alternatives, done))
+                self._end(job, Step(choice.number, response, alternatives, done, cache))
                 return
-        job.emit(Step(choice.number, response, alternatives, done))
+        job.emit(Step(choice.number, response, alternatives, done, cache))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):

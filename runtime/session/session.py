@@ -261,6 +261,8 @@ class Session:
             logits_processor: a function of (ids before the token, logits float32 [vocab]) that gives logits; or
                 several.
             progress: as in `append`, while the prompt is read.
+            top_logprobs: how many of the most likely tokens `Response.top_logprobs` reports in the place of each.
+            stopping_criteria: a function of the ids up to a token, that one included; true ends the text. Or several.
 
         Raises:
             PromptError, ContextError: the prompt is empty, not of this model's ids, or does not fit.
