@@ -17,6 +17,7 @@ from kvq.exporter.folder import replaced_folder, write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import KeyBasis, key_basis
+from kvq.exporter.key_feedback import key_feedback
 from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
@@ -24,7 +25,7 @@ from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import Bundle, digest
-from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import CheckpointError
 
 # What keys can be, and what a manifest says of them: of plain ones nothing, as ever.
@@ -214,7 +215,10 @@ def _write_graphs(
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
             # The same graphs once more, with what the first ones have measured.
-            writer.center(*_measured(NewBundle(folder), options.rotation, ids, measured))
+            means, basis, feedback = _measured(NewBundle(folder), options.rotation, ids, measured)
+            writer.center(means, basis)
+            if feedback is not None:
+                (folder / KEY_FEEDBACK).write_bytes(feedback.astype("<f2").tobytes())
             list(writer.segments()), writer.decoder()
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
@@ -227,12 +231,13 @@ def _write_graphs(
 
 def _measured(
     bundle: Bundle, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
-) -> tuple[np.ndarray, KeyBasis | None]:
-    """What `GraphWriter.center` takes: means of keys, and their basis if the bundle's are to have one."""
+) -> tuple[np.ndarray, KeyBasis | None, np.ndarray | None]:
+    """Means of keys; their basis and feedback, if the bundle's are to have them."""
     if "keys" not in bundle.manifest.kv:
-        return mean_keys(bundle, ids, progress), None
-    basis, means = key_basis(key_statistics(bundle, ids, progress), rotation)
-    return means, basis
+        return mean_keys(bundle, ids, progress), None, None
+    statistics = key_statistics(bundle, ids, progress)
+    basis, means = key_basis(statistics, rotation)
+    return means, basis, key_feedback(statistics, basis, rotation)
 
 
 def _calibration(

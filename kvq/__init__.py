@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     )
     from kvq.runtime.inspect.inspection import InspectedToken, Inspection, inspect_session, inspect_text
     from kvq.runtime.machine.threads import session_options
+    from kvq.runtime.session.asynchronous import aiterate
     from kvq.runtime.session.generation import Response
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session, kv_nbytes
+    from kvq.runtime.session.several import Completion
     from kvq.runtime.session.statistics import Stats
     from kvq.runtime.text.template import ChatTemplate
 
@@ -71,6 +73,8 @@ _EXPORTS = {
     **dict.fromkeys(["Session", "kv_nbytes"], "kvq.runtime.session.session"),
     "ChatTemplate": "kvq.runtime.text.template",
     "Conversation": "kvq.runtime.chat.conversation",
+    "Completion": "kvq.runtime.session.several",
+    "aiterate": "kvq.runtime.session.asynchronous",
     "Response": "kvq.runtime.session.generation",
     "Stats": "kvq.runtime.session.statistics",
     "session_options": "kvq.runtime.machine.threads",
@@ -114,6 +118,7 @@ __all__ = [
     "ChatTemplate",
     "ChatTemplateError",
     "CheckpointError",
+    "Completion",
     "ContextError",
     "Conversation",
     "GrammarError",
@@ -139,6 +144,7 @@ __all__ = [
     "TokenFeatures",
     "TokenizerError",
     "UnsupportedArchitectureError",
+    "aiterate",
     "inspect_session",
     "inspect_text",
     "kv_nbytes",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvq.controller.training.parallel import ParallelModel, Pass, roundtrip
+from kvq.controller.training.parallel import ParallelModel, Pass
 from kvq.runtime.precision.table import EXACT, named
 
 # Ids of the precisions that controllers choose; 16 bits are taken to do no damage: 1e-8 nats on the embedded model.
@@ -60,7 +60,8 @@ def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: 
     def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         leaf = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
         leaves.extend(leaf)
-        errors.extend([roundtrip(x.detach(), w) - x.detach() for w in WIDTHS] for x in (keys, values))
+        both = ((keys.detach(), 0), (values.detach(), 1))
+        errors.extend([model.stored(layer, side, x, w) - x for w in WIDTHS] for x, side in both)
         return keys + leaf[0], values + leaf[1]
 
     found = model.run(ids, read)
@@ -118,9 +119,10 @@ def exact_damage(
             ) -> tuple[Tensor, Tensor]:
                 seen = (keys.clone(), values.clone())
                 for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):
-                    for x, precision in zip(seen, pair, strict=True):
+                    for side, (x, precision) in enumerate(zip(seen, pair, strict=True)):
                         if precision != EXACT.k:
-                            x[row, :, place] = roundtrip(x[row, :, place], precision)
+                            own = slice(place, place + 1)
+                            x[row, :, own] = model.stored(layer, side, x[row, :, own], precision)
                 return seen
 
             logits = model.run(ids.expand(len(part), -1), read).logits

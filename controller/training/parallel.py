@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,16 +54,18 @@ class ParallelModel:
         twin: the bundle's graphs with its dequantized, un-rotated weights.
         recent: newest tokens, besides the query's own, that are read as the window keeps them.
         protect_bits: at which it does.
+        feedback: of the codecs of keys, see `kvq.runtime.bundle.bundle.Bundle.key_feedback`.
     """
 
     twin: Twin
     recent: int = 16
     protect_bits: int = 8
+    feedback: np.ndarray | None = None
 
     @classmethod
     def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
         """The twin of a bundle."""
-        return cls(effective_model(bundle).to(device), recent)
+        return cls(effective_model(bundle).to(device), recent, feedback=bundle.key_feedback)
 
     @property
     def shape(self) -> Architecture:
@@ -77,6 +80,10 @@ class ParallelModel:
     def _as_kept(self, x: Tensor) -> Tensor:
         """x as the window rounds it, if there is one."""
         return _straight(x, _codecs().windows[self.protect_bits]) if self.recent else x
+
+    def stored(self, layer: int, side: int, x: Tensor, bits: int) -> Tensor:
+        """What readers see of a layer's keys (side 0) or values (1), [..., kv_heads, tokens, head_dim]."""
+        return roundtrip(x, bits, None if side or self.feedback is None else self.feedback[layer])
 
     def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
         """One pass over int64 ids [batch, tokens], all tokens scored.
@@ -185,12 +192,12 @@ def _attention(
     return torch.cat(mixed, 2), torch.cat(squares, 2)
 
 
-def roundtrip(x: Tensor, bits: int) -> Tensor:
+def roundtrip(x: Tensor, bits: int, feedback: np.ndarray | None = None) -> Tensor:
     """What a codec returns of x, with the gradient of the identity (straight-through).
 
     The codec itself runs, on the CPU: what is learned is learned about the bytes that are stored.
     """
-    return _straight(x, _codecs().by_id[bits])
+    return _straight(x, _codecs().by_id[bits], feedback)
 
 
 @functools.cache
@@ -199,6 +206,6 @@ def _codecs() -> CodecSet:
     return make_backend().codecs
 
 
-def _straight(x: Tensor, codec: Codec) -> Tensor:
-    seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy())).to(x.device)
+def _straight(x: Tensor, codec: Codec, feedback: np.ndarray | None = None) -> Tensor:
+    seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy(), feedback)).to(x.device)
     return x + (seen - x).detach() if x.requires_grad else seen

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvq.runtime.bundle import forms, limits
 from kvq.runtime.bundle.guard import check_graph
-from kvq.runtime.bundle.manifest import MANIFEST, WEIGHTS, Manifest, text_of
+from kvq.runtime.bundle.manifest import KEY_FEEDBACK, MANIFEST, WEIGHTS, Manifest, text_of
 from kvq.runtime.bundle.onnx_file import GraphReader
 from kvq.runtime.bundle.regions import Regions
 from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
+from kvq.runtime.precision.codecs.codebook import feeds_back_little
 
 
 def digest(path: Path) -> str:
@@ -102,6 +106,32 @@ class Bundle:
         data = self._read(name, limits.CONTROLLER_BYTES)
         check_graph(data, name, set(), forms.controller(self.manifest.architecture, classes))
         return data
+
+    @cached_property
+    def key_feedback(self) -> np.ndarray | None:
+        """What codecs of keys do with errors, see `kvq.runtime.precision.codecs.Codec.encode`; None in older bundles.
+
+        float32 [layers, kv_heads, head_dim, head_dim], read-only.
+
+        Raises:
+            BundleError: it is not of this model's shape, or not finite.
+            MemoryShortageError: as for `graph`.
+        """
+        if KEY_FEEDBACK not in self.manifest.files:
+            return None
+        shape = self.manifest.architecture
+        axes = (shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)
+        try:
+            data = self._read(KEY_FEEDBACK, nbytes := 2 * math.prod(axes))
+            if len(data) != nbytes:
+                raise BundleError(f"{KEY_FEEDBACK} has not {nbytes} bytes; export the bundle again")
+            feedback = np.frombuffer(data, "<f2").reshape(axes).astype(np.float32)
+            if not feeds_back_little(feedback):
+                raise BundleError(f"{KEY_FEEDBACK} lets errors grow without bound; export the bundle again")
+        except MemoryError as error:
+            raise unreadable(error, self.path / KEY_FEEDBACK) from None
+        feedback.flags.writeable = False
+        return feedback
 
     @cached_property
     def _graphs(self) -> dict[str, bytes]:

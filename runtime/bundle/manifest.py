@@ -44,6 +44,9 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
+KEY_FEEDBACK = "key_feedback.bin"  # halves [layers, kv_heads, head_dim, head_dim], see `Bundle.key_feedback`
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape of the model; all in elements, tokens or layers.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
+from kvq.runtime.cli.commands import Toolbox, read_tools
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import (
     CACHE,
@@ -32,12 +34,19 @@ from kvq.runtime.errors import PromptError
 @options([SYSTEM, *SESSION])
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No notices, only answers and errors.")
 @option("--no-history", is_flag=True, section="Basics", help="Do not keep what is typed for the next run.")
+@option(
+    "--tools",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    section="Basics",
+    help="Commands the model may ask for; each is confirmed.",
+)
 @options(MODEL)
 @options(CACHE)
 @options([max_tokens(512), *SAMPLING[1:]])
 @click.pass_context
 def chat(
-    ctx, question, system, session_file, session_readonly, quiet, no_history, model, threads, **parameters
+    ctx, question, system, session_file, session_readonly, quiet, no_history, tools, model, threads, **parameters
 ) -> None:
     """Talk with a model; /help lists what you can type besides.
 
@@ -59,8 +68,9 @@ def chat(
     settings = session_settings(parameters)
     generation = generation_options(parameters)
     kept = SessionFile.of(session_file, session_readonly)
+    toolbox = None if tools is None else Toolbox(read_tools(tools))
     loaded = load_model(model, threads)
-    repl = Repl(loaded, settings, system, generation, quiet, not no_history)
+    repl = Repl(loaded, settings, system, generation, quiet, not no_history, toolbox)
     if kept is not None and kept.exists:
         repl.begin(kept.open(loaded, settings, given(ctx)))
     if kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvq.runtime.cli.answers import Answer, show, why_empty
+from kvq.runtime.cli.commands import Toolbox, ToolCommand, arguments_of, response
 from kvq.runtime.cli.interrupt import Interrupt
 from kvq.runtime.cli.keyboard import QUOTES, prepare_readline, typed
 from kvq.runtime.cli.progress import Bar
 from kvq.runtime.cli.slash import HELP, Commands
 from kvq.runtime.errors import KvqError, PromptError
+from kvq.runtime.text.cells import visible
 
 if TYPE_CHECKING:
     from kvq.runtime.chat.conversation import Conversation
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
 
+MOST_ROUNDS = 8  # of commands for one question
 SPARE = 4  # a reply finds a part of the context free, that of one in so many, or what it may have if that is less
 
 
@@ -35,6 +39,7 @@ class Repl:
         generation: options of `Conversation.reply`.
         quiet: whether notices are left out.
         history: whether what is typed is kept on disk.
+        tools: commands that the model may ask for.
         attended: whether somebody is there whose Ctrl-C ends an answer alone.
         forgotten: turns that had to make room.
     """
@@ -45,6 +50,7 @@ class Repl:
     generation: dict[str, Any]
     quiet: bool
     history: bool = True
+    tools: Toolbox | None = None
     conversation: Conversation = field(init=False)
     attended: bool = False
     forgotten: int = 0
@@ -63,8 +69,17 @@ class Repl:
         """Start or take up the conversation of a session."""
         from kvq.runtime.chat.conversation import Conversation
 
-        self.conversation = Conversation(session, self.system if system else None)
+        fresh = system and (self.system is not None or not session.tokens)  # else the session's own
+        conversation = Conversation(session, self.told(self.system) if fresh else None)
+        said = conversation.messages[0]["content"] if conversation.messages else ""
+        if self.tools is not None and not self.tools.known(said):
+            raise PromptError("this conversation was begun without these tools; begin a new one, or leave --tools out")
+        self.conversation = conversation
         self.forgotten = 0
+
+    def told(self, system: str | None) -> str | None:
+        """The system prompt, with the tools in it."""
+        return system if self.tools is None else self.tools.system(self.model.chat_template, system)
 
     def notice(self, text: str) -> None:
         """A line on stderr, unless --quiet."""
@@ -140,15 +155,41 @@ class Repl:
         """Stream an answer to stdout; where the context is full, the oldest turns go."""
         self._again = 0
         self._make_room(question)
-        self._show(self.generation, question)
+        self._with_tools(self._show(self.generation, question))
 
     def regenerate(self) -> None:
         """Answer the last question again, with other draws."""
         self._again += 1
         seed = self.generation.get("seed")
-        self._show({**self.generation, "seed": None if seed is None else seed + self._again}, None)
+        self._with_tools(self._show({**self.generation, "seed": None if seed is None else seed + self._again}, None))
 
-    def _show(self, generation: dict[str, Any], question: str | None) -> None:
+    def _with_tools(self, answer: Answer) -> None:
+        """Run the commands that an answer asks for, if they are confirmed, and have it go on with what they say."""
+        for _ in range(MOST_ROUNDS):
+            calls = self.tools.calls(answer.text) if self.tools is not None and answer.finish_reason == "stop" else []
+            if not calls:
+                return
+            told = response([self._run(command, text) for command, text in calls])
+            self._make_room(told)
+            answer = self._show(self.generation, told)
+        self.notice(f"({MOST_ROUNDS} rounds of commands; ask again to go on)")
+
+    def _run(self, command: ToolCommand, text: str) -> str:
+        """What a command says; what keeps it from running, otherwise."""
+        try:
+            argv = command.argv(arguments_of(text))
+        except PromptError as error:
+            self.notice(f"({error})")
+            return f"error: {error}"
+        shown = visible(shlex.join(argv))
+        if not self.attended:
+            self.notice(f"(not run, since nobody is there to confirm it: {shown})")
+            return "error: the user was not there to allow it"
+        if not click.confirm(f"run {shown} ?", default=False, err=True):
+            return "error: the user did not allow it"
+        return command.run(argv)
+
+    def _show(self, generation: dict[str, Any], question: str | None) -> Answer:
         """The answer to a question, or with None the last one again."""
         bar = Bar(shown=not self.quiet)
         with Interrupt(enabled=self.attended) as interrupt:
@@ -162,6 +203,7 @@ class Repl:
         if answer.last is None:  # stopped while the question was read
             click.echo()
         self._say_how_it_ended(answer, interrupt.asked)
+        return answer
 
     def _going_on(self, replies: Any, generation: dict[str, Any]) -> Any:
         """Responses of a reply; one that has filled the context goes on once the oldest turns are gone."""

@@ -1,4 +1,4 @@
-"""``kvq serve``: the OpenAI-compatible HTTP API over one model."""
+"""``kvq serve``: the OpenAI-compatible HTTP API over one model, or several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, SIZE, Command, option, options
+from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, SIZE, Command, Words, complete_model, option, options
 
 AT_LEAST_ONE = click.IntRange(1)
 SERVER = [
@@ -18,6 +18,13 @@ SERVER = [
     option("--cors-origin", "cors_origins", multiple=True, metavar="URL", section="Server",
            help="Let pages from there in; can be repeated."),
     option("-q", "--quiet", is_flag=True, section="Server", help="No line per request."),
+]  # fmt: skip
+MODELS = [
+    option("-m", "--model", "models", multiple=True, type=Words(), metavar="MODEL", section="Model",
+           shell_complete=complete_model,
+           help="Name (kvq list), bundle or checkpoint folder, .gguf file or hub id; can be repeated."),
+    option("--models-memory", type=SIZE, metavar="SIZE", section="Model",
+           help="Most bytes of several models; half of memory if not given."),
 ]  # fmt: skip
 SESSIONS = [
     option("--kv-memory-total", type=SIZE, metavar="SIZE", section="Sessions",
@@ -47,14 +54,14 @@ LIMITS = [
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @options(SERVER)
-@options(MODEL)
+@options([*MODELS, *MODEL[1:]])
 @options(CACHE)
 @options(SESSIONS)
 @options(LIMITS)
 def serve(
-    model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, protect_bits, prefill,
-    backend, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens,
-    max_body, timeout, threads, quiet,
+    models, models_memory, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink,
+    protect_bits, prefill, backend, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens,
+    max_prompt_tokens, max_body, timeout, threads, quiet,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API.
 
@@ -62,18 +69,21 @@ def serve(
     Examples:
       kvq serve
       kvq serve -m smollm --kv-bits 3.5 --kv-memory-total 200MB
+      kvq serve -m kvq-books -m smollm
       KVQ_API_KEY=secret kvq serve --host 0.0.0.0
     """
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
         raise click.UsageError("the API key must be printable ASCII and not empty; unset KVQ_API_KEY to go without")
+    from kvq.runtime.server.models import Options
     from kvq.runtime.server.preparing import Limits
     from kvq.runtime.server.protocol import Settings
-    from kvq.runtime.server.serve import Options
     from kvq.runtime.server.serve import serve as run
 
     run(
         Options(
-            model=model, threads=threads, host=host, port=port, name=name,
+            model=models[0] if models else None, others=models[1:],
+            models_memory=None if models_memory is None else int(models_memory),
+            threads=threads, host=host, port=port, name=name,
             settings=Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits),
             backend=backend, chunk=chunk,
             kv_memory_total=None if kv_memory_total is None else int(kv_memory_total),

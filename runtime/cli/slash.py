@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvq.runtime.chat.conversation import BREAK
 from kvq.runtime.errors import BudgetError, PromptError, SamplingError
 from kvq.runtime.session.sampling import DEFAULTS
 
@@ -24,6 +25,7 @@ HELP = """\
 /system [TEXT]   another system prompt, or none; the conversation is processed again
 /set [NAME X]    show options of sampling, or set one: temperature, top_p, seed, max_tokens, ...
 /regenerate      answer the last question again
+/edit            change the last question in $EDITOR, and have it answered
 /undo            take back the last question and its answer
 /context         how full the context is
 /stats           tokens, bytes and times so far
@@ -48,7 +50,7 @@ class Commands:
             "help": (0, 0, self.help), "save": (1, 1, self.save), "load": (1, 1, self.load),
             "policy": (1, 1, self.policy), "stats": (0, 0, self.stats), "undo": (0, 0, self.undo),
             "reset": (0, 0, self.reset), "system": (0, None, self.system), "set": (0, 2, self.set),
-            "regenerate": (0, 0, repl.regenerate), "context": (0, 0, self.context),
+            "regenerate": (0, 0, repl.regenerate), "edit": (0, 0, self.edit), "context": (0, 0, self.context),
         }  # fmt: skip
 
     def run(self, line: str) -> bool:
@@ -115,9 +117,27 @@ class Commands:
     def system(self, text: str) -> None:
         """Another system prompt."""
         repl = self._repl
-        repl.conversation.set_system(text or None)
+        repl.conversation.set_system(repl.told(text or None))
         repl.system = text or None
         repl.notice("a new system prompt" if text else "no system prompt")
+
+    def edit(self) -> None:
+        """The last question once more, as it comes out of the user's editor."""
+        repl = self._repl
+        conversation = repl.conversation
+        if not conversation.turns:
+            raise PromptError("nothing to edit: the conversation has no turns yet")
+        question = conversation.messages[-2]["content"][conversation.turns[-1].document :].removeprefix(BREAK)
+        try:
+            edited = click.edit(question, require_save=True, extension=".txt")
+        except click.ClickException as error:
+            raise PromptError(f"{error.format_message()}; set EDITOR to one that works") from None
+        edited = (edited or "").strip()
+        if not edited or edited == question.strip():
+            repl.notice("nothing changed")
+            return
+        conversation.undo()
+        repl.answer(edited)
 
     def set(self, name: str = "", value: str = "") -> None:
         """Show options, or set one."""

@@ -12,7 +12,7 @@ HEAD_ROWS = 32
 
 
 class Head:
-    """Buffers and bindings of the language-model head, `rows` tokens at a time.
+    """Buffers and bindings of the language-model head, up to `rows` tokens at a time.
 
     Args:
         engine: the sessions.
@@ -26,16 +26,19 @@ class Head:
         self._logits = np.zeros((rows, shape.vocab), np.float32)
         self._entropy = np.zeros(rows, np.float32)
         self._confidence = np.zeros(rows, np.float32)
-        self._head = Bound(head or engine.head(), {"residual": self._residual}, {"logits": self._logits})
-        self._uncertainty = Bound(
-            engine.uncertainty, {"logits": self._logits}, {"entropy": self._entropy, "confidence": self._confidence}
-        )
+        self._head, self._uncertainty = head or engine.head(), engine.uncertainty
+        self._heads: dict[int, Bound] = {}
+        self._uncertainties: dict[int, Bound] = {}
 
     def logits(self, residual: np.ndarray) -> np.ndarray:
         """Logits of residual [n <= rows, hidden], float32 [n, vocab]: a view, overwritten by the next call."""
-        self._residual[: len(residual)] = residual
-        self._head.run()
-        return self._logits[: len(residual)]
+        rows = len(residual)
+        self._residual[:rows] = residual
+        if rows not in self._heads:
+            inputs, outputs = {"residual": self._residual[:rows]}, {"logits": self._logits[:rows]}
+            self._heads[rows] = Bound(self._head, inputs, outputs)
+        self._heads[rows].run()
+        return self._logits[:rows]
 
     def finite(self, rows: int) -> bool:
         """Whether the first rows of the last `logits` are finite numbers."""
@@ -43,5 +46,8 @@ class Head:
 
     def uncertainty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views."""
-        self._uncertainty.run()
+        if rows not in self._uncertainties:
+            outputs = {"entropy": self._entropy[:rows], "confidence": self._confidence[:rows]}
+            self._uncertainties[rows] = Bound(self._uncertainty, {"logits": self._logits[:rows]}, outputs)
+        self._uncertainties[rows].run()
         return self._entropy[:rows], self._confidence[:rows]

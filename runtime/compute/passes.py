@@ -49,6 +49,11 @@ class ForwardPass(ABC):
             self.positions += self._places
         self._run(store, row_squares)
 
+    def forward_at(self, ids: np.ndarray, positions: np.ndarray, store: KVStore) -> None:
+        """`forward`, but ids stand at positions int64 [tokens], whatever the store holds."""
+        self.ids[:], self.positions[:] = ids, positions
+        self._run(store, None)
+
     @abstractmethod
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
         """Run over `ids` at `positions`; fill keys, values and residual."""

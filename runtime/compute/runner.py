@@ -10,7 +10,7 @@ import numpy as np
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import HEAD_ROWS, Head
 from kvq.runtime.compute.passes import ForwardPass
-from kvq.runtime.errors import NonFiniteError
+from kvq.runtime.compute.several import not_finite
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.features import Seen
 
@@ -85,9 +85,7 @@ class Runner:
             if stop > skip:
                 out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
             if not head.finite(len(rows)):
-                raise NonFiniteError(
-                    "the model produced NaN or infinite logits; check the checkpoint, or export with fp32"
-                )
+                raise not_finite()
 
     def _forward_pass(self, tokens: int) -> ForwardPass:
         if tokens in self._passes:

@@ -58,7 +58,7 @@ class Total:
     """All tokens of one precision.
 
     Attributes:
-        bits: of keys and values; None for the recent window, which holds 16 bits in a form of its own.
+        bits: of keys and values; None for the recent window, which holds `protect_bits` in a form of its own.
         tokens: stored at it now.
         due: further ones in the window that will be stored at it.
         nbytes: codes, scales and tags of the tokens stored at it now.

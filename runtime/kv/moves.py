@@ -40,9 +40,16 @@ class Mover(Protocol):
         it encodes itself in `gone`, see `leaving`.
         """
 
-    def __call__(self, window: RecentWindow, moves: list[Move], keys: np.ndarray, values: np.ndarray) -> None:
-        """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]. Counts and
-        tags are the store's.
+    def __call__(
+        self,
+        window: RecentWindow,
+        moves: list[Move],
+        keys: np.ndarray,
+        values: np.ndarray,
+        feedback: np.ndarray | None = None,
+    ) -> None:
+        """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]; feedback: of
+        `kvq.runtime.precision.codecs.CodecSet`. Counts and tags are the store's.
         """
 
 

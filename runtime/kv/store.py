@@ -72,7 +72,7 @@ class KVStore:
         gone = leaving(window, self.length, len(chosen), chosen) if mover is not None else []
         if mover is not None and mover.takes(window, gone, keys, values):
             moves = plan(window, self.length, len(chosen), gone, self._bucket)
-            mover(window, moves, keys, values)
+            mover(window, moves, keys, values, self.codecs.feedback)
             self._count_in(moves, chosen)
         else:
             self._append(keys, values, chosen)
@@ -177,8 +177,8 @@ class KVStore:
             pair = Pair(int(value) >> 8, int(value) & 255)
             tokens = np.flatnonzero(code == value)
             k, v = (
-                Encoded(*self.codecs.by_id[precision].encode(x[:, :, tokens]))
-                for precision, x in zip(pair, (keys, values), strict=True)
+                Encoded(*self.codecs.stored(precision, x[:, :, tokens], of_keys))
+                for precision, x, of_keys in zip(pair, (keys, values), (True, False), strict=True)
             )
             yield pair, k, v, (start + tokens).astype(np.int32)
 

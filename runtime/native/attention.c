@@ -123,9 +123,8 @@ static void prepare_work(void *data, size_t token) {
     for (int h = 0; h < pass->kv_heads; h++) kvq_keep_token(n->task, h, (int)token);
 }
 
-static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
-                        kvq_parallel parallel, void *context) {
-    kvq_task task = {
+static kvq_task task_of(const kvq_pass *pass, int32_t layer, const kvq_rows *rows) {
+    return (kvq_task){
         .pass = pass,
         .rows = rows,
         .kernel = kvq_choose_kernel(pass->kernel),
@@ -135,31 +134,90 @@ static int attend_layer(const kvq_pass *pass, int32_t layer, const kvq_rows *row
         .padded_dim = (pass->head_dim + 15) / 16 * 16,
         .softmax_scale = 1 / sqrtf((float)pass->head_dim),
     };
-    if (!task.kernel) return KVQ_NO_KERNEL;
-    if (prepare && pass->head_dim % 2) return KVQ_MISFIT_SHAPE;
-    if (!parallel) parallel = kvq_serially;
-    if (pass->tokens == 1) return kvq_decode(&task, prepare, parallel, context);
-    parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){&task, prepare});
-    if (pass->stepwise) return kvq_attend_stepwise(&task, parallel, context);
-    task.row_block = task.group < ROW_BLOCK ? ROW_BLOCK / task.group : 1;
-    task.row_blocks = (pass->tokens + task.row_block - 1) / task.row_block;
-    parallel(context, prefill_work, (size_t)task.row_blocks * pass->kv_heads, &task);
-    return task.failed ? KVQ_NO_MEMORY : 0;
+}
+
+/* Several new tokens of one session. */
+static int attend_many(kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context) {
+    const kvq_pass *pass = task->pass;
+    parallel(context, prepare_work, (size_t)pass->tokens, &(new_tokens){task, prepare});
+    if (pass->stepwise) return kvq_attend_stepwise(task, parallel, context);
+    task->row_block = task->group < ROW_BLOCK ? ROW_BLOCK / task->group : 1;
+    task->row_blocks = (pass->tokens + task->row_block - 1) / task->row_block;
+    parallel(context, prefill_work, (size_t)task->row_blocks * pass->kv_heads, task);
+    return task->failed ? KVQ_NO_MEMORY : 0;
+}
+
+/* What one session has of the rows of a chain. */
+typedef struct {
+    kvq_layer_pass own;
+    kvq_rows rows;
+    kvq_prepare prepare;
+} session_part;
+
+/* The part of a pass whose rows begin behind `before` others. Returns 0 or NO_MEMORY. */
+static int part_of(session_part *part, const kvq_pass *pass, int32_t layer, const kvq_rows *rows,
+                   const kvq_prepare *prepare, ptrdiff_t before) {
+    const ptrdiff_t d = pass->head_dim, heads = before * pass->heads;
+    part->rows = *rows;
+    part->rows.query += before * rows->query_stride;
+    part->rows.key += before * rows->key_stride;
+    part->rows.value += before * rows->value_stride;
+    part->rows.out += heads * d;
+    if (rows->row_squares) part->rows.row_squares += heads;
+    else if (layer == pass->layers - 1) part->rows.row_squares = pass->row_squares;
+    if (prepare) {
+        part->prepare = *prepare;
+        part->prepare.qkv += before * (pass->heads + 2 * pass->kv_heads) * d;
+        part->prepare.cosine += before * (d / 2);
+        part->prepare.sine += before * (d / 2);
+        part->prepare.out += before * kvq_prepared_heads(prepare) * d;
+    }
+    return kvq_pass_of_layer(pass, layer, &part->own);
+}
+
+static int attend_parts(const kvq_pass *first, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
+                        session_part *part, kvq_single *single, kvq_parallel parallel, void *context) {
+    size_t parts = 0, singles = 0;
+    ptrdiff_t before = 0;
+    int failed = 0;
+    for (const kvq_pass *pass = first; pass && !failed; before += pass->tokens, pass = pass->next) {
+        session_part *p = part + parts++;
+        failed = part_of(p, pass, layer, rows, prepare, before);
+        if (failed) break;
+        const kvq_prepare *own = prepare ? &p->prepare : NULL;
+        kvq_task task = task_of(&p->own.pass, layer, &p->rows);
+        if (pass->tokens == 1) single[singles++] = (kvq_single){task, own};
+        else failed = attend_many(&task, own, parallel, context);
+    }
+    if (!failed) failed = kvq_decode(single, singles, parallel, context);
+    while (parts) free(part[--parts].own.page);
+    return failed;
 }
 
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
                            kvq_parallel parallel, void *context) {
-    kvq_layer_pass own;
-    int failed = kvq_pass_of_layer(pass, layer, &own);
-    if (!failed) failed = attend_layer(&own.pass, layer, rows, prepare, parallel, context);
-    free(own.page);
+    size_t sessions = 0;
+    for (const kvq_pass *p = pass; p; p = p->next) sessions++;
+    if (!kvq_choose_kernel(pass->kernel)) return KVQ_NO_KERNEL;
+    if (prepare && pass->head_dim % 2) return KVQ_MISFIT_SHAPE;
+    if (!parallel) parallel = kvq_serially;
+    session_part one;
+    kvq_single only;
+    if (sessions == 1) return attend_parts(pass, layer, rows, prepare, &one, &only, parallel, context);
+    session_part *part = malloc((sizeof *part + sizeof(kvq_single)) * sessions);
+    if (!part) return KVQ_NO_MEMORY;
+    const int failed =
+        attend_parts(pass, layer, rows, prepare, part, (kvq_single *)(part + sessions), parallel, context);
+    free(part);
     return failed;
 }
 
-int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim, uint32_t *words,
+int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
+                   const float *feedback, size_t each, uint32_t *words,
                    uint16_t *scales) {
-    const int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
-    return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, words, scales);
+    int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
+    if (!refused && feedback && !each) refused = KVQ_MISFIT_SHAPE;
+    return refused ? refused : kvq_choose_kernel(kernel)->encode(precision, x, vectors, head_dim, feedback, each, words, scales);
 }
 
 void kvq_rotate_heads(int32_t kernel, float *x, size_t heads, int32_t head_dim) {

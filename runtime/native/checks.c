@@ -117,8 +117,7 @@ static int check_windows(const kvq_pass *pass) {
     return 0;
 }
 
-int kvq_check_pass(const kvq_pass *pass) {
-    if (!pass) return KVQ_NO_DATA;
+static int check_one_pass(const kvq_pass *pass) {
     int refused = check_shape(pass->layers, pass->kv_heads, pass->head_dim, pass->tokens);
     if (refused) return refused;
     if (!counts(pass->heads) || pass->heads % pass->kv_heads) return KVQ_MISFIT_SHAPE;
@@ -128,9 +127,22 @@ int kvq_check_pass(const kvq_pass *pass) {
     return refused || !pass->stepwise || pass->tokens < 2 ? refused : check_stepwise(pass);
 }
 
+int kvq_check_pass(const kvq_pass *pass) {
+    if (!pass) return KVQ_NO_DATA;
+    int sessions = 0;
+    for (const kvq_pass *p = pass; p; p = p->next) {
+        const int same = p->layers == pass->layers && p->heads == pass->heads && p->kv_heads == pass->kv_heads &&
+                         p->head_dim == pass->head_dim && p->kernel == pass->kernel;
+        if (!same || ++sessions > KVQ_MOST_SESSIONS) return KVQ_MISFIT_SHAPE;
+        const int refused = check_one_pass(p);
+        if (refused) return refused;
+    }
+    return 0;
+}
+
 int kvq_check_rows(const kvq_pass *pass, int32_t layer, const kvq_rows *rows) {
     if (layer < 0 || layer >= pass->layers) return KVQ_MISFIT_SHAPE;
-    if (!rows || (pass->tokens && !(rows->query && rows->key && rows->value && rows->out))) return KVQ_NO_DATA;
+    if (!rows || (kvq_tokens_of(pass) && !(rows->query && rows->key && rows->value && rows->out))) return KVQ_NO_DATA;
     return 0;
 }
 

@@ -25,18 +25,24 @@ class NativeCodec(Codec):
     def code_bytes(self, head_dim: int) -> int:
         return self.reference.code_bytes(head_dim)
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         head_dim = x.shape[-1]
         if head_dim > MOST_CHANNELS or (self.limit is not None and x.size and np.abs(x).max() > self.limit):
-            return self.reference.encode(x)
+            return self.reference.encode(x, feedback)
         x = np.ascontiguousarray(x, np.float32)
         codes = np.empty((*x.shape[:-1], self.code_bytes(head_dim)), np.uint8)
         scales = np.empty((*x.shape[:-1], int(self.has_scale)), np.float16)
         vectors = x.size // head_dim
-        arrays = (x.ctypes.data, vectors, head_dim, codes.ctypes.data, scales.ctypes.data)
-        status = self._library.kvq_encode(self._kernel, self.precision.id, *arrays)
+        fed = feedback
+        if fed is not None:  # a matrix for every run of tokens
+            fed = np.ascontiguousarray(np.broadcast_to(fed, (*x.shape[:-2], head_dim, head_dim)), np.float32)
+        status = self._library.kvq_encode(
+            *(self._kernel, self.precision.id, x.ctypes.data, vectors, head_dim),
+            *(None if fed is None else fed.ctypes.data, max(1, x.shape[-2]) if fed is not None else 1),
+            *(codes.ctypes.data, scales.ctypes.data),
+        )
         if status == REFUSED_VALUE:
-            return self.reference.encode(x)
+            return self.reference.encode(x, feedback)
         check(status)
         return codes, scales
 

@@ -1,4 +1,4 @@
-/* Attention of one new token: threads take work items, make what a KV head's first item needs, and merge what its last one
+/* Attention of one new token, or of one of each of several sessions: threads take work items, make what a KV head's first item needs, and merge what its last one
  * leaves. Nothing but the plan is left to one thread alone. */
 #include <stdlib.h>
 #include <string.h>
@@ -7,6 +7,8 @@
 
 /* Below this many multiply-adds a second thread costs more than it brings. */
 #define SERIAL_WORK (1 << 17)
+
+#define FEW_PAGES 256
 
 #define FIRST_BYTES 4096 /* of a thread's first item, on their way while its head is prepared */
 
@@ -27,7 +29,15 @@ typedef struct {
     int32_t *words;
     head_state *head;
     size_t items, taken, from_end[2];
+    char *memory;   /* of what is above */
+    int32_t *chunk; /* few, or memory of its own where there are more pages */
+    int32_t few[FEW_PAGES];
 } decode_step;
+
+typedef struct {
+    decode_step *step;
+    size_t count;
+} decode_steps;
 
 static void relax(void) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -81,35 +91,68 @@ static void decode_work(void *data, size_t thread) {
     }
 }
 
-int kvq_decode(const kvq_task *whole, const kvq_prepare *prepare, kvq_parallel parallel, void *context) {
-    const kvq_pass *pass = whole->pass;
-    int32_t few[256], *chunk = pass->pages < 256 ? few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
-    if (!chunk) return KVQ_NO_MEMORY;
-    decode_step s = {.task = *whole, .prepare = prepare, .widths = kvq_key_widths(pass)};
-    kvq_task *task = &s.task;
-    task->chunk = chunk;
-    task->chunks = kvq_plan_chunks(pass, chunk, &task->chunk_room);
-    s.items = (size_t)task->chunks * pass->kv_heads;
-    char *memory = NULL;
+/* A thread that finds no item left of one session goes on to the next: nobody waits but at the end of all. */
+static void decode_all(void *data, size_t thread) {
+    const decode_steps *all = data;
+    for (size_t i = 0; i < all->count; i++) decode_work(all->step + i, thread);
+}
+
+/* Plan a step and make its memory, which end_step frees, also where there was not enough. */
+static int begin_step(decode_step *s, const kvq_single *single) {
+    const kvq_pass *pass = single->task.pass;
+    s->task = single->task, s->prepare = single->prepare, s->widths = kvq_key_widths(pass);
+    s->items = s->taken = s->from_end[0] = s->from_end[1] = 0;
+    s->memory = NULL;
+    s->chunk = pass->pages < FEW_PAGES ? s->few : malloc(sizeof(int32_t) * ((size_t)pass->pages + 1));
+    if (!s->chunk) return KVQ_NO_MEMORY;
+    kvq_task *task = &s->task;
+    task->chunk = s->chunk;
+    task->chunks = kvq_plan_chunks(pass, s->chunk, &task->chunk_room);
+    s->items = (size_t)task->chunks * pass->kv_heads;
     for (int filled = 0; filled < 2; filled++) {
         size_t used = 0;
-        s.query = kvq_part(memory, &used, sizeof *s.query * task->padded_dim * pass->heads);
-        s.integer = kvq_part(memory, &used, sizeof *s.integer * pass->heads);
-        s.words = kvq_part(memory, &used, sizeof *s.words * integer_words_all(pass->head_dim) * pass->heads);
-        s.head = kvq_part(memory, &used, sizeof *s.head * pass->kv_heads);
-        task->partials = kvq_part(memory, &used, s.items * task->group * partial_bytes(task));
-        if (!filled && !(memory = malloc(used))) break;
+        s->query = kvq_part(s->memory, &used, sizeof *s->query * task->padded_dim * pass->heads);
+        s->integer = kvq_part(s->memory, &used, sizeof *s->integer * pass->heads);
+        s->words = kvq_part(s->memory, &used, sizeof *s->words * integer_words_all(pass->head_dim) * pass->heads);
+        s->head = kvq_part(s->memory, &used, sizeof *s->head * pass->kv_heads);
+        task->partials = kvq_part(s->memory, &used, s->items * task->group * partial_bytes(task));
+        if (!filled && !(s->memory = malloc(used))) return KVQ_NO_MEMORY;
     }
-    if (memory) {
-        task->query = s.query, task->words = s.words, task->integer = s.integer;
-        for (int h = 0; h < pass->kv_heads; h++) s.head[h] = (head_state){.left = task->chunks};
-        const long work = (long)s.items * task->chunk_room * task->group * pass->head_dim;
-        const size_t threads = work < SERIAL_WORK || pass->threads < 1 ? 1 : pass->threads;
-        if (threads == 1 || s.items < 2) decode_work(&s, 0);
-        else parallel(context, decode_work, s.items < threads ? s.items : threads, &s);
-        for (int h = 0; s.items == 0 && h < pass->kv_heads; h++) prepare_head(&s, h), merge_head(&s, h);
+    task->query = s->query, task->words = s->words, task->integer = s->integer;
+    for (int h = 0; h < pass->kv_heads; h++) s->head[h] = (head_state){.left = task->chunks};
+    return 0;
+}
+
+static void end_step(decode_step *s) {
+    free(s->memory);
+    if (s->chunk != s->few) free(s->chunk);
+}
+
+/* Multiply-adds of a step. */
+static size_t work_of(const decode_step *s) {
+    return s->items * (size_t)s->task.chunk_room * s->task.group * s->task.pass->head_dim;
+}
+
+int kvq_decode(const kvq_single *single, size_t count, kvq_parallel parallel, void *context) {
+    decode_step alone;
+    decode_steps all = {.step = count > 1 ? malloc(sizeof(decode_step) * count) : &alone};
+    int failed = all.step ? 0 : KVQ_NO_MEMORY;
+    size_t work = 0, items = 0;
+    while (!failed && all.count < count) {
+        decode_step *s = all.step + all.count;
+        failed = begin_step(s, single + all.count++);
+        work += failed ? 0 : work_of(s), items += s->items;
     }
-    free(memory);
-    if (chunk != few) free(chunk);
-    return memory ? 0 : KVQ_NO_MEMORY;
+    if (!failed && count) {
+        const int32_t most = single->task.pass->threads;
+        const size_t threads = work < SERIAL_WORK || most < 1 ? 1 : most;
+        if (threads == 1 || items < 2) decode_all(&all, 0);
+        else parallel(context, decode_all, items < threads ? items : threads, &all);
+        for (size_t i = 0; i < count; i++) /* of stores without tokens */
+            for (int h = 0; all.step[i].items == 0 && h < single[i].task.pass->kv_heads; h++)
+                prepare_head(all.step + i, h), merge_head(all.step + i, h);
+    }
+    for (size_t i = 0; i < all.count; i++) end_step(all.step + i);
+    if (all.step != &alone) free(all.step);
+    return failed;
 }

@@ -21,12 +21,18 @@ int kvq_check_moved_values(const kvq_move *move);
 int kvq_check_matrix(int32_t kernel, const kvq_matrix *matrix);
 int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to);
 
-/* As kvq_attend, for a pass that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where
+/* As kvq_attend, for a chain of passes that kvq_check_pass has found right, with queries and keys that `prepare` makes first, where
  * rows points; it may be null. Its head_dim is even. */
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
                            kvq_parallel parallel, void *context);
-/* The row of a pass with one token; as kvq_prepare_and_attend. */
-int kvq_decode(const kvq_task *task, const kvq_prepare *prepare, kvq_parallel parallel, void *context);
+/* The row of a pass with one token, and how it is prepared; prepare may be null. */
+typedef struct {
+    kvq_task task;
+    const kvq_prepare *prepare;
+} kvq_single;
+/* The rows of some passes with one token each, of any sessions: threads go through their work items as through one queue.
+ * Returns 0 or NO_MEMORY. */
+int kvq_decode(const kvq_single *single, size_t count, kvq_parallel parallel, void *context);
 /* The rows of a pass with `stepwise`; as kvq_attend. */
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context);
 
@@ -44,6 +50,13 @@ int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own);
 void kvq_cut_pages(kvq_page *page, int pages, int next, int window);
 /* The tokens of a move go their way in the layers [first, end). Returns 0 or NO_MEMORY. */
 int kvq_move_layers(const kvq_move *move, int first, int end);
+
+/* Tokens of a pass and of those behind it. */
+static inline int64_t kvq_tokens_of(const kvq_pass *pass) {
+    int64_t tokens = 0;
+    for (; pass; pass = pass->next) tokens += pass->tokens;
+    return tokens;
+}
 
 /* Cut the pages into chunks of neighbours; fills chunk [pages + 1] and room, and returns their number. */
 int kvq_plan_chunks(const kvq_pass *pass, int32_t *chunk, int *room);

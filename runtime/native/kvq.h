@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 13 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 14 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -69,14 +69,16 @@ typedef struct {
     int32_t tokens;
     int32_t pages;              /* rows of page; of a pass those behind them are the window's */
     const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
+    const float *feedback;      /* of keys, [layers, kv_heads, head_dim, head_dim], see kvq_encode; or null */
     const kvq_page *window;     /* of WINDOW or INT8: a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
     const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
 } kvq_move;
 
-/* One forward pass of one session. */
-typedef struct {
-    int32_t layers, heads, kv_heads, head_dim;
+/* The part of a forward pass that is one session's; several go through the graph together as a chain, the rows of each
+ * behind those of the one before. A row comes out as it does in a pass of its own. */
+typedef struct kvq_pass {
+    int32_t layers, heads, kv_heads, head_dim; /* the same in all of a chain, kernel too */
     int32_t tokens;  /* new ones, not in the pages */
     int32_t pages;   /* rows of page */
     int32_t kernel;  /* index of an instruction set, see kvq_kernel_name; -1: the best this machine has */
@@ -87,19 +89,21 @@ typedef struct {
     const kvq_move *stepwise; /* null, or how each token but the last goes on its way before the next one attends: every
                                * row then sees just what a pass of its own would see. Its rows are those of `page`, its
                                * keys and values those above; pages are written behind their count */
+    const struct kvq_pass *next; /* the session whose rows come behind these, or null; at most KVQ_MOST_SESSIONS in all */
     const int32_t *windows; /* [layers], or null: of how many tokens, itself included, a token of a layer sees the last
                              * ones; 0: all */
     int32_t position;       /* of the first new token in the text; read where there are windows */
 } kvq_pass;
+#define KVQ_MOST_SESSIONS 4096
 
-/* The new tokens of one layer. Strides are in floats, from one token to the next. */
+/* The new tokens of one layer, of a chain those of all its sessions. Strides are in floats, from one token to the next. */
 typedef struct {
     const float *query; /* [tokens, heads, head_dim] */
     const float *key;   /* [tokens, kv_heads, head_dim] */
     const float *value; /* [tokens, kv_heads, head_dim] */
     float *out;         /* [tokens, heads, head_dim], contiguous */
     ptrdiff_t query_stride, key_stride, value_stride;
-    float *row_squares; /* [tokens, heads] or null */
+    float *row_squares; /* [tokens, heads]; null: in the last layer to each pass's own, if it has any */
 } kvq_rows;
 
 /* A matrix of quantized weights [n, k]. The weight at k of row n is the scale of its block of k times its code less 128, or,
@@ -136,9 +140,11 @@ KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_row
                               void *context);
 
 /* Encode vectors x [vectors, head_dim] into words [vectors, ...] and scales [vectors] (not written where the precision
- * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses. */
+ * has none), byte for byte as runtime/precision/codecs does. Returns 0 or an error: REFUSED_VALUE where that refuses.
+ * feedback: matrices of halves [vectors / each, head_dim, head_dim], one for `each` vectors after another, or null: entry (i, j), j > i,
+ * is how much of channel i's error is taken from channel j before that is rounded. */
 KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
-                              uint32_t *words, uint16_t *scales);
+                              const float *feedback, size_t each, uint32_t *words, uint16_t *scales);
 
 /* Returns 0 or an error. The values have to be storable, see kvq_movable. */
 KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);

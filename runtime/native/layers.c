@@ -113,6 +113,7 @@ int kvq_move_layers(const kvq_move *move, int first, int end) {
         kvq_move own = *move;
         own.layers = 1;
         own.keys += layer * floats, own.values += layer * floats;
+        if (own.feedback) own.feedback += (size_t)layer * move->kv_heads * move->head_dim * move->head_dim;
         own.window = &window, own.page = page;
         kernel->move(&own);
     }

@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 13
+ABI = 14
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -29,12 +29,12 @@ PAGE = np.dtype(
 
 
 class Pass(ctypes.Structure):
-    """kvq_pass: one forward pass of one session."""
+    """kvq_pass: what one session has of a forward pass; next: address of the next one's, or None."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
-        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "windows")),
+        *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "next", "windows")),
         ("position", ctypes.c_int32),
     )
 
@@ -60,7 +60,7 @@ class Moves(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel", "tokens", "pages")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "window", "page", "step")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "feedback", "window", "page", "step")),
     )
 
 
@@ -103,7 +103,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_knows.argtypes = (number, number, number)
     library.kvq_words.argtypes = (number, number)
     library.kvq_attend.argtypes = (ctypes.POINTER(Pass), number, ctypes.POINTER(Rows), address, address)
-    library.kvq_encode.argtypes = (number, number, floats, size, number, address, address)
+    library.kvq_encode.argtypes = (number, number, floats, size, number, floats, size, address, address)
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_finite.argtypes = (number, floats, size)

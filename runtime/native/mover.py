@@ -13,7 +13,7 @@ from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import MOST_CHANNELS, Moves, MoveStep, check, known_precisions, load
 from kvq.runtime.native.pool import move_on_pool
-from kvq.runtime.native.table import as_buffer, page_row, window_rows
+from kvq.runtime.native.table import address_of, as_buffer, page_row, window_rows
 from kvq.runtime.precision.table import Pair
 
 MANY = 16  # tokens whose way several threads share; handing it to them takes as long as some tokens do
@@ -40,6 +40,7 @@ class NativeMover:
         self._window: RecentWindow | None = None
         self._arrays: tuple[Callable[[], np.ndarray | None], ...] = (lambda: None,) * 2
         self._fit = False
+        self._feedback: np.ndarray | None = None
         self._pages: list[Page] = []
         self._window_rows = self._page_rows = as_buffer(b"")
         self._steps = (MoveStep * 0)()
@@ -51,9 +52,18 @@ class NativeMover:
             return False
         return bool(check(self._library.kvq_movable(self._move)))
 
-    def __call__(self, window: RecentWindow, moves: list[Move], keys: np.ndarray, values: np.ndarray) -> None:
+    def __call__(
+        self,
+        window: RecentWindow,
+        moves: list[Move],
+        keys: np.ndarray,
+        values: np.ndarray,
+        feedback: np.ndarray | None = None,
+    ) -> None:
         self._point_at(keys, values)
         move = self._move
+        if feedback is not self._feedback:
+            self._feedback, move.feedback = feedback, address_of(feedback)
         pages = list({id(page): page for _, page, _ in moves if page is not None}.values())
         if window is not self._window:
             self._window, self._window_rows = window, as_buffer(window_rows(window))

@@ -140,7 +140,7 @@ static kvq_key_basis basis_of(run *r, const kvq_pass *pass) {
     return basis;
 }
 
-/* kvq::Attention: over the store of the thread's session.
+/* kvq::Attention: over the stores of the thread's passes.
  *   qkv [tokens, (heads + 2 kv_heads) * head_dim], cosine and sine [tokens, head_dim / 2], mean_key [kv_heads, head_dim],
  *   and perhaps scale, axes and stretch of a kvq_key_basis -> [tokens, heads * head_dim];
  *   attributes layer, rotate (of KVQ_ROTATE_...) */
@@ -153,7 +153,7 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         fail(&r, "kvq::Attention: no session has set a pass with this layer in this thread");
         return r.status;
     }
-    const int64_t d = pass->head_dim, tokens = pass->tokens, both = pass->heads + pass->kv_heads;
+    const int64_t d = pass->head_dim, tokens = kvq_tokens_of(pass), both = pass->heads + pass->kv_heads;
     kvq_prepare prepare = {
         .qkv = floats(&r, 0, tokens * (both + pass->kv_heads) * d),
         .cosine = floats(&r, 1, tokens * (d / 2)),
@@ -181,7 +181,6 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
         .query_stride = prepared * d,
         .key_stride = prepared * d,
         .value_stride = (both + pass->kv_heads) * d,
-        .row_squares = self->layer == pass->layers - 1 ? pass->row_squares : NULL,
     };
     const int error = kvq_prepare_and_attend(pass, (int32_t)self->layer, &rows, &prepare, run_on_pool, &r);
     if (error) refuse(&r, error);

@@ -10,7 +10,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import PAGE, Moves, MoveStep
 from kvq.runtime.native.mover import write_steps
-from kvq.runtime.native.table import PageTable
+from kvq.runtime.native.table import PageTable, address_of
 
 
 class StepwiseTable:
@@ -46,5 +46,6 @@ class StepwiseTable:
         window = table.address + len(table.pages) * PAGE.itemsize
         return table, Moves(
             *(layers, kv_heads, head_dim, self._kernel, tokens, len(table.pages)),
-            *(keys.ctypes.data, values.ctypes.data, window, table.address, ctypes.addressof(self._steps)),
+            *(keys.ctypes.data, values.ctypes.data, address_of(store.codecs.feedback)),
+            *(window, table.address, ctypes.addressof(self._steps)),
         )

@@ -13,6 +13,11 @@ from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, known_precisions
 from kvq.runtime.precision.table import Pair
 
 
+def address_of(x: np.ndarray | None) -> int | None:
+    """Where an array's first item is; None for none."""
+    return None if x is None else x.ctypes.data
+
+
 class PageTable:
     """Rows of `PAGE` for one store, kept up to date from step to step.
 

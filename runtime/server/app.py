@@ -15,13 +15,15 @@ from starlette.routing import Route
 
 from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.answering import reader_of, reply_of
-from kvq.runtime.server.choices import choices_of
+from kvq.runtime.server.asking import Asked, Kept, parse_response
+from kvq.runtime.server.choices import Choice, choices_of
 from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.fields import parse_json
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.information import Information
 from kvq.runtime.server.metrics import Metrics
 from kvq.runtime.server.ollama import OllamaReply, now, parse_chat, parse_generate
+from kvq.runtime.server.outputs import ResponseReply
 from kvq.runtime.server.preparing import Limits, Prepared, prepare
 from kvq.runtime.server.protocol import Generation, Settings, parse_generation
 from kvq.runtime.server.responses import Reply
@@ -48,6 +50,7 @@ class Api:
         self.metrics = Metrics()
         self.information = Information(scheduler, name, limits, self.metrics, self._body)
         self._texts: TokenTexts | None = None
+        self._kept = Kept()
 
     def routes(self) -> list[Route]:
         """Starlette's routes."""
@@ -56,6 +59,8 @@ class Api:
         for prefix in ("/v1", ""):
             routes.append(Route(f"{prefix}/chat/completions", self.chat, methods=post))
             routes.append(Route(f"{prefix}/completions", self.completion, methods=post))
+            routes.append(Route(f"{prefix}/responses", self.respond, methods=post))
+            routes.append(Route(f"{prefix}/responses/{{identity}}", self.kept, methods=["GET", "DELETE"]))
         routes.append(Route("/api/chat", self.ollama_chat, methods=post))
         routes.append(Route("/api/generate", self.ollama_generate, methods=post))
         self.metrics.paths = frozenset(route.path for route in routes)
@@ -71,6 +76,28 @@ class Api:
             request, lambda body, defaults: parse_generation(body, False, defaults), self._reply
         )
 
+    async def respond(self, request: Request) -> Response:
+        """/v1/responses."""
+        asked: list[Asked] = []
+
+        def parse(body: dict[str, Any], defaults: Settings) -> Generation:
+            asked.append(parse_response(body, defaults, self._kept))
+            return asked[0].generation
+
+        def make(prepared: Prepared) -> ResponseReply:
+            return ResponseReply(asked[0], prepared, self._served(), self._choice(prepared), self._kept.add)
+
+        return await self._generate(request, parse, make)
+
+    async def kept(self, request: Request) -> Response:
+        """A response that is kept, by its id: shown, or forgotten."""
+        identity = request.path_params["identity"]
+        body = self._kept.find(identity)[1]
+        if request.method != "DELETE":
+            return JSONResponse(body)
+        self._kept.remove(identity)
+        return JSONResponse({"id": identity, "object": "response.deleted", "deleted": True})
+
     async def ollama_chat(self, request: Request) -> Response:
         """/api/chat."""
         return await self._generate(request, parse_chat, self._ollama_reply(chat=True))
@@ -82,7 +109,7 @@ class Api:
     # -- generation -------------------------------------------------------------------------------
 
     async def _generate(
-        self, request: Request, parse: Parser, reply_of: Callable[[Prepared], Reply | OllamaReply]
+        self, request: Request, parse: Parser, reply_of: Callable[[Prepared], Reply | OllamaReply | ResponseReply]
     ) -> Response:
         begun = time.monotonic()
         self.scheduler.ready()
@@ -143,12 +170,16 @@ class Api:
 
     def _ollama_reply(self, chat: bool) -> Callable[[Prepared], OllamaReply]:
         def make(prepared: Prepared) -> OllamaReply:
-            model, _ = self.scheduler.ready()
-            texts = self._texts or TokenTexts(model.tokenizer)
-            (choice,) = choices_of(prepared, texts, lambda: reader_of(prepared, model))
-            return OllamaReply(prepared, self._served(), choice, chat)
+            return OllamaReply(prepared, self._served(), self._choice(prepared), chat)
 
         return make
+
+    def _choice(self, prepared: Prepared) -> Choice:
+        """The one text of a request."""
+        model, _ = self.scheduler.ready()
+        texts = self._texts or TokenTexts(model.tokenizer)
+        (choice,) = choices_of(prepared, texts, lambda: reader_of(prepared, model))
+        return choice
 
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits."""

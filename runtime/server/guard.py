@@ -91,7 +91,7 @@ class Guard:
 
 
 class KeyCheck:
-    """Lets requests with the right bearer token through, and /health.
+    """Lets requests with the right bearer token through, and those for /health and for the page, which tells nothing.
 
     Args:
         app: what it guards.
@@ -106,7 +106,7 @@ class KeyCheck:
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         # Headers are Latin-1 on the wire.
         right = secrets.compare_digest(token.strip().encode("latin-1"), self._expected)
-        if (right and scheme.lower() == "bearer") or scope["path"] == "/health":
+        if (right and scheme.lower() == "bearer") or scope["path"] in ("/health", "/"):
             await self.app(scope, receive, send)
         else:
             error = RequestError(

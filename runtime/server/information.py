@@ -1,4 +1,4 @@
-"""Endpoints that generate nothing: models, health, counts, properties, and text to tokens and back."""
+"""Endpoints that generate nothing: models, health, counts, properties, text to tokens and back, and to vectors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from starlette.routing import Route
 import kvq
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.answering import check_name, served_name
+from kvq.runtime.server.embeddings import Embedder, parse_embeddings
 from kvq.runtime.server.fields import Fields, is_integer, parse_json
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.messages import parse_messages
 from kvq.runtime.server.metrics import Metrics
 from kvq.runtime.server.ollama import now
+from kvq.runtime.server.page import page
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.session.sampling import DEFAULTS
@@ -53,6 +55,7 @@ class Information:
         self.scheduler, self.limits, self.metrics = scheduler, limits, metrics
         self._name, self._body = name, body
         self._created = int(time.time())
+        self._embedder = Embedder(limits)
 
     def routes(self) -> list[Route]:
         """Starlette's routes."""
@@ -70,6 +73,7 @@ class Information:
             routes.append(Route(f"{prefix}/models/{{name:path}}", self.model, methods=get))
             routes.append(Route(f"{prefix}/tokenize", self.tokenize, methods=post))
             routes.append(Route(f"{prefix}/detokenize", self.detokenize, methods=post))
+            routes.append(Route(f"{prefix}/embeddings", self.embeddings, methods=post))
         return routes
 
     # -- the model ----------------------------------------------------------------------------------
@@ -133,7 +137,9 @@ class Information:
         })  # fmt: skip
 
     async def root(self, request: Request) -> Response:
-        """For clients that look whether somebody is there."""
+        """The page, for a browser; a word, for clients that look whether somebody is there."""
+        if "text/html" in request.headers.get("accept", ""):
+            return page()
         return PlainTextResponse("kvq is running")
 
     async def version(self, request: Request) -> Response:
@@ -167,6 +173,7 @@ class Information:
         _, pool = self.scheduler.ready()
         active, waiting = self.scheduler.counts()
         memory, disk = pool.prefixes.counts()
+        passes = self.scheduler.passes
         return {
             "active": active,
             "waiting": waiting,
@@ -180,6 +187,9 @@ class Information:
             "evictions": pool.prefixes.evictions,
             "restores": pool.prefixes.restores,
             "dropped_files": pool.prefixes.dropped_files,
+            "passes": passes.passes,
+            "pass_sessions": passes.sessions,
+            "pass_tokens": passes.rows,
         }
 
     async def stats(self, request: Request) -> Response:
@@ -235,6 +245,13 @@ class Information:
         except UnicodeEncodeError:
             raise RequestError("the text holds lone surrogates, which are no characters", param="content") from None
         return text
+
+    async def embeddings(self, request: Request) -> Response:
+        """Vectors of texts."""
+        model, _ = self.scheduler.ready()
+        wanted = parse_embeddings(parse_json(await self._body(request)))
+        self.check_name(model, wanted.model)
+        return JSONResponse(await self._embedder.answer(wanted, model, self.served(model), self.scheduler.queue))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""

@@ -9,7 +9,7 @@ are never reused: in a chunk they see each other unrounded, so their stored byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,9 +191,9 @@ class SessionPool:
             return None
         return session.fork()
 
-    def room_for(self, lease: Lease, session: Session, tokens: int) -> None:
-        """Before an append: idle sessions go to disk if that many tokens may need their bytes."""
-        self._make_room(lease.capacity.growth(session.store, tokens))
+    def room_for(self, appends: Iterable[tuple[Lease, Session, int]]) -> None:
+        """Before a pass: idle sessions go to disk if that many tokens of these may need their bytes."""
+        self._make_room(sum(lease.capacity.growth(session.store, tokens) for lease, session, tokens in appends))
 
     def fork(self, lease: Lease) -> Session:
         """One more session that goes on from the lease's prompt."""

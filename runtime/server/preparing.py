@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvq.runtime.errors import ContextError, GrammarError, RequestError
+from kvq.runtime.server.cached import CacheReader
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Generation
 from kvq.runtime.server.scheduler import Job
@@ -89,7 +90,7 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
                 [_options(request, tokens, stop, stop_tokens, grammar, number) for number in range(request.n)],
                 first=len(jobs) * request.n, alternatives=request.top_logprobs or 0,
                 scored=request.echo and request.top_logprobs is not None, silent=not tokens,
-                place=int(not jobs),
+                place=int(not jobs), reader=CacheReader() if request.token_bits else None,
             )
         )  # fmt: skip
     eos = () if request.ignore_eos else model.bundle.manifest.eos_token_ids

@@ -74,6 +74,7 @@ class Generation:
         structure: what the text has to be.
         tools: those that can be called; None for none.
         settings: of the session.
+        token_bits: say the bits of each cached token, too.
     """
 
     chat: bool
@@ -95,6 +96,7 @@ class Generation:
     structure: Structure | None = None
     tools: Tools | None = None
     settings: Settings = field(default_factory=Settings)
+    token_bits: bool = False
 
 
 def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Generation:
@@ -148,6 +150,7 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
         structure=structure,
         tools=tools,
         settings=parse_settings(fields, defaults),
+        token_bits=bool(fields.boolean("kv_token_bits")),
     )
     fields.done()
     make_sampler(**generation.sampling)  # refuses what is out of range now, not in the queue

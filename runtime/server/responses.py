@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kvq.runtime.server.cached import merged
 from kvq.runtime.server.choices import Choice, Piece
 from kvq.runtime.server.preparing import Prepared
 from kvq.runtime.server.refusals import error_body
@@ -47,6 +48,7 @@ class Reply:
         self._offsets = [0] * len(choices)  # characters of the tokens so far, for completion log-probabilities
         self._prompted: dict[int, Prompted] = {}
         self._echoed = set[int]()
+        self._caches: dict[int, dict[str, Any]] = {}
         kind = "chat.completion" if request.chat else "text_completion"
         self._common = {
             "id": ("chatcmpl-" if request.chat else "cmpl-") + secrets.token_hex(12),
@@ -90,15 +92,16 @@ class Reply:
         piece = choice.take(step)
         logprobs = self._logprobs(choice, piece.released)
         text = self._echo(choice) + piece.text
-        if not (text or piece.calls) and logprobs is None and piece.finish is None:
+        if not (text or piece.calls) and logprobs is None and piece.finish is None and step.cache is None:
             return None
         content: Any = text
         if self.request.chat:
             content = ({"content": text} if text else {}) | _deltas(piece)
         body = self._framed([self._choice(choice, content, logprobs, piece.finish)])
-        if piece.done is None:
-            return body
-        return body | {"kvq": extension(piece.done.stats, piece.finish, self._prepared.most)}
+        told = {} if piece.done is None else extension(piece.done.stats, piece.finish, self._prepared.most)
+        if step.cache is not None:
+            told["cache"] = step.cache
+        return body | {"kvq": told} if told else body
 
     def _framed(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._common | {"choices": choices}
@@ -114,6 +117,7 @@ class Reply:
                 self._prompted |= dict.fromkeys(event.choices, event)
             elif isinstance(event, Step):
                 released[event.choice] += self.choices[event.choice].take(event).released
+                self._read(event)
         choices = []
         for choice, steps in zip(self.choices, released, strict=True):
             logprobs = self._logprobs(choice, steps, always=True)
@@ -123,7 +127,17 @@ class Reply:
         return self._common | {"choices": choices, "usage": self._usage(), "kvq": self._ran(self.choices[0])}
 
     def _ran(self, choice: Choice) -> dict[str, Any] | None:
-        return None if choice.done is None else extension(choice.done.stats, choice.finish, self._prepared.most)
+        if choice.done is None:
+            return None
+        cache = self._caches.get(choice.number)
+        told = extension(choice.done.stats, choice.finish, self._prepared.most)
+        return told if cache is None else told | {"cache": cache}
+
+    def _read(self, step: Step) -> None:
+        """Take what a step says of the cache into what is known of it."""
+        if step.cache is not None:
+            cells = merged(self._caches.get(step.choice, {}).get("cells", []), step.cache)
+            self._caches[step.choice] = step.cache | {"from": 0, "cells": cells}
 
     # -- parts of both ------------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
-from kvq.runtime.server.tokens import Scored, most_likely
-from kvq.runtime.session.generation import GenerationOptions, Response
-from kvq.runtime.session.sampling import log_probability
+from kvq.runtime.server.texts import Choice, Passes
+from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.generation import GenerationOptions, Response, events
+from kvq.runtime.session.sampling import Scored, log_probability, most_likely
 from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
@@ -42,12 +44,14 @@ class Step:
     response: None where no token was asked for.
     alternatives: the most likely tokens in its place, as many as asked for.
     done: with the last token of the choice.
+    cache: what `Job.reader` says of the session.
     """
 
     choice: int
     response: Response | None
     alternatives: list[Scored]
     done: Done | None
+    cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Job:
             is the last one of all.
         cancelled: set from any thread: nobody waits for the answer any more. All jobs of a request share it.
         place: how many places it takes in the queue; of a request's jobs one takes one.
+        reader: told number and session of a choice after each of its tokens; what it says goes with the step.
     """
 
     ids: np.ndarray
@@ -100,25 +105,27 @@ class Job:
     emit: Callable[[Event], None] = lambda event: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     place: int = 1
+    reader: Callable[[int, Session], dict[str, Any]] | None = None
     lease: Lease | None = None
+    reading: Appending | None = None
     choices: list[Choice] | None = None
     prompted: Prompted | None = None
 
 
-@dataclass(eq=False)
-class Choice:
-    """A text at work. number: in the request; session: its own."""
+class Work(NamedTuple):
+    """What a pass does for a job: for one of its choices, or for its prompt."""
 
-    number: int
-    session: Session
-    responses: Iterator[Response]
+    job: Job
+    choice: Choice | None
+    appending: Appending
 
 
 class Scheduler:
     """Loads the model, then runs jobs until it is stopped.
 
-    A round is one decode step of every job that generates, and one prefill chunk of one job that does
-    not yet, each of these in turn. So a long prompt delays others by a chunk per token, not by its length.
+    A round is one pass: the next token of every text that is being generated, and as many tokens of prompts as a chunk
+    has, of the jobs that read one, in turn. So a long prompt delays others by a chunk a token, not by its length, and a
+    short one does not wait for it; sessions join and leave at any pass.
 
     Args:
         load: makes the model; called in the worker's thread.
@@ -128,6 +135,9 @@ class Scheduler:
         on_ready: called in the worker's thread when the model is there, with None; with the error where it could not be
             loaded, or where the worker ends by one.
         log: told unexpected errors.
+
+    Attributes:
+        passes: that have run.
     """
 
     def __init__(
@@ -146,6 +156,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._active: deque[Job] = deque()
+        self.passes = Passes()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kvq-worker", daemon=True)
         self._thread.start()
@@ -202,7 +213,7 @@ class Scheduler:
         self._on_ready(None)
         try:
             while self._wait():
-                self._round(self.pool)
+                self._round(self.pool, self.model)
         except Exception as error:  # no job's fault: a server without its worker must not stay
             self._on_ready(error)
         finally:
@@ -213,12 +224,56 @@ class Scheduler:
             self._waiting.clear()
             self.pool.close()
 
-    def _round(self, pool: SessionPool) -> None:
+    def _round(self, pool: SessionPool, model: Model) -> None:
         self._drop()
         self._admit(pool)
-        for job in [job for job in self._active if job.choices is not None]:
-            self._guarded(job, self._decode, pool)
-        self._prefill_one(pool)
+        work = [*self._texts(), *self._prompts(pool)]
+        if not work:
+            return
+        appends = [(job.lease, each.session, len(each.next)) for job, _, each in work if job.lease is not None]
+        pool.room_for(appends)
+        self.passes.passes += 1
+        self.passes.sessions += len(work)
+        self.passes.rows += sum(tokens for _, _, tokens in appends)
+        errors = model.run_pass([each.appending for each in work])
+        for (job, choice, appending), error in zip(work, errors, strict=True):
+            if job.lease is None:
+                continue  # another text of it has failed, or taken it to its end
+            if error is not None:
+                self._fail(job, error)
+                continue
+            pool.appended(job.lease)
+            if appending.finished:
+                self._guarded(job, self._read if choice is None else partial(self._say, choice), pool)
+
+    def _texts(self) -> list[Work]:
+        """The next token of every text."""
+        return [
+            Work(job, choice, choice.appending)
+            for job in self._active
+            for choice in job.choices or ()
+            if choice.appending is not None
+        ]
+
+    def _prompts(self, pool: SessionPool) -> list[Work]:
+        """The next tokens of prompts, in turn, a chunk's length of them in all."""
+        work: list[Work] = []
+        room = pool.chunk
+        for _ in range(len(self._active)):
+            job = self._active[0]
+            if job.choices is None and job.lease is not None:
+                if job.reading is None:
+                    session = job.lease.session
+                    done = len(session.tokens)
+                    chunk = job.ids[done : (done // pool.chunk + 1) * pool.chunk]
+                    job.reading = Appending(session, chunk, all_logits=job.scored)
+                tokens = len(job.reading.next)
+                if tokens > room:
+                    break  # it is the first one of the next pass
+                room -= tokens
+                work.append(Work(job, None, job.reading))
+            self._active.rotate(-1)
+        return work
 
     def _wait(self) -> bool:
         """Wait for work; False when it is time to end."""
@@ -251,15 +306,6 @@ class Scheduler:
             with self._changed:
                 self._active.append(self._waiting.popleft())
 
-    def _prefill_one(self, pool: SessionPool) -> None:
-        """One chunk of the next job that is not generating yet."""
-        for _ in range(len(self._active)):
-            job = self._active[0]
-            self._active.rotate(-1)
-            if job.choices is None:
-                self._guarded(job, self._prefill, pool)
-                return
-
     def _guarded(self, job: Job, step: Callable[[Job, Lease, SessionPool], None], pool: SessionPool) -> None:
         """A step of a job; an error ends this job and no other."""
         if job.lease is None or job.cancelled.is_set():
@@ -269,18 +315,16 @@ class Scheduler:
         except Exception as error:
             self._fail(job, error)
 
-    def _prefill(self, job: Job, lease: Lease, pool: SessionPool) -> None:
-        """The next chunk of a prompt; with the last one, the first token of each choice."""
-        session = lease.session
-        done = len(session.tokens)
-        chunk = job.ids[done : (done // pool.chunk + 1) * pool.chunk]
-        pool.room_for(lease, session, len(chunk))
-        logits = session.append(chunk, all_logits=job.scored)
+    def _read(self, job: Job, lease: Lease, pool: SessionPool) -> None:
+        """A chunk of a prompt is read; with the last one comes the first token of each choice."""
+        session, reading = lease.session, job.reading
+        if reading is None:
+            return
+        job.reading = None
         if job.scored:
-            self._score(job, logits, done)
-        pool.appended(lease)
+            self._score(job, reading.logits, len(session.tokens) - reading.total)
         pool.keep(lease)
-        if done + len(chunk) < len(job.ids):
+        if len(session.tokens) < len(job.ids):
             return
         if job.prompted is not None:
             job.emit(job.prompted)
@@ -291,10 +335,11 @@ class Scheduler:
             return
         sessions = [session, *(pool.fork(lease) for _ in job.options[1:])]
         job.choices = [
-            Choice(job.first + i, each, each.generate(None, **options))
+            Choice(job.first + i, each, events(each, None, **options))
             for i, (each, options) in enumerate(zip(sessions, job.options, strict=True))
         ]
-        self._decode(job, lease, pool)
+        for choice in list(job.choices):
+            self._say(choice, job, lease, pool)
 
     def _score(self, job: Job, logits: np.ndarray, done: int) -> None:
         """Log-probabilities of the tokens that follow on a chunk's.
@@ -307,24 +352,27 @@ class Scheduler:
             job.prompted.scored.append(Scored(token, log_probability(row, token)))
             job.prompted.alternatives.append(most_likely(row, job.alternatives))
 
-    def _decode(self, job: Job, lease: Lease, pool: SessionPool) -> None:
-        """One token of each choice."""
-        for choice in list(job.choices or ()):
-            pool.room_for(lease, choice.session, 1)
-            response = next(choice.responses)
-            pool.appended(lease)
-            logits = choice.session.last_logits  # those the token was drawn from
-            alternatives = [] if logits is None else most_likely(logits, job.alternatives)
-            done = None
-            if response.finish_reason is not None and job.choices is not None:
-                done = Done(choice.session.stats(), lease.cached)
-                job.choices.remove(choice)
-                if choice.session is not lease.session:
-                    lease.sessions.remove(choice.session)
-                if not job.choices:
-                    self._end(job, Step(choice.number, response, alternatives, done))
-                    return
-            job.emit(Step(choice.number, response, alternatives, done))
+    def _say(self, choice: Choice, job: Job, lease: Lease, pool: SessionPool) -> None:
+        """The next token of a choice, whose logits are there, and what has to be appended for the one after it."""
+        response = next(choice.events)
+        if isinstance(response, Appending):
+            raise RuntimeError("a generation asked for an append twice")
+        logits = choice.session.last_logits  # those the token was drawn from
+        alternatives = [] if logits is None else most_likely(logits, job.alternatives)
+        cache = None if job.reader is None else job.reader(choice.number, choice.session)
+        done = None
+        if response.finish_reason is None:
+            following = next(choice.events)
+            choice.appending = following if isinstance(following, Appending) else None
+        elif job.choices is not None:
+            done = Done(choice.session.stats(), lease.cached)
+            job.choices.remove(choice)
+            if choice.session is not lease.session:
+                lease.sessions.remove(choice.session)
+            if not job.choices:
+                self._end(job, Step(choice.number, response, alternatives, done, cache))
+                return
+        job.emit(Step(choice.number, response, alternatives, done, cache))
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):
@@ -334,7 +382,7 @@ class Scheduler:
     def _end(self, job: Job, event: Event | None) -> None:
         if job.lease is not None and self.pool is not None:
             self.pool.end(job.lease)
-            job.lease = job.choices = None
+            job.lease = job.choices = job.reading = None
         with self._changed:
             for jobs in (self._active, self._waiting):
                 if job in jobs:

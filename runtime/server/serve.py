@@ -9,8 +9,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import click
@@ -18,17 +16,13 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-import kvq
 from kvq.runtime.errors import ServerError
-from kvq.runtime.server.app import Api, make_app
-from kvq.runtime.server.capacity import quarter_of_memory
+from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
+from kvq.runtime.server.fleet import Fleet
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
-from kvq.runtime.server.pool import SessionPool
-from kvq.runtime.server.preparing import Limits
-from kvq.runtime.server.protocol import Settings
+from kvq.runtime.server.models import Options, fleet_of, one_model
 from kvq.runtime.server.scheduler import Scheduler
-from kvq.runtime.session.model import Model
 
 BACKLOG = 128
 # asyncio takes as many connections at a time as its backlog says, before any of them is seen, and each takes a file
@@ -36,47 +30,10 @@ BACKLOG = 128
 ACCEPTED_AT_ONCE = 16
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything `kvq serve` can be told.
-
-    Attributes:
-        model, threads: as in `kvq.load`.
-        host, port: to listen on; port 0 takes a free one.
-        name: of the model in the API; None takes the bundle's.
-        settings, backend, chunk: of sessions.
-        kv_memory_total: most bytes of all KV stores; None is a quarter of the machine's memory.
-        session_dir, session_disk: where idle sessions are saved (None: the system's temporary folder), most bytes.
-        concurrency, queue: most requests at work, and waiting.
-        limits: of single requests.
-        api_key: None lets everybody in.
-        cors_origins: origins whose web pages may use the API.
-        access_log: one line per request on stderr.
-    """
-
-    model: str | None = None
-    threads: int | None = None
-    host: str = "127.0.0.1"
-    port: int = 8080
-    name: str | None = None
-    settings: Settings = field(default_factory=Settings)
-    backend: str | None = None
-    chunk: int = 128
-    kv_memory_total: int | None = None
-    session_dir: Path | None = None
-    session_disk: int = 1_000_000_000
-    concurrency: int = 8
-    queue: int = 32
-    limits: Limits = field(default_factory=Limits)
-    api_key: str | None = None
-    cors_origins: Sequence[str] = ()
-    access_log: bool = True
-
-
 class Server(uvicorn.Server):
     """uvicorn's server, with the signals that end it turned into an orderly end with exit code 0."""
 
-    scheduler: Scheduler
+    scheduler: Scheduler | Fleet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept."""
@@ -106,22 +63,6 @@ def serve(options: Options) -> None:
     _say(f"listening on {where}, loading the model")
     failures: list[BaseException] = []
 
-    def load() -> Model:
-        return kvq.load(options.model, threads=options.threads, notice=_say)
-
-    def make_pool(model: Model) -> SessionPool:
-        pool = SessionPool(
-            model,
-            quarter_of_memory() if options.kv_memory_total is None else options.kv_memory_total,
-            options.session_dir,
-            options.session_disk,
-            options.chunk,
-            options.backend,
-            _say,
-        )
-        pool.check(options.settings, 1)
-        return pool
-
     def on_ready(error: BaseException | None) -> None:
         if error is None:
             _say("ready")
@@ -137,16 +78,20 @@ def serve(options: Options) -> None:
             timeout_keep_alive=IDLE_S, backlog=ACCEPTED_AT_ONCE, h11_max_incomplete_event_size=HEAD_NBYTES,
         )
     )  # fmt: skip
-    scheduler = Scheduler(load, make_pool, options.concurrency, options.queue, on_ready, _say)
-    server.scheduler = scheduler
-    api = Api(scheduler, options.name, options.settings, options.limits)
     hosts = [*LOOPBACK_HOSTS, options.host] if loopback else None
-    server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
+    if options.others:
+        fleet = fleet_of(options, on_ready, _say)
+        server.scheduler = fleet
+        server.config.app = _guarded(fleet, options, hosts, None)
+        fleet.load(fleet.members[0])
+    else:
+        server.scheduler, api = one_model(options, options.model, options.name, on_ready, _say)
+        server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
     try:
         asyncio.run(server.serve(sockets=[listener]))
     finally:
-        scheduler.stop()
-        scheduler.join()
+        server.scheduler.stop()
+        server.scheduler.join()
     if failures:
         raise failures[0]
 
@@ -156,7 +101,7 @@ async def _nothing(scope: object, receive: object, send: object) -> None:
 
 
 def _guarded(
-    app: ASGIApp, options: Options, hosts: Sequence[str] | None, counted: Callable[[str, int], None]
+    app: ASGIApp, options: Options, hosts: Sequence[str] | None, counted: Callable[[str, int], None] | None
 ) -> ASGIApp:
     """The application behind its checks; a preflight request of CORS comes without a key."""
     if options.api_key is not None:

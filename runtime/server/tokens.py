@@ -6,17 +6,11 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
-
-class Scored(NamedTuple):
-    """A token id and its log-probability under the model, in nats."""
-
-    token: int
-    logprob: float
+from kvq.runtime.session.sampling import Scored
 
 
 class TokenTexts:
@@ -63,17 +57,6 @@ def _byte_alphabet() -> dict[str, bytes]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): bytes([byte]) for byte in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(moved)}
-
-
-def most_likely(logits: np.ndarray, count: int) -> list[Scored]:
-    """The `count` most likely next tokens, best first, ties by id; logits float32 [vocab]."""
-    if not count:
-        return []
-    candidates = np.argpartition(-logits, min(count, len(logits) - 1))[: count + 1]
-    best = candidates[np.lexsort((candidates, -logits[candidates]))][:count]
-    peak = logits.max()
-    total = np.log(np.exp(logits - peak).sum())
-    return [Scored(int(token), float(logits[token] - peak - total)) for token in best]
 
 
 def chat_logprobs(texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]]) -> dict[str, Any]:

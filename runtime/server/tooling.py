@@ -55,7 +55,7 @@ def parse_tools(fields: Fields) -> Tools | None:
     if len({tool.name for tool in tools}) < len(tools):
         fields.refuse("tools", "must have different names")
     offered, forced = _chosen(fields, choice, tools)
-    named = len(offered) < len(tools)
+    named = isinstance(choice, dict)  # one call of this function, be it the only one
     return Tools(offered, forced, parallel is not False and not named, tools)
 
 

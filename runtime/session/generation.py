@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
-from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
+from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
 from kvq.runtime.text.grammar import Constraint, structure_of
@@ -32,6 +33,7 @@ class Response:
         index: tokens generated before this one.
         finish_reason: None until the last response; then "stop" (end-of-text, a stop token or
             a stop string), "length" (max_tokens) or "context" (the context is full).
+        top_logprobs: the most likely tokens in its place and their log-probabilities, as many as asked for.
     """
 
     text: str
@@ -39,24 +41,27 @@ class Response:
     logprob: float
     index: int
     finish_reason: str | None = None
+    top_logprobs: Sequence[Scored] = ()
 
 
 # Tokens of a prompt that have been read, and all of them.
 Progress = Callable[[int, int], None]
+# Ids up to a generated token, that one included -> whether the text ends with it.
+StoppingCriterion = Callable[[Sequence[int]], bool]
 
 
 def generate_tokens(
     session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
-) -> Iterator[tuple[int, float]]:
+) -> Iterator[Appending | tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
 
-    The last yielded token is in `session.pending`: it is fed when the next one is asked for, or
-    by the next append.
+    Before a token comes what has to be appended for it: whoever asked has it run until it is finished, and goes on. The
+    last yielded token is in `session.pending`: it is fed when the next one is asked for, or by the next append.
     """
-    if len(ids):
-        logits = session.append(ids, progress=progress)
-    elif session.pending:
-        logits = session.append([session.pending.pop()])
+    if len(ids) or session.pending:
+        appending = Appending(session, ids if len(ids) else None, progress=progress)
+        yield appending
+        logits = appending.result
     elif session.last_logits is not None:
         logits = session.last_logits
     else:
@@ -68,7 +73,9 @@ def generate_tokens(
         if session.room < 0:
             session.pending.clear()
             return
-        logits = session.append([session.pending.pop()])
+        appending = Appending(session, None)
+        yield appending
+        logits = appending.result
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -85,9 +92,26 @@ class GenerationOptions(SamplingOptions, total=False):
     constraint: Constraint | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     progress: Progress | None
+    top_logprobs: int
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion]
 
 
 def stream(
+    session: Session, prompt: str | Sequence[int] | None = None, **options: Unpack[GenerationOptions]
+) -> Iterator[Response]:
+    """Generate text after a prompt, in passes of the session's own; arguments and errors as of `events`."""
+    return _alone(events(session, prompt, **options))
+
+
+def _alone(generation: Iterator[Appending | Response]) -> Iterator[Response]:
+    for event in generation:
+        if isinstance(event, Appending):
+            event.run()
+        else:
+            yield event
+
+
+def events(
     session: Session,
     prompt: str | Sequence[int] | None = None,
     *,
@@ -102,9 +126,14 @@ def stream(
     constraint: Constraint | None = None,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
+    top_logprobs: int = 0,
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = (),
     **sampling: Unpack[SamplingOptions],
-) -> Iterator[Response]:
-    """Generate text after a prompt.
+) -> Iterator[Appending | Response]:
+    """Generate text after a prompt: a `Response` per token, and before it what has to be appended for it.
+
+    Whoever asks for these has each `Appending` run until it is finished, alone or together with those of other
+    sessions (`appending.run_pass`), before the next event; its logits are then what the token is drawn from.
 
     Args:
         session: where the text so far is cached; the prompt is appended to it.
@@ -119,6 +148,8 @@ def stream(
         logits_processor: called with the ids before each token and the logits float32 [vocab], which it returns
             changed; or several.
         progress: as in `Session.append`, while the prompt is read.
+        top_logprobs: how many of the most likely tokens to report in the place of each.
+        stopping_criteria: called with the ids up to a token, that one included; true ends the text. Or several.
         **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
 
     Raises:
@@ -127,10 +158,7 @@ def stream(
         SamplingError: an option is out of range.
         GrammarError: the schema, regex, grammar or choice is not valid or cannot be held to.
     """
-    if max_tokens is not None and (
-        not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1
-    ):
-        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
+    _check_counts(session, max_tokens, top_logprobs)
     stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
     structure = structure_of(schema, regex, grammar, choice)
@@ -140,34 +168,45 @@ def stream(
         constraint = session.model.grammar(structure).begin()
     options: SamplingOptions = {**DEFAULTS, **sampling}
     _check_bias(session, options.get("logit_bias"))
-    sampler = make_sampler(
-        **options,
-        processors=[logits_processor] if callable(logits_processor) else list(logits_processor),
-        mask=None if constraint is None else partial(constraint.mask, ends=list(stop_ids)),
-    )
+    mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
+    sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
     ids = _prompt_ids(session, prompt)
-    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, constraint, progress)
+    ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
+    return _stream(session, ids, sampler, ends, constraint, progress, int(top_logprobs))
+
+
+class Ends(NamedTuple):
+    """What ends a text, as `stream` has it."""
+
+    max_tokens: int | None
+    stop: Sequence[str]
+    stop_ids: frozenset[int]
+    criteria: Sequence[StoppingCriterion]
 
 
 def _stream(
     session: Session,
     ids: Sequence[int],
     sampler: Sampler,
-    max_tokens: int | None,
-    stop: Sequence[str],
-    stop_ids: frozenset[int],
+    ends: Ends,
     constraint: Constraint | None,
     progress: Progress | None,
-) -> Iterator[Response]:
+    top_logprobs: int,
+) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
-    matcher = StopMatcher(stop)
-    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
+    matcher = StopMatcher(ends.stop)
+    index = -1
+    for event in generate_tokens(session, ids, sampler, progress):
+        if isinstance(event, Appending):
+            yield event
+            continue
+        index, (token, logprob) = index + 1, event
         reason = None
         text = ""
         if decoder and not index:  # it has to know what the first token stands behind
             decoder.follow(session.tokens[-FOLLOWED:])
-        if token in stop_ids:
+        if token in ends.stop_ids:
             reason = "stop"
         elif decoder:
             text = matcher.push(decoder.push(token))
@@ -175,7 +214,9 @@ def _stream(
         if reason is None and constraint is not None:
             constraint.accept(token)
             reason = "stop" if constraint.finished else None
-        if reason is None and index + 1 == max_tokens:
+        if reason is None and any(ended([*session.tokens, *session.pending]) for ended in ends.criteria):
+            reason = "stop"
+        if reason is None and index + 1 == ends.max_tokens:
             reason = "length"
         if reason is None and session.room < 0:
             reason = "context"
@@ -184,7 +225,9 @@ def _stream(
                 text += matcher.push(decoder.flush())
             text += matcher.flush()
             reason = "stop" if matcher.stopped else reason
-        yield Response(text, token, logprob, index, reason)
+        logits = session.last_logits  # those the token was drawn from
+        top = () if logits is None else most_likely(logits, top_logprobs)
+        yield Response(text, token, logprob, index, reason, top)
         if reason:
             if session.room < 0:
                 session.pending.clear()  # the token after a full context can never be fed
@@ -200,6 +243,25 @@ def _checked_stop(session: Session, stop: str | Sequence[str]) -> list[str]:
     if stops and session.model.optional_tokenizer is None:
         raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
     return stops
+
+
+def _several(functions: Any) -> list[Any]:
+    """One function, or several, as a list."""
+    found = [functions] if callable(functions) else list(functions)
+    if not all(map(callable, found)):
+        raise SamplingError("logits_processor and stopping_criteria must be functions, one or several")
+    return found
+
+
+def _check_counts(session: Session, max_tokens: int | None, top_logprobs: int) -> None:
+    def is_integer(value: object) -> bool:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+    if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
+        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
+    vocab = session.model.architecture.vocab
+    if not is_integer(top_logprobs) or not 0 <= top_logprobs <= vocab:
+        raise SamplingError(f"top_logprobs must be an integer from 0 to {vocab}, got {top_logprobs!r:.60}")
 
 
 def _check_bias(session: Session, bias: Mapping[int, float] | None) -> None:

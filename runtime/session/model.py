@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -16,12 +17,16 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
+from kvq.runtime.compute.several import JointRunner
 from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
+from kvq.runtime.session.appending import Appending, run_pass
+from kvq.runtime.session.asynchronous import aiterate
 from kvq.runtime.session.generation import GenerationOptions, Response
 from kvq.runtime.session.session import Session
+from kvq.runtime.session.several import Completion, complete_all
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
 from kvq.runtime.text.grammar import Grammar, Grammars, Structure
 from kvq.runtime.text.template import ChatTemplate
@@ -75,6 +80,7 @@ class Model:
         self.notice: Callable[[str], None] | None = None
         self._told = {""}
         self.engine = Engine(bundle, threads)
+        self._joint, self._joint_lock = JointRunner(self.engine), threading.Lock()
         self._check()
         self.optional_tokenizer = _tokenizer(bundle)
 
@@ -90,6 +96,7 @@ class Model:
         now.
         """
         shape = self.architecture
+        _ = self.bundle.key_feedback  # damaged files are refused here, not by the first session
         try:
             store = KVStore(shape.geometry, recent=0)
             backend = make_backend()
@@ -212,18 +219,71 @@ class Model:
         Raises:
             KvqError: as these two, or `ChatTemplate.encode`.
         """
-        names = SessionSettings.__annotations__
-        settings: dict[str, Any] = {name: value for name, value in options.items() if name in names}
-        generation: dict[str, Any] = {name: value for name, value in options.items() if name not in names}
-        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-            template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]
-            begun = messages[-1].get("role") == "assistant"
-            prompt = template.encode_begun(messages) if begun else template.encode(messages)
-            stop = generation.get("stop", ())
-            generation["stop"] = [*template.stop, *([stop] if isinstance(stop, str) else stop)]
-            ends = () if generation.get("ignore_eos") else template.stop_tokens
-            generation["stop_tokens"] = [*ends, *generation.get("stop_tokens", ())]
-        return self.session(**settings).generate(prompt, **generation)  # type: ignore[arg-type]
+        settings, generation = _parted(options)
+        ids, generation = self._asked(prompt, generation)
+        return self.session(**settings).generate(ids, **generation)
+
+    def agenerate(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Unpack[AllOptions]
+    ) -> AsyncGenerator[Response, None]:
+        """As `generate`, for `async for`: tokens are computed in a thread. Closing it ends the generation.
+
+        Raises:
+            KvqError: as `generate`, at once.
+        """
+        return aiterate(self.generate(prompt, **options))
+
+    @named_keywords(AllOptions)
+    def generate_all(
+        self, prompts: Sequence[str | Sequence[int] | Sequence[Mapping[str, Any]]], **options: Unpack[AllOptions]
+    ) -> Iterator[Completion]:
+        """What the model says to each of many prompts, one after the other; yields a `Completion` for each, in order.
+
+        Each is what `generate` would say; what all of the prompts begin with is processed once. The first has the
+        `seed`, each further one the next number.
+
+        Raises:
+            PromptError: a text in place of a list.
+            KvqError: as `generate`.
+        """
+        if isinstance(prompts, str):
+            raise PromptError("generate_all takes a list of prompts; generate takes one")
+        settings, generation = _parted(options)
+        asked = [self._asked(prompt, generation) for prompt in prompts]
+        ids = [self.encode(each) if isinstance(each, str) else each for each, _ in asked]
+        return complete_all(self, ids, settings, [of_one for _, of_one in asked])
+
+    def _asked(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], generation: dict[str, Any]
+    ) -> tuple[str | Sequence[int], dict[str, Any]]:
+        """A prompt as text or token ids, with what ends an answer in the chat template among the options."""
+        if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
+            return prompt, generation  # type: ignore[return-value]
+        template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]
+        begun = messages[-1].get("role") == "assistant"
+        stop = generation.get("stop", ())
+        ends = () if generation.get("ignore_eos") else template.stop_tokens
+        ending = {
+            "stop": [*template.stop, *([stop] if isinstance(stop, str) else stop)],
+            "stop_tokens": [*ends, *generation.get("stop_tokens", ())],
+        }
+        return template.encode_begun(messages) if begun else template.encode(messages), generation | ending
+
+    @named_keywords()
+    def embed(self, text: str | Sequence[int]) -> np.ndarray:
+        """A vector of a text, or of token ids: the mean of the last residual over its tokens, scaled to length 1.
+
+        No model is trained for it here: see `kvq.runtime.session.embedding`.
+
+        Returns:
+            float32 [hidden].
+
+        Raises:
+            PromptError, ContextError: it is empty, not of this model's ids, or longer than the context.
+        """
+        from kvq.runtime.session.embedding import embed
+
+        return embed(self, text)
 
     @named_keywords(SessionSettings)
     def chat(self, system: str | None = None, **settings: Unpack[SessionSettings]) -> Any:
@@ -263,6 +323,44 @@ class Model:
             kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=protect_bits,
         )  # fmt: skip
 
+    def step(
+        self, feeds: Sequence[tuple[Session, Sequence[int] | np.ndarray]], all_logits: bool = False
+    ) -> list[np.ndarray]:
+        """Append tokens to several sessions in as few passes as the longest takes: weights are read once a pass.
+
+        Every session gets what `Session.append` gives it, texts of any lengths, precisions and policies; see
+        docs/stepwise.md for where the logits may differ in rounding. One thread at a time runs such passes.
+
+        Args:
+            feeds: sessions of this model, each once, and the token ids for it: one, or a prompt, or a part of one.
+            all_logits: as in `Session.append`.
+
+        Returns:
+            For each session what `Session.append` returns.
+
+        Raises:
+            PromptError, ContextError: the tokens of one do not fit it, or a session is there twice or of another
+                model; nothing was appended to any.
+            KvqError: what has gone wrong with one, when the others are done.
+        """
+        if any(session.model is not self for session, _ in feeds):
+            raise PromptError("a step takes sessions of one model; give those of another to its own")
+        appendings = [Appending(session, ids, all_logits) for session, ids in feeds]
+        failed: list[Exception] = []
+        left = appendings
+        while left:
+            errors = self.run_pass(left)
+            failed += [error for error in errors if error is not None]
+            left = [each for each, error in zip(left, errors, strict=True) if error is None and not each.finished]
+        if failed:
+            raise failed[0]
+        return [each.result for each in appendings]
+
+    def run_pass(self, appendings: Sequence[Appending]) -> list[Exception | None]:
+        """The next pass of some appends together, see `kvq.runtime.session.appending.run_pass`."""
+        with self._joint_lock:
+            return run_pass(self._joint, appendings)
+
     @named_keywords()
     def load_session(
         self,
@@ -292,6 +390,13 @@ class Model:
         from kvq.runtime.session.file import read_session
 
         return read_session(self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
+
+
+def _parted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a session, and those of a generation."""
+    names = SessionSettings.__annotations__
+    settings = {name: value for name, value in options.items() if name in names}
+    return settings, {name: value for name, value in options.items() if name not in names}
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -107,10 +107,28 @@ def make_sampler(
     return sample
 
 
+class Scored(NamedTuple):
+    """A token id and its log-probability under the model, in nats."""
+
+    token: int
+    logprob: float
+
+
 def log_probability(logits: np.ndarray, token: int) -> float:
     """log softmax(logits)[token] in nats."""
     peak = logits.max()
     return float(logits[token] - peak - np.log(np.exp(logits - peak).sum()))
+
+
+def most_likely(logits: np.ndarray, count: int) -> list[Scored]:
+    """The `count` most likely next tokens, best first, ties by id; logits float32 [vocab]."""
+    if not count:
+        return []
+    candidates = np.argpartition(-logits, min(count, len(logits) - 1))[: count + 1]
+    best = candidates[np.lexsort((candidates, -logits[candidates]))][:count]
+    peak = logits.max()
+    total = np.log(np.exp(logits - peak).sum())
+    return [Scored(int(token), float(logits[token] - peak - total)) for token in best]
 
 
 def _draw(scores: np.ndarray, point: float, top_k: int, top_p: float, min_p: float) -> int:

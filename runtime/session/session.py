@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Unpack
@@ -20,11 +19,13 @@ from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import PROTECTED
+from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
 from kvq.runtime.session.statistics import Clock, Stats, size
 
 if TYPE_CHECKING:
+    from kvq.runtime.policy.features import Seen
     from kvq.runtime.session.model import Model
 
 
@@ -55,6 +56,8 @@ class Session:
         chooser: chooses the precisions of its tokens.
         tokens, pending: ids stored, and ids sampled after them but not fed to the model yet.
         stepwise: whether tokens appended together are processed so.
+        most: tokens that it takes in one pass.
+        prefill_clock, decode_clock: what passes over several of its tokens took, and over one.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -92,7 +95,8 @@ class Session:
         geometry = shape.geometry
         chooses, window, budget = model.policy(policy), min(recent, shape.context), None
         bits = protect_bits_for(chooses, kv_bits) if protect_bits is None else int(protect_bits)
-        self.store = KVStore(geometry, window, sink, self.backend.codecs, bits)
+        codecs = self.backend.codecs._replace(feedback=model.bundle.key_feedback)
+        self.store = KVStore(geometry, window, sink, codecs, bits)
         if kv_bits is not None or kv_memory is not None:
             budget = Budget(
                 chooses, geometry, shape.context, window, sink, kv_bits=kv_bits, kv_memory=kv_memory, protect_bits=bits
@@ -103,12 +107,12 @@ class Session:
         self.prefill = prefill
         looks = chooses.reads is None or chooses.reads - {"positions"}
         self.stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
-        self._most = prefill_chunk
+        self.most = prefill_chunk
         if self.stepwise:
-            self._most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
-        self.runner = Runner(self.backend, model.engine, self._most, self.stepwise)
+            self.most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
+        self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
         self._timer: Timer | None = None
-        self._prefill, self._decode = Clock(), Clock()
+        self.prefill_clock, self.decode_clock = Clock(), Clock()
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
             if value > shape.context:
@@ -187,27 +191,9 @@ class Session:
             ContextError: more tokens than the context has room for; nothing was appended.
             NonFiniteError: the model produced NaN or infinity; earlier chunks stay appended.
         """
-        new = self._checked(ids)
-        feed = np.concatenate([np.asarray(self.pending, np.int64), new]) if self.pending else new
-        wanted = len(new) if all_logits else 1
-        logits = np.empty((wanted, self.model.architecture.vocab), np.float32)
-        first_wanted = len(feed) - wanted
-        end = self.store.length + len(feed)
-        clock = self._decode if len(feed) == 1 else self._prefill
-        for start in range(0, len(feed), self._most):
-            chunk = feed[start : start + self._most]
-            begun = time.perf_counter()
-            read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
-            skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
-            at = start + skip - first_wanted
-            self._step(chunk, end, skip, logits[at : at + len(chunk) - skip])
-            clock.add(len(chunk), time.perf_counter() - begun, read)
-            if progress is not None:
-                progress(start + len(chunk), len(feed))
-        self.last_logits = logits[-1].copy() if all_logits else logits[0]
-        return logits if all_logits else logits[0]
+        return Appending(self, ids, all_logits, progress).run()
 
-    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """ids as int64 [tokens], or a named error."""
         shape = self.model.architecture
         try:
@@ -227,13 +213,19 @@ class Session:
             )
         return new.astype(np.int64)
 
-    def _step(self, ids: np.ndarray, end: int, skip: int, logits: np.ndarray) -> None:
-        """One pass: run the model, choose precisions, store, and then count the tokens as the session's.
+    def step(self, ids: np.ndarray, end: int, skip: int, logits: np.ndarray) -> None:
+        """A pass of this session alone: run the model, choose precisions, store.
 
         end: length of the text when the call that feeds them is done; skip, logits: as in `Runner.run`.
         """
-        chooser, timer = self.chooser, self._timer
-        seen = self.runner.run(ids, self.store, chooser.needs, skip, logits)
+        self.take(self.runner.run(ids, self.store, self.chooser.needs, skip, logits), end)
+
+    def take(self, seen: Seen, end: int) -> None:
+        """Choose precisions for the tokens that a pass has seen, store them, and then count them as the session's.
+
+        end: as in `step`.
+        """
+        chooser, timer, ids = self.chooser, self._timer, seen.ids
         with nullcontext() if timer is None else timer("choose"):
             chosen = chooser.choose(self.store, seen, end)
         self.store.append(seen.keys, seen.values, chosen)
@@ -269,6 +261,8 @@ class Session:
             logits_processor: a function of (ids before the token, logits float32 [vocab]) that gives logits; or
                 several.
             progress: as in `append`, while the prompt is read.
+            top_logprobs: how many of the most likely tokens `Response.top_logprobs` reports in the place of each.
+            stopping_criteria: a function of the ids up to a token, that one included; true ends the text. Or several.
 
         Raises:
             PromptError, ContextError: the prompt is empty, not of this model's ids, or does not fit.
@@ -320,7 +314,7 @@ class Session:
             protect_bits=self.store.protect_bits,
         )  # fmt: skip
         twin.chooser.budget = self.budget
-        twin.restore(self.store.fork(twin.backend.codecs), list(self.tokens), list(self.pending), self.last_logits)
+        twin.restore(self.store.fork(twin.store.codecs), list(self.tokens), list(self.pending), self.last_logits)
         twin.metadata = copy.deepcopy(self.metadata)
         return twin
 
@@ -362,7 +356,7 @@ class Session:
         """What ran and what it took, so far."""
         store = self.store
         values = store.values
-        prefill, decode = self._prefill, self._decode
+        prefill, decode = self.prefill_clock, self.decode_clock
         return Stats(
             backend=self.backend.name,
             backend_detail=self.backend.detail,
@@ -382,6 +376,7 @@ class Session:
             prefill_tokens=prefill.tokens,
             prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
             decode_tokens=decode.tokens,
+            decode_sessions=decode.sessions / decode.tokens if decode.tokens else None,
             ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
             gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
             huge_weight_nbytes=self.model.engine.huge_nbytes,

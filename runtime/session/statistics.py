@@ -12,10 +12,12 @@ class Clock:
 
     tokens: int = 0
     seconds: float = 0.0
-    bytes_read: int = 0  # weights and cache that the steps had to read
+    bytes_read: int = 0  # weights and caches that the passes had to read
+    sessions: int = 0  # that shared the pass of each token, added up
 
-    def add(self, tokens: int, seconds: float, bytes_read: int) -> None:
+    def add(self, tokens: int, seconds: float, bytes_read: int, sessions: int = 1) -> None:
         """Count one more piece of work."""
+        self.sessions += sessions * tokens
         self.tokens += tokens
         self.seconds += seconds
         self.bytes_read += bytes_read
@@ -40,7 +42,8 @@ class Stats:
         kv_used_bits: the same of the stored tokens alone, without slack: what a budget of bits limits.
         prefill_tokens, prefill_tokens_per_s: tokens appended several at a time.
         decode_tokens, ms_per_token: tokens appended one at a time.
-        gb_per_s: weights and cache read by decode steps over their time, 1e9 bytes a second.
+        decode_sessions: sessions that shared a pass of these, itself included, on average; see `Model.step`.
+        gb_per_s: weights and caches read by decode steps over their time, 1e9 bytes a second.
         huge_weight_nbytes: bytes of the loaded graphs that stand on huge pages, see `kvq.runtime.machine.hugepages`.
     """
 
@@ -62,6 +65,7 @@ class Stats:
     prefill_tokens: int
     prefill_tokens_per_s: float | None
     decode_tokens: int
+    decode_sessions: float | None
     ms_per_token: float | None
     gb_per_s: float | None
     huge_weight_nbytes: int
@@ -88,7 +92,8 @@ class Stats:
                 f"{'stepwise ' * (self.prefill == 'stepwise')}prefill {self.prefill_tokens_per_s:.0f} tokens/s"
             )
         if self.ms_per_token is not None:
-            parts.append(f"decode {self.ms_per_token:.1f} ms/token, {self.gb_per_s:.1f} GB/s")
+            shared = f", {self.decode_sessions:.1f} sessions a pass" if (self.decode_sessions or 1) > 1 else ""
+            parts.append(f"decode {self.ms_per_token:.1f} ms/token{shared}, {self.gb_per_s:.1f} GB/s")
         detail = f" ({self.backend_detail})" if self.backend_detail else ""
         parts.append(f"{self.backend} attention{detail}, {self.threads} threads")
         return " | ".join(parts)

@@ -31,15 +31,19 @@ class Cell(NamedTuple):
     text: str
 
 
-def cells(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[Cell]:
+def cells(tokenizer: Tokenizer | None, ids: Sequence[int], behind: Sequence[int] = ()) -> list[Cell]:
     """Cut a text into cells; together they are all tokens and the whole decoded text, special tokens included.
 
     Tokens that hold parts of one character share a cell, a letter and its accents and the parts of
     one emoji too. Without a tokenizer a cell is a token, and its text the id: "<17>".
+
+    behind: ids that these stand behind, where a cell ended; none at the beginning of a text.
     """
     if tokenizer is None:
         return [Cell(i, 1, f"<{token}>") for i, token in enumerate(ids)]
     decoder = StreamingDecoder(tokenizer, skip_special_tokens=False)
+    if len(behind):
+        decoder.follow(behind)
     found: list[Cell] = []
     first, text = 0, ""
     for i, token in enumerate(ids):

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvq.runtime.errors import GrammarError
+from kvq.runtime.errors import GrammarError, MemoryShortageError
 from kvq.runtime.extras import install, missing
 from kvq.runtime.text.schemas import held_exactly
 
 PACKAGE, EXTRA = "llguidance", "schema"
 # Characters, of the text that a caller gives.
-MOST = {"schema": 1 << 18, "regex": 1 << 14, "grammar": 1 << 17, "choice": 1 << 17}
+MOST = {"schema": 1 << 17, "regex": 1 << 14, "grammar": 1 << 16, "choice": 1 << 17}
+MOST_JOINED = 64  # terminals of a grammar that are joined by &: each doubles what llguidance looks through
+# llguidance calls itself for each rule and definition that names the next one, and ends the process where the stack
+# ends. Measured: 8 kB a definition of a schema, and the shortest has 27 characters.
+STACK_NBYTES, STACK_NBYTES_A_CHARACTER = 1 << 24, 1 << 11
 MOST_CHOICES = 2048
 # As Python's json writes. Blanks elsewhere would be a place where a weak model goes on for ever.
 JSON_OPTIONS = {
@@ -68,6 +74,8 @@ def structure_of(
     text = {"schema": _schema, "choice": _choice}.get(kind, _text)(given[kind], kind)
     if len(text) > MOST[kind]:
         raise GrammarError(f"the {kind} has {len(text)} characters, at most {MOST[kind]} are taken; shorten it")
+    if kind == "grammar":
+        _check_joined(text)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -106,6 +114,23 @@ def _choice(value: Any, kind: str) -> str:
     if len(texts) > MOST_CHOICES:
         raise GrammarError(f"choice has {len(texts)} texts, at most {MOST_CHOICES} are taken")
     return json.dumps(texts, ensure_ascii=False)
+
+
+# A text or a regular expression in a grammar, whose signs join nothing.
+QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])*/')
+
+
+def _check_joined(text: str) -> None:
+    """Raise GrammarError for a grammar, or a schema in it, that joins too much."""
+    joined = QUOTED.sub("", text).count("&")
+    if joined > MOST_JOINED:
+        raise GrammarError(f"the grammar joins terminals by & {joined} times, at most {MOST_JOINED} are taken")
+    for found in re.finditer(r"%json\b\s*", text):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            continue  # in a quoted text; or llguidance refuses it
+        held_exactly(schema)
 
 
 class Grammar:
@@ -204,10 +229,15 @@ class Grammars:
 
         Raises:
             GrammarError: it is not valid, takes too much work, or asks for what cannot be held; with the name of it.
+            MemoryShortageError: no memory for the stack of the thread that compiles it.
         """
         last = self._last
-        if last is not None and last.structure == structure:
-            return last
+        if last is None or last.structure != structure:
+            stack = STACK_NBYTES + STACK_NBYTES_A_CHARACTER * len(structure.text)
+            last = self._last = _with_stack(stack, lambda: self._compiled(structure))
+        return last
+
+    def _compiled(self, structure: Structure) -> Grammar:
         matcher_of = self._library.LLMatcher
         try:
             matcher = matcher_of(self._tokenizer, _source(structure, matcher_of), log_level=0, limits=self._limits)
@@ -218,8 +248,7 @@ class Grammars:
         why = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())
         if why:
             raise GrammarError(f"the {structure.kind} cannot be held to: {_line(why)}; change it")
-        self._last = Grammar(structure, matcher, self._vocab)
-        return self._last
+        return Grammar(structure, matcher, self._vocab)
 
 
 def _source(structure: Structure, library: Any) -> str:
@@ -233,6 +262,35 @@ def _source(structure: Structure, library: Any) -> str:
         return library.grammar_from_lark(structure.text)
     quoted = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in json.loads(structure.text)]
     return library.grammar_from_lark("start: " + " | ".join(quoted))
+
+
+_stack_size = threading.Lock()  # Python has one for all threads to come
+
+
+def _with_stack(nbytes: int, work: Callable[[], Grammar]) -> Grammar:
+    """What some work gives or raises, in a thread with a stack of its own; of which only what is used takes memory."""
+    found: list[Grammar] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="kvq-grammar", daemon=True)
+    with _stack_size:
+        before = threading.stack_size(nbytes // 4096 * 4096)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise MemoryShortageError(f"no memory for a stack of {nbytes >> 20} MB; send a smaller structure") from None
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found[0]
 
 
 def _line(text: str) -> str:

@@ -7,6 +7,11 @@ from typing import Any
 from kvq.runtime.errors import GrammarError
 
 MOST_DEPTH = 64
+MOST_PROPERTIES = 2000  # of an object: the work grows with their square
+MOST_PATTERNS = 12  # of a schema that joins some: each doubles what llguidance looks through
+# What says nothing about a value; beside anything else a reference or a choice is joined with it.
+NOTES = frozenset(("title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
+                   "$schema", "$id", "$comment", "$defs", "definitions", "discriminator"))  # fmt: skip
 # What stands below these keys is a value, and no schema.
 VALUES = ("const", "enum", "default", "example", "examples")
 # What stands below these is a schema for each name.
@@ -31,8 +36,15 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
         depth: of where it stands.
 
     Raises:
-        GrammarError: it nests too deeply.
+        GrammarError: it nests too deeply, has too many properties, or joins too many patterns.
     """
+    if not depth:
+        patterns, joins = _joined(schema)
+        if joins and patterns > MOST_PATTERNS:
+            raise GrammarError(
+                f"the schema has {patterns} patterns and formats, at most {MOST_PATTERNS} are taken beside allOf, or a"
+                " $ref, anyOf or oneOf with other demands beside it; take some out"
+            )
     if depth > MOST_DEPTH:
         raise GrammarError(f"the schema nests deeper than {MOST_DEPTH}; make it flatter")
     if isinstance(schema, list):
@@ -44,6 +56,8 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
         if key == "x-guidance":  # llguidance's own switches, which are not the caller's
             continue
         if key in NAMED and isinstance(value, dict):
+            if key == "properties" and len(value) > MOST_PROPERTIES:
+                raise GrammarError(f"an object has {len(value)} properties, at most {MOST_PROPERTIES} are taken")
             found[key] = {name: held_exactly(part, depth + 2) for name, part in value.items()}
         else:
             found[key] = value if key in VALUES else held_exactly(value, depth + 1)
@@ -51,7 +65,27 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
     if pattern is not None:
         del found["format"]
         if "pattern" in found:
-            found["allOf"] = [*found.get("allOf", []), {"pattern": pattern}]
+            others = found.get("allOf", [])
+            if not isinstance(others, list):
+                raise GrammarError("allOf is no list; give it one")
+            found["allOf"] = [*others, {"pattern": pattern}]
         else:
             found["pattern"] = pattern
     return found
+
+
+def _joined(schema: Any) -> tuple[int, bool]:
+    """How many patterns and formats there are in a schema, and whether it joins any schemas."""
+    patterns, joins, todo = 0, False, [schema]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        elif isinstance(part, dict):
+            demands = part.keys() - NOTES
+            patterns += len({"pattern", "format"} & demands)
+            both = part.get("allOf")
+            several = isinstance(both, list) and len(both) > 1
+            joins |= several or bool({"allOf", "$ref", "anyOf", "oneOf"} & demands and len(demands) > 1)
+            todo += [value for key, value in part.items() if key not in VALUES]
+    return patterns, joins

@@ -179,7 +179,7 @@ def forced_calls(template: ChatTemplate, form: CallFormat, tools: Sequence[Tool]
         name = _literal(template, tool.name + form.middle)
         rules.append(f"call_{i}: {name} arguments_{i}\narguments_{i}: %json {json.dumps(schema)}")
     text = "\n".join(rules)
-    if len(text) > 4 * MOST["grammar"]:
+    if len(text) > 2 * MOST["schema"]:
         raise GrammarError("the tools' schemas are too large together; offer fewer")
     return Structure("grammar", text)
 

@@ -228,14 +228,13 @@ def test_end_of_turn_is_passed_over_on_request_only(every):
     for ignore_eos in (False, True):
         session = model.session()
         replies = Conversation(session).reply("Hello", ignore_eos=ignore_eos, max_tokens=4, temperature=0.0)
-        generate = session.append
+        step = session.step
 
-        def forced(ids, generate=generate, **options):
-            logits = generate(ids, **options)
-            logits[end] = 1e4
-            return logits
+        def forced(ids, end_of_call, skip, logits, step=step):
+            step(ids, end_of_call, skip, logits)
+            logits[:, end] = 1e4
 
-        session.append = forced
+        session.step = forced
         told[ignore_eos] = [response.finish_reason for response in replies]
     assert told == {False: ["stop"], True: [None, None, None, "length"]}
 

@@ -201,10 +201,10 @@ def test_a_text_that_ends_at_once_says_why(tiny_bundle, tiny_model):
     assert (done.returncode, done.stdout) == (0, "\n")
     assert done.stderr == f"kvq: the model began the text with a stop string ({text[:2]!r})\n"
     code = (
-        "import sys\nfrom kvq.runtime.session.session import Session\nappend = Session.append\n"
-        "def ending(self, ids, *rest, **options):\n"
-        "    logits = append(self, ids, *rest, **options)\n    logits[END] = 1e4\n    return logits\n"
-        "Session.append = ending\nfrom kvq.runtime.cli.main import main\nmain()\n"
+        "import sys\nfrom kvq.runtime.session.session import Session\nstep = Session.step\n"
+        "def ending(self, ids, end, skip, logits):\n"
+        "    step(self, ids, end, skip, logits)\n    logits[:, END] = 1e4\n"
+        "Session.step = ending\nfrom kvq.runtime.cli.main import main\nmain()\n"
     ).replace("END", str(tiny_model.bundle.manifest.eos_token_ids[0]))
     done = command([sys.executable, "-c", code, "run", "-q", "-m", str(tiny_bundle), "Who are you?"])
     end = tiny_model.tokenizer.id_to_token(tiny_model.bundle.manifest.eos_token_ids[0])

@@ -127,7 +127,7 @@ def test_every_token_can_be_pointed_at_and_read_in_the_table(mixed):
             assert part in line
         for value in token.features:
             assert f"{value:.3g}" in line
-        assert ("16 bits now" in line) == token.in_window
+        assert (f"{token.bits.bits[0]} bits now" in line) == token.in_window
     assert source.count("<tr>") + source.count('<tr class="total">') == len(mixed.tokens) + 1 + len(mixed.totals) + 3
 
 

@@ -33,7 +33,7 @@ class NormalFloat(Codec):
     precision = Precision(7, "nf4", 4)
     has_scale = True
 
-    def encode(self, x):
+    def encode(self, x, feedback=None):
         scales = half_scale(absmax(x))
         unit = np.divide(x, scales.astype(np.float32), out=np.zeros(x.shape, np.float32), where=scales > 0)
         codes = to_words(np.searchsorted(BORDERS, unit).astype(np.uint8), 8)
@@ -61,7 +61,9 @@ INLINE vf level_NF4(vw word, int i) {{
 }}
 """
 ENCODE = f"""
-INLINE int encode_NF4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {{
+INLINE int encode_NF4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                      uint16_t *scale_out) {{
+    (void)feedback;
     static const float borders[15] = {c_array(BORDERS)};
     const int half = half_above(peak);
     if (half < 0) return KVQ_REFUSED_VALUE;

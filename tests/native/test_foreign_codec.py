@@ -256,7 +256,7 @@ def test_the_library_refuses_what_it_does_not_know():
     for refused in (
         lambda: loaded.kvq_attend(ctypes.byref(forward), 0, ctypes.byref(rows), None, None),
         lambda: loaded.kvq_set_pass(ctypes.byref(forward)),
-        lambda: loaded.kvq_encode(-1, 6, x.ctypes.data, 1, 16, x.ctypes.data, x.ctypes.data),
+        lambda: loaded.kvq_encode(-1, 6, x.ctypes.data, 1, 16, None, 1, x.ctypes.data, x.ctypes.data),
     ):
         with pytest.raises(BackendError, match=r"no kernels for; use KVQ_BACKEND=numpy") as error:
             library.check(refused())

@@ -20,7 +20,17 @@ from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.library import CHUNK_SLOTS
 from kvq.runtime.precision.codecs import NUMPY
 from kvq.runtime.precision.table import Geometry
-from tests.tools.kvdata import WIDTHS, arrays_in, examples, fill, filled_store, protected, random_tokens, seeds
+from tests.tools.kvdata import (
+    WIDTHS,
+    arrays_in,
+    examples,
+    fill,
+    filled_store,
+    protected,
+    random_feedback,
+    random_tokens,
+    seeds,
+)
 
 # Of the largest output; both sides are single precision. Integer weights of values add a noise of 1.6e-5 of the root
 # mean square (dot_values.h).
@@ -150,11 +160,11 @@ def both_codecs(kernel, name):
     return codecs.windows[int(name[6:])] if isinstance(name, str) else codecs.by_id[name], CODECS[name]
 
 
-def assert_encodes_as_numpy(kernel, name, x):
+def assert_encodes_as_numpy(kernel, name, x, feedback=None):
     results, refusals = [], []
     for codec in both_codecs(kernel, name):
         try:
-            results.append(codec.encode(x))
+            results.append(codec.encode(x, feedback))
         except NonFiniteError as error:
             refusals.append(str(error))
     assert len(refusals) in (0, 2), refusals
@@ -171,15 +181,20 @@ def assert_encodes_as_numpy(kernel, name, x):
     shape=st.tuples(st.integers(1, 2), st.integers(0, 4), st.sampled_from((*HEAD_DIMS, 1024, 1032))),
     exponents=st.tuples(st.integers(-45, 38), st.integers(-45, 38)),
     steps=st.sampled_from((0, 0, 2, 4)),
+    share=st.sampled_from((None, None, 0.0, 0.3)),
 )
 @examples(80)
-def test_native_encoding_gives_numpy_s_bytes(kernel, name, seed, shape, exponents, steps):
+def test_native_encoding_gives_numpy_s_bytes(kernel, name, seed, shape, exponents, steps, share):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape) * 10.0 ** rng.uniform(min(exponents), max(exponents), (*shape[:-1], 1))
     if steps:  # ties in rounding, and zeros
         x = rng.integers(-8, 9, shape) / steps
-    with np.errstate(over="ignore", under="ignore"):
-        assert_encodes_as_numpy(kernel, name, x.astype(np.float32))
+    feedback = None
+    if share is not None and shape[-1] < 1024:  # of errors; a matrix for each row of vectors
+        drawn = rng.uniform(-share, share, (shape[0], shape[-1], shape[-1]))
+        feedback = drawn.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        assert_encodes_as_numpy(kernel, name, x.astype(np.float32), feedback)
 
 
 @every_kernel
@@ -209,11 +224,20 @@ moves = st.lists(
 
 @pytest.mark.slow
 @every_kernel
-@given(steps=moves, recent=st.sampled_from((0, 1, 5, 16, 37)), sink=st.sampled_from((0, 3)), bits=protected, seed=seeds)
+@given(
+    steps=moves,
+    recent=st.sampled_from((0, 1, 5, 16, 37)),
+    sink=st.sampled_from((0, 3)),
+    bits=protected,
+    seed=seeds,
+    fed_back=st.booleans(),
+)
 @examples(40)
-def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed):
+def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed, fed_back):
     geometry = Geometry(2, 2, 24)
-    stores = [KVStore(geometry, recent, sink, codecs, bits) for codecs in (native(kernel).codecs, NUMPY)]
+    feedback = random_feedback(seed, geometry) if fed_back else None
+    codecs = [each._replace(feedback=feedback) for each in (native(kernel).codecs, NUMPY)]
+    stores = [KVStore(geometry, recent, sink, each, bits) for each in codecs]
     for i, (step, amount) in enumerate([("append", 20), *steps]):
         for store in stores:
             if step == "append":
@@ -278,7 +302,8 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 @pytest.mark.parametrize("policy", ["int2", "mixed", "rule"])
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
-    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=NUMPY, protect_bits=8)
+    codecs = NUMPY._replace(feedback=session.store.codecs.feedback)
+    store = KVStore(session.store.geometry, recent=16, sink=4, codecs=codecs, protect_bits=8)
     append, choose = session.store.append, session.store.choose_open
     chosen = {}
     store.choose_open = lambda of, start, count: chosen[start, count]

@@ -53,7 +53,7 @@ def test_a_pass_is_not_seen_by_another_thread(native_pass):
         except Exception as error:
             said.append(str(error))
 
-    library.load().kvq_set_pass(ctypes.byref(forward._pass))
+    library.load().kvq_set_pass(ctypes.byref(forward._span.given))
     try:
         thread = threading.Thread(target=other)
         thread.start()
@@ -79,11 +79,11 @@ def test_a_pass_is_not_seen_by_another_thread(native_pass):
 )
 def test_a_graph_that_does_not_fit_the_pass_is_refused(native_pass, field, value, message):
     session, forward = native_pass
-    true = getattr(forward._pass, field)
-    setattr(forward._pass, field, value)
+    true = getattr(forward._span.given, field)
+    setattr(forward._span.given, field, value)
     with pytest.raises(Exception, match=message):
         forward.forward(np.array(IDS[20:22]), session.store)
-    setattr(forward._pass, field, true)
+    setattr(forward._span.given, field, true)
     assert_still_works(session, forward)
 
 
@@ -119,7 +119,7 @@ def test_a_foreign_graph_with_inputs_of_wrong_sizes_reads_nothing(tiny_model, na
     graph = foreign_graph(layer)
     with pytest.raises(Exception, match="kvq"):
         graph.run(None, feed)  # no pass at all
-    library.load().kvq_set_pass(ctypes.byref(forward._pass))
+    library.load().kvq_set_pass(ctypes.byref(forward._span.given))
     try:
         with pytest.raises(Exception, match="kvq"):
             graph.run(None, feed)
@@ -147,12 +147,12 @@ def one_line(error):
 )
 def test_a_pass_that_cannot_be_is_refused_before_it_runs(native_pass, field, value, message):
     session, forward = native_pass
-    true = getattr(forward._pass, field)
-    setattr(forward._pass, field, value)
+    true = getattr(forward._span.given, field)
+    setattr(forward._span.given, field, value)
     with pytest.raises(BackendError, match=message) as error:
         forward.forward(np.array(IDS[20:22]), session.store)
     one_line(error)
-    setattr(forward._pass, field, true)
+    setattr(forward._span.given, field, true)
     assert_still_works(session, forward)
 
 
@@ -170,13 +170,13 @@ def test_a_pass_that_cannot_be_is_refused_before_it_runs(native_pass, field, val
 )
 def test_a_row_of_the_page_table_that_cannot_be_is_refused(native_pass, column, value, message):
     session, forward = native_pass
-    forward._table.update(session.store)
-    rows = forward._table.rows
+    forward._span._table.update(session.store)
+    rows = forward._span._table.rows
     true = rows[column].copy()
     rows[column][-1] = value
-    forward._pass.page, forward._pass.pages = forward._table.address, len(rows)
+    forward._span.given.page, forward._span.given.pages = forward._span._table.address, len(rows)
     with pytest.raises(BackendError, match=message) as error:
-        library.check(library.load().kvq_set_pass(forward._pass))
+        library.check(library.load().kvq_set_pass(forward._span.given))
     one_line(error)
     # An operator that runs all the same says why there is no pass.
     with pytest.raises(Exception, match=message):

@@ -16,7 +16,7 @@ from kvq.runtime.kv.slots import TILE_TOKENS
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 from tests.tools.command_line import assert_one_line_error, run
-from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_tokens, seeds
+from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_feedback, random_tokens, seeds
 
 IDS = np.random.default_rng(3).integers(1, 512, 200).tolist()
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -51,7 +51,8 @@ def situations(draw):
     heads = kv_heads * draw(st.sampled_from((1, 3, 4)))
     shape = (geometry.layers, new, heads, head_dim)
     query = np.random.default_rng(draw(seeds)).standard_normal(shape, np.float32)
-    return geometry, recent, draw(st.sampled_from((0, 4))), tokens, query
+    feedback = draw(st.one_of(st.none(), seeds.map(lambda seed: random_feedback(seed, geometry))))
+    return geometry, recent, draw(st.sampled_from((0, 4))), tokens, query, feedback
 
 
 def new_parts(tokens, new, layer):
@@ -64,10 +65,11 @@ def new_parts(tokens, new, layer):
 @given(situation=situations())
 @examples(120)
 def test_rows_are_those_of_single_tokens(backend, situation):
-    geometry, recent, sink, tokens, query = situation
+    geometry, recent, sink, tokens, query, feedback = situation
     new, old = query.shape[1], len(tokens.bits) - query.shape[1]
     one, many = (make_backend(backend) for _ in range(2))
-    single, whole = (fill(KVStore(geometry, recent, sink, part.codecs), tokens.part(0, old)) for part in (one, many))
+    codecs = one.codecs._replace(feedback=feedback)
+    single, whole = (fill(KVStore(geometry, recent, sink, codecs), tokens.part(0, old)) for _ in range(2))
     expected, found = np.empty_like(query), np.empty_like(query)
     squares = np.zeros((2, *query.shape[:3]), np.float32)
     for layer in range(geometry.layers):
@@ -95,16 +97,17 @@ def test_rows_are_those_of_single_tokens(backend, situation):
 @examples(40)
 def test_rows_that_come_to_nothing_leave_no_trace(backend, situation, other):
     """A pass that fails, and then other tokens: the store is one that the first ones never came near."""
-    geometry, recent, sink, tokens, query = situation
+    geometry, recent, sink, tokens, query, feedback = situation
     new, old = query.shape[1], len(tokens.bits) - query.shape[1]
     part = make_backend(backend)
-    store, untouched = (fill(KVStore(geometry, recent, sink, part.codecs), tokens.part(0, old)) for _ in range(2))
+    codecs = part.codecs._replace(feedback=feedback)
+    store, untouched = (fill(KVStore(geometry, recent, sink, codecs), tokens.part(0, old)) for _ in range(2))
     before = stored_bytes(store)
     for layer in range(geometry.layers):
         part.attend_stepwise(query[layer], *new_parts(tokens, new, layer), store, layer, np.empty_like(query[layer]))
     assert stored_bytes(store) == before
     assert store.length == old
-    twin = store.fork(part.codecs)
+    twin = store.fork(codecs)
     following = random_tokens(other, geometry, 90)
     for each in (store, untouched, twin):
         fill(each, following, cuts=(1, 40))

@@ -278,6 +278,9 @@ def test_jobs_take_turns_token_by_token(tiny_model):
     for job in jobs:
         runner.finish(job)
     assert all(len(set(runner.order[at : at + 3])) == 3 for at in range(6, 24))
+    passes = runner.scheduler.passes
+    # One of what held the worker; all three prompts of five tokens; eleven times the further tokens of all.
+    assert (passes.passes, passes.sessions, passes.rows) == (1 + 1 + 11, 1 + 3 + 33, 1 + 15 + 33)
     runner.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvq.runtime.errors import GrammarError
 from kvq.runtime.text.grammar import MOST, MOST_CHOICES, Structure, structure_of
+from kvq.runtime.text.schemas import MOST_PROPERTIES
 from tests.tools.packages import needs
 from tests.tools.schemas import REFUSED, SCHEMAS, problems
 
@@ -204,3 +206,59 @@ def test_one_grammar_serves_texts_that_go_different_ways(embedded):
     assert one.finished
     assert other.finished
     assert json.loads(grammar.structure.text) == ["ab", "cd"]
+
+
+BOMBS = {
+    "rules that name each other in turn": {
+        "grammar": "start: r0\n" + "\n".join(f'r{i}: "{i % 7}" r{i + 1}?' for i in range(2800)) + '\nr2800: "x"'
+    },
+    "definitions that name each other in turn": {
+        "schema": {"$ref": "#/$defs/d0", "$defs": {"d1400": {"type": "string"}, **{
+            f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(1400)}}}
+    },
+    "references alone": {
+        "schema": {"$ref": "#/$defs/d0", "$defs": {"d3500": {"type": "string"}, **{
+            f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3500)}}}
+    },
+    "terminals in turn": {
+        "grammar": "start: T0\n" + "\n".join(f'T{i}: "{i % 7}" T{i + 1}' for i in range(3400)) + '\nT3400: "x"'
+    },
+    "many properties": {"schema": {"properties": {f"p{i}": {"type": "integer"} for i in range(2000)}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_structures_as_deep_as_their_size_allows_end_no_process(embedded, name):
+    begun = time.process_time()
+    with contextlib.suppress(GrammarError):
+        constraint = embedded.grammar(structure_of(**BOMBS[name])).begin()
+        constraint.mask(np.zeros(embedded.architecture.vocab, np.float32), [EOS])
+    assert time.process_time() - begun < 5  # of processor time: they take a tenth of a second, or all of it
+
+
+SEARCHED = [{"type": "string", "pattern": f"^.*[ab].{{{i}}}$"} for i in range(10, 40)]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"schema": {"allOf": SEARCHED}}, "patterns"),
+        ({"schema": {"$ref": "#/$defs/0", "$defs": {
+            str(i): {"$ref": f"#/$defs/{i + 1}", **part} for i, part in enumerate(SEARCHED)}}}, "patterns"),
+        ({"grammar": "start: T\nT: " + " & ".join(f"/.*{i}.*/" for i in range(500))}, "joins"),
+        ({"grammar": "start: %json " + json.dumps({"allOf": SEARCHED})}, "patterns"),
+        ({"schema": {"properties": {f"p{i}": {} for i in range(MOST_PROPERTIES + 1)}}}, "properties"),
+        ({"schema": {"allOf": 3, "format": "date", "pattern": "a"}}, "allOf"),
+    ],
+    ids=["allOf", "references with patterns", "terminals", "a schema in a grammar", "properties", "allOf of a number"],
+)  # fmt: skip
+def test_what_takes_exponential_work_is_refused_before(embedded, options, named):
+    with pytest.raises(GrammarError, match=named):
+        embedded.grammar(structure_of(**options))
+
+
+def test_patterns_beside_each_other_are_not_joined(embedded):
+    properties = {f"p{i}": {"type": "string", "pattern": f"^{i}+$"} for i in range(30)}
+    described = {"$ref": "#/$defs/a", "description": "of it", "$defs": {"a": {"properties": properties}}}
+    embedded.grammar(structure_of(schema=described))
+    embedded.grammar(structure_of(grammar="start: " + json.dumps("&" * 100)))

@@ -97,13 +97,13 @@ def cached(conversation) -> str:
 
 def counted(session) -> list[int]:
     """Lengths of everything the session feeds to the model from now on, as a list that grows."""
-    fed, step = [], session._step
+    fed, step = [], session.step
 
     def counting(ids, *rest):
         fed.append(len(ids))
         step(ids, *rest)
 
-    session._step = counting
+    session.step = counting
     return fed
 
 

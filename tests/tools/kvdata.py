@@ -43,6 +43,12 @@ def random_tokens(seed, geometry, count, widths=WIDTHS):
     return Tokens(keys, values, rng.choice(np.array(widths, np.uint8), (count, 2)))
 
 
+def random_feedback(seed, geometry):
+    """Shares of errors as a bundle could have them: float32 [layers, kv_heads, head_dim, head_dim]."""
+    shape = (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.head_dim)
+    return np.triu(np.random.default_rng(seed).normal(0, 0.3, shape), 1).astype(np.float16).astype(np.float32)
+
+
 def fill(store, tokens, cuts=()):
     """Append the tokens in the chunks between the cuts (sorted here; repeated cuts give empty chunks)."""
     edges = [0, *sorted(cuts), len(tokens.bits)]

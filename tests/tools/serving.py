@@ -24,6 +24,7 @@ LONG = (
 )
 QUESTION = [{"role": "user", "content": "Where is the captain?"}]
 JSON = {"content-type": "application/json"}
+HTML_PAGE = {"accept": "text/html"}
 
 
 class Served:

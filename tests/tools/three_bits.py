@@ -14,7 +14,7 @@ class ThreeBits(Codec):
     precision = Precision(6, "s3", 3)
     has_scale = True
 
-    def encode(self, x):
+    def encode(self, x, feedback=None):
         scales = half_scale(absmax(x) / np.float32(3))
         scale = scales.astype(np.float32)
         quotient = np.divide(x, scale, out=np.zeros(x.shape, np.float32), where=scale > 0)

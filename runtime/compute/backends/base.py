@@ -8,6 +8,7 @@ import numpy as np
 
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.joint import JointPass, SegmentedJointPass
 from kvq.runtime.compute.passes import ForwardPass, SegmentedPass
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import NUMPY, CodecSet
@@ -40,6 +41,15 @@ class AttentionBackend(ABC):
         stepwise: around `attend_stepwise`.
         """
         return SegmentedPass(engine, tokens, self.attend_stepwise if stepwise else self.attend)
+
+    @property
+    def joins(self) -> tuple[str, int]:
+        """Sessions whose backends say the same can share a pass: name, and which form of it."""
+        return self.name, 0
+
+    def joint_pass(self, engine: Engine) -> JointPass:
+        """Passes over the tokens of several sessions, of this one and of others that `joins` says can join."""
+        return SegmentedJointPass(engine)
 
     def head(self, engine: Engine, rows: int) -> Head:
         """Buffers and bindings of the head for that many rows."""

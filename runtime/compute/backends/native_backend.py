@@ -7,10 +7,13 @@ import ctypes
 import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
+from kvq.runtime.compute.backends.native_joint import NativeJointPass
 from kvq.runtime.compute.backends.native_pass import NativeHead, NativePass
+from kvq.runtime.compute.backends.native_span import NativeSpan
 from kvq.runtime.compute.backends.numpy_backend import NumpyAttention
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.joint import JointPass
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import BackendError
 from kvq.runtime.kv.store import KVStore
@@ -47,6 +50,7 @@ class NativeAttention(AttentionBackend):
         self._table = PageTable()
         self._stepwise = StepwiseTable(self._kernel)
         self._windows = np.zeros(0, np.int32)
+        self._spans: dict[tuple[int, bool], NativeSpan] = {}
         self._numpy: NumpyAttention | None = None
         self._foreign: dict[Pair, None] = {}
         self.codecs = native_codecs(self._kernel)
@@ -129,6 +133,21 @@ class NativeAttention(AttentionBackend):
 
     def forward_pass(self, engine: Engine, tokens: int, stepwise: bool = False) -> ForwardPass:
         return NativePass(engine, tokens, self._kernel, stepwise, self.stand_in)
+
+    @property
+    def joins(self) -> tuple[str, int]:
+        return self.name, self._kernel
+
+    def joint_pass(self, engine: Engine) -> JointPass:
+        return NativeJointPass(engine, self._kernel)
+
+    def span(self, engine: Engine, tokens: int, stepwise: bool) -> NativeSpan:
+        """What a joint pass needs of the session's; that of one token is kept, and the last one of more."""
+        key = (tokens, stepwise)
+        if key not in self._spans:
+            self._spans = {kept: span for kept, span in self._spans.items() if kept[0] == 1}
+            self._spans[key] = NativeSpan(engine, tokens, self._kernel, stepwise)
+        return self._spans[key]
 
     def head(self, engine: Engine, rows: int) -> Head:
         return NativeHead(engine, rows, self._kernel)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
+from kvq.runtime.compute.backends.native_span import NativeSpan
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
@@ -15,8 +15,6 @@ from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import KvqError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.library import FILE, Pass, check, error_of, load
-from kvq.runtime.native.stepwise import StepwiseTable
-from kvq.runtime.native.table import PageTable
 from kvq.runtime.precision.table import Pair
 
 
@@ -43,46 +41,20 @@ class NativePass(ForwardPass):
         stand_in: Callable[[list[Pair]], AttentionBackend],
     ) -> None:
         super().__init__(engine, tokens)
-        shape = engine.architecture
-        self._library = load()
-        self._table = PageTable(settles=tokens == 1)
         self._asked_stepwise = stepwise
-        self._stepwise = StepwiseTable(kernel) if stepwise and tokens > 1 else None
+        self._span = NativeSpan(engine, tokens, kernel, stepwise)
+        self.keys, self.values = self._span.keys, self._span.values
         self._stand_in = stand_in
         self._other: ForwardPass | None = None
-        self._pass = Pass(
-            *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
-            *(self.keys.ctypes.data, self.values.ctypes.data, None, None),
-        )
-        self._windows = np.array(shape.windows, np.int32)
-        if shape.windows:
-            self._pass.windows = self._windows.ctypes.data
         inputs, outputs = {"ids": self.ids, "positions": self.positions}, {"residual_out": self.residual}
         self._graph = Bound(engine.decoder(FILE, kernel), inputs, outputs)
 
     def _run(self, store: KVStore, row_squares: np.ndarray | None) -> None:
-        table = self._table
-        if self._stepwise is not None:
-            table, move = self._stepwise.update(store, self.keys, self.values)
-            self._pass.stepwise = ctypes.addressof(move)
+        foreign = self._span.update(store, row_squares)
+        if foreign:
+            self._run_other(self._stand_in(foreign), store, row_squares)
         else:
-            table.update(store)
-        if table.foreign:
-            self._run_other(self._stand_in(table.foreign), store, row_squares)
-            return
-        self._pass.page, self._pass.pages = table.address, len(table.rows)
-        self._pass.position = store.length
-        self._pass.row_squares = None if row_squares is None else row_squares.ctypes.data
-        check(self._library.kvq_set_pass(self._pass))
-        try:
-            self._graph.run()
-        except KvqError:  # the operator's errors come through onnxruntime, as others
-            refused = self._library.kvq_set_pass(None)
-            if refused:
-                raise error_of(refused) from None
-            raise
-        finally:
-            self._library.kvq_set_pass(None)
+            run_graph(self._graph, self._span.given)
 
     def _run_other(self, backend: AttentionBackend, store: KVStore, row_squares: np.ndarray | None) -> None:
         if self._other is None:
@@ -90,6 +62,25 @@ class NativePass(ForwardPass):
         other = self._other
         other.forward(self.ids, store, row_squares)
         self.keys[...], self.values[...], self.residual[...] = other.keys, other.values, other.residual
+
+
+def run_graph(graph: Bound, first: Pass) -> None:
+    """Run a graph whose attention operators work on a pass, and on those behind it.
+
+    Raises:
+        KvqError, MemoryError: of the pass or the operator, see `library.error_of`, or of the graph.
+    """
+    library = load()
+    check(library.kvq_set_pass(first))
+    try:
+        graph.run()
+    except KvqError:  # the operator's errors come through onnxruntime, as others
+        refused = library.kvq_set_pass(None)
+        if refused:
+            raise error_of(refused) from None
+        raise
+    finally:
+        library.kvq_set_pass(None)
 
 
 class NativeHead(Head):

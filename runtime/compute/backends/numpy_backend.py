@@ -6,6 +6,7 @@ import numpy as np
 
 from kvq.runtime.compute.backends.base import AttentionBackend
 from kvq.runtime.kv.store import KVStore
+from kvq.runtime.precision.codecs import CodecSet
 
 # Tokens decoded at a time: scratch is two arrays of kv_heads * BLOCK * head_dim floats, and the
 # score matrix stays in cache, however long the context.
@@ -125,19 +126,12 @@ class NumpyAttention(AttentionBackend):
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
             due = store.due()
-            stored = [self._as_stored(x[:, gone], ids[gone]) for x, ids in zip(held, due.T, strict=True)]
+            parts = zip(held, due.T, (layer, None), strict=True)
+            stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of) for x, ids, of in parts]
             rows.add(stored[0], stored[1], ~near[:, gone] & seen[:, gone])
         for keys, values, places in store.placed_blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values, _near(store, layer, place[:, 0], places))
         rows.finish(out, row_squares)
-
-    def _as_stored(self, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision."""
-        stored = np.empty_like(x)
-        for precision in np.unique(ids):
-            chosen = np.flatnonzero(ids == precision)
-            stored[:, chosen] = self.codecs.by_id[int(precision)].roundtrip(np.ascontiguousarray(x[:, chosen]))
-        return stored
 
     def _room(self, store: KVStore) -> np.ndarray:
         """Scratch to decode blocks into."""
@@ -154,6 +148,18 @@ def _near(store: KVStore, layer: int, places: np.ndarray, columns: np.ndarray) -
     if not windows or not windows[layer]:
         return np.ones((len(places), len(columns)), bool)
     return places[:, None] - columns < windows[layer]
+
+
+def _as_stored(codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None) -> np.ndarray:
+    """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision.
+
+    layer: whose keys they are; None for values.
+    """
+    stored = np.empty_like(x)
+    for precision in np.unique(ids):
+        chosen = np.flatnonzero(ids == precision)
+        stored[:, chosen] = codecs.reread(int(precision), np.ascontiguousarray(x[:, chosen]), layer)
+    return stored
 
 
 BACKENDS = {"numpy": NumpyAttention}

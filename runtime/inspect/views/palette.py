@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvq.runtime.inspect.records import InspectedToken
 from kvq.runtime.precision.table import Pair
@@ -51,4 +51,9 @@ def _luminance(color: Color) -> float:
 
 def shown_bits(cell: Sequence[InspectedToken]) -> Pair:
     """The pair a cell is shown at: a character is only as good as the worst token it is spread over."""
-    return min((token.chosen for token in cell), key=lambda bits: (sum(bits.bits), bits.bits))
+    return lowest(token.chosen for token in cell)
+
+
+def lowest(pairs: Iterable[Pair]) -> Pair:
+    """The one of fewest bits."""
+    return min(pairs, key=lambda bits: (sum(bits.bits), bits.bits))

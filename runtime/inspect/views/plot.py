@@ -45,7 +45,7 @@ def png(inspection: Inspection) -> bytes:
     if count <= LABELLED:
         labels = [visible(token.text).replace("\n", "\u21b5").replace("\t", "\u21e5") for token in tokens]
         bottom.set_xticks([i + 0.5 for i in range(count)], labels, rotation=90, fontsize=8, parse_math=False)
-    notes = [about(count), "Hatched: the recent window, still at 16 bits." if window else ""]
+    notes = [about(count), "Hatched: the recent window, still protected." if window else ""]
     bottom.set_xlabel(" ".join(["Token.", *filter(None, notes)]))
     title = f"{inspection.model}, {stats.policy_text}: {stats.tokens} tokens, {stats.kv_bits or 0:.2f} bits per value"
     figure.suptitle(visible(title), parse_math=False, fontsize=10)

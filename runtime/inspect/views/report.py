@@ -86,7 +86,7 @@ def html(inspection: Inspection) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>kvq inspect: {stats.tokens} tokens, {policy}</title>",
-            f"<style>{STYLE}{_shades(pairs)}</style></head><body>",
+            f"<style>{STYLE}{shades(pairs)}</style></head><body>",
             "<h1>Bits of every token</h1>",
             f'<p class="about">{". ".join(about)}.</p>',
             "<h2>Totals by precision</h2>",
@@ -105,8 +105,8 @@ def html(inspection: Inspection) -> str:
     )
 
 
-def _shades(pairs: Sequence[Pair]) -> str:
-    """Styles of the pairs that occur: shade and height of the bar, in light, dark and print."""
+def shades(pairs: Sequence[Pair]) -> str:
+    """Styles of pairs by their names as classes: shade and height of the bar, in light, dark and print."""
 
     def rules(ramp: Sequence[Color]) -> str:
         parts = []
@@ -125,11 +125,12 @@ def _hex(color: Color) -> str:
 
 
 def _reading(inspection: Inspection) -> str:
+    stats = inspection.stats
     parts = ["The shade of a token and the height of the bar below it follow its bits; point at it to read all of it."]
-    if inspection.stats.recent:
+    if stats.recent:
         parts.append(
-            f"A dashed line above: one of the newest {inspection.stats.recent}, still at 16 bits; its shade is what it"
-            " will be stored at. The plots have them on grey."
+            f"A dashed line above: one of the newest {stats.recent}, still at {stats.protect_bits} bits; its shade is"
+            " what it will be stored at. The plots have them on grey."
         )
     if any(len({token.chosen for token in cell}) > 1 for cell in inspection.cells()):
         parts.append("A character spread over several tokens has the shade of the lowest.")
@@ -169,7 +170,7 @@ def _cell(cell: Sequence[InspectedToken]) -> str:
 
 def _tip(token: InspectedToken) -> str:
     """All of a token in one line."""
-    bits = f"{token.chosen}" if not token.in_window else f"16 bits now, {token.chosen} later"
+    bits = f"{token.chosen}" if not token.in_window else f"{token.bits.bits[0]} bits now, {token.chosen} later"
     parts = [f"#{token.position}", f"{_quoted(token)} (id {token.id})", bits, f"{token.nbytes:,} bytes"]
     if token.features:
         parts += [f"{TITLES[name].split(',')[0]} {value:.3g}" for name, value in token.features._asdict().items()]

@@ -140,7 +140,7 @@ def table(inspection: Inspection, color: bool) -> str:
     model = visible(inspection.model)
     about = [f"{stats.tokens} tokens cached in {size(stats.kv_nbytes)} | {stats.policy_text} | model {model}"]
     if stats.recent:
-        about.append(f"{window}: the newest {stats.recent}, at 16 bits until they leave the window")
+        about.append(f"{window}: the newest {stats.recent}, at {stats.protect_bits} bits until they leave the window")
     if any(len({token.chosen for token in cell}) > 1 for cell in inspection.cells()):
         about.append("a character spread over several tokens is shown at their lowest precision")
     return "\n".join([*lines, *about]) + "\n"

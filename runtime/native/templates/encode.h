@@ -65,9 +65,54 @@ static const book_levels BOOK2 = {2, 3, {3, 10}, 0.4528};
 static const book_levels BOOK3 = {4, 1, {3, 9, 16, 26}, 0.08302};
 static const book_levels BOOK4 = {8, 1, {4, 13, 22, 31, 41, 53, 68, 90}, 0.03030};
 
+/* Four fifths of the way from the least-squares scale of some codes to the unbiased one, but not too large. */
+INLINE double stored_scale(const book_levels *book, double scale, int64_t products, int64_t total) {
+    const double most_gain = 1.5, unbiased = products > 0 ? (double)(book->parts * total) / (double)products : 0;
+    const double stored = (scale + 4 * unbiased) / 5, largest = most_gain * scale;
+    return stored < largest ? stored : largest;
+}
+
+/* x with 13 significant bits, towards 0. */
+INLINE float short_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0xfffff800;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* Codes of whole numbers, channel by channel: what rounding one does wrong is taken from those behind it, as much as
+ * feedback [head_dim, head_dim] says. Returns the scale to store. rest: the numbers as floats [padded], changed. */
+INLINE double fed_back(const book_levels *book, const float *feedback, const float *x, const int32_t *magnitude,
+                       int head_dim, int64_t total, float scale, float *rest, uint32_t *code) {
+    const int count = book->count;
+    int64_t products = 0, squares = 0;
+    float border[8], value[8];
+    const float unit = short_float(scale / (float)book->parts); /* products of these are exact, fused or not */
+    for (int k = 0; k < count; k++) value[k] = unit * (float)book->level[k];
+    for (int k = 0; k + 1 < count; k++) border[k] = unit * ((float)(book->level[k] + book->level[k + 1]) / 2);
+    for (int i = 0; i < head_dim; i++) {
+        const float now = rest[i], size = fabsf(now);
+        const int positive = now >= 0;
+        int rank = 0;
+        for (int k = 0; k + 1 < count; k++) rank += size > border[k];
+        const float error = short_float(now - (positive ? value[rank] : -value[rank]));
+        const float *row = feedback + (size_t)i * head_dim;
+        int j = (i + 1) / LANES * LANES; /* channels that are done may change: nobody looks at them again */
+        for (; j + LANES <= head_dim; j += LANES) store_f(rest + j, load_f(rest + j) - error * load_f(row + j));
+        for (j = j > i ? j : i + 1; j < head_dim; j++) rest[j] -= error * row[j];
+        const int level = positive ? book->level[rank] : -book->level[rank];
+        products += (int64_t)(x[i] >= 0 ? magnitude[i] : -magnitude[i]) * level;
+        squares += level * level;
+        code[i] = (uint32_t)(positive ? count + rank : count - 1 - rank);
+    }
+    return stored_scale(book, (double)(book->parts * (products > 0 ? products : 0)) / (double)squares, products, total);
+}
+
 /* A codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
-INLINE float codebook_fit(const book_levels *book, const float *x, int padded, int head_dim, float peak, uint32_t *code) {
-    const double one = 65536, most_gain = 1.5;
+INLINE float codebook_fit(const book_levels *book, const float *x, const float *feedback, int padded, int head_dim,
+                          float peak, uint32_t *code) {
+    const double one = 65536;
     const int count = book->count;
     int32_t magnitude[MOST_CHANNELS], most[8]; /* most[k]: largest magnitude that is no more than level k */
     int64_t products = 0;
@@ -106,9 +151,13 @@ INLINE float codebook_fit(const book_levels *book, const float *x, int padded, i
         const vi level = count - 1 - rank + (positive & (2 * rank + 1));
         memcpy(code + c, &level, sizeof level);
     }
-    const double unbiased = products > 0 ? (double)(book->parts * total) / (double)products : 0;
-    const double stored = (scale + 4 * unbiased) / 5, largest = most_gain * scale;
-    return (float)((stored < largest ? stored : largest) * (double)(peak / 65536.0f));
+    scale = stored_scale(book, scale, products, total);
+    if (feedback) {
+        float rest[MOST_CHANNELS];
+        for (int c = 0; c < padded; c++) rest[c] = (float)(x[c] >= 0 ? magnitude[c] : -magnitude[c]);
+        scale = fed_back(book, feedback, x, magnitude, head_dim, total, (float)scale, rest, code);
+    }
+    return (float)(scale * (double)(peak / 65536.0f));
 }
 
 /* The largest magnitude, or NaN where there is one: as integers, where NaN is larger than all. */
@@ -162,8 +211,9 @@ INLINE void pack(int precision, uint32_t *code, int head_dim, uint32_t *words) {
 
 /* Codes of a vector for each precision, encode_<name>: from x [padded], zeros beyond head_dim, and its largest magnitude,
  * finite, to code [padded] and, where it has one, its scale. Returns 0, or REFUSED_VALUE where numpy's codec refuses. */
-INLINE int encode_HALF(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    (void)head_dim, (void)scale_out;
+INLINE int encode_HALF(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                       uint16_t *scale_out) {
+    (void)feedback, (void)head_dim, (void)scale_out;
     if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE;
     for (int c = 0; c < padded; c += LANES) {
         vu h = float_to_half(load_f(x + c));
@@ -187,44 +237,50 @@ INLINE int encode_uniform(const float *x, int padded, float peak, float largest,
     return 0;
 }
 
-INLINE int encode_WINDOW(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    (void)head_dim;
+INLINE int encode_WINDOW(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                         uint16_t *scale_out) {
+    (void)feedback, (void)head_dim;
     if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE; /* a token must be able to leave the window at any precision */
     return encode_uniform(x, padded, peak, 32767, 0, code, scale_out);
 }
 
-INLINE int encode_INT8(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    (void)head_dim;
+INLINE int encode_INT8(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                       uint16_t *scale_out) {
+    (void)feedback, (void)head_dim;
     return encode_uniform(x, padded, peak, 127, 0, code, scale_out);
 }
 
-INLINE int encode_INT4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    (void)head_dim;
+INLINE int encode_INT4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                       uint16_t *scale_out) {
+    (void)feedback, (void)head_dim;
     return encode_uniform(x, padded, peak, 7, 8, code, scale_out);
 }
 
-INLINE int encode_book(const book_levels *book, const float *x, int padded, int head_dim, float peak, uint32_t *code,
-                       uint16_t *scale_out) {
-    const int half = half_above(codebook_fit(book, x, padded, head_dim, peak, code));
+INLINE int encode_book(const book_levels *book, const float *x, const float *feedback, int padded, int head_dim, float peak,
+                       uint32_t *code, uint16_t *scale_out) {
+    const int half = half_above(codebook_fit(book, x, feedback, padded, head_dim, peak, code));
     if (half < 0) return KVQ_REFUSED_VALUE;
     *scale_out = (uint16_t)half;
     return 0;
 }
 
-INLINE int encode_CODEBOOK(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    return encode_book(&BOOK2, x, padded, head_dim, peak, code, scale_out);
+INLINE int encode_CODEBOOK(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                           uint16_t *scale_out) {
+    return encode_book(&BOOK2, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
-INLINE int encode_CODEBOOK3(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    return encode_book(&BOOK3, x, padded, head_dim, peak, code, scale_out);
+INLINE int encode_CODEBOOK3(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                            uint16_t *scale_out) {
+    return encode_book(&BOOK3, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
-INLINE int encode_CODEBOOK4(const float *x, int padded, int head_dim, float peak, uint32_t *code, uint16_t *scale_out) {
-    return encode_book(&BOOK4, x, padded, head_dim, peak, code, scale_out);
+INLINE int encode_CODEBOOK4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+                            uint16_t *scale_out) {
+    return encode_book(&BOOK4, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
-/* One vector to its words and scale; precision is a constant. */
-INLINE int encode_vector(int precision, const float *x, int padded, int head_dim, uint32_t *words,
+/* One vector to its words and scale; precision is a constant. feedback: its matrix, or null. */
+INLINE int encode_vector(int precision, const float *x, const float *feedback, int padded, int head_dim, uint32_t *words,
                          uint16_t *scale_out) {
     uint32_t code[MOST_CHANNELS + 16];
     const float peak = peak_of(x, padded);
@@ -232,7 +288,7 @@ INLINE int encode_vector(int precision, const float *x, int padded, int head_dim
     int status = KVQ_UNKNOWN_PRECISION;
     switch (precision) {
 #define ENCODE(name, id, bits, scale, products, with) \
-    case id: status = encode_##name(x, padded, head_dim, peak, code, scale_out); break;
+    case id: status = encode_##name(x, feedback, padded, head_dim, peak, code, scale_out); break;
         KVQ_WIDTHS(ENCODE, )
 #undef ENCODE
     }
@@ -242,8 +298,9 @@ INLINE int encode_vector(int precision, const float *x, int padded, int head_dim
     return 0;
 }
 
-static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, uint32_t *words,
-                          uint16_t *scales) {
+/* feedback, each: see kvq_encode. */
+static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, const float *feedback, size_t each,
+                          uint32_t *words, uint16_t *scales) {
     const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(precision, head_dim);
     float vector[MOST_CHANNELS];
     memset(vector + head_dim, 0, sizeof(float) * (padded - head_dim));
@@ -251,8 +308,10 @@ static int encode_vectors(int precision, const float *x, size_t vectors, int hea
         int status = KVQ_UNKNOWN_PRECISION;
         memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
         uint32_t *to = words + i * count;
-        FOR_WIDTH(precision, status = head_dim == 64 ? encode_vector(PRECISION, vector, 64, 64, to, scales + i)
-                                                     : encode_vector(PRECISION, vector, padded, head_dim, to, scales + i))
+        const float *fed = feedback ? feedback + i / each * head_dim * head_dim : NULL;
+        FOR_WIDTH(precision, status = head_dim == 64
+                                          ? encode_vector(PRECISION, vector, fed, 64, 64, to, scales + i)
+                                          : encode_vector(PRECISION, vector, fed, padded, head_dim, to, scales + i))
         if (status) return status;
     }
     return 0;

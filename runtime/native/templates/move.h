@@ -44,8 +44,9 @@ static void read_window(slot_codes from, int precision, float *x) {
 
 /* One vector, whose values are storable as kvq_movable has it. In a pass nobody has looked yet: there a value that is
  * refused, as the store will do it when the pass is over, leaves zeros. */
-INLINE void encode_storable(int precision, const float *x, int head_dim, uint32_t *words, uint16_t *scale) {
-    if (!encode_vectors(precision, x, 1, head_dim, words, scale)) return;
+INLINE void encode_storable(int precision, const float *x, int head_dim, const float *feedback, uint32_t *words,
+                            uint16_t *scale) {
+    if (!encode_vectors(precision, x, 1, head_dim, feedback, 1, words, scale)) return;
     memset(words, 0, sizeof *words * words_per_vector(precision, head_dim));
     *scale = 0;
 }
@@ -65,10 +66,11 @@ INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
         const kvq_page *page = move->page + step->page;
         const int precision = of_keys ? page->key_precision : page->value_precision;
         read_window(held, kept_at, x);
-        encode_storable(precision, x, d, words, &scale);
+        const float *feedback = of_keys && move->feedback ? move->feedback + row * d * d : NULL;
+        encode_storable(precision, x, d, feedback, words, &scale);
         put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);
     }
-    encode_storable(kept_at, new, d, words, &scale);
+    encode_storable(kept_at, new, d, NULL, words, &scale);
     put(held, words, scale, kept_at);
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kvq.runtime.discovery import discover
 from kvq.runtime.precision.codecs.base import Codec
 from kvq.runtime.precision.codecs.uniform import WINDOWS
@@ -33,11 +35,22 @@ class CodecSet(NamedTuple):
     by_id: id of a precision -> codec.
     windows: bits at which the recent window keeps its tokens, 8 or 16 -> its codec.
     mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.moves.Mover`.
+    feedback: of keys, see `Codec.encode`: float32 [layers, kv_heads, head_dim, head_dim], C-contiguous, or None.
     """
 
     by_id: dict[int, Codec]
     windows: dict[int, Codec]
     mover: Any = None
+    feedback: np.ndarray | None = None
+
+    def stored(self, precision: int, x: np.ndarray, keys: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window."""
+        return self.by_id[precision].encode(x, self.feedback if keys else None)
+
+    def reread(self, precision: int, x: np.ndarray, layer: int | None) -> np.ndarray:
+        """What readers see of vectors [kv_heads, tokens, head_dim] that left it; layer: whose keys, None: values."""
+        feedback = None if layer is None or self.feedback is None else self.feedback[layer]
+        return self.by_id[precision].roundtrip(x, feedback)
 
 
 NUMPY = CodecSet(CODECS, WINDOWS)

@@ -49,8 +49,14 @@ class Codec(ABC):
         return True
 
     @abstractmethod
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """float32 [..., head_dim] -> codes uint8 [..., code_bytes], scales float16 [..., 1].
+
+        Args:
+            x: the vectors; with feedback at least [tokens, head_dim].
+            feedback: float32 [..., head_dim, head_dim] that half precision holds, of x's leading axes but that of the
+                tokens, or None. Entry (i, j), j > i, is how much of channel i's error is taken from channel j before
+                that is rounded. Codecs whose errors are too small to matter leave it out.
 
         A codec without scales returns an empty last axis, scales float16 [..., 0], so that
         every pair of arrays is stored, measured and saved alike.
@@ -63,10 +69,10 @@ class Codec(ABC):
     def decode(self, codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         """Write the decoded vectors to `out`, float32 [..., head_dim]; the inverse of `encode`."""
 
-    def roundtrip(self, x: np.ndarray) -> np.ndarray:
-        """What a reader of the cache sees of `x`: decode(encode(x)), float32 of the same shape."""
+    def roundtrip(self, x: np.ndarray, feedback: np.ndarray | None = None) -> np.ndarray:
+        """What a reader of the cache sees of `x`: decode(encode(x, feedback)), float32 of the same shape."""
         out = np.empty(x.shape, np.float32)
-        codes, scales = self.encode(np.asarray(x, np.float32))
+        codes, scales = self.encode(np.asarray(x, np.float32), feedback)
         self.decode(codes, scales, out)
         return out
 
@@ -114,7 +120,7 @@ def absmax(x: np.ndarray) -> np.ndarray:
     Raises:
         NonFiniteError: x holds NaN or infinity.
     """
-    peak = np.maximum(x.max(axis=-1, keepdims=True), -x.min(axis=-1, keepdims=True))
+    peak = np.maximum(x.max(axis=-1, keepdims=True), -x.min(axis=-1, keepdims=True)) + np.float32(0)  # no -0, of zeros
     if not np.isfinite(peak).all():
         raise NonFiniteError(
             "a key or value is NaN or infinite: the model overflowed on this input;"

@@ -9,6 +9,10 @@ adds up over many tokens keeps this error while the others average out. At the u
 projection on the exact one is the exact one, with a slightly larger error; four fifths of the way to it, a vector is
 2 % too short (docs/measurements.md has the divergences). Scales are small enough that what fits a half can be stored.
 
+With `feedback` (see `base.Codec.encode`) codes are chosen again, one channel after the other, by the scale that has
+been found: what a channel's rounding did wrong is made up for by the channels behind it, as far as readers mix the two.
+A scale is then fitted to these codes.
+
 3 bits fill words in two parts: the two low bits of every code as at 2 bits, then the high bits, a word of which serves
 two words of low bits. Byte b of a word of low bits has the codes 4 b to 4 b + 3; their high bits are the bits 0 to 3,
 for the second word 4 to 7, of byte b of the word of high bits.
@@ -59,11 +63,11 @@ class CodebookCodec(Codec):
         self._borders = ((self._whole[1:] + self._whole[:-1]) / (2 * parts)).astype(np.float32)
         self.levels = np.concatenate([-self._whole[::-1], self._whole]).astype(np.float32) / np.float32(parts)
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes, scales = self.fit(x)
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = self.fit(x, feedback)
         return self.packed(codes), scales
 
-    def fit(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def fit(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Codes uint8 of x's shape and scales float16 [..., 1] of vectors float32 [..., head_dim]."""
         # Work on x / absmax: squares of values near the float limits would leave the range. Whole
         # numbers make the sums exact, so any other implementation can give the same bytes.
@@ -81,12 +85,45 @@ class CodebookCodec(Codec):
             level = self._whole[rank]
             products = np.sum(magnitude * level, axis=-1, keepdims=True)
             scale = self._parts * products / np.sum(level**2, axis=-1, keepdims=True)
+        positive, scale = x >= 0, self._stored_scale(scale, products, total)
+        if feedback is not None:
+            signed = np.where(positive, magnitude, -magnitude)
+            rank, positive = self._fed_back(signed.astype(np.float32), scale.astype(np.float32), feedback)
+            level = np.where(positive, self._whole[rank], -self._whole[rank])
+            products = np.sum(signed * level, axis=-1, keepdims=True)
+            scale = self._parts * np.maximum(products, 0) / np.sum(level**2, axis=-1, keepdims=True)
+            scale = self._stored_scale(scale, products, total)
+        half = np.uint8(len(self._whole))
+        codes = np.where(positive, half + rank, half - 1 - rank)
+        return codes, half_scale((scale * (peak / FIXED_ONE)).astype(np.float32))
+
+    def _stored_scale(self, scale: np.ndarray, products: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Four fifths of the way from the least-squares scale to the unbiased one, float64 [..., 1]."""
         unbiased = np.divide(self._parts * total, products, out=np.zeros(scale.shape), where=products > 0)
         # A vector that the levels do not fit at all must not grow without bound.
-        scale = np.minimum((scale + 4 * unbiased) / 5, MOST_GAIN * scale)
-        half = np.uint8(len(self._whole))
-        codes = np.where(x >= 0, half + rank, half - 1 - rank)
-        return codes, half_scale((scale * (peak / FIXED_ONE)).astype(np.float32))
+        return np.minimum((scale + 4 * unbiased) / 5, MOST_GAIN * scale)
+
+    def _fed_back(self, rest: np.ndarray, scale: np.ndarray, feedback: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks of the levels, uint8 [..., head_dim], and signs; each channel's error is taken from those to come.
+
+        Args:
+            rest: float32 [..., tokens, head_dim], changed.
+            scale: float32 [..., tokens, 1].
+            feedback: see `encode`.
+        """
+        rank, positive = np.zeros(rest.shape, np.uint8), np.empty(rest.shape, bool)
+        # Products of 13 bits with halves or levels are exact, so a fused multiply-add gives these bytes, too.
+        unit, whole = _short(scale / np.float32(self._parts)), self._whole.astype(np.float32)
+        borders, values = unit * ((whole[1:] + whole[:-1]) / 2), unit * whole
+        for channel in range(rest.shape[-1]):
+            now, later = rest[..., channel], rest[..., channel + 1 :]
+            magnitude, above = np.abs(now), now >= 0
+            chosen = (magnitude[..., None] > borders).sum(-1, dtype=np.uint8)
+            value = np.take_along_axis(values, chosen[..., None].astype(np.intp), -1)[..., 0]
+            error = _short(now - np.where(above, value, -value))
+            later -= error[..., None] * feedback[..., None, channel, channel + 1 :]
+            rank[..., channel], positive[..., channel] = chosen, above
+        return rank, positive
 
     def packed(self, codes: np.ndarray) -> np.ndarray:
         """Codes uint8 [..., head_dim] -> uint8 [..., code_bytes]."""
@@ -101,6 +138,24 @@ class CodebookCodec(Codec):
         values = np.take(self._bytes, codes, axis=0, mode="clip")
         values = values.reshape(*codes.shape[:-1], codes.shape[-1] * (8 // self.bits))
         np.multiply(from_words(values, 32 // self.bits, out.shape[-1]), scales.astype(np.float32), out=out)
+
+
+def feeds_back_little(feedback: np.ndarray) -> bool:
+    """Whether no vector's errors can grow beyond single precision, see `Codec.encode`; not where feedback has NaN.
+
+    Beyond it, a fused multiply-add would have another result.
+    """
+    most = np.full(feedback.shape[:-1], 2.0 * FIXED_ONE)  # of what may be left of each channel, and of its error
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in range(feedback.shape[-1]):
+            later = slice(channel + 1, None)
+            most[..., later] += most[..., channel, None] * np.abs(feedback[..., channel, later])
+    return bool((most < 2.0**100).all())
+
+
+def _short(x: np.ndarray) -> np.ndarray:
+    """float32 with 13 significant bits, towards 0."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFF800)).view(np.float32)
 
 
 class ThreeBitCodec(CodebookCodec):

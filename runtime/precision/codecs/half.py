@@ -18,7 +18,7 @@ class HalfCodec(Codec):
         # The exponent of infinities and NaN is all ones; comparing halves as numbers takes several times as long.
         return not ((codes.view("<u2") & 0x7C00) == 0x7C00).any()
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         within(absmax(x), HALF_MAX)
         codes = to_words(x.astype("<f2"), 2)
         return codes.view(np.uint8), np.empty((*x.shape[:-1], 0), np.float16)

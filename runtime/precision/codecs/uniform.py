@@ -58,7 +58,7 @@ class Int8Codec(Codec):
     precision = Precision(8, "8", bits=8)
     has_scale = True
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(absmax(x) / np.float32(127))
         return to_words(quantize(x, scales, 8), 4).view(np.uint8), scales
 
@@ -72,7 +72,7 @@ class Int4Codec(Codec):
     precision = Precision(4, "u4", bits=4)
     has_scale = True
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(absmax(x) / np.float32(7))
         codes = (quantize(x, scales, 4) + 8).view(np.uint8)  # before words are filled up with zeros
         return pack(to_words(codes, 8), 4), scales
@@ -91,9 +91,9 @@ class Window8Codec(Int8Codec):
 
     limit = 65024.0
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         within(absmax(x), self.limit)
-        return super().encode(x)
+        return super().encode(x, feedback)
 
 
 class WindowCodec(Codec):
@@ -107,7 +107,7 @@ class WindowCodec(Codec):
     precision = Precision(15, "window", bits=16, stored=False)
     has_scale = True
 
-    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, x: np.ndarray, feedback: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         scales = half_scale(within(absmax(x), HALF_MAX) / np.float32(32767))
         return to_words(quantize(x, scales, 16).astype("<i2", copy=False), 2).view(np.uint8), scales
 
