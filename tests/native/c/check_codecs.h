@@ -46,7 +46,7 @@ static void check_encoding(int rounds) {
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
             if (!kvq_kernel_available(kernel)) continue;
             words = exactly(4u * VECTORS * count), scales = exactly(width == 16 ? 0 : sizeof(uint16_t) * VECTORS);
-            const int status = kvq_encode(kernel, width, x, VECTORS, d, words, scales);
+            const int status = kvq_encode(kernel, width, x, VECTORS, d, NULL, 1, words, scales);
             if (!kernel && !status) {
                 memcpy(plain, words, 4u * VECTORS * count);
                 if (width != 16) memcpy(plain_scales, scales, sizeof plain_scales);

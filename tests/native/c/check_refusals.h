@@ -202,16 +202,17 @@ static void check_refused_encoding(void) {
     uint32_t words[1] = {7};
     uint16_t scale = 7;
     for (int i = 0; i < LENGTH(UNKNOWN); i++)
-        expect_error("encode", UNKNOWN[i], kvq_encode(0, UNKNOWN[i], x, 1, 1, words, &scale), KVQ_UNKNOWN_PRECISION);
+        expect_error("encode", UNKNOWN[i], kvq_encode(0, UNKNOWN[i], x, 1, 1, NULL, 1, words, &scale), KVQ_UNKNOWN_PRECISION);
     static const int32_t dims[] = {INT_MIN, -1, 0, MOST_CHANNELS + 1, INT_MAX};
     for (int i = 0; i < LENGTH(dims); i++)
-        expect_error("head_dim", dims[i], kvq_encode(0, KVQ_INT8, x, 1, dims[i], words, &scale), KVQ_MISFIT_SHAPE);
-    expect_error("x", 0, kvq_encode(0, KVQ_INT8, NULL, 1, 1, words, &scale), KVQ_NO_DATA);
-    expect_error("words", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, NULL, &scale), KVQ_NO_DATA);
-    expect_error("scales", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, words, NULL), KVQ_NO_DATA);
+        expect_error("head_dim", dims[i], kvq_encode(0, KVQ_INT8, x, 1, dims[i], NULL, 1, words, &scale), KVQ_MISFIT_SHAPE);
+    expect_error("x", 0, kvq_encode(0, KVQ_INT8, NULL, 1, 1, NULL, 1, words, &scale), KVQ_NO_DATA);
+    expect_error("words", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, NULL, 1, NULL, &scale), KVQ_NO_DATA);
+    expect_error("scales", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, NULL, 1, words, NULL), KVQ_NO_DATA);
+    expect_error("feedback of no vectors each", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, x, 0, words, &scale), KVQ_MISFIT_SHAPE);
     if (words[0] != 7 || scale != 7) fail("a refused call has written");
-    expect_error("no scales at 16 bits", 0, kvq_encode(0, KVQ_HALF, x, 1, 1, words, NULL), 0);
-    expect_error("no vectors", 0, kvq_encode(0, KVQ_INT8, NULL, 0, 8, NULL, NULL), 0);
+    expect_error("no scales at 16 bits", 0, kvq_encode(0, KVQ_HALF, x, 1, 1, NULL, 1, words, NULL), 0);
+    expect_error("no vectors", 0, kvq_encode(0, KVQ_INT8, NULL, 0, 8, NULL, 1, NULL, NULL), 0);
     expect_error("finite", 0, kvq_finite(0, NULL, 1), KVQ_NO_DATA);
     expect_error("finite", 0, kvq_finite(0, NULL, 0), 1);
 }
