@@ -39,7 +39,7 @@ class Arm:
         self.sessions = [model.session(policy) for _ in texts]
         self.logits = [session.append(text) for session, text in zip(self.sessions, texts, strict=True)]
         one = {**DEFAULTS, "seed": 1} if draw else {"temperature": 0.0}
-        self.samplers: list[Sampler] = [make_sampler(**one) for _ in texts]  # type: ignore[arg-type]
+        self.samplers: list[Sampler] = [make_sampler(**one) for _ in texts]
 
     def run(self, steps: int) -> float:
         """Tokens a second of all sessions together over so many steps, the choice of tokens included."""
@@ -74,7 +74,8 @@ def main(model, sessions, context, policy, rounds, steps, draw) -> None:
     """Print medians and quartiles as JSON, and check the logits."""
     loaded = kvq.load(model)
     arms = {int(count): Arm(loaded, int(count), context, policy, draw) for count in sessions.split(",")}
-    first, rates = next(iter(arms)), {count: [] for count in arms}
+    first = next(iter(arms))
+    rates: dict[int, list[float]] = {count: [] for count in arms}
     order = list(arms)
     for arm in arms.values():
         arm.run(2)

@@ -16,7 +16,7 @@ from kvq.exporter.few_bits import FewBits
 from kvq.exporter.folder import replaced_folder, write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
-from kvq.exporter.key_basis import KeyBasis, key_basis
+from kvq.exporter.key_basis import key_basis
 from kvq.exporter.key_feedback import key_feedback
 from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.rotation import head_rotation
@@ -24,7 +24,7 @@ from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle import limits
-from kvq.runtime.bundle.bundle import Bundle, digest
+from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import CheckpointError
 
@@ -214,12 +214,8 @@ def _write_graphs(
             def measured(done: int, count: int) -> None:
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
-            # The same graphs once more, with what the first ones have measured.
-            means, basis, feedback = _measured(NewBundle(folder), options.rotation, ids, measured)
-            writer.center(means, basis)
-            if feedback is not None:
-                (folder / KEY_FEEDBACK).write_bytes(feedback.astype("<f2").tobytes())
-            list(writer.segments()), writer.decoder()
+            _measure_keys(writer, folder, options.rotation, ids, measured)
+            list(writer.segments()), writer.decoder()  # once more, with what the first ones have measured
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
         file.close()
@@ -229,15 +225,19 @@ def _write_graphs(
     return manifest
 
 
-def _measured(
-    bundle: Bundle, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
-) -> tuple[np.ndarray, KeyBasis | None, np.ndarray | None]:
-    """Means of keys; their basis and feedback, if the bundle's are to have them."""
+def _measure_keys(
+    writer: GraphWriter, folder: Path, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
+) -> None:
+    """Have graphs centre keys; in bundles of balanced keys, take them to a basis, too, and say how errors are fed back."""
+    bundle = NewBundle(folder)
     if "keys" not in bundle.manifest.kv:
-        return mean_keys(bundle, ids, progress), None, None
+        writer.center(mean_keys(bundle, ids, progress))
+        return
     statistics = key_statistics(bundle, ids, progress)
     basis, means = key_basis(statistics, rotation)
-    return means, basis, key_feedback(statistics, basis, rotation)
+    writer.center(means, basis)
+    feedback = key_feedback(statistics, basis, rotation)
+    (folder / KEY_FEEDBACK).write_bytes(feedback.astype("<f2").tobytes())
 
 
 def _calibration(

@@ -142,11 +142,9 @@ def events(
         stop: strings that end the text and are not part of it; one that is an added token ends it as that token, too.
         stop_tokens: ids that end it, besides the model's end-of-text ids.
         ignore_eos: do not end at the model's end-of-text ids.
-        schema, regex, grammar, choice: what the generated text has to be, see `kvq.runtime.text.grammar`; it is so
-            where it ends by "stop" and no stop string has cut it.
+        schema, regex, grammar, choice: what a text is that ends by "stop" uncut, see `kvq.runtime.text.grammar`.
         constraint: the same, compiled: for this generation alone.
-        logits_processor: called with the ids before each token and the logits float32 [vocab], which it returns
-            changed; or several.
+        logits_processor: returns logits float32 [vocab] changed; called with the ids before and them. Or several.
         progress: as in `Session.append`, while the prompt is read.
         top_logprobs: how many of the most likely tokens to report in the place of each.
         stopping_criteria: called with the ids up to a token, that one included; true ends the text. Or several.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,7 +24,8 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.session.appending import Appending, run_pass
 from kvq.runtime.session.asynchronous import aiterate
-from kvq.runtime.session.generation import GenerationOptions, Response
+from kvq.runtime.session.generation import Response
+from kvq.runtime.session.options import AllOptions, SessionSettings, parted
 from kvq.runtime.session.session import Session
 from kvq.runtime.session.several import Completion, complete_all
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -34,24 +35,6 @@ from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 # Makes a policy by its name: (name or policy, bundle, **options).
 PolicyMaker = Callable[..., Policy]
-
-
-class SessionSettings(TypedDict, total=False):
-    """The keyword arguments of `Model.session`."""
-
-    policy: str | Policy | None
-    recent: int
-    sink: int
-    prefill_chunk: int
-    prefill: str
-    backend: str | None
-    kv_bits: float | None
-    kv_memory: float | None
-    protect_bits: int | None
-
-
-class AllOptions(SessionSettings, GenerationOptions, total=False):
-    """The keyword arguments of `Model.generate`."""
 
 
 class Model:
@@ -219,7 +202,7 @@ class Model:
         Raises:
             KvqError: as these two, or `ChatTemplate.encode`.
         """
-        settings, generation = _parted(options)
+        settings, generation = parted(options)
         ids, generation = self._asked(prompt, generation)
         return self.session(**settings).generate(ids, **generation)
 
@@ -248,7 +231,7 @@ class Model:
         """
         if isinstance(prompts, str):
             raise PromptError("generate_all takes a list of prompts; generate takes one")
-        settings, generation = _parted(options)
+        settings, generation = parted(options)
         asked = [self._asked(prompt, generation) for prompt in prompts]
         ids = [self.encode(each) if isinstance(each, str) else each for each, _ in asked]
         return complete_all(self, ids, settings, [of_one for _, of_one in asked])
@@ -390,13 +373,6 @@ class Model:
         from kvq.runtime.session.file import read_session
 
         return read_session(self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
-
-
-def _parted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a session, and those of a generation."""
-    names = SessionSettings.__annotations__
-    settings = {name: value for name, value in options.items() if name in names}
-    return settings, {name: value for name, value in options.items() if name not in names}
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:

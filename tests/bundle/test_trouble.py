@@ -137,7 +137,8 @@ def test_a_run_of_onnxruntime_that_raises_is_a_bundle_error(tiny_bundle: Path) -
         def run_with_iobinding(self, binding: object) -> None:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL\nmore")
 
-    head._head._session = Failing()  # type: ignore[assignment]
+    head.logits(np.zeros((1, 64), np.float32))
+    head._heads[1]._session = Failing()  # type: ignore[assignment]
     with pytest.raises(BundleError, match=r"head\.onnx does not fit the session"):
         head.logits(np.zeros((1, 64), np.float32))
 

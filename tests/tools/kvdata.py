@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from kvq.runtime.kv.store import KVStore
-from kvq.runtime.precision.codecs import CODECS, Codec
+from kvq.runtime.precision.codecs import CODECS, Codec, CodecSet
 from kvq.runtime.precision.codecs.uniform import WINDOWS
 from kvq.runtime.precision.table import Geometry
 
@@ -98,11 +98,11 @@ def _is_cut(array):
 
 
 def arrays_in(thing):
-    """Every numpy array reachable from an object, each once; but for the tables of codecs, which all stores share."""
+    """Every numpy array reachable from an object, each once; but for what belongs to codecs, which all stores share."""
     found, todo, seen = [], [thing], set()
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, Codec):
+        if id(item) in seen or isinstance(item, Codec | CodecSet):
             continue
         seen.add(id(item))
         if isinstance(item, np.ndarray):
