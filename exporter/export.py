@@ -228,7 +228,7 @@ def _write_graphs(
 def _measure_keys(
     writer: GraphWriter, folder: Path, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
 ) -> None:
-    """Have graphs centre keys; in bundles of balanced keys, take them to a basis, too, and say how errors are fed back."""
+    """Have graphs centre keys and, where they are balanced, take them to a basis; and say how errors are fed back."""
     bundle = NewBundle(folder)
     if "keys" not in bundle.manifest.kv:
         writer.center(mean_keys(bundle, ids, progress))
