@@ -357,12 +357,12 @@ def test_a_document_beyond_the_context_leaves_no_file(bundle, tmp_path, path):
 def interrupted(when: str, *arguments: str) -> subprocess.CompletedProcess:
     """kvq run with a Ctrl-C in the middle of the steps for which `when` holds."""
     code = (
-        "import sys, os, signal\nfrom kvq.runtime.session.session import Session\nstep, steps = Session._step, []\n"
+        "import sys, os, signal\nfrom kvq.runtime.session.session import Session\nstep, steps = Session.step, []\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def interrupting(self, ids, *rest):\n"
         "    step(self, ids, *rest)\n    steps.append(len(ids))\n"
         f"    if {when}: os.kill(os.getpid(), signal.SIGINT)\n"
-        "Session._step = interrupting\nfrom kvq.runtime.cli.main import main\nmain()\n"
+        "Session.step = interrupting\nfrom kvq.runtime.cli.main import main\nmain()\n"
     )
     return command([sys.executable, "-c", code, "run", "-t", "0", "--ignore-eos", *arguments])
 

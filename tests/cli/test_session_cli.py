@@ -212,11 +212,11 @@ def test_ctrl_c_while_the_prompt_is_read_leaves_the_file_alone(tiny_bundle, path
     code = (
         "import sys, os, signal\n"
         "from kvq.runtime.session.session import Session\n"
-        "step = Session._step\n"
+        "step = Session.step\n"
         "def interrupted(self, ids, *rest):\n"
         "    step(self, ids, *rest)\n"
         "    if len(ids) > 1: os.kill(os.getpid(), signal.SIGINT)\n"
-        "Session._step = interrupted\n"
+        "Session.step = interrupted\n"
         "from kvq.runtime.cli.main import main\n"
         "main()\n"
     )

@@ -212,7 +212,7 @@ def test_requests_that_a_web_page_could_send_unasked_are_refused(server):
 def test_paths_and_methods(server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/completions").status_code == 405
-    assert server.post("/v1/embeddings", {}).json()["error"]["type"] == "not_found_error"
+    assert server.post("/v1/moderations", {}).json()["error"]["type"] == "not_found_error"
     assert server.post("/api/embed", {}).json() == {"error": "no such path; the API is under /v1"}
 
 

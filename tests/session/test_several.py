@@ -27,11 +27,9 @@ def test_each_of_many_prompts_gets_what_it_would_get_alone(embedded, policy, tem
 
 
 def test_what_all_prompts_begin_with_is_processed_once(embedded, monkeypatch):
-    appended = []
-    append = kvq.Session.append
-    monkeypatch.setattr(
-        kvq.Session, "append", lambda self, ids, *a, **k: appended.append(len(ids)) or append(self, ids, *a, **k)
-    )
+    appended, step = [], kvq.Session.step
+    counting = lambda self, ids, *rest: appended.append(len(ids)) or step(self, ids, *rest)  # noqa: E731
+    monkeypatch.setattr(kvq.Session, "step", counting)
     list(embedded.generate_all(PROMPTS, max_tokens=1))
     whole = sum(len(embedded.encode(prompt)) for prompt in PROMPTS)
     shared = appended[0]
