@@ -282,7 +282,8 @@ static void check_odd_queries(void) {
         if (!isfinite(size)) x[below(24)] = size;
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
             if (!kvq_kernel_available(kernel)) continue;
-            const kvq_pass pass = {1, 1, 1, 24, 1, s.pages, kernel, 1, s.page, NULL, NULL, NULL, NULL};
+            const kvq_pass pass = {.layers = 1, .heads = 1, .kv_heads = 1, .head_dim = 24, .tokens = 1, .pages = s.pages,
+                                   .kernel = kernel, .threads = 1, .page = s.page};
             kvq_rows rows = {.query = x, .key = x + 24, .value = x + 48, .out = out};
             int status = kvq_attend(&pass, 0, &rows, NULL, NULL), finite = 1;
             rows.query = zero, rows.out = still;

@@ -109,7 +109,7 @@ static void check_moves(int rounds) {
                                    of_values ? value_bits[page] : key_bits[page], old, d);
                     put_vector(from, KVQ_WINDOW, x[of_values] + ((size_t)row * tokens + t) * d, d);
                 }
-            const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, PAGES, x[0], x[1], moved.page, moved.page + 1,
+            const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, PAGES, x[0], x[1], NULL, moved.page, moved.page + 1,
                                    step};
             if (kvq_move_tokens(&move)) fail("%s: move: it failed", kvq_kernel_name(kernel));
             for (int a = 0; a < moved.arrays; a++)

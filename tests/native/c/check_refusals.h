@@ -87,7 +87,7 @@ static void make_fitting(fitting *f, int tokens) {
     add_ring(&f->s, 5, 5, 0);
     f->rows = (kvq_rows){f->x, f->x, f->x, f->out, 32, 16, 16, NULL};
     f->step[0] = (kvq_move_step){0, 0, 20}, f->step[1] = (kvq_move_step){1, 0, 21};
-    f->move = (kvq_move){1, 2, 8, 0, tokens, 1, f->keys, f->values, f->s.page + 1, f->s.page, f->step};
+    f->move = (kvq_move){1, 2, 8, 0, tokens, 1, f->keys, f->values, NULL, f->s.page + 1, f->s.page, f->step};
     f->pass = (kvq_pass){.layers = 1, .heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = tokens, .pages = 2,
                          .threads = 1, .page = f->s.page, .keys = f->keys, .values = f->values};
 }
@@ -177,9 +177,11 @@ static void check_refused_moves(void) {
     f.s.page[1].value_precision = UNKNOWN[0];
     expect_of_pages(&f.pass, &f.rows, &f.move, "precision of the window", UNKNOWN[0], KVQ_UNKNOWN_PRECISION);
     f.s.page[1].value_precision = KVQ_WINDOW;
+    static const size_t needed[] = {offsetof(kvq_move, keys), offsetof(kvq_move, values), offsetof(kvq_move, window),
+                                    offsetof(kvq_move, page), offsetof(kvq_move, step)};
     for (int i = 0; i < 5; i++) {
         kvq_move move = f.move;
-        *(const void **)((char *)&move + offsetof(kvq_move, keys) + i * sizeof(void *)) = NULL;
+        *(const void **)((char *)&move + needed[i]) = NULL;
         expect_error("address of a move", i, kvq_move_tokens(&move), KVQ_NO_DATA);
         if (i < 2) expect_error("address of a move", i, kvq_movable(&move), KVQ_NO_DATA);
         f.pass.stepwise = &move;
