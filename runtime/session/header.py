@@ -204,7 +204,9 @@ def _read_header(file: BinaryIO, path: str) -> SessionHeader:
 def _parse(text: bytes, path: str) -> SessionHeader:
     try:
         data = json.loads(text.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
-        data["architecture"] = Architecture.of(data["architecture"])
+        shape = data["architecture"] = Architecture.of(given := data["architecture"])
+        if given.keys() - asdict(shape).keys():
+            raise ValueError("the architecture has other fields")
         header = SessionHeader(**data)
         _check_types(header)
         _check_counts(header)
