@@ -39,6 +39,7 @@ HEADER_MAX_BYTES = 1 << 24
 PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
 MOST_TOKENS = 1 << 31
+MOST_BUCKETS = 1 << 16  # as many as there can be pairs of precisions
 MOST_OPTION, MOST_OPTION_DEPTH = 1 << 128, 8
 
 
@@ -246,6 +247,8 @@ def _check_types(header: SessionHeader) -> None:
             raise ValueError(f"{name} is {value!r}")
     if type(header.pending) is not list or type(header.buckets) is not list:
         raise ValueError("pending or buckets is not a list")
+    if len(header.buckets) > MOST_BUCKETS:
+        raise ValueError(f"{len(header.buckets)} buckets")
     if not all(type(row) is list and len(row) == 3 for row in header.buckets):
         raise ValueError("buckets are not rows of key bits, value bits, tokens")
 

@@ -126,7 +126,7 @@ ATTACKS = {
     "a bucket of negative bits": (resealed(buckets=[[-4, 4, 55]]), "a bucket of -4"),
     "a bucket of 10^400 bits": (resealed(buckets=[[HUGE, 4, 55]]), "a bucket of"),
     "a bucket of a dictionary": (resealed(buckets=[{"k": 4}]), "buckets are not rows"),
-    "a million buckets": (resealed(buckets=[[4, 4, 0]] * 500_000), "a bucket of 4 and 4 bits"),
+    "a million buckets": (resealed(buckets=[[4, 4, 0]] * 500_000), "500000 buckets"),
     "a name of a megabyte": (resealed(model="m" * 1_000_000, model_digest="0"), "belongs to the model"),
     "a name of a list": (resealed(model=["tiny"]), "model is"),
     "a digest of another length": (resealed(model_digest=""), "belongs to the model"),

@@ -86,13 +86,17 @@ def test_a_conversation_says_what_the_api_says_and_shades_what_it_has_cached(pag
 
 def test_stopping_keeps_what_was_said_and_frees_the_server(page, server):
     settings(page, Max_tokens="1400", Temperature="0")
-    page.get_by_label("Message", exact=True).fill("Tell me everything.")
-    page.keyboard.press("Enter")
-    page.locator(".assistant .t").nth(3).wait_for()
-    page.keyboard.press("Escape")
-    answered(page)
-    assert "Stopped." in page.locator(".assistant .note").text_content()
-    assert page.locator(".assistant .text").text_content()
+    said = page.locator(".assistant").last
+    for _ in range(4):  # on a busy machine an answer may be over before the key comes through
+        page.get_by_label("Message", exact=True).fill("Tell me everything.")
+        page.keyboard.press("Enter")
+        said.locator(".t").nth(3).wait_for()
+        page.keyboard.press("Escape")
+        answered(page)
+        if "Stopped." in said.locator(".note").text_content():
+            break
+    assert "Stopped." in said.locator(".note").text_content()
+    assert said.locator(".text").text_content()
     server.until(active=0)
     assert not page.errors
 
