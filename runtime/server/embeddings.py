@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvq.runtime.errors import ContextError, RequestError
-from kvq.runtime.server.fields import Fields, is_integer
+from kvq.runtime.server.fields import Fields
 from kvq.runtime.server.preparing import Limits
+from kvq.runtime.server.protocol import texts_or_ids
 from kvq.runtime.session.embedding import embed
 
 if TYPE_CHECKING:
@@ -52,23 +53,9 @@ def parse_embeddings(body: dict[str, Any]) -> Wanted:
     encoding = fields.text("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         fields.refuse("encoding_format", "must be float or base64")
-    wanted = Wanted(_inputs(fields.take("input")), encoding, fields.text("model"))
+    wanted = Wanted(texts_or_ids(fields.take("input"), "input", MOST_INPUTS), encoding, fields.text("model"))
     fields.done()
     return wanted
-
-
-def _inputs(value: Any) -> list[str | list[int]]:
-    several = isinstance(value, list) and value and all(isinstance(each, str | list) for each in value)
-    inputs = value if several else [value]
-    if len(inputs) > MOST_INPUTS:
-        raise RequestError(f"at most {MOST_INPUTS} inputs are taken; send several requests", param="input")
-    for each in inputs:
-        ids = isinstance(each, list) and each and all(map(is_integer, each))
-        if not (ids or (isinstance(each, str) and each)):
-            raise RequestError(
-                "input must be a non-empty string or a list of token ids, or a list of these", param="input"
-            )
-    return inputs
 
 
 class Embedder:

@@ -116,7 +116,7 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
     for name in HINTS:
         fields.take(name)
     messages = parse_messages(fields.take("messages")) if chat else []
-    prompts = [""] if chat else _prompts(fields.take("prompt"))
+    prompts = [""] if chat else texts_or_ids(fields.take("prompt"), "prompt", MOST_PROMPTS)
     n = fields.integer("n", least=1, most=MOST_CHOICES) or 1
     if (best_of := fields.integer("best_of", least=1)) not in (None, n):
         fields.refuse("best_of", f"is not supported beyond n, got {best_of!r:.20}; leave it out")
@@ -269,16 +269,20 @@ def parse_settings(fields: Fields, defaults: Settings) -> Settings:
     return defaults._replace(policy=policy, kv_bits=kv_bits, kv_memory=None)
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
-    """The prompts of a completion: one text, one list of ids, or several of either."""
+def texts_or_ids(value: Any, name: str, most: int) -> list[str | list[int]]:
+    """The value of a field that is one text, one list of ids, or several of either.
+
+    Raises:
+        RequestError: it is something else, or more than `most`.
+    """
     several = isinstance(value, list) and value and all(isinstance(each, str | list) for each in value)
-    prompts = value if several else [value]
-    if len(prompts) > MOST_PROMPTS:
-        raise RequestError(f"at most {MOST_PROMPTS} prompts are taken; send several requests", param="prompt")
-    for prompt in prompts:
-        ids = isinstance(prompt, list) and prompt and all(map(is_integer, prompt))
-        if not (ids or (isinstance(prompt, str) and prompt)):
+    found = value if several else [value]
+    if len(found) > most:
+        raise RequestError(f"at most {most} {name}s are taken; send several requests", param=name)
+    for each in found:
+        ids = isinstance(each, list) and each and all(map(is_integer, each))
+        if not (ids or (isinstance(each, str) and each)):
             raise RequestError(
-                "prompt must be a non-empty string or a list of token ids, or a list of these", param="prompt"
+                f"{name} must be a non-empty string or a list of token ids, or a list of these", param=name
             )
-    return prompts
+    return found

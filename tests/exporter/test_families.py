@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 from kvq.runtime.session.model import Model
 from tests.tools.checkpoints import TINY, edit_config, save_checkpoint
-from tests.tools.families import FEATURES, REAL, SMALL, config_of, family_logits, save_family
+from tests.tools.families import FEATURES, REAL, SMALL, Exported, config_of, family_logits, save_family
 from tests.tools.gguf_files import write_gguf
 from tests.tools.packages import needs
 from tests.tools.references import effective_model, logits_of
@@ -34,21 +34,11 @@ TOLERANCE = 1e-3
 TEXT = calibration_text()[:2000]
 
 
-class Family(NamedTuple):
-    """A checkpoint, the fp32 bundle made from it and its model, and transformers' logits over IDS."""
-
-    name: str
-    folder: Path
-    bundle: Path
-    model: Model
-    logits: np.ndarray
-
-
 @functools.cache
-def family_of(name: str, folder: Path) -> Family:
+def family_of(name: str, folder: Path) -> Exported:
     checkpoint = save_family(folder / name, SMALL[name])
     bundle = export(checkpoint, folder / f"{name}-bundle", weights="fp32", calibration=TEXT).path
-    return Family(name, checkpoint, bundle, open_bundle(bundle), family_logits(checkpoint, IDS))
+    return Exported(name, checkpoint, bundle, open_bundle(bundle), family_logits(checkpoint, IDS))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=SMALL)
-def family(request: pytest.FixtureRequest, place: Path) -> Family:
+def family(request: pytest.FixtureRequest, place: Path) -> Exported:
     return family_of(request.param, place)
 
 
@@ -74,13 +64,13 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("chunk", [PREFILL, 7, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_are_transformers(backend: str, chunk: int, family: Family) -> None:
+def test_logits_are_transformers(backend: str, chunk: int, family: Exported) -> None:
     assert off(through_the_cache(family.model, backend, chunk), family.logits) <= TOLERANCE
     stepwise = through_the_cache(family.model, backend, chunk, prefill="stepwise")
     assert off(stepwise, family.logits) <= TOLERANCE
 
 
-def test_each_feature_matters(family: Family, tmp_path: Path) -> None:
+def test_each_feature_matters(family: Exported, tmp_path: Path) -> None:
     """A reader that overlooked a field, a norm or a bias would not pass the test above."""
     weights = load_file(family.folder / "model.safetensors")
     others: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
@@ -105,14 +95,14 @@ def test_each_feature_matters(family: Family, tmp_path: Path) -> None:
         assert off(family_logits(other, IDS), family.logits) > 20 * TOLERANCE, what
 
 
-def test_the_twin_says_the_same(family: Family) -> None:
+def test_the_twin_says_the_same(family: Exported) -> None:
     found = logits_of(effective_model(Bundle(family.bundle)), IDS).numpy()
     assert off(found, family.logits) <= TOLERANCE / 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantized_weights_are_those_of_the_twin(weights: str, family: Family, tmp_path: Path) -> None:
+def test_quantized_weights_are_those_of_the_twin(weights: str, family: Exported, tmp_path: Path) -> None:
     options = {"weights": weights, "activations": "fp32", "compensate": False, "calibration": TEXT}
     bundle = export(family.folder, tmp_path / "bundle", **options).path
     wanted = logits_of(effective_model(Bundle(bundle)), IDS).numpy()
@@ -129,7 +119,7 @@ LEFT_OUT = [
 ]  # fmt: skip
 
 
-def test_what_a_configuration_leaves_out_is_what_transformers_takes(family: Family, tmp_path: Path) -> None:
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(family: Exported, tmp_path: Path) -> None:
     transformers = needs("transformers")
     weights, said = load_file(family.folder / "model.safetensors"), config_of(family.folder)
     compared = 0
@@ -156,7 +146,7 @@ def digests(summary: Summary) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in summary.manifest.files.items()}
 
 
-def test_a_gguf_file_gives_the_same_bundle(family: Family, tmp_path: Path) -> None:
+def test_a_gguf_file_gives_the_same_bundle(family: Exported, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", family.folder)
     found = export(file, tmp_path / "of-file", weights="fp32", center=False)
     folder = save_family(tmp_path / "folder", SMALL[family.name], tokenizer=False)
@@ -170,7 +160,7 @@ def test_a_gguf_file_gives_the_same_bundle(family: Family, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_llama_cpp_reads_such_files_as_transformers_reads_folders(family: Family, tmp_path: Path) -> None:
+def test_llama_cpp_reads_such_files_as_transformers_reads_folders(family: Exported, tmp_path: Path) -> None:
     """Else the writer of these tests and the reader could be wrong alike."""
     pytest.importorskip("llama_cpp")
     # Of a model that is called Phi-3, llama.cpp knows tokens that this tokenizer does not have.
@@ -179,7 +169,7 @@ def test_llama_cpp_reads_such_files_as_transformers_reads_folders(family: Family
     assert off(found, family.logits) <= 0.03 * np.abs(family.logits).max()  # a cache of 16 bits
 
 
-def test_blocks_of_a_gguf_file_are_carried_over(family: Family, tmp_path: Path) -> None:
+def test_blocks_of_a_gguf_file_are_carried_over(family: Exported, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", save_family(tmp_path / "wide", SMALL[family.name] | WIDE), "Q4_0")
     plain = export(file, tmp_path / "plain", weights="fp32", center=False)
     wanted = through_the_cache(open_bundle(plain.path), "numpy", PREFILL)
@@ -193,7 +183,7 @@ WIDE = {"intermediate_size": 128}  # rows of whole blocks
 
 
 @pytest.mark.parametrize("policy", ["int8", "int4"])
-def test_backends_agree_on_caches_of_few_bits(policy: str, family: Family) -> None:
+def test_backends_agree_on_caches_of_few_bits(policy: str, family: Exported) -> None:
     options = {"recent": 4, "sink": 2}
     found = {name: through_the_cache(family.model, name, 7, policy, **options) for name in BACKENDS}
     near = np.abs(found["native"] - found["numpy"]).mean()
@@ -203,7 +193,7 @@ def test_backends_agree_on_caches_of_few_bits(policy: str, family: Family) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sessions_are_saved_forked_and_trimmed(backend: str, family: Family, tmp_path: Path) -> None:
+def test_sessions_are_saved_forked_and_trimmed(backend: str, family: Exported, tmp_path: Path) -> None:
     session = family.model.session("k8v4", recent=8, prefill_chunk=7, backend=backend)
     session.append(IDS[:PREFILL])
     wanted = [session.append([token]) for token in IDS[PREFILL : PREFILL + 8]]
@@ -220,7 +210,7 @@ def test_sessions_are_saved_forked_and_trimmed(backend: str, family: Family, tmp
     assert off(fork.append([IDS[PREFILL + 4]]), wanted[4]) <= 0.1 * np.abs(wanted[4]).mean() + TOLERANCE
 
 
-def test_keys_are_centred_and_rotated_as_ever(family: Family) -> None:
+def test_keys_are_centred_and_rotated_as_ever(family: Exported) -> None:
     kv = Bundle(family.bundle).manifest.kv
     assert (kv["rotation"], kv["centered"], kv["keys"]) == ("hadamard", True, "balanced")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from kvq.runtime.policy.base import Policy, TokenFeatures
 from kvq.runtime.session.model import Model
 from kvq.runtime.session.session import Session
 from tests.tools.checkpoints import edit_config
-from tests.tools.families import SMALL, family_logits, save_family
+from tests.tools.families import SMALL, Exported, family_logits, save_family
 from tests.tools.gguf_files import write_gguf
 from tests.tools.packages import needs
 from tests.tools.references import effective_model, logits_of
@@ -60,21 +60,11 @@ WINDOWED: dict[str, tuple[dict[str, Any], list[int]]] = {
 }  # fmt: skip
 
 
-class Windowed(NamedTuple):
-    """A checkpoint, the fp32 bundle made from it and its model, and transformers' logits over IDS."""
-
-    name: str
-    folder: Path
-    bundle: Path
-    model: Model
-    logits: np.ndarray
-
-
 @functools.cache
-def windowed(name: str, place: Path) -> Windowed:
+def windowed(name: str, place: Path) -> Exported:
     folder = save_family(place / name, WINDOWED[name][0], tokenizer=False)
     bundle = export(folder, place / f"{name}-bundle", weights="fp32").path
-    return Windowed(name, folder, bundle, open_bundle(bundle), family_logits(folder, IDS))
+    return Exported(name, folder, bundle, open_bundle(bundle), family_logits(folder, IDS))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,19 @@ from tests.tools.packages import needs
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from kvq.runtime.session.model import Model
+
+
+class Exported(NamedTuple):
+    """A checkpoint, the fp32 bundle made from it and its model, and transformers' logits over a test's ids."""
+
+    name: str
+    folder: Path
+    bundle: Path
+    model: Model
+    logits: np.ndarray
+
 
 NARROW: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -94,8 +94,8 @@ class NumpyAttention(AttentionBackend):
         # The new tokens first: each sees at least itself, so the running maximum is finite.
         rows = _Rows(query, key.shape[1])
         place = store.length + np.arange(tokens)
-        causal = np.tri(tokens, dtype=bool)
-        rows.add(key.transpose(1, 0, 2), value.transpose(1, 0, 2), causal & _near(store, layer, place, place))
+        causal = _and(np.tri(tokens, dtype=bool), _near(store, layer, place, place))
+        rows.add(key.transpose(1, 0, 2), value.transpose(1, 0, 2), causal)
         for keys, values, column in store.placed_blocks(layer, BLOCK, self._room(store)):
             rows.add(keys, values, _near(store, layer, place, column))
         rows.finish(out, row_squares)
@@ -122,13 +122,13 @@ class NumpyAttention(AttentionBackend):
         column = first + np.arange(kept[0].shape[1])
         near = place - column <= window.capacity
         seen = _near(store, layer, place[:, 0], column)
-        rows.add(kept[0], kept[1], near & (column < place) & seen)
+        rows.add(kept[0], kept[1], _and(near & (column < place), seen))
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
             due = store.due()
             parts = zip(held, due.T, (layer, None), strict=True)
             stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of) for x, ids, of in parts]
-            rows.add(stored[0], stored[1], ~near[:, gone] & seen[:, gone])
+            rows.add(stored[0], stored[1], _and(~near, seen)[:, gone])
         for keys, values, places in store.placed_blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values, _near(store, layer, place[:, 0], places))
         rows.finish(out, row_squares)
@@ -142,12 +142,16 @@ class NumpyAttention(AttentionBackend):
         return self._scratch
 
 
-def _near(store: KVStore, layer: int, places: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Whether tokens at some places [n] see those at others [m] through the layer's window: bool [n, m]."""
+def _near(store: KVStore, layer: int, places: np.ndarray, columns: np.ndarray) -> np.ndarray | None:
+    """Whether tokens at places [n] see those at others [m] through the layer's window: bool [n, m]; None: all do."""
     windows = store.geometry.windows
     if not windows or not windows[layer]:
-        return np.ones((len(places), len(columns)), bool)
+        return None
     return places[:, None] - columns < windows[layer]
+
+
+def _and(sees: np.ndarray, near: np.ndarray | None) -> np.ndarray:
+    return sees if near is None else sees & near
 
 
 def _as_stored(codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None) -> np.ndarray:
