@@ -111,7 +111,7 @@ class Bundle:
     def key_feedback(self) -> np.ndarray | None:
         """What codecs of keys do with errors, see `kvq.runtime.precision.codecs.Codec.encode`; None in older bundles.
 
-        float32 [layers, kv_heads, head_dim, head_dim], read-only.
+        float16 [layers, kv_heads, head_dim, head_dim], read-only.
 
         Raises:
             BundleError: it is not of this model's shape, or not finite.
@@ -125,12 +125,11 @@ class Bundle:
             data = self._read(KEY_FEEDBACK, nbytes := 2 * math.prod(axes))
             if len(data) != nbytes:
                 raise BundleError(f"{KEY_FEEDBACK} has not {nbytes} bytes; export the bundle again")
-            feedback = np.frombuffer(data, "<f2").reshape(axes).astype(np.float32)
+            feedback = np.frombuffer(data, "<f2").reshape(axes)
             if not feeds_back_little(feedback):
                 raise BundleError(f"{KEY_FEEDBACK} lets errors grow without bound; export the bundle again")
         except MemoryError as error:
             raise unreadable(error, self.path / KEY_FEEDBACK) from None
-        feedback.flags.writeable = False
         return feedback
 
     @cached_property

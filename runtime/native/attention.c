@@ -213,7 +213,7 @@ int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *
 }
 
 int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
-                   const float *feedback, size_t each, uint32_t *words,
+                   const uint16_t *feedback, size_t each, uint32_t *words,
                    uint16_t *scales) {
     int refused = kvq_check_encode(kernel, precision, x, vectors, head_dim, words, scales);
     if (!refused && feedback && !each) refused = KVQ_MISFIT_SHAPE;

@@ -35,7 +35,7 @@ class NativeCodec(Codec):
         vectors = x.size // head_dim
         fed = feedback
         if fed is not None:  # a matrix for every run of tokens
-            fed = np.ascontiguousarray(np.broadcast_to(fed, (*x.shape[:-2], head_dim, head_dim)), np.float32)
+            fed = np.ascontiguousarray(np.broadcast_to(fed, (*x.shape[:-2], head_dim, head_dim)), np.float16)
         status = self._library.kvq_encode(
             *(self._kernel, self.precision.id, x.ctypes.data, vectors, head_dim),
             *(None if fed is None else fed.ctypes.data, max(1, x.shape[-2]) if fed is not None else 1),

@@ -86,7 +86,7 @@ typedef struct {
     void (*move)(const kvq_move *move);
     void (*move_token)(const kvq_move *move, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
-    int (*encode)(int precision, const float *x, size_t vectors, int head_dim, const float *feedback, size_t each,
+    int (*encode)(int precision, const float *x, size_t vectors, int head_dim, const uint16_t *feedback, size_t each,
                   uint32_t *words, uint16_t *scales);
 } kvq_kernel;
 

@@ -69,7 +69,7 @@ typedef struct {
     int32_t tokens;
     int32_t pages;              /* rows of page; of a pass those behind them are the window's */
     const float *keys, *values; /* of the new tokens, [layers, kv_heads, tokens, head_dim] */
-    const float *feedback;      /* of keys, [layers, kv_heads, head_dim, head_dim], see kvq_encode; or null */
+    const uint16_t *feedback;      /* halves, of keys, [layers, kv_heads, head_dim, head_dim], see kvq_encode; or null */
     const kvq_page *window;     /* of WINDOW or INT8: a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
     const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
@@ -144,7 +144,7 @@ KVQ_EXPORT int32_t kvq_attend(const kvq_pass *pass, int32_t layer, const kvq_row
  * feedback: matrices of halves [vectors / each, head_dim, head_dim], one for `each` vectors after another, or null: entry (i, j), j > i,
  * is how much of channel i's error is taken from channel j before that is rounded. */
 KVQ_EXPORT int32_t kvq_encode(int32_t kernel, int32_t precision, const float *x, size_t vectors, int32_t head_dim,
-                              const float *feedback, size_t each, uint32_t *words, uint16_t *scales);
+                              const uint16_t *feedback, size_t each, uint32_t *words, uint16_t *scales);
 
 /* Returns 0 or an error. The values have to be storable, see kvq_movable. */
 KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);

@@ -192,7 +192,7 @@ def test_native_encoding_gives_numpy_s_bytes(kernel, name, seed, shape, exponent
     feedback = None
     if share is not None and shape[-1] < 1024:  # of errors; a matrix for each row of vectors
         drawn = rng.uniform(-share, share, (shape[0], shape[-1], shape[-1]))
-        feedback = drawn.astype(np.float16).astype(np.float32)
+        feedback = drawn.astype(np.float16)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         assert_encodes_as_numpy(kernel, name, x.astype(np.float32), feedback)
 

@@ -28,7 +28,7 @@ def test_each_channel_takes_over_what_those_before_it_did_wrong(book, seed, head
     """The nearest level of what is left, channel by channel, written for one vector and in float64."""
     codec, rng = CODECS[book], np.random.default_rng(seed)
     x = rng.standard_normal((1, head_dim)).astype(np.float32)
-    feedback = np.triu(rng.normal(0, 0.3, (head_dim, head_dim)), 1).astype(np.float32)
+    feedback = np.triu(rng.normal(0, 0.3, (head_dim, head_dim)), 1).astype(np.float16)
     codes, _ = codec.fit(x, feedback)
     # The codes are those of one scale, which is not stored: of all that could be, one has to explain them.
     _, plain = codec.fit(x)
@@ -51,7 +51,7 @@ def test_what_correlated_queries_see_of_an_error_is_much_less(bits):
     mixing = rng.standard_normal((64, 64)) * np.exp(rng.uniform(-1.5, 1.5, 64))
     moments = mixing @ mixing.T
     x = rng.standard_normal((2000, 64), np.float32)
-    feedback = feedback_of(moments).astype(np.float32)
+    feedback = feedback_of(moments)
     seen = [
         np.einsum("ti,ij,tj->t", e, moments, e).mean()
         for e in (x - decoded(CODECS[bits], x, f) for f in (None, feedback))
@@ -86,7 +86,7 @@ def test_nothing_is_fed_back_where_nothing_was_asked():
 @examples(25)
 def test_any_matrix_gives_finite_vectors(precision, x, size, seed):
     codec, head_dim = CODECS[precision], x.shape[-1]
-    feedback = np.random.default_rng(seed).uniform(-size, size, (head_dim, head_dim)).astype(np.float32)
+    feedback = np.random.default_rng(seed).uniform(-size, size, (head_dim, head_dim)).astype(np.float16)
     with np.errstate(over="ignore", invalid="ignore"):
         found = codec.roundtrip(x.reshape(-1, head_dim), feedback)
     assert np.isfinite(found).all()
@@ -96,7 +96,7 @@ def test_any_matrix_gives_finite_vectors(precision, x, size, seed):
 def test_codecs_of_many_bits_leave_it_out(precision):
     x = np.random.default_rng(0).standard_normal((2, 5, 64), np.float32)
     for plain, fed in zip(
-        CODECS[precision].encode(x), CODECS[precision].encode(x, np.ones((2, 64, 64), np.float32)), strict=True
+        CODECS[precision].encode(x), CODECS[precision].encode(x, np.ones((2, 64, 64), np.float16)), strict=True
     ):
         np.testing.assert_array_equal(plain, fed)
 
@@ -106,4 +106,4 @@ def test_what_could_grow_without_bound_is_told_apart():
     assert feeds_back_little(honest)
     assert feeds_back_little(feedback_of(np.diag(np.arange(1.0, 257))))
     for wrong in (np.full((1, 64, 64), 60.0), np.full((1, 8, 8), np.nan)):
-        assert not feeds_back_little(wrong.astype(np.float32))
+        assert not feeds_back_little(wrong.astype(np.float16))

@@ -44,9 +44,9 @@ def random_tokens(seed, geometry, count, widths=WIDTHS):
 
 
 def random_feedback(seed, geometry):
-    """Shares of errors as a bundle could have them: float32 [layers, kv_heads, head_dim, head_dim]."""
+    """Shares of errors as a bundle could have them: float16 [layers, kv_heads, head_dim, head_dim]."""
     shape = (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.head_dim)
-    return np.triu(np.random.default_rng(seed).normal(0, 0.3, shape), 1).astype(np.float16).astype(np.float32)
+    return np.triu(np.random.default_rng(seed).normal(0, 0.3, shape), 1).astype(np.float16)
 
 
 def fill(store, tokens, cuts=()):

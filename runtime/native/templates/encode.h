@@ -81,36 +81,52 @@ INLINE float short_float(float x) {
     return x;
 }
 
+/* x or, where `negative` has all bits, -x. */
+INLINE float with_sign(float x, int negative) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits ^= (uint32_t)negative & 0x80000000u;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* Codes of whole numbers, channel by channel: what rounding one does wrong is taken from those behind it, as much as
- * feedback [head_dim, head_dim] says. Returns the scale to store. rest: the numbers as floats [padded], changed. */
-INLINE double fed_back(const book_levels *book, const float *feedback, const float *x, const int32_t *magnitude,
-                       int head_dim, int64_t total, float scale, float *rest, uint32_t *code) {
+ * feedback [head_dim, head_dim] says. Returns the scale to store. rest: the numbers as floats [padded], changed. Signs are
+ * bits here, not branches, which nobody could foretell. */
+INLINE double fed_back(const book_levels *book, const uint16_t *feedback, const int32_t *whole, int head_dim, int64_t total,
+                       float scale, float *rest, uint32_t *code) {
     const int count = book->count;
     int64_t products = 0, squares = 0;
     float border[8], value[8];
     const float unit = short_float(scale / (float)book->parts); /* products of these are exact, fused or not */
     for (int k = 0; k < count; k++) value[k] = unit * (float)book->level[k];
     for (int k = 0; k + 1 < count; k++) border[k] = unit * ((float)(book->level[k] + book->level[k + 1]) / 2);
+    float now = rest[0];
     for (int i = 0; i < head_dim; i++) {
-        const float now = rest[i], size = fabsf(now);
-        const int positive = now >= 0;
+        const uint16_t *row = feedback + (size_t)i * head_dim;
+        const int last = i + 1 == head_dim;
+        /* Of the next channel: read before it is written, so that it need not be waited for. */
+        const float next = last ? 0 : rest[i + 1], share = last ? 0 : half_scalar(row[i + 1]), size = fabsf(now);
+        const int negative = -(now < 0); /* all bits or none */
         int rank = 0;
+        UNROLL
         for (int k = 0; k + 1 < count; k++) rank += size > border[k];
-        const float error = short_float(now - (positive ? value[rank] : -value[rank]));
-        const float *row = feedback + (size_t)i * head_dim;
-        int j = (i + 1) / LANES * LANES; /* channels that are done may change: nobody looks at them again */
-        for (; j + LANES <= head_dim; j += LANES) store_f(rest + j, load_f(rest + j) - error * load_f(row + j));
-        for (j = j > i ? j : i + 1; j < head_dim; j++) rest[j] -= error * row[j];
-        const int level = positive ? book->level[rank] : -book->level[rank];
-        products += (int64_t)(x[i] >= 0 ? magnitude[i] : -magnitude[i]) * level;
+        const float error = short_float(now - with_sign(value[rank], negative));
+        now = next - error * share;
+        int c = (i + 1) / LANES * LANES; /* channels that are done may change: nobody looks at them again */
+        for (; c + LANES <= head_dim; c += LANES)
+            store_f(rest + c, load_f(rest + c) - error * load_halves(row + c));
+        for (c = c > i ? c : i + 1; c < head_dim; c++) rest[c] -= error * half_scalar(row[c]);
+        const int level = (book->level[rank] ^ negative) - negative;
+        products += (int64_t)whole[i] * level;
         squares += level * level;
-        code[i] = (uint32_t)(positive ? count + rank : count - 1 - rank);
+        code[i] = (uint32_t)(count + (rank ^ negative));
     }
     return stored_scale(book, (double)(book->parts * (products > 0 ? products : 0)) / (double)squares, products, total);
 }
 
 /* A codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
-INLINE float codebook_fit(const book_levels *book, const float *x, const float *feedback, int padded, int head_dim,
+INLINE float codebook_fit(const book_levels *book, const float *x, const uint16_t *feedback, int padded, int head_dim,
                           float peak, uint32_t *code) {
     const double one = 65536;
     const int count = book->count;
@@ -154,8 +170,12 @@ INLINE float codebook_fit(const book_levels *book, const float *x, const float *
     scale = stored_scale(book, scale, products, total);
     if (feedback) {
         float rest[MOST_CHANNELS];
-        for (int c = 0; c < padded; c++) rest[c] = (float)(x[c] >= 0 ? magnitude[c] : -magnitude[c]);
-        scale = fed_back(book, feedback, x, magnitude, head_dim, total, (float)scale, rest, code);
+        for (int c = 0; c < padded; c += LANES) {
+            const vi negative = load_f(x + c) < 0, whole = ((vi)load_u((const uint32_t *)magnitude + c) ^ negative) - negative;
+            memcpy(magnitude + c, &whole, sizeof whole);
+            store_f(rest + c, __builtin_convertvector(whole, vf));
+        }
+        scale = fed_back(book, feedback, magnitude, head_dim, total, (float)scale, rest, code);
     }
     return (float)(scale * (double)(peak / 65536.0f));
 }
@@ -211,7 +231,7 @@ INLINE void pack(int precision, uint32_t *code, int head_dim, uint32_t *words) {
 
 /* Codes of a vector for each precision, encode_<name>: from x [padded], zeros beyond head_dim, and its largest magnitude,
  * finite, to code [padded] and, where it has one, its scale. Returns 0, or REFUSED_VALUE where numpy's codec refuses. */
-INLINE int encode_HALF(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_HALF(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                        uint16_t *scale_out) {
     (void)feedback, (void)head_dim, (void)scale_out;
     if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE;
@@ -237,26 +257,26 @@ INLINE int encode_uniform(const float *x, int padded, float peak, float largest,
     return 0;
 }
 
-INLINE int encode_WINDOW(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_WINDOW(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                          uint16_t *scale_out) {
     (void)feedback, (void)head_dim;
     if (peak > LARGEST_HALF) return KVQ_REFUSED_VALUE; /* a token must be able to leave the window at any precision */
     return encode_uniform(x, padded, peak, 32767, 0, code, scale_out);
 }
 
-INLINE int encode_INT8(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_INT8(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                        uint16_t *scale_out) {
     (void)feedback, (void)head_dim;
     return encode_uniform(x, padded, peak, 127, 0, code, scale_out);
 }
 
-INLINE int encode_INT4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_INT4(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                        uint16_t *scale_out) {
     (void)feedback, (void)head_dim;
     return encode_uniform(x, padded, peak, 7, 8, code, scale_out);
 }
 
-INLINE int encode_book(const book_levels *book, const float *x, const float *feedback, int padded, int head_dim, float peak,
+INLINE int encode_book(const book_levels *book, const float *x, const uint16_t *feedback, int padded, int head_dim, float peak,
                        uint32_t *code, uint16_t *scale_out) {
     const int half = half_above(codebook_fit(book, x, feedback, padded, head_dim, peak, code));
     if (half < 0) return KVQ_REFUSED_VALUE;
@@ -264,23 +284,23 @@ INLINE int encode_book(const book_levels *book, const float *x, const float *fee
     return 0;
 }
 
-INLINE int encode_CODEBOOK(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_CODEBOOK(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                            uint16_t *scale_out) {
     return encode_book(&BOOK2, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
-INLINE int encode_CODEBOOK3(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_CODEBOOK3(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                             uint16_t *scale_out) {
     return encode_book(&BOOK3, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
-INLINE int encode_CODEBOOK4(const float *x, const float *feedback, int padded, int head_dim, float peak, uint32_t *code,
+INLINE int encode_CODEBOOK4(const float *x, const uint16_t *feedback, int padded, int head_dim, float peak, uint32_t *code,
                             uint16_t *scale_out) {
     return encode_book(&BOOK4, x, feedback, padded, head_dim, peak, code, scale_out);
 }
 
 /* One vector to its words and scale; precision is a constant. feedback: its matrix, or null. */
-INLINE int encode_vector(int precision, const float *x, const float *feedback, int padded, int head_dim, uint32_t *words,
+INLINE int encode_vector(int precision, const float *x, const uint16_t *feedback, int padded, int head_dim, uint32_t *words,
                          uint16_t *scale_out) {
     uint32_t code[MOST_CHANNELS + 16];
     const float peak = peak_of(x, padded);
@@ -299,7 +319,7 @@ INLINE int encode_vector(int precision, const float *x, const float *feedback, i
 }
 
 /* feedback, each: see kvq_encode. */
-static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, const float *feedback, size_t each,
+static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, const uint16_t *feedback, size_t each,
                           uint32_t *words, uint16_t *scales) {
     const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(precision, head_dim);
     float vector[MOST_CHANNELS];
@@ -308,7 +328,7 @@ static int encode_vectors(int precision, const float *x, size_t vectors, int hea
         int status = KVQ_UNKNOWN_PRECISION;
         memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
         uint32_t *to = words + i * count;
-        const float *fed = feedback ? feedback + i / each * head_dim * head_dim : NULL;
+        const uint16_t *fed = feedback ? feedback + i / each * head_dim * head_dim : NULL;
         FOR_WIDTH(precision, status = head_dim == 64
                                           ? encode_vector(PRECISION, vector, fed, 64, 64, to, scales + i)
                                           : encode_vector(PRECISION, vector, fed, padded, head_dim, to, scales + i))

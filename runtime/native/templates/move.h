@@ -44,7 +44,7 @@ static void read_window(slot_codes from, int precision, float *x) {
 
 /* One vector, whose values are storable as kvq_movable has it. In a pass nobody has looked yet: there a value that is
  * refused, as the store will do it when the pass is over, leaves zeros. */
-INLINE void encode_storable(int precision, const float *x, int head_dim, const float *feedback, uint32_t *words,
+INLINE void encode_storable(int precision, const float *x, int head_dim, const uint16_t *feedback, uint32_t *words,
                             uint16_t *scale) {
     if (!encode_vectors(precision, x, 1, head_dim, feedback, 1, words, scale)) return;
     memset(words, 0, sizeof *words * words_per_vector(precision, head_dim));
@@ -66,7 +66,7 @@ INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
         const kvq_page *page = move->page + step->page;
         const int precision = of_keys ? page->key_precision : page->value_precision;
         read_window(held, kept_at, x);
-        const float *feedback = of_keys && move->feedback ? move->feedback + row * d * d : NULL;
+        const uint16_t *feedback = of_keys && move->feedback ? move->feedback + row * d * d : NULL;
         encode_storable(precision, x, d, feedback, words, &scale);
         put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);
     }
@@ -87,6 +87,13 @@ static void expect(slot_codes at) {
     for (int j = 0; j < at.words; j += at.step == 1 ? TILE : 1) __builtin_prefetch(at.first + j * at.step, 1, 3);
 }
 
+/* A matrix of feedback was last used just as long ago. */
+static void expect_feedback(const kvq_move *move, size_t row) {
+    const size_t each = (size_t)move->head_dim * move->head_dim;
+    const char *at = (const char *)(move->feedback + row * each);
+    for (size_t i = 0; i < each * sizeof *move->feedback; i += 64) __builtin_prefetch(at + i, 0, 3);
+}
+
 static void move_tokens(const kvq_move *move) {
     const size_t vectors = (size_t)move->layers * move->kv_heads;
     const int d = move->head_dim;
@@ -96,6 +103,7 @@ static void move_tokens(const kvq_move *move) {
             if (i + 1 < vectors) {
                 expect(slot_at(move->window, of_keys, i + 1, first->window_slot, d));
                 if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
+                if (of_keys && move->feedback && first->page >= 0) expect_feedback(move, i + 1);
             }
             for (int t = 0; t < move->tokens; t++) (of_keys ? move_key : move_value)(move, i, t);
         }

@@ -35,7 +35,7 @@ class CodecSet(NamedTuple):
     by_id: id of a precision -> codec.
     windows: bits at which the recent window keeps its tokens, 8 or 16 -> its codec.
     mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.moves.Mover`.
-    feedback: of keys, see `Codec.encode`: float32 [layers, kv_heads, head_dim, head_dim], C-contiguous, or None.
+    feedback: of keys, see `Codec.encode`: float16 [layers, kv_heads, head_dim, head_dim], C-contiguous, or None.
     """
 
     by_id: dict[int, Codec]

@@ -54,9 +54,9 @@ class Codec(ABC):
 
         Args:
             x: the vectors; with feedback at least [tokens, head_dim].
-            feedback: float32 [..., head_dim, head_dim] that half precision holds, of x's leading axes but that of the
-                tokens, or None. Entry (i, j), j > i, is how much of channel i's error is taken from channel j before
-                that is rounded. Codecs whose errors are too small to matter leave it out.
+            feedback: float16 [..., head_dim, head_dim], of x's leading axes but that of the tokens, or None. Entry
+                (i, j), j > i, is how much of channel i's error is taken from channel j before that is rounded. Codecs
+                whose errors are too small to matter leave it out.
 
         A codec without scales returns an empty last axis, scales float16 [..., 0], so that
         every pair of arrays is stored, measured and saved alike.

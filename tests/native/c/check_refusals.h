@@ -211,7 +211,7 @@ static void check_refused_encoding(void) {
     expect_error("x", 0, kvq_encode(0, KVQ_INT8, NULL, 1, 1, NULL, 1, words, &scale), KVQ_NO_DATA);
     expect_error("words", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, NULL, 1, NULL, &scale), KVQ_NO_DATA);
     expect_error("scales", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, NULL, 1, words, NULL), KVQ_NO_DATA);
-    expect_error("feedback of no vectors each", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, x, 0, words, &scale), KVQ_MISFIT_SHAPE);
+    expect_error("feedback of no vectors each", 0, kvq_encode(0, KVQ_INT8, x, 1, 1, &scale, 0, words, &scale), KVQ_MISFIT_SHAPE);
     if (words[0] != 7 || scale != 7) fail("a refused call has written");
     expect_error("no scales at 16 bits", 0, kvq_encode(0, KVQ_HALF, x, 1, 1, NULL, 1, words, NULL), 0);
     expect_error("no vectors", 0, kvq_encode(0, KVQ_INT8, NULL, 0, 8, NULL, 1, NULL, NULL), 0);
