@@ -27,6 +27,7 @@ class Arm(ABC):
         files: name of the folder of files that it reads besides bundle and checkpoint, which `make` makes; or empty.
         packages: modules it needs besides kvq's own dependencies.
         distributions: those whose versions are told.
+        any_model: it can run what a GGUF file holds, not only a shape of SmolLM.
         exact: it can run with float32 activations, and is checked so.
         tolerance: largest accepted relative difference of its logits, see `kvq.bench.check`; None reports it only.
         grows: its cache is as large as its tokens are, not as large as its capacity.
@@ -45,6 +46,7 @@ class Arm(ABC):
     files: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     distributions: ClassVar[tuple[str, ...]] = ()
+    any_model: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     tolerance: ClassVar[float | None] = None
     grows: ClassVar[bool] = False
@@ -153,8 +155,10 @@ class Arm(ABC):
         report = {name: getattr(self, name)() for name in numbers} | {"peak_rss_bytes": resident_bytes(peak=True)}
         return report | {"versions": versions(*self.distributions), **self.describe(), **self._shares}
 
-    def missing(self) -> str | None:
-        """Why the arm cannot run here, or None."""
+    def missing(self, assets: Assets) -> str | None:
+        """Why the arm cannot run this model here, or None."""
+        if assets.source and not self.any_model:
+            return "it takes the shapes, not a file"
         absent = [name for name in self.packages if not installed(name)]
         return f"not installed: {', '.join(absent)}" if absent else None
 
@@ -185,8 +189,8 @@ def arms() -> dict[str, Arm]:
     return discover(kvq.bench.kvq, "ARMS") | discover(kvq.bench.peers, "ARMS")
 
 
-def arm(name: str, folder: str, fields: dict[str, Any], exact: bool, threads: int, backend: str | None) -> Arm:
+def arm(name: str, assets: dict[str, Any], threads: int, backend: str | None) -> Arm:
     """An arm ready to be asked: name, fields of its `Assets`, attributes as in `Arm`."""
     made = arms()[name]
-    made.assets, made.threads, made.backend = Assets(Path(folder), fields, exact), threads, backend
+    made.assets, made.threads, made.backend = Assets(**assets | {"folder": Path(assets["folder"])}), threads, backend
     return made

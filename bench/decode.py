@@ -1,8 +1,10 @@
 """Speed of a decode step against the length of the cached text, kvq next to other runtimes.
 
     python -m kvq.bench.decode --shape smollm-135m --context 512,2048 --json decode.json
+    python -m kvq.bench.decode --shape SmolLM2-135M-Instruct.Q4_1.gguf
 
-All arms run the same random weights of a SmolLM's shape, take turns in short bursts of decode steps, and are checked
+All arms run the same random weights of a SmolLM's shape, or a GGUF file: llama.cpp as it is, kvq what it exports of it
+by default, the other peers not. They take turns in short bursts of decode steps, and are checked
 against kvq's numpy backend before a speed is printed. Models are made on first use and kept in the cache folder; that
 and the peers need `pip install 'kvq-run[bench]'`. A peer that is not installed is named as skipped. The table goes to
 stdout, progress to stderr.
@@ -23,11 +25,12 @@ from kvq.bench.report.page import decode_table
 from kvq.bench.report.plot import write_plot
 from kvq.bench.report.tables import write_json
 from kvq.bench.schedule import Run
-from kvq.bench.shapes import BENCH_SHAPES, LONGEST, ROOM
+from kvq.bench.shapes import BENCH_SHAPES, GGUF, LONGEST, ROOM
 from kvq.runtime.compute.backends import BACKENDS
+from kvq.runtime.errors import KvqError
 
 ALL = ",".join(known_arms())
-SHAPE = names("shape", lambda text: (*BENCH_SHAPES, *(["tiny"] if text == "tiny" else [])))
+SHAPE = names("shape", lambda text: (*BENCH_SHAPES, *([text] if text == "tiny" or text.endswith(GGUF) else [])))
 ARMS = names("arm", lambda text: known_arms())
 BACKEND = names("backend", lambda text: ("auto", *BACKENDS))
 SHAPES = ", ".join(BENCH_SHAPES)
@@ -35,7 +38,9 @@ CONTEXTS = counts("context", LONGEST)
 
 
 @click.command(context_settings=HELP)
-@click.option("--shape", default="smollm-135m", show_default=True, callback=SHAPE, help=f"One of {SHAPES}.")
+@click.option(
+    "--shape", default="smollm-135m", show_default=True, callback=SHAPE, help=f"One of {SHAPES}, or a GGUF file."
+)
 @click.option("--context", default="512,2048,8192", show_default=True, callback=CONTEXTS, help="Cached tokens.")
 @click.option("--arms", default=ALL, show_default=True, callback=ARMS, help="What to compare, comma-separated.")
 @threads_option
@@ -54,7 +59,13 @@ def main(shape, context, arms, threads, backend, steps, rounds, prefills, cache,
         raise Refused(f"prefills must be at least 1, got {prefills}")
     kernels = backend[0] if backend else None
     grid = (shape[0], arms, context, threads, cache, kernels)
-    run = Run(*grid, steps, rounds, prefills, lambda line: click.echo(line, err=True))
+    try:
+        run = Run(*grid, steps, rounds, prefills, lambda line: click.echo(line, err=True))
+    except KvqError as error:
+        raise Refused(str(error)) from None
+    most = run.assets.fields["max_position_embeddings"] - ROOM
+    if max(context) > most:
+        raise Refused(f"{shape[0]} has room for {most} cached tokens and {ROOM} steps; leave out {max(context)}")
     try:
         measure(run, json_file)
     except KeyboardInterrupt:

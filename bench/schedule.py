@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Run:
     """One run over a grid of arms and contexts.
 
     Attributes:
-        shape, arms, contexts (tokens), threads: the grid.
+        shape, arms, contexts (tokens), threads: the grid; a shape may be a GGUF file.
         cache: folder of the made models.
         backend: attention backend of kvq arms; None is their default.
         steps: decode steps per burst; the first of each is not counted, its data has left the caches.
@@ -82,8 +82,8 @@ class Run:
 
     def child(self, arm: str, backend: str | None = None, exact: bool = False) -> Child:
         """A process for one arm; `exact` as in `kvq.bench.shapes.Assets`."""
-        job = {"name": arm, "folder": str(self.assets.folder), "fields": self.assets.fields, "exact": exact}
-        job |= {"threads": self.threads, "backend": backend or self.backend}
+        made = vars(replace(self.assets, exact=exact)) | {"folder": str(self.assets.folder)}
+        job = {"name": arm, "assets": made, "threads": self.threads, "backend": backend or self.backend}
         return Child("kvq.bench.arm:arm", job, self.threads)
 
     @contextmanager
@@ -101,7 +101,7 @@ class Run:
     def prepare(self) -> None:
         """Find out what can run, make the files, check the results: in processes that end before anything is timed."""
         for arm in self.arms:
-            if reason := arms()[arm].missing():
+            if reason := arms()[arm].missing(self.assets):
                 self._skip(arm, reason)
                 continue
             self.say(f"{arm}: preparing and checking")
@@ -180,7 +180,7 @@ class Run:
                 children[arm] = child
         prefill = self._prefill(children, context)
         steps, idle = self._decode(children, context)
-        about |= {"shape": self.shape, "context": context, "threads": self.threads}
+        about |= {"shape": Path(self.shape).name, "context": context, "threads": self.threads}
         bandwidth = max(bandwidth, read_bandwidth(self.threads))
         for arm, child in children.items():
             if arm in self.skipped:

@@ -1,8 +1,9 @@
-"""Random-weight models in SmolLM's shapes, made once and kept in a cache folder.
+"""The models that are measured, made once and kept in a cache folder: random weights in SmolLM's shapes, or a GGUF file.
 
-Every arm runs the same model: a bundle with the default's int8 weights, and a Hugging Face checkpoint of exactly the
-values those weights stand for. Files of other formats are derived from the two by the arms that need them, in the same
-folder. What products take is not rotated, which no other format has: in kvq that takes 2 % of a step, left out here.
+Of a shape every arm runs the same model: a bundle with the default's int8 weights, and a Hugging Face checkpoint of
+exactly the values those weights stand for. Files of other formats are derived from the two by the arms that need them,
+in the same folder. What products take is not rotated, which no other format has: in kvq that takes 2 % of a step, left
+out here. Of a GGUF file an arm has what its users would get of it: llama.cpp the file, kvq what it exports by default.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TINY: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
+GGUF = ".gguf"
 BENCH_SHAPES = ("smollm-135m", "smollm-360m", "smollm-1.7b")
 
 
@@ -41,22 +43,27 @@ class Assets:
     Attributes:
         folder: of everything made from the shape.
         fields: its config.json.
+        source: the GGUF file that it is made from; empty: random weights.
         exact: take the bundle whose products keep activations in float32. Its speed means nothing; it is for
             checks, as quantized activations turn differences of 1e-6 into differences of a few percent.
     """
 
     folder: Path
     fields: dict[str, Any]
+    source: str = ""
     exact: bool = False
 
     @property
     def bundle(self) -> Path:
-        """kvq's bundle, all matrices of 8 bits."""
+        """kvq's bundle; that of a shape has all matrices in 8 bits."""
         return self.folder / ("bundle-exact" if self.exact else "bundle")
 
     @property
     def checkpoint(self) -> Path:
-        """Hugging Face folder with the float32 values of the bundle's weights, the rotation of values included."""
+        """Hugging Face folder with the float32 values of the bundle's weights, the rotation of values included.
+
+        There is none of a GGUF file.
+        """
         return self.folder / "checkpoint"
 
     @cached_property
@@ -67,7 +74,7 @@ class Assets:
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
-        return self.fields["hidden_size"] // self.fields["num_attention_heads"]
+        return self.fields.get("head_dim") or self.fields["hidden_size"] // self.fields["num_attention_heads"]
 
     @property
     def parameters(self) -> int:
@@ -75,8 +82,9 @@ class Assets:
         hidden, ffn, vocab, layers = (
             self.fields[n] for n in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
         )
-        grouped = self.fields["num_key_value_heads"] / self.fields["num_attention_heads"]
-        return int(layers * (hidden * hidden * (2 + 2 * grouped) + 3 * hidden * ffn) + hidden * vocab)
+        heads = 2 * (self.fields["num_attention_heads"] + self.fields["num_key_value_heads"])
+        embeddings = 1 + (not self.fields.get("tie_word_embeddings", True))
+        return int(layers * (hidden * self.head_dim * heads + 3 * hidden * ffn) + embeddings * hidden * vocab)
 
     @property
     def values_per_token(self) -> int:
@@ -90,20 +98,41 @@ def default_cache() -> Path:
 
 
 def assets(shape: str, root: Path) -> Assets:
-    """The files of a shape of `kvq.models.family`, or "tiny", which may not exist yet; `root` has a folder for each."""
+    """The files of a shape of `kvq.models.family`, of "tiny" or of a GGUF file, which may not exist yet.
+
+    Args:
+        shape: its name, or the file's path.
+        root: has a folder for each.
+
+    Raises:
+        CheckpointError: the file is none, or damaged.
+    """
+    # Changes with every change of the exporter: a bundle of an older one is not measured by mistake.
+    code = sorted(Path(str(importlib.resources.files("kvq.exporter"))).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in code))
+    if shape.endswith(GGUF):
+        from kvq.exporter.sources import open_source
+
+        source = Path(shape).absolute()
+        fields = dict(open_source(str(source)).config)
+        digest.update(f"{source} {source.stat()}".encode())
+        return Assets(Path(root).absolute() / f"{source.stem}-{RECIPE}-{digest.hexdigest()[:8]}", fields, str(source))
     fields = config("smollm-135m", **TINY) if shape == "tiny" else config(shape)
     # SmolLM's own initialisation: attention that tells tokens apart, activations of order one.
     fields |= {"max_position_embeddings": LONGEST + ROOM, "initializer_range": fields["hidden_size"] ** -0.5}
-    # Changes with every change of the exporter: a bundle of an older one is not measured by mistake.
-    code = sorted(Path(str(importlib.resources.files("kvq.exporter"))).rglob("*.py"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
-    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{digest[:8]}", fields)
+    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{digest.hexdigest()[:8]}", fields)
 
 
 def make_bundle(made: Assets) -> None:
     """Make bundle, checkpoint and exact bundle if they are not there; minutes, and 6 bytes a parameter of memory."""
     made, exact = replace(made, exact=False), replace(made, exact=True)
-    if not (made.bundle.is_dir() and made.checkpoint.is_dir()):
+    if made.source:
+        if not made.bundle.is_dir():
+            from kvq.exporter.export import export
+
+            made.folder.mkdir(parents=True, exist_ok=True)
+            export(made.source, made.bundle)
+    elif not (made.bundle.is_dir() and made.checkpoint.is_dir()):
         _make(made)
     if not exact.bundle.is_dir():
         from kvq.exporter.exact import exact_copy

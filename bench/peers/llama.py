@@ -6,6 +6,8 @@ half precision.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,13 @@ from kvq.controller.evaluation.llama import CACHE_BITS, LlamaModel
 if TYPE_CHECKING:
     from kvq.exporter.weights.quantize import QuantizedMatrix
 
+# Prints nothing: that it comes to its end is the answer.
+PROBE = """
+import sys, numpy
+from pathlib import Path
+from kvq.controller.evaluation.llama import LlamaModel
+LlamaModel(Path(sys.argv[1]), repack=True).score(numpy.arange(64), "f16", int(sys.argv[2]))
+"""
 QK = 32  # values per block of Q8_0
 CACHES = ("f16", "q8_0", "q4_0")
 
@@ -26,7 +35,7 @@ CACHES = ("f16", "q8_0", "q4_0")
 class LlamaArm(Arm):
     """`llama_decode` called directly, without the binding's Python layers; flash attention on.
 
-    Weights are Q8_0, with the bundle's numbers.
+    Weights are Q8_0, with the bundle's numbers; of a GGUF file as it has them.
 
     Attributes:
         cache: type of keys and values: f16, q8_0 or q4_0.
@@ -34,9 +43,11 @@ class LlamaArm(Arm):
 
     cache: str
     context = None
+    kept = "not loaded"
 
     runtime = "llama.cpp"
-    settings = "Q8_0 weights, {cache} cache, flash attention"
+    settings = "{cache} cache, flash attention, weights {kept}"
+    any_model = True
     files = "gguf"
     packages = ("llama_cpp", "gguf", "onnx")
     distributions = ("llama-cpp-python",)
@@ -44,6 +55,9 @@ class LlamaArm(Arm):
 
     def make(self, folder: Path) -> None:
         """Write the model; it has no vocabulary: token ids only."""
+        if self.assets.source:
+            (folder / "model.gguf").symlink_to(self.assets.source)
+            return
         from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
         from kvq.bench.weights import BundleWeights
@@ -79,7 +93,10 @@ class LlamaArm(Arm):
         writer.close()
 
     def load(self) -> None:
-        self.loaded = LlamaModel(self.folder / "model.gguf", repack=True)
+        file = self.folder / "model.gguf"
+        repacked = _runs_repacked(file, self.threads)
+        self.kept = "repacked" if repacked else "as the file has them: repacked ones end the process here"
+        self.loaded = LlamaModel(file, repack=repacked)
         self.api, self.model = self.loaded.api, self.loaded.model
 
     def open(self) -> None:
@@ -140,3 +157,11 @@ def gguf_blocks(matrix: QuantizedMatrix) -> tuple[Any, np.ndarray]:
 
 
 ARMS = {f"llama-{cache}": LlamaArm(cache) for cache in CACHES}
+
+
+def _runs_repacked(file: Path, threads: int) -> bool:
+    """Whether llama.cpp computes with weights in this machine's own layouts; with AMX some versions crash.
+
+    A weight file that cannot be loaded at all says so when it is loaded.
+    """
+    return not subprocess.run([sys.executable, "-c", PROBE, str(file), str(threads)], capture_output=True).returncode

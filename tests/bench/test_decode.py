@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import kvq
 from kvq.bench import decode, schedule
 from kvq.bench.arm import arms
 from kvq.bench.kvq.arms import KvqArm
 from kvq.bench.shapes import BENCH_SHAPES, assets
 from tests.bench.conftest import MEASURED
+from tests.tools.families import SMALL, save_family
+from tests.tools.gguf_files import write_gguf
 
 KEYS = {"arm", "shape", "context", "threads", "ms_per_token", "prefill_tokens_per_s", "kv_bytes", "peak_rss_bytes"}
 
@@ -189,3 +192,23 @@ def test_groups_fit_into_memory_and_share_their_first_arm(cache, monkeypatch):
     assert bench._groups(24) == [["kvq-fp16", "kvq-int4"], ["kvq-fp16", "ort-gqa-fp32"], ["kvq-fp16", "llama-f16"]]
     monkeypatch.setattr(schedule, "available_bytes", lambda: 1 << 50)
     assert bench._groups(24) == [["kvq-fp16", "kvq-int4", "ort-gqa-fp32", "llama-f16"]]
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_measured_by_those_who_take_it(tmp_path):
+    fields = SMALL["qwen3"] | {"intermediate_size": 128, "max_position_embeddings": 1024}
+    file = write_gguf(tmp_path / "small.gguf", save_family(tmp_path / "folder", fields), "Q8_0")
+    options = ["--shape", str(file), "--threads", "1", "--cache", str(tmp_path / "cache")]
+    few = ["--arms", "kvq-fp16,ort-gqa-fp32", "--context", "24", "--rounds", "1", "--steps", "2", "--prefills", "1"]
+    done = CliRunner().invoke(decode.main, [*options, *few, "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0, done.output
+    assert "ort-gqa-fp32: skipped, it takes the shapes, not a file" in done.output
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["arm"], row["shape"], row["check_tolerance"]) == ("kvq-fp16", "small.gguf", 0.01)
+    model = kvq.load(next((tmp_path / "cache").iterdir()) / "bundle")
+    assert model.bundle.manifest.source["format"] == "gguf"
+    values = 2 * 3 * 2 * 128  # layers, heads, head_dim: heads of a size of their own
+    assert assets(str(file), tmp_path).values_per_token == values
+    assert row["kv_bytes"] >= 2 * values * 24
+    assert refused(*options, "--context", "8192").endswith("768 cached tokens and 256 steps; leave out 8192\n")
+    assert "nowhere.gguf (No such file or directory); check the path" in refused("--shape", "nowhere.gguf")

@@ -122,6 +122,9 @@ class Looks(Policy):
     name = "looks"
     needs = frozenset({"confidence"})
 
+    def __str__(self) -> str:
+        return self.name
+
     def choose(self, features):
         rank = (features.get("confidence") * 300).astype(int) % 4
         return np.array([[2, 2], [4, 2], [8, 8], [16, 16]], np.uint8)[rank]

@@ -153,6 +153,12 @@ DEPTH = {
     "Llama-3.2-1B": 16, "Qwen2.5-0.5B": 24, "Mistral-7B-v0.3": 32, "granite-3.3-2b": 40, "Qwen3-0.6B": 28,
     "SmolLM3-3B": 36, "OLMo-2-0425-1B": 16, "Phi-4-mini": 32, "Phi-3.5-mini": 32, "gemma-3-270m": 18, "gemma-3-1b": 26,
 }  # fmt: skip
+# And tokens.
+VOCABULARY = {
+    "Llama-3.2-1B": 128256, "Qwen2.5-0.5B": 151936, "Mistral-7B-v0.3": 32768, "granite-3.3-2b": 49159,
+    "Qwen3-0.6B": 151936, "SmolLM3-3B": 128256, "OLMo-2-0425-1B": 100352, "Phi-4-mini": 200064, "Phi-3.5-mini": 32064,
+    "gemma-3-270m": 262144, "gemma-3-1b": 262144,
+}  # fmt: skip
 
 
 def family_model(folder: Path) -> PreTrainedModel:

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kvq.exporter.calibration import calibration_text
@@ -190,13 +191,14 @@ def write_gguf(file: Path, folder: Path, types: Types = "F32", *, tokenizer: str
     for kind in ("long", "short"):
         if (listed := (config.get("rope_scaling") or {}).get(f"{kind}_factor")) is not None:
             writer.add_tensor(f"rope_factors_{kind}.weight", np.array(listed, np.float32))
-    for seed, (name, values) in enumerate(sorted(load_file(folder / WEIGHTS).items())):
-        heads, called = heads_of(name, config), theirs(name, architecture)
-        if architecture == "gemma3" and name.endswith("norm.weight"):
-            values = values + 1
-        kind = types if isinstance(types, str) else types(called)
-        raw, type_ = encoded(permuted(values, heads) if heads else values, kind, seed)
-        writer.add_tensor(called, raw, raw_dtype=type_)
+    with safe_open(folder / WEIGHTS, "numpy") as tensors:  # one after another: some are large
+        for seed, name in enumerate(sorted(tensors.keys())):
+            values, heads, called = tensors.get_tensor(name), heads_of(name, config), theirs(name, architecture)
+            if architecture == "gemma3" and name.endswith("norm.weight"):
+                values = values + 1
+            kind = types if isinstance(types, str) else types(called)
+            raw, type_ = encoded(permuted(values, heads) if heads else values, kind, seed)
+            writer.add_tensor(called, raw, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
