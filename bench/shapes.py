@@ -1,4 +1,4 @@
-"""The models that are measured, made once and kept in a cache folder: random weights in SmolLM's shapes, or a GGUF file.
+"""The models that are measured, made once and kept in a folder: random weights in SmolLM's shapes, or a GGUF file.
 
 Of a shape every arm runs the same model: a bundle with the default's int8 weights, and a Hugging Face checkpoint of
 exactly the values those weights stand for. Files of other formats are derived from the two by the arms that need them,

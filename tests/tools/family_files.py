@@ -14,7 +14,7 @@ from tests.tools.gguf_files import write_gguf
 
 
 def write_model(name: str, file: Path) -> Path:
-    """Write the file of a model of `REAL`, without a tokenizer; ten bytes a weight of disk and memory while it lasts."""
+    """Write the file of a model of `REAL`, without a tokenizer; it takes ten bytes a weight for a while."""
     fields = REAL[name] | {"num_hidden_layers": DEPTH[name], "vocab_size": VOCABULARY[name]}
     with tempfile.TemporaryDirectory(dir=file.absolute().parent) as folder:
         save_family(Path(folder), fields, tokenizer=False)
