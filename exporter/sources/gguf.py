@@ -247,7 +247,7 @@ class GgufFile(Source):
         return np.arange(rows).reshape(count, rows // count // 2, 2).swapaxes(1, 2).ravel()
 
     def tokenizer_json(self) -> str | None:
-        if "tokenizer.ggml.model" not in self.fields:
+        if self.fields.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":  # llama.cpp's name of none
             return None
         from kvq.exporter.sources.tokenizers import from_gguf
 

@@ -314,8 +314,10 @@ def test_tokenizer_template_and_special_tokens(kind: str, add_bos: bool | None, 
     assert summary.manifest.kv["centered"]
 
 
-def test_file_without_tokenizer_exports_with_a_note(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "m.gguf", save_checkpoint(tmp_path / "c", SMALL, tokenizer=False))
+@pytest.mark.parametrize("model", [None, "no_vocab"])
+def test_file_without_tokenizer_exports_with_a_note(model: str | None, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "c", SMALL, tokenizer=False)
+    file = write_gguf(tmp_path / "m.gguf", checkpoint, tokenizer__ggml__model=model)
     summary = export(file, tmp_path / "bundle")
     assert not summary.manifest.kv["centered"]
     assert any("no tokenizer" in note for note in summary.notes)
