@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -33,13 +34,15 @@ from kvq.runtime.precision.table import PROTECTED, Pair
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
-# A conversation's transcript lies in the header, so it may be long; JSON of this size still parses in a second.
+# A conversation's transcript lies in the header, so it may be long; but it is few values, mostly text.
 HEADER_MAX_BYTES = 1 << 24
+MOST_VALUES = 100_000
+TEXTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # an unfinished one goes to the end
 # How tokens appended together are processed, see `Session`.
 PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
 MOST_TOKENS = 1 << 31
-MOST_BUCKETS = 1 << 16  # as many as there can be pairs of precisions
+MOST_BUCKETS = len(CODECS) ** 2
 MOST_OPTION, MOST_OPTION_DEPTH = 1 << 128, 8
 
 
@@ -132,6 +135,8 @@ class SessionHeader:
             raise SessionError(
                 f"metadata takes {len(text)} bytes, a session file holds {HEADER_MAX_BYTES}; keep less in it"
             )
+        if (count := _values(text)) > MOST_VALUES:
+            raise SessionError(f"metadata holds {count} values, a session file {MOST_VALUES}; keep less in it")
         return PREAMBLE.pack(MAGIC, FORMAT_VERSION, len(text), hashlib.sha256(text).digest()) + text
 
 
@@ -202,8 +207,19 @@ def _read_header(file: BinaryIO, path: str) -> SessionHeader:
     return header
 
 
+def _values(text: bytes) -> int:
+    """About as many as JSON has values, without reading it: what separates and opens them outside of texts.
+
+    Enough texts are too many values, and not looked at further.
+    """
+    between, texts = TEXTS.subn(b"", text, 2 * MOST_VALUES + 2)
+    return max(texts // 2, sum(map(between.count, (b",", b"[", b"{"))))
+
+
 def _parse(text: bytes, path: str) -> SessionHeader:
     try:
+        if (count := _values(text)) > MOST_VALUES:
+            raise ValueError(f"{count} values")
         data = json.loads(text.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
         shape = data["architecture"] = Architecture.of(given := data["architecture"])
         if given.keys() - asdict(shape).keys():
