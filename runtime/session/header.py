@@ -36,8 +36,8 @@ FORMAT_VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
 # A conversation's transcript lies in the header, so it may be long; but it is few values, mostly text.
 HEADER_MAX_BYTES = 1 << 24
-MOST_VALUES = 100_000
-TEXTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # an unfinished one goes to the end
+MOST_PARTS = 300_000  # a message of a conversation has a dozen
+PARTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)  # an unfinished text goes to the end
 # How tokens appended together are processed, see `Session`.
 PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
@@ -135,8 +135,8 @@ class SessionHeader:
             raise SessionError(
                 f"metadata takes {len(text)} bytes, a session file holds {HEADER_MAX_BYTES}; keep less in it"
             )
-        if (count := _values(text)) > MOST_VALUES:
-            raise SessionError(f"metadata holds {count} values, a session file {MOST_VALUES}; keep less in it")
+        if _parts(text) > MOST_PARTS:
+            raise SessionError(f"metadata has more than {MOST_PARTS} values and separators; keep less in it")
         return PREAMBLE.pack(MAGIC, FORMAT_VERSION, len(text), hashlib.sha256(text).digest()) + text
 
 
@@ -207,19 +207,19 @@ def _read_header(file: BinaryIO, path: str) -> SessionHeader:
     return header
 
 
-def _values(text: bytes) -> int:
-    """About as many as JSON has values, without reading it: what separates and opens them outside of texts.
-
-    Enough texts are too many values, and not looked at further.
-    """
-    between, texts = TEXTS.subn(b"", text, 2 * MOST_VALUES + 2)
-    return max(texts // 2, sum(map(between.count, (b",", b"[", b"{"))))
+def _parts(text: bytes) -> int:
+    """How many texts, commas and opening brackets JSON has, without reading it; not counted beyond too many."""
+    count = 0
+    for count, _ in enumerate(PARTS.finditer(text), 1):
+        if count > MOST_PARTS:
+            break
+    return count
 
 
 def _parse(text: bytes, path: str) -> SessionHeader:
     try:
-        if (count := _values(text)) > MOST_VALUES:
-            raise ValueError(f"{count} values")
+        if _parts(text) > MOST_PARTS:
+            raise ValueError("too many values")
         data = json.loads(text.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
         shape = data["architecture"] = Architecture.of(given := data["architecture"])
         if given.keys() - asdict(shape).keys():
