@@ -167,7 +167,7 @@ def _items(name: str, file: Path) -> list[dict[str, Any]]:
             item = json.loads(line)
             if not isinstance(item["query"], str) or not 0 <= item["gold"] < len(item["choices"]):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CalibrationError(
                 f"{file}:{number} is no item: it needs a query, choices and gold, the number of the right choice from 0"
             ) from None

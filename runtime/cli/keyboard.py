@@ -114,7 +114,7 @@ class History:
             return []
         found = []
         for line in lines[-MOST_LINES:]:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
                 if isinstance(entry, str) and entry and "\0" not in entry:
                     found.append(entry)

@@ -190,7 +190,7 @@ def _value(name: str, text: str) -> Any:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SamplingError(f"{name} cannot be {text!r:.40}; give a number") from None
     if name == "max_tokens" and value == -1:
         return None

@@ -200,10 +200,11 @@ class OllamaReply:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    """A call with its arguments as an object, where they are one."""
+    """A call with its arguments as an object, where they are one that JSON can send."""
     try:
         arguments = json.loads(call.arguments)
-    except ValueError:  # cut by max_tokens
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # cut by max_tokens, or no finite numbers, or half a surrogate
         arguments = {}
     return {"id": call.id, "function": {"name": call.name, "arguments": arguments}}
 

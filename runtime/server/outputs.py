@@ -200,7 +200,7 @@ def _call(call: Call) -> dict[str, Any]:
     """A call in a chat's message; arguments that max_tokens has cut are none."""
     try:
         known = isinstance(json.loads(call.arguments), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         known = False
     function = {"name": call.name, "arguments": call.arguments if known else "{}"}
     return {"id": call.id, "type": "function", "function": function}

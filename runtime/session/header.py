@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -33,13 +34,15 @@ from kvq.runtime.precision.table import PROTECTED, Pair
 MAGIC = b"KVQSESS\n"
 FORMAT_VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
-# A conversation's transcript lies in the header, so it may be long; JSON of this size still parses in a second.
+# A conversation's transcript lies in the header, so it may be long; but it is few values, mostly text.
 HEADER_MAX_BYTES = 1 << 24
+MOST_PARTS = 300_000  # a message of a conversation has a dozen
+PARTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)  # an unfinished text goes to the end
 # How tokens appended together are processed, see `Session`.
 PREFILLS = ("auto", "stepwise", "chunked")
 # Settings that no array is made of, but that arithmetic has to bear.
 MOST_TOKENS = 1 << 31
-MOST_BUCKETS = 1 << 16  # as many as there can be pairs of precisions
+MOST_BUCKETS = len(CODECS) ** 2
 MOST_OPTION, MOST_OPTION_DEPTH = 1 << 128, 8
 
 
@@ -132,6 +135,8 @@ class SessionHeader:
             raise SessionError(
                 f"metadata takes {len(text)} bytes, a session file holds {HEADER_MAX_BYTES}; keep less in it"
             )
+        if _parts(text) > MOST_PARTS:
+            raise SessionError(f"metadata has more than {MOST_PARTS} values and separators; keep less in it")
         return PREAMBLE.pack(MAGIC, FORMAT_VERSION, len(text), hashlib.sha256(text).digest()) + text
 
 
@@ -202,8 +207,19 @@ def _read_header(file: BinaryIO, path: str) -> SessionHeader:
     return header
 
 
+def _parts(text: bytes) -> int:
+    """How many texts, commas and opening brackets JSON has, without reading it; not counted beyond too many."""
+    count = 0
+    for count, _ in enumerate(PARTS.finditer(text), 1):
+        if count > MOST_PARTS:
+            break
+    return count
+
+
 def _parse(text: bytes, path: str) -> SessionHeader:
     try:
+        if _parts(text) > MOST_PARTS:
+            raise ValueError("too many values")
         data = json.loads(text.decode(errors="surrogatepass"), parse_constant=_refuse_constant)
         shape = data["architecture"] = Architecture.of(given := data["architecture"])
         if given.keys() - asdict(shape).keys():

@@ -9,9 +9,11 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Undefined
 
-# A step is an expression of a template: 0.1 microseconds. Published templates take some hundred for a message.
-MOST_STEPS = 1_500_000
+# A step is an expression of a template: 0.1 to 0.3 microseconds. Published templates take some hundred for a message,
+# and up to 90 for a value in the description of a tool.
+MOST_STEPS = 500_000
 STEPS_OF_A_MESSAGE = 5_000
+STEPS_OF_AN_ITEM, MOST_ITEMS = 200, 20_000  # of what the caller brings; 64 tools of 20 parameters are 17,000
 # A character is one made, eight read, or a reference: at most eight bytes.
 MOST_CHARACTERS = 1 << 22  # and some times what the messages hold
 CHARACTERS_OF_A_CHARACTER = 32  # a template with reasoning splits, strips and joins a reply a dozen times
@@ -48,7 +50,7 @@ class Allowance(threading.local):
         self.steps, self.characters = 1 << 62, 1 << 62  # what the caller brings is the caller's own
         weight = self.weigh(messages, *others)
         count = len(messages) if hasattr(messages, "__len__") else 0
-        self.steps = MOST_STEPS + STEPS_OF_A_MESSAGE * count
+        self.steps = MOST_STEPS + STEPS_OF_A_MESSAGE * count + STEPS_OF_AN_ITEM * min(weight.items, MOST_ITEMS)
         self.characters = MOST_CHARACTERS + CHARACTERS_OF_A_CHARACTER * (weight.characters + weight.items)
 
     def step(self, count: int = 1) -> None:

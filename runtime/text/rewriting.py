@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from jinja2 import nodes
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
-MOST_NODES = 20_000  # the longest published templates have 5,000; compiling this many takes half a second
+MOST_NODES = 8_000  # the longest published templates have 5,000; compiling this many takes a fifth of a second
+MOST_TOKENS = 3 * MOST_NODES  # of the source, which are counted while it is read; published ones have two for a node
 # What a template is made of. Anything else (inheritance, includes, blocks) reaches beyond it.
 ALLOWED = (
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock,
@@ -32,6 +34,13 @@ class Generation(Extension):
     """`{% generation %}` marks replies for training; here it is what it contains."""
 
     tags = {"generation"}  # noqa: RUF012 # as jinja2 declares it
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        """The template's tokens, as long as there are not too many of them."""
+        for count, token in enumerate(stream):
+            if count > MOST_TOKENS:
+                raise TemplateSyntaxError(f"more than {MOST_TOKENS} tokens", token.lineno)
+            yield token
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

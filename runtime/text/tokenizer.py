@@ -6,26 +6,23 @@ The Rust library raises plain Exception, and for what it did not foresee a Panic
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from kvq.runtime.errors import ContextError, TokenizerError
+from kvq.runtime.text.patterns import wrong_pattern
 
 T = TypeVar("T")
 
 MOST_TOKENIZER_BYTES = 1 << 27  # the largest published ones take 34 MB
 MOST_STEPS = 64  # normalizers, pre-tokenizers, decoders and post-processors together
 MOST_GROWTH = 1024  # characters that normalizing makes of one
-MOST_PATTERN = 20_000  # characters of a regular expression
 MOST_ADDED = 100_000
 MOST_ENDS = 64  # tokens that are put before and behind a text
 # Characters that are encoded at a time, while it is found out whether a text is far too long.
 PIECE = 1 << 15
-# A repetition of up to so many is none: it cannot take long.
-FEW = 16
 
 
 def guarded(call: Callable[[], T], what: str) -> T:
@@ -51,7 +48,7 @@ def load_tokenizer(text: str) -> Tokenizer:
 
     Raises:
         TokenizerError: it cannot be read, or is one whose work has no bound: it grows what it normalizes, its regular
-            expressions take exponential time, its ids are drawn, or it cannot encode every text.
+            expressions take exponential or cubic time, its ids are drawn, or it cannot encode every text.
     """
     if len(text) > MOST_TOKENIZER_BYTES:
         raise TokenizerError(f"it is longer than {MOST_TOKENIZER_BYTES} characters; use a smaller one")
@@ -119,7 +116,7 @@ def _wrong(document: Any) -> str:
     for step in steps:
         pattern = step.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if isinstance(regex, str) and (wrong := _wrong_pattern(regex)):
+        if isinstance(regex, str) and (wrong := wrong_pattern(regex)):
             return f"has the regular expression {regex!r:.40}, which {wrong}"
         growth *= _growth(step, pattern, regex)
         ends = [piece for name in ("single", "pair") for piece in step.get(name) or [] if isinstance(piece, dict)]
@@ -178,50 +175,3 @@ def _wrong_model(model: dict[str, Any], added: set[Any]) -> str:
     if kind == "BPE" and model.get("dropout"):
         return "draws its ids (dropout)"
     return ""
-
-
-# An escape; a class of characters, with one inside; a repetition; a group's beginning or end; an alternative.
-PARTS = re.compile(
-    r"(?P<back>\\[1-9]|\\[kg]\s*[<'])|(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
-    r"|(?P<class>\[\^?\]?(?:\\.|\[\^?(?:\\.|[^\]\\])*\]|[^\]\\])*\])"
-    r"|(?P<repeat>[*+]|\{\d*,?\d*\})|(?P<open>\()|(?P<close>\))|(?P<or>\|)",
-    re.S,
-)
-
-
-def _wrong_pattern(pattern: str) -> str:
-    """Why a regular expression may take exponential time; empty if it does not.
-
-    That is where a repeated group holds a repetition, or a choice: one text can then be cut in exponentially many ways.
-    No pre-tokenizer of a known model has that, nor references back.
-    """
-    if len(pattern) > MOST_PATTERN:
-        return f"has more than {MOST_PATTERN} characters"
-    inside = [False]  # of each open group: whether it holds a repetition or a choice
-    closed, end = False, 0  # whether what was just read is a group that does
-    for part in PARTS.finditer(pattern):
-        kind, text = part.lastgroup, part[0]
-        if kind == "back":
-            return "refers back to what it has matched"
-        if kind == "repeat" and _many(text):
-            if closed and part.start() == end:
-                return "repeats a group that holds a repetition or a choice"
-            inside[-1] = True
-        elif kind == "or":
-            inside[-1] = True
-        elif kind == "open":
-            inside.append(False)
-        closed = False
-        if kind == "close" and len(inside) > 1:
-            closed = inside.pop()
-            inside[-1] |= closed
-        end = part.end()
-    return ""
-
-
-def _many(repeat: str) -> bool:
-    """Whether a repetition is one of many."""
-    if repeat in "*+":
-        return True
-    counts = [int(number) for number in re.findall(r"\d+", repeat[:40])]
-    return bool(counts) and (repeat.rstrip("}").endswith(",") or max(counts) > FEW)

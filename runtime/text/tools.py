@@ -320,14 +320,17 @@ class CallReader:
         text = held[held.find("{") :] if "{" in held else ""
         try:
             value, _ = json.JSONDecoder().raw_decode(text)
+            value = value if isinstance(value, dict) else {}
+            name = value.get("name")
+            arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), None)
+            if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+                return None
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            written.encode()  # half a surrogate cannot be sent
         except (ValueError, RecursionError):
             return None
-        value = value if isinstance(value, dict) else {}
-        arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), None)
-        if value.get("name") not in self._names or not isinstance(arguments, dict):
-            return None
         self.calls += 1
-        return [("call", value["name"]), ("arguments", json.dumps(arguments, ensure_ascii=False))]
+        return [("call", name), ("arguments", written)]
 
 
 def _without(text: str, hidden: Sequence[str]) -> str:

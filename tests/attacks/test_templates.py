@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,9 +16,8 @@ from kvq.runtime.text.sandbox import MOST_TEMPLATE_BYTES
 from kvq.runtime.text.template import ChatTemplate
 from tests.tools.chats import USER
 from tests.tools.tree import ROOT
+from tests.tools.work import bounded_work
 
-# Of one thread, on a machine that does other things besides; memory as Python counts it.
-MOST_S = 1.0
 MOST_NBYTES = 100_000_000
 
 NESTED = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
@@ -157,7 +155,7 @@ BOMBS = {
     "showing text": rounds("text " * 2000),
     "loops in loops": rounds(rounds("")),
     "loops in loops in loops": rounds(rounds(rounds("", 300), 300), 300),
-    "a loop of a long body": rounds("{% set x = i %}" * 3000),
+    "a loop of a long body": rounds("{% set x = i %}" * 2000),
     "a loop of conditions that never hold": rounds("{% for i in range(90000) if not (" + " and ".join(["i == i"] * 99) + ") %}"
     "{% endfor %}", 9),
     "a loop over text": BIG + rounds("{% for c in s %}{% endfor %}", 1000),
@@ -184,14 +182,11 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_without_end_is_stopped_by_name_at_once(name):
-    begun = time.thread_time()
-    with pytest.raises(kvq.ChatTemplateError) as caught:
+    with bounded_work(), pytest.raises(kvq.ChatTemplateError) as caught:
         ChatTemplate(BOMBS[name]).render([USER])
-    taken = time.thread_time() - begun
     assert str(caught.value).startswith("the chat template ")
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
-    assert taken < MOST_S
 
 
 @pytest.mark.slow
@@ -237,7 +232,5 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_takes_long_to_compile_is_refused(name):
-    begun = time.thread_time()
-    with pytest.raises(kvq.ChatTemplateError, match="export the bundle"):
+    with bounded_work(), pytest.raises(kvq.ChatTemplateError, match="export the bundle"):
         ChatTemplate(SOURCES[name])
-    assert time.thread_time() - begun < MOST_S

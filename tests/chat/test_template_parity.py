@@ -107,12 +107,21 @@ def test_what_published_templates_use_renders_as_in_transformers(compiled_pairs,
         assert ours(messages, prompt, names) == expected
 
 
+MANY_TOOLS = [
+    {"type": "function", "function": {"name": f"tool{i}", "description": "What it does. " * 20, "parameters": {
+        "type": "object", "required": ["p1"], "properties": {
+            f"p{j}": {"type": "string", "description": "What it is.", "enum": ["a", "b", "c"]} for j in range(20)}}}}
+    for i in range(64)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
 def test_long_conversations_are_within_the_bounds(name):
-    """Two thousand turns, or turns as long as a book: what a rendering may take grows with them."""
+    """Two thousand turns, 64 tools of 20 parameters, turns as long as a book: what a rendering may take grows."""
     program = compiled({**PUBLISHED, **TEMPLATES}[name])
     names = {"bos_token": "<s>", "eos_token": "</s>", "tools": TOOLS}
     thought = {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nYes. "}
     assert program([USER, thought] * 2000, True, names)
+    assert program([USER], True, names | {"tools": MANY_TOOLS})
     book = "It was the best of times, it was the worst of times.\n" * 20_000
     assert program([{**USER, "content": book}, {**thought, "content": thought["content"] + book}] * 2, True, names)

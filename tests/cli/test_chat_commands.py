@@ -84,7 +84,7 @@ def test_a_history_is_bounded_and_survives_what_is_in_its_file(tmp_path):
     for entry in ("one", "two\nlines", "  ", "\0", "x" * 10_000, "é日"):
         history.add(entry)
     assert history.entries() == told == ["one", "two\nlines", "é日"]
-    history.path.write_bytes(b'"good"\n{\n[1]\n\xff\xfe\n""\n"last"\n')
+    history.path.write_bytes(b'"good"\n' + b"[" * 100_000 + b'\n{\n[1]\n\xff\xfe\n""\n"last"\n')
     assert history.entries() == ["good", "last"]
     history.path.write_text("".join(json.dumps("word " * 700) + "\n" for _ in range(MOST_LINES + 50)))
     history.add("newest")

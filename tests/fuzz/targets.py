@@ -88,6 +88,18 @@ SEEDS: dict[str, list[bytes]] = {
 }
 
 
+PIECES = [b"[", b"]", b"{", b"}", b'"', b",", b":", b"null", b"true", b"1e999", b"-1", b"9" * 400, b"\\ud800", b"\x00",
+          b"\xff", b"{{", b"}}", b"{%", b"%}", b"|", b"~", b"*", b"range(999999)", b"(a+)+", b"loop"]  # fmt: skip
+
+
+def changed(data: bytes, changes: list[tuple[float, int, bytes]], cut: float | None) -> bytes:
+    """Bytes with pieces put at places (parts of the length) instead of so many bytes, and cut off at a place."""
+    for place, length, piece in changes:
+        at = int(place * len(data))
+        data = data[:at] + piece + data[at + length :]
+    return data if cut is None else data[: int(cut * len(data))]
+
+
 def held(name: str, data: bytes) -> bool:
     """Run a target; whether it took the bytes. What it refuses has to be one line of a length to be read."""
     said = ""

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from kvq.runtime.server.choices import Call
+from kvq.runtime.server.ollama import _call as ollama_call
+from kvq.runtime.server.outputs import _call as chat_call
 from tests.tools.packages import needs
 from tests.tools.schemas import problems
 from tests.tools.serving import QUESTION
@@ -82,3 +85,12 @@ def test_without_being_forced_the_model_may_say_what_it_likes(client):
     done = chat(client, max_tokens=12, temperature=0)
     assert done.choices[0].message.content
     assert done.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize("said", ['{"a": ' + "[" * 100_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', '{"a'])
+def test_arguments_that_cannot_be_sent_are_none(said):
+    """A model may write anything, and what it writes must not end the reply."""
+    assert ollama_call(Call("1", "look", said))["function"] == {"name": "look", "arguments": {}}
+    assert ollama_call(Call("1", "look", '{"a": [1.5, "é"]}'))["function"]["arguments"] == {"a": [1.5, "é"]}
+    text = chat_call(Call("1", "look", said))["function"]["arguments"]
+    assert text == said if said.endswith("}") else text == "{}"

@@ -14,6 +14,7 @@ from kvq.controller.policies import Policy, make_policy
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.precision.table import named
+from kvq.runtime.session.header import MOST_PARTS
 from tests.tools.kvdata import arrays_in, examples
 from tests.tools.session_files import contents, continued, split
 
@@ -188,6 +189,17 @@ def test_metadata_that_json_would_change_is_refused_and_the_file_stays(tiny_mode
         session.save(path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_more_values_than_a_header_holds_are_refused(tiny_model, path):
+    session = tiny_model.session()
+    session.metadata = {"a": [0] * MOST_PARTS}
+    with pytest.raises(SessionError, match="values and separators"):
+        session.save(path)
+    assert not path.exists()
+    session.metadata = {"[,{": ['[,"{\\' * 9] * (MOST_PARTS // 2 - 100)}  # what stands in a text is none
+    session.save(path)
+    assert tiny_model.load_session(path).metadata == session.metadata
 
 
 def test_more_metadata_than_a_header_holds_is_refused(tiny_model, path):

@@ -62,6 +62,9 @@ def test_text_that_calls_nothing_is_text(text, cuts):
     assert read(PLAIN, text, cuts)[0].strip() == text.strip()
 
 
+TORN = '<tool_call>{"args": {"a": "\\ud800"}, "name": "b"}'  # half a surrogate
+
+
 @pytest.mark.parametrize(
     ("text", "shown", "calls"),
     [
@@ -69,6 +72,9 @@ def test_text_that_calls_nothing_is_text(text, cuts):
         ('<tool_call>\n{"arguments": {"a": 1}, "name": "b"}\n</tool_call>', "", [("b", {"a": 1})]),
         ('<tool_call>{"name":"x","arguments":{}}', '<tool_call>{"name":"x","arguments":{}}', []),
         ('<tool_call>{"name": "b", "argu', '<tool_call>{"name": "b", "argu', []),
+        ('<tool_call>{"arguments": {}, "name": ["b"]}', '<tool_call>{"arguments": {}, "name": ["b"]}', []),
+        ('<tool_call>{"arguments": {"a": NaN}, "name": "b"}', '<tool_call>{"arguments": {"a": NaN}, "name": "b"}', []),
+        (TORN, TORN, []),
         ("1 < 2 and <tool is no call", "1 < 2 and <tool is no call", []),
         ('<tool_call>{"name": "b", "arguments": {"s": "}}\\"{"}}</tool_call>', "", [("b", {"s": '}}"{'})]),
     ],
