@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
+from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, make_sampler
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
@@ -46,9 +48,16 @@ Progress = Callable[[int, int], None]
 
 
 def generate_tokens(
-    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    progress: Progress | None = None,
+    draft: int | None = 0,
+    max_tokens: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
+
+    draft: tokens to draft at a time, as `Drafter.most` gives it; max_tokens: more will not be asked for.
 
     The last yielded token is in `session.pending`: it is fed when the next one is asked for, or
     by the next append.
@@ -61,14 +70,15 @@ def generate_tokens(
         logits = session.last_logits
     else:
         raise PromptError("nothing to continue: the session is empty; give a prompt")
-    while True:
+    for said in itertools.count(1):
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
         yield token, logprob
         if session.room < 0:
             session.pending.clear()
             return
-        logits = session.append([session.pending.pop()])
+        ahead = session.room if max_tokens is None else max_tokens - said - 1
+        logits = session.drafter.append(session.pending.pop(), draft, ahead)
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -83,6 +93,7 @@ class GenerationOptions(SamplingOptions, total=False):
     grammar: str | None
     choice: Sequence[str] | None
     constraint: Constraint | None
+    draft: Draft
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     progress: Progress | None
 
@@ -100,6 +111,7 @@ def stream(
     grammar: str | None = None,
     choice: Sequence[str] | None = None,
     constraint: Constraint | None = None,
+    draft: Draft = AUTO,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
     **sampling: Unpack[SamplingOptions],
@@ -116,6 +128,8 @@ def stream(
         schema, regex, grammar, choice: what the generated text has to be, see `kvq.runtime.text.grammar`; it is so
             where it ends by "stop" and no stop string has cut it.
         constraint: the same, compiled: for this generation alone.
+        draft: tokens drafted from the text itself at a time, see `kvq.runtime.session.drafting`: "auto" for as many as
+            pay, "off", or how many.
         logits_processor: called with the ids before each token and the logits float32 [vocab], which it returns
             changed; or several.
         progress: as in `Session.append`, while the prompt is read.
@@ -145,24 +159,24 @@ def stream(
         processors=[logits_processor] if callable(logits_processor) else list(logits_processor),
         mask=None if constraint is None else partial(constraint.mask, ends=list(stop_ids)),
     )
+    most = session.drafter.most(draft)
     ids = _prompt_ids(session, prompt)
-    return _stream(session, ids, sampler, max_tokens, stop, stop_ids, constraint, progress)
+    tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens)
+    return _stream(session, tokens, max_tokens, stop, stop_ids, constraint)
 
 
 def _stream(
     session: Session,
-    ids: Sequence[int],
-    sampler: Sampler,
+    tokens: Callable[[], Iterator[tuple[int, float]]],
     max_tokens: int | None,
     stop: Sequence[str],
     stop_ids: frozenset[int],
     constraint: Constraint | None,
-    progress: Progress | None,
 ) -> Iterator[Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     matcher = StopMatcher(stop)
-    for index, (token, logprob) in enumerate(generate_tokens(session, ids, sampler, progress)):
+    for index, (token, logprob) in enumerate(tokens()):
         reason = None
         text = ""
         if decoder and not index:  # it has to know what the first token stands behind

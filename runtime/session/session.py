@@ -19,10 +19,12 @@ from kvq.runtime.kv.store import KVStore, distinct_nbytes
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
+from kvq.runtime.policy.features import Seen
 from kvq.runtime.precision.table import PROTECTED, Geometry
+from kvq.runtime.session.drafting import Drafter
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
-from kvq.runtime.session.statistics import Clock, Stats, size
+from kvq.runtime.session.statistics import Clock, Stats, size, stats_of
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -55,6 +57,7 @@ class Session:
         chooser: chooses the precisions of its tokens.
         tokens, pending: ids stored, and ids sampled after them but not fed to the model yet.
         stepwise: whether tokens appended together are processed so.
+        drafter: feeds what is generated, several tokens at a time where it can.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -107,6 +110,7 @@ class Session:
         if self.stepwise:
             self._most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
         self.runner = Runner(self.backend, model.engine, self._most, self.stepwise)
+        self.drafter = Drafter(self)
         self._timer: Timer | None = None
         self._prefill, self._decode = Clock(), Clock()
         model.tell(self.note)
@@ -197,7 +201,7 @@ class Session:
         for start in range(0, len(feed), self._most):
             chunk = feed[start : start + self._most]
             begun = time.perf_counter()
-            read = self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
+            read = self.read_nbytes
             skip = max(0, min(first_wanted - start, len(chunk)))  # rows of the chunk nobody asked for
             at = start + skip - first_wanted
             self._step(chunk, end, skip, logits[at : at + len(chunk) - skip])
@@ -228,12 +232,15 @@ class Session:
         return new.astype(np.int64)
 
     def _step(self, ids: np.ndarray, end: int, skip: int, logits: np.ndarray) -> None:
-        """One pass: run the model, choose precisions, store, and then count the tokens as the session's.
+        """One pass: run the model, and store what it ran.
 
         end: length of the text when the call that feeds them is done; skip, logits: as in `Runner.run`.
         """
-        chooser, timer = self.chooser, self._timer
-        seen = self.runner.run(ids, self.store, chooser.needs, skip, logits)
+        self._keep(self.runner.run(ids, self.store, self.chooser.needs, skip, logits), end)
+
+    def _keep(self, seen: Seen, end: int) -> None:
+        """Choose precisions of the tokens of a pass, store them, and then count them as the session's."""
+        chooser, timer, ids = self.chooser, self._timer, seen.ids
         with nullcontext() if timer is None else timer("choose"):
             chosen = chooser.choose(self.store, seen, end)
         self.store.append(seen.keys, seen.values, chosen)
@@ -242,6 +249,24 @@ class Session:
             chooser.count(ids)
         self.tokens += ids.tolist()
         del self.pending[: len(ids)]
+
+    def take(self, seen: Seen, logits: np.ndarray, seconds: float, read: int) -> None:
+        """Store the next token of a text, which a pass of several has computed; as `append` of it would.
+
+        Args:
+            seen: of this token alone.
+            logits: float32 [vocab] after it.
+            seconds, read: that the pass took and the bytes it read, with its first token.
+        """
+        begun = time.perf_counter()
+        self._keep(seen, self.store.length + 1)
+        self.last_logits = logits
+        self._decode.add(1, seconds + time.perf_counter() - begun, read)
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of weights and cache that a pass reads."""
+        return self.model.bundle.manifest.decode_weight_nbytes + self.store.used_nbytes
 
     @named_keywords(GenerationOptions)
     def generate(
@@ -266,6 +291,8 @@ class Session:
             regex, grammar, choice: a regular expression that it matches, a grammar of Lark's form, texts that it is
                 one of. These four need the extra `schema`; a text that max_tokens has cut is cut.
             constraint: one of these, compiled, for this call alone.
+            draft: tokens drafted from the text itself and computed in one pass: "auto" for as many as pay, "off", or
+                how many; the text is the same.
             logits_processor: a function of (ids before the token, logits float32 [vocab]) that gives logits; or
                 several.
             progress: as in `append`, while the prompt is read.
@@ -300,6 +327,7 @@ class Session:
         self.store.trim(keep)
         self.tokens = self.tokens[:keep]
         self.chooser.restart(self.tokens)
+        self.drafter.forget()
         self.last_logits = None
         if again:
             self.append(again)
@@ -335,6 +363,7 @@ class Session:
         self.tokens, self.pending = tokens, pending
         self.last_logits = None if last_logits is None else last_logits.copy()
         self.chooser.restart(tokens)
+        self.drafter.forget()
 
     def _check_whole(self) -> None:
         """Raise SessionError where an interrupted step has left text and store apart."""
@@ -357,32 +386,7 @@ class Session:
 
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
-        store = self.store
-        values = store.geometry.values * store.length
-        prefill, decode = self._prefill, self._decode
-        return Stats(
-            backend=self.backend.name,
-            backend_detail=self.backend.detail,
-            policy=self.policy.name,
-            policy_reason=self.policy.reason,
-            threads=self.model.engine.threads,
-            recent=store.window.capacity,
-            sink=store.sink,
-            protect_bits=store.protect_bits,
-            prefill="stepwise" if self.stepwise else "chunked",
-            tokens=store.length,
-            precisions=store.account(),
-            kv_nbytes=store.nbytes,
-            kv_peak_nbytes=store.peak_nbytes,
-            kv_bits=8 * store.nbytes / values if values else None,
-            kv_used_bits=8 * store.used_nbytes / values if values else None,
-            prefill_tokens=prefill.tokens,
-            prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
-            decode_tokens=decode.tokens,
-            ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
-            gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
-            huge_weight_nbytes=self.model.engine.huge_nbytes,
-        )
+        return stats_of(self, self._prefill, self._decode)
 
 
 def _is_integer(value: object) -> bool:

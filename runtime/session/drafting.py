@@ -1,0 +1,205 @@
+"""Speculative decoding without a second model: tokens drafted from the text, computed in one pass, taken one by one.
+
+A pass over the next token and the drafted ones behind it is stepwise (docs/stepwise.md): each row is what a single step
+would give, to the bit. It changes no store. Its tokens are stored one by one, as the sampler says them, each with its
+own row of what the pass has left behind; what the sampler does not say was never there. So at every token the session
+is the one that has never drafted, whatever sampler, grammar or stop string decides, and nothing is ever taken back.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kvq.runtime.compute.runner import Runner
+from kvq.runtime.errors import SamplingError
+from kvq.runtime.policy.features import Seen
+from kvq.runtime.session.lookup import Lookup
+from kvq.runtime.session.pace import SIZES, Pace
+
+if TYPE_CHECKING:
+    from kvq.runtime.session.session import Session
+
+AUTO, OFF = "auto", "off"
+# A draft option as it may be given: "auto", "off", or the most tokens that are drafted at a time.
+Draft = str | int | None
+
+
+class _Flight(NamedTuple):
+    """A pass whose rows are taken one by one.
+
+    at: tokens of the session before it.
+    ids: the token that was certain and the drafted ones.
+    place, agreeing: as of `Lookup.find`.
+    """
+
+    at: int
+    ids: list[int]
+    place: int
+    agreeing: int
+    seen: Seen
+    logits: np.ndarray
+
+
+class Drafter:
+    """Feeds a session the tokens that it says, several at a time where the text says which they may be.
+
+    Attributes:
+        drafted, accepted: tokens that were computed as drafts, and those of them that were said.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.drafted = self.accepted = 0
+        self._lookup, self._pace = Lookup(), Pace()
+        self._runners: dict[int, Runner] = {}
+        self._flight: _Flight | None = None
+        self._resume: int | None = None  # where the text would go on behind a wrong token
+
+    @property
+    def reason(self) -> str:
+        """Why this session cannot draft; empty where it can."""
+        session = self._session
+        if not session.backend.rows_alike:
+            return f"{session.backend.name} attention rounds a token among several otherwise than alone"
+        if session.store.recent < 1:
+            return "it has no recent window"
+        if not session.model.engine.rows_alike:
+            return "the products of this bundle round a token among several otherwise than alone"
+        return ""
+
+    def most(self, draft: Draft) -> int | None:
+        """Tokens to draft at a time as an option says: None for as many as pay, 0 for none.
+
+        Raises:
+            SamplingError: no such option, or a number that this session cannot draft.
+        """
+        if isinstance(draft, str) and draft.isdecimal():
+            draft = int(draft)
+        if draft is None or draft == AUTO or draft is True:
+            return 0 if self.reason else None
+        if draft == OFF or draft is False:
+            return 0
+        if not isinstance(draft, int | np.integer) or draft < 0:
+            raise SamplingError(f'draft must be "auto", "off" or a number of tokens, got {draft!r:.60}')
+        if draft and self.reason:
+            raise SamplingError(f"this session cannot draft: {self.reason}; leave draft out or set it to off")
+        if draft > self._session.store.recent:
+            raise SamplingError(
+                f"draft must be at most the {self._session.store.recent} tokens of the recent window, got {draft}"
+            )
+        return int(draft)
+
+    def forget(self) -> None:
+        """The session's text is another one now."""
+        self._flight = self._resume = None
+        self._lookup = Lookup()
+
+    def append(self, token: int, most: int | None, ahead: int) -> np.ndarray:
+        """Logits float32 [vocab] after a token, which is stored, as `Session.append` has it.
+
+        Args:
+            token: that was sampled last.
+            most: as `Drafter.most` gives it.
+            ahead: tokens that are wanted after it at most.
+        """
+        session, flight = self._session, self._flight
+        if flight is not None:
+            row = len(session.tokens) - flight.at
+            if 0 < row < len(flight.ids) and not session.pending and flight.ids[row] == token:
+                self.accepted += 1
+                return self._take(flight, row, 0.0, 0)
+            self._land(flight, row)
+        if most == 0 or session.pending or ahead < 1 or self.reason:
+            return session.append([token])
+        ids, place, agreeing = self._draft(token, most, min(ahead, session.room - 1, session.store.recent))
+        if len(ids) == 1:
+            begun = time.perf_counter()
+            logits = session.append(ids)
+            self._pace.stepped(time.perf_counter() - begun)
+            return logits
+        return self._fly(ids, place, agreeing)
+
+    def _draft(self, token: int, most: int | None, room: int) -> tuple[list[int], int, int]:
+        """Ids of the next pass, and the place they are from."""
+        lookup = self._look(token)
+        place, agreeing = lookup.find()
+        resume, self._resume = self._resume, None
+        if not agreeing and resume is not None:
+            place = resume
+        if not place:
+            return [token], 0, 0
+        if most is None:
+            size = self._pace.size(agreeing, room + 1)
+        else:
+            size = 1 + min(most, room)
+        return [token, *lookup.drafts(place, size - 1)], place, agreeing
+
+    def _look(self, token: int) -> Lookup:
+        """The lookup, brought up to a token that comes next."""
+        held, known = self._session.tokens, len(self._lookup.tokens)
+        said = self._lookup.tokens
+        if known > len(held) + 1 or (known and said[-1] != (held[known - 1] if known <= len(held) else token)):
+            self._lookup, known = Lookup(), 0
+        if known <= len(held):
+            self._lookup.extend([*held[known:], token])
+        return self._lookup
+
+    def _fly(self, ids: list[int], place: int, agreeing: int) -> np.ndarray:
+        """Compute a pass, and take its first token."""
+        session, store, size = self._session, self._session.store, len(ids)
+        runner, known = self._runner(size), size in self._runners
+        self._runners[size] = runner
+        runner.timer = session.timer
+        logits = np.empty((size, session.model.architecture.vocab), np.float32)
+        read = session.read_nbytes
+        begun = time.perf_counter()
+        pairs = store.pairs
+        try:
+            seen = runner.run(np.asarray(ids, np.int64), store, session.chooser.needs, 0, logits)
+        finally:
+            store.release(pairs)
+        seconds = time.perf_counter() - begun
+        if self.reason:  # a precision turned up that another backend computes
+            return session.append(ids[:1])
+        if known:  # the first time it made its buffers, too
+            self._pace.passed(size, seconds)
+        self._flight = flight = _Flight(len(session.tokens), ids, place, agreeing, seen, logits)
+        self.drafted += size - 1
+        return self._take(flight, 0, seconds, read)
+
+    def _runner(self, size: int) -> Runner:
+        """Runs passes of so many tokens; those of other sizes than the usual are made anew."""
+        found = self._runners.get(size)
+        if found is None:
+            if size not in SIZES:  # of a fixed number: one is kept
+                self._runners = {n: runner for n, runner in self._runners.items() if n in SIZES}
+            found = Runner(self._session.backend, self._session.model.engine, size, stepwise=True)
+        return found
+
+    def _take(self, flight: _Flight, row: int, seconds: float, read: int) -> np.ndarray:
+        """Store one token of a pass; its logits."""
+        if row == len(flight.ids) - 1:
+            self._land(flight, row + 1)
+        logits = flight.logits[row]
+        self._session.take(_row(flight.seen, row), logits, seconds, read)
+        return logits
+
+    def _land(self, flight: _Flight, rows: int) -> None:
+        """A pass has come to its end after so many of its tokens: the next one is wrong, or there is none."""
+        self._flight = None
+        if 0 < rows <= len(flight.ids):
+            self._pace.learn(flight.agreeing, len(flight.ids), rows - 1)
+        if 0 < rows < len(flight.ids):
+            self._resume = flight.place + rows
+
+
+def _row(seen: Seen, row: int) -> Seen:
+    """What a pass of one token would have left behind."""
+    at = slice(row, row + 1)
+    found: dict[str, Any] = {name: None if part is None else part[at] for name, part in seen._asdict().items()}
+    for name in ("keys", "values"):
+        found[name] = np.ascontiguousarray(getattr(seen, name)[:, :, at])
+    return Seen(**found)

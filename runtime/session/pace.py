@@ -1,0 +1,98 @@
+"""The pace of drafting: how many tokens are worth a pass, by what passes cost here and how drafts have fared."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+SIZES = (2, 4, 8, 16)  # tokens of a pass, the one that is certain among them
+# What a pass costs in single steps before one was timed (SmolLM2-135M in int8 weights, two cores, rounded up).
+COSTS = {2: 1.4, 4: 1.75, 8: 2.4, 16: 3.4}
+NEWEST = 9  # times of a kind, whose median counts: a busy machine has outliers
+LEAST = (
+    0.5  # of what a pass costs beyond a step in COSTS, it costs so much at least: times may be those of a busy moment
+)
+SHORTEST = 1e-6  # seconds of a step
+# What may be lost: so many steps, and so much of every step. A loss beyond needs a gain before.
+STAKE, SHARE = 1.5, 0.01
+MOST_STAKE = 8.0  # so much of a gain is put at stake again
+GAIN = 1.05  # tokens a step at which a pass is worth its work
+# By tokens that agree: how likely a draft's next token is, before any was seen; and how many seen ones that counts for.
+LIKELY = {0: 0.6, 2: 0.45, 3: 0.6, 4: 0.7, 6: 0.8, 9: 0.9}
+WEIGHT = 2.0
+FADING, FORGETTING = 0.9, 0.99  # of what was seen, with every further pass, and with every step without one
+
+
+class Pace:
+    """Chooses the number of drafted tokens so that a pass yields more tokens a second than single steps do.
+
+    The likelihood of a drafted token is learned apart for short and long agreement, and fades, so that it follows the
+    text. Costs are measured, as is what drafting has brought: an account in steps, out of which passes that may fail
+    are paid. It is never overdrawn, so a text without luck takes at most `STAKE` steps and the share `SHARE` longer.
+
+    Attributes:
+        account: steps that may be lost.
+    """
+
+    def __init__(self) -> None:
+        self.account = STAKE
+        self._steps = deque[float](maxlen=NEWEST)  # seconds
+        self._passes: dict[int, deque[float]] = {}
+        self._seen = {least: [0.0, 0.0] for least in LIKELY}  # tokens that were right, and that were tried
+
+    def cost(self, size: int) -> float:
+        """What a pass of so many tokens costs, in single steps."""
+        usual = COSTS.get(size) or 1 + 0.6 * math.sqrt(size - 1)
+        if size not in self._passes or not self._steps:
+            return usual
+        return max(1 + LEAST * (usual - 1), median(self._passes[size]) / max(median(self._steps), SHORTEST))
+
+    def likely(self, agreeing: int) -> float:
+        """How likely the next token of a draft is right."""
+        least = _class(agreeing)
+        right, tried = self._seen[least]
+        return (right + WEIGHT * LIKELY[least]) / (tried + WEIGHT)
+
+    def size(self, agreeing: int, most: int) -> int:
+        """Tokens of the next pass, one of `SIZES` up to `most`; 1: a single step is better.
+
+        agreeing: tokens before the draft that agree, as `Lookup.find` says; 0: it goes on behind a wrong one.
+        """
+        p, best, found = self.likely(agreeing), GAIN, 1
+        for size in SIZES:
+            cost = self.cost(size)
+            if size > most or cost - 1 > self.account:
+                break
+            gain = (1 - p**size) / (1 - p) / cost
+            if gain > best:
+                best, found = gain, size
+        if found == 1:
+            seen = self._seen[_class(agreeing)]
+            seen[0] *= FORGETTING
+            seen[1] *= FORGETTING
+        return found
+
+    def stepped(self, seconds: float) -> None:
+        """A single step took so long."""
+        self._steps.append(seconds)
+        self._earn(SHARE)
+
+    def passed(self, size: int, seconds: float) -> None:
+        """A pass took so long."""
+        self._passes.setdefault(size, deque(maxlen=NEWEST)).append(seconds)
+
+    def learn(self, agreeing: int, size: int, right: int) -> None:
+        """Of a pass's drafted tokens, size - 1, the first so many were right."""
+        seen = self._seen[_class(agreeing)]
+        tried = min(right + 1, size - 1)
+        seen[0] = seen[0] * FADING + right
+        seen[1] = seen[1] * FADING + tried
+        self._earn(1 + right - self.cost(size))
+
+    def _earn(self, steps: float) -> None:
+        self.account = min(MOST_STAKE, self.account + steps)
+
+
+def _class(agreeing: int) -> int:
+    return max(least for least in LIKELY if least <= agreeing)
