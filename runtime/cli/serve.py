@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, SIZE, Command, option, options
+from kvq.runtime.cli.options import CACHE, DRAFT, MODEL, SETTINGS, SIZE, Command, option, options
 
 AT_LEAST_ONE = click.IntRange(1)
 SERVER = [
@@ -49,12 +49,13 @@ LIMITS = [
 @options(SERVER)
 @options(MODEL)
 @options(CACHE)
+@options([DRAFT])
 @options(SESSIONS)
 @options(LIMITS)
 def serve(
     model, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink, protect_bits, prefill,
-    backend, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens, max_prompt_tokens,
-    max_body, timeout, threads, quiet,
+    backend, draft, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens,
+    max_prompt_tokens, max_body, timeout, threads, quiet,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API.
 
@@ -80,7 +81,8 @@ def serve(
             session_dir=session_dir, session_disk=int(session_disk),
             concurrency=concurrency, queue=queue,
             limits=Limits(
-                body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout
+                body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout,
+                draft=draft,
             ),
             api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
         )

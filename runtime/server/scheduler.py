@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Done:
-    """What ran for a choice. cached: prompt tokens that were not processed again."""
+    """What ran for a choice.
+
+    cached: prompt tokens that were not processed again; drafted, accepted: its own, as of `Drafter`.
+    """
 
     stats: Stats
     cached: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,18 @@ class Job:
 
 @dataclass(eq=False)
 class Choice:
-    """A text at work. number: in the request; session: its own."""
+    """A text at work. number: in the request; session: its own; before: what that had drafted, and what accepted."""
 
     number: int
     session: Session
     responses: Iterator[Response]
+    before: tuple[int, int]
+
+    def done(self, cached: int) -> Done:
+        """What ran for it; cached: as of `Done`."""
+        drafted, accepted = self.before
+        drafter = self.session.drafter
+        return Done(self.session.stats(), cached, drafter.drafted - drafted, drafter.accepted - accepted)
 
 
 class Scheduler:
@@ -291,7 +303,7 @@ class Scheduler:
             return
         sessions = [session, *(pool.fork(lease) for _ in job.options[1:])]
         job.choices = [
-            Choice(job.first + i, each, each.generate(None, **options))
+            Choice(job.first + i, each, each.generate(None, **options), (each.drafter.drafted, each.drafter.accepted))
             for i, (each, options) in enumerate(zip(sessions, job.options, strict=True))
         ]
         self._decode(job, lease, pool)
@@ -317,7 +329,7 @@ class Scheduler:
             alternatives = [] if logits is None else most_likely(logits, job.alternatives)
             done = None
             if response.finish_reason is not None and job.choices is not None:
-                done = Done(choice.session.stats(), lease.cached)
+                done = choice.done(lease.cached)
                 job.choices.remove(choice)
                 if choice.session is not lease.session:
                     lease.sessions.remove(choice.session)

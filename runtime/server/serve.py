@@ -120,6 +120,7 @@ def serve(options: Options) -> None:
             _say,
         )
         pool.check(options.settings, 1)
+        pool.check_draft(options.settings, options.limits.draft)
         return pool
 
     def on_ready(error: BaseException | None) -> None:

@@ -33,12 +33,14 @@ class _Flight(NamedTuple):
     at: tokens of the session before it.
     ids: the token that was certain and the drafted ones.
     place, agreeing: as of `Lookup.find`.
+    seconds: it took.
     """
 
     at: int
     ids: list[int]
     place: int
     agreeing: int
+    seconds: float
     seen: Seen
     logits: np.ndarray
 
@@ -56,6 +58,7 @@ class Drafter:
         self._lookup, self._pace = Lookup(), Pace()
         self._runners: dict[int, Runner] = {}
         self._flight: _Flight | None = None
+        self._guess: tuple[int, int, int] | None = None  # place of what a draft would have begun with, agreeing, at
         self._resume: int | None = None  # where the text would go on behind a wrong token
 
     @property
@@ -94,7 +97,7 @@ class Drafter:
 
     def forget(self) -> None:
         """The session's text is another one now."""
-        self._flight = self._resume = None
+        self._flight = self._guess = self._resume = None
         self._lookup = Lookup()
 
     def append(self, token: int, most: int | None, ahead: int) -> np.ndarray:
@@ -112,10 +115,12 @@ class Drafter:
                 self.accepted += 1
                 return self._take(flight, row, 0.0, 0)
             self._land(flight, row)
+        self._check_guess(token)
         if most == 0 or session.pending or ahead < 1 or self.reason:
             return session.append([token])
         ids, place, agreeing = self._draft(token, most, min(ahead, session.room - 1, session.store.recent))
         if len(ids) == 1:
+            self._guess = (place, agreeing, len(session.tokens) + 1) if place else None
             begun = time.perf_counter()
             logits = session.append(ids)
             self._pace.stepped(time.perf_counter() - begun)
@@ -131,11 +136,19 @@ class Drafter:
             place = resume
         if not place:
             return [token], 0, 0
-        if most is None:
-            size = self._pace.size(agreeing, room + 1)
-        else:
-            size = 1 + min(most, room)
+        size = self._pace.size(agreeing, room + 1) if most is None else 1 + min(most, room)
         return [token, *lookup.drafts(place, size - 1)], place, agreeing
+
+    def _check_guess(self, token: int) -> None:
+        """Learn from a step without a draft."""
+        guess, self._guess = self._guess, None
+        if guess is None or guess[2] != len(self._session.tokens):
+            return
+        place, agreeing, _ = guess
+        right = self._lookup.tokens[place] == token
+        self._pace.guessed(agreeing, right)
+        if right or agreeing:  # a replaced token is not the end of a copy; two in a row are
+            self._resume = place + 1
 
     def _look(self, token: int) -> Lookup:
         """The lookup, brought up to a token that comes next."""
@@ -166,7 +179,7 @@ class Drafter:
             return session.append(ids[:1])
         if known:  # the first time it made its buffers, too
             self._pace.passed(size, seconds)
-        self._flight = flight = _Flight(len(session.tokens), ids, place, agreeing, seen, logits)
+        self._flight = flight = _Flight(len(session.tokens), ids, place, agreeing, seconds, seen, logits)
         self.drafted += size - 1
         return self._take(flight, 0, seconds, read)
 
@@ -191,8 +204,8 @@ class Drafter:
         """A pass has come to its end after so many of its tokens: the next one is wrong, or there is none."""
         self._flight = None
         if 0 < rows <= len(flight.ids):
-            self._pace.learn(flight.agreeing, len(flight.ids), rows - 1)
-        if 0 < rows < len(flight.ids):
+            self._pace.learn(flight.agreeing, len(flight.ids), rows - 1, flight.seconds)
+        if 0 < rows < len(flight.ids) and (rows > 1 or flight.agreeing):
             self._resume = flight.place + rows
 
 

@@ -15,21 +15,25 @@ LEAST = (
 )
 SHORTEST = 1e-6  # seconds of a step
 # What may be lost: so many steps, and so much of every step. A loss beyond needs a gain before.
-STAKE, SHARE = 1.5, 0.01
+STAKE, SHARE = 1.5, 0.005
 MOST_STAKE = 8.0  # so much of a gain is put at stake again
+MOST_COST = 3.0  # times the usual cost that one pass is charged: what lasted longer, the machine did
+# A guess that was right, behind so many tokens that agreed, would have been a gain: so much of it may be lost.
+CERTAIN, SEEN_GAIN = 6, 0.5
 GAIN = 1.05  # tokens a step at which a pass is worth its work
 # By tokens that agree: how likely a draft's next token is, before any was seen; and how many seen ones that counts for.
-LIKELY = {0: 0.6, 2: 0.45, 3: 0.6, 4: 0.7, 6: 0.8, 9: 0.9}
+LIKELY = {0: 0.35, 2: 0.3, 3: 0.4, 4: 0.55, 6: 0.75, 9: 0.9}
 WEIGHT = 2.0
-FADING, FORGETTING = 0.9, 0.99  # of what was seen, with every further pass, and with every step without one
+FADING = 0.9  # of what was seen, with every further pass or guess
 
 
 class Pace:
     """Chooses the number of drafted tokens so that a pass yields more tokens a second than single steps do.
 
     The likelihood of a drafted token is learned apart for short and long agreement, and fades, so that it follows the
-    text. Costs are measured, as is what drafting has brought: an account in steps, out of which passes that may fail
-    are paid. It is never overdrawn, so a text without luck takes at most `STAKE` steps and the share `SHARE` longer.
+    text; steps without a draft teach it for nothing, by what a draft would have begun with. Costs are measured, as is
+    what drafting has brought: an account in steps, out of which passes that may fail are paid. Where that is empty
+    there are none, so a text without luck takes at most `STAKE` steps and the share `SHARE` longer.
 
     Attributes:
         account: steps that may be lost.
@@ -67,11 +71,13 @@ class Pace:
             gain = (1 - p**size) / (1 - p) / cost
             if gain > best:
                 best, found = gain, size
-        if found == 1:
-            seen = self._seen[_class(agreeing)]
-            seen[0] *= FORGETTING
-            seen[1] *= FORGETTING
         return found
+
+    def guessed(self, agreeing: int, right: bool) -> None:
+        """The first token that a draft would have had was right or wrong."""
+        self._see(agreeing, int(right), 1)
+        if right and agreeing >= CERTAIN and self.account < STAKE:
+            self.account = min(STAKE, self.account + SEEN_GAIN)
 
     def stepped(self, seconds: float) -> None:
         """A single step took so long."""
@@ -82,13 +88,17 @@ class Pace:
         """A pass took so long."""
         self._passes.setdefault(size, deque(maxlen=NEWEST)).append(seconds)
 
-    def learn(self, agreeing: int, size: int, right: int) -> None:
-        """Of a pass's drafted tokens, size - 1, the first so many were right."""
+    def learn(self, agreeing: int, size: int, right: int, seconds: float) -> None:
+        """Of a pass's drafted tokens, size - 1, the first so many were right; it took so long."""
+        self._see(agreeing, right, min(right + 1, size - 1))
+        usual = self.cost(size)
+        cost = min(max(usual, seconds / median(self._steps)), MOST_COST * usual) if self._steps else usual
+        self._earn(1 + right - cost)
+
+    def _see(self, agreeing: int, right: int, tried: int) -> None:
         seen = self._seen[_class(agreeing)]
-        tried = min(right + 1, size - 1)
         seen[0] = seen[0] * FADING + right
         seen[1] = seen[1] * FADING + tried
-        self._earn(1 + right - self.cost(size))
 
     def _earn(self, steps: float) -> None:
         self.account = min(MOST_STAKE, self.account + steps)

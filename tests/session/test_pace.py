@@ -22,7 +22,7 @@ def run(pace, passes, right, agreeing=9, most=16):
             continue
         good = right(size)
         pace.passed(size, COSTS[size])
-        pace.learn(agreeing, size, good)
+        pace.learn(agreeing, size, good, COSTS[size])
         taken, said = taken + COSTS[size], said + 1 + good
     return sizes, taken, said
 
@@ -61,6 +61,29 @@ def test_a_gain_is_not_put_at_stake_for_ever():
 def test_no_pass_is_longer_than_it_may_be(most):
     pace = Pace()
     assert max(run(pace, 20, lambda size: size - 1, most=most)[0]) <= most
+
+
+def test_guesses_teach_without_a_pass():
+    pace = Pace()
+    assert pace.size(2, 16) == 1
+    for _ in range(5):
+        pace.guessed(2, True)
+    assert pace.size(2, 16) > 1
+    for _ in range(30):
+        pace.guessed(9, False)
+    assert pace.size(9, 16) == 1
+    assert pace.size(2, 16) > 1
+
+
+def test_right_guesses_end_a_pause():
+    pace = Pace()
+    pace.stepped(1.0)
+    run(pace, 20, lambda size: 0)
+    assert pace.size(9, 16) == 1
+    for _ in range(30):
+        pace.guessed(9, True)
+    assert pace.account == STAKE
+    assert pace.size(9, 16) > 1
 
 
 def test_measured_costs_decide():
