@@ -68,6 +68,7 @@ def summarised(text: str) -> str:
 
 CODE = inspect.getsource(page)
 TASKS: dict[str, Callable[[str], str]] = {"edit": edited, "quote": quoted, "summary": summarised, "code": edited}
+EVERY = (*TASKS, "prose", "free")
 
 
 class Said:
@@ -132,13 +133,14 @@ def measure(session: kvq.Session, answer: list[int] | None, wanted: int, rounds:
 @click.command(context_settings=HELP)
 @click.option("--model", default="kvq-books", show_default=True, help="Bundle.")
 @click.option("--text", type=FILE, help="Text of the tasks, UTF-8 [the one that exports are calibrated with]")
+@click.option("--tasks", default=",".join(EVERY), show_default=True, callback=names("task", lambda text: EVERY))
 @click.option("--policies", default="int8,adaptive,fp16", show_default=True, callback=names("policy"))
 @click.option("--context", default="512", show_default=True, callback=counts("context"), help="Tokens of prompts.")
 @click.option("--tokens", default=200, show_default=True, help="Of an answer.")
 @click.option("--rounds", default=5, show_default=True, help="Counted turns.")
 @threads_option
 @json_option
-def main(model, text, policies, context, tokens, rounds, threads, json_file) -> None:
+def main(model, text, tasks, policies, context, tokens, rounds, threads, json_file) -> None:
     """Measure drafts; `adaptive` has 3.25 bits a value."""
     if rounds < 1 or tokens < 2:
         raise Refused(f"rounds must be at least 1 and tokens at least 2, got {rounds} and {tokens}")
@@ -150,6 +152,8 @@ def main(model, text, policies, context, tokens, rounds, threads, json_file) -> 
     results, run = Results(COLUMNS, json_file), machine() | {"model": model, "threads": threads}
     for length in context:
         for task, prompt, answer in prompts(loaded, written, length, tokens):
+            if task not in tasks:
+                continue
             for policy in policies:
                 session = loaded.session(policy, **OPTIONS.get(policy, {}))
                 session.append(prompt)

@@ -128,8 +128,7 @@ def stream(
         schema, regex, grammar, choice: what the generated text has to be, see `kvq.runtime.text.grammar`; it is so
             where it ends by "stop" and no stop string has cut it.
         constraint: the same, compiled: for this generation alone.
-        draft: tokens drafted from the text itself at a time, see `kvq.runtime.session.drafting`: "auto" for as many as
-            pay, "off", or how many.
+        draft: tokens drafted at a time: "auto" for as many as pay, "off", or how many; see `Drafter`.
         logits_processor: called with the ids before each token and the logits float32 [vocab], which it returns
             changed; or several.
         progress: as in `Session.append`, while the prompt is read.
@@ -141,10 +140,7 @@ def stream(
         SamplingError: an option is out of range.
         GrammarError: the schema, regex, grammar or choice is not valid or cannot be held to.
     """
-    if max_tokens is not None and (
-        not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool) or max_tokens < 1
-    ):
-        raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
+    _check_max_tokens(max_tokens)
     stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
     structure = structure_of(schema, regex, grammar, choice)
@@ -203,6 +199,11 @@ def _stream(
             if session.room < 0:
                 session.pending.clear()  # the token after a full context can never be fed
             return
+
+
+def _check_max_tokens(most: int | None) -> None:
+    if most is not None and (not isinstance(most, int | np.integer) or isinstance(most, bool) or most < 1):
+        raise SamplingError(f"max_tokens must be at least 1, an integer, got {most!r:.60}")
 
 
 def _checked_stop(session: Session, stop: str | Sequence[str]) -> list[str]:
