@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvq.runtime.cli.loading import load_model
-from kvq.runtime.cli.options import CACHE, MODEL, OUTPUT, SETTINGS, Command, option, options
+from kvq.runtime.cli.options import CACHE, DRAFT, MODEL, OUTPUT, SETTINGS, Command, option, options
 from kvq.runtime.cli.progress import Bar
 
 
@@ -20,9 +20,10 @@ from kvq.runtime.cli.progress import Bar
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no last line.")
 @options(MODEL)
 @options(CACHE)
+@options([DRAFT])
 def batch(
     source, target, name, max_tokens, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink, protect_bits,
-    prefill, backend,
+    prefill, backend, draft,
 ) -> None:  # fmt: skip
     """Answer the requests of IN, lines as OpenAI's batch API has them, in lines of OUT.
 
@@ -49,7 +50,7 @@ def batch(
     try:
         done = answer_file(
             source, target, lambda: load_model(model, threads),
-            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens), bar, log,
+            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens, draft=draft), bar, log,
             (lambda text: None) if quiet else log,
         )  # fmt: skip
     finally:

@@ -25,6 +25,7 @@ from kvq.runtime.server.protocol import Settings, parse_generation
 from kvq.runtime.server.refusals import error_body, status_of
 from kvq.runtime.server.scheduler import Event, Scheduler, Step
 from kvq.runtime.server.tokens import TokenTexts
+from kvq.runtime.session.drafting import AUTO, Draft
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -44,12 +45,14 @@ class Options:
         name: of the model in requests and responses; None takes the bundle's.
         settings, backend: of sessions.
         max_tokens: most of a response, and what a chat has if the request names no number.
+        draft: as in `Session.generate`; no answer depends on it.
     """
 
     name: str | None = None
     settings: Settings = field(default_factory=Settings)
     backend: str | None = None
     max_tokens: int = 1024
+    draft: Draft = AUTO
 
 
 @dataclass
@@ -147,7 +150,7 @@ class Answerer:
         self, model: Model, options: Options, log: Callable[[str], None], notice: Callable[[str], None]
     ) -> None:
         self._options, self._log, self._notice = options, log, notice
-        self._limits = Limits(max_tokens=options.max_tokens)
+        self._limits = Limits(max_tokens=options.max_tokens, draft=options.draft)
         self._texts = TokenTexts(model.tokenizer)
         self._served = served_name(model, options.name)
         # The worker's state: None when it is ready, and the error by which it ends.
@@ -161,6 +164,7 @@ class Answerer:
     def _make_pool(self, model: Model) -> SessionPool:
         pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._notice)
         pool.check(self._options.settings, 1)
+        pool.check_draft(self._options.settings, self._options.draft)
         return pool
 
     def close(self) -> None:

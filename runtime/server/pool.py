@@ -20,6 +20,7 @@ from kvq.runtime.errors import RequestError
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.prefixes import Prefix, Prefixes
 from kvq.runtime.server.protocol import Settings
+from kvq.runtime.session.drafting import Draft
 from kvq.runtime.session.session import kv_nbytes
 from kvq.runtime.session.statistics import size
 
@@ -97,6 +98,10 @@ class SessionPool:
 
     # -- what a request may take ------------------------------------------------------------------
 
+    def check_draft(self, settings: Settings, draft: Draft) -> None:
+        """Raise SamplingError for a draft option that sessions of such settings cannot follow."""
+        self.model.session(**settings._asdict(), backend=self.backend).drafter.most(draft)
+
     def check(self, settings: Settings, length: int, copies: int = 1) -> Capacity:
         """Bounds for a request; one that would not even fit alone is refused. Thread-safe.
 
@@ -111,11 +116,7 @@ class SessionPool:
         """
         capacity = self._capacities.get(settings)
         if capacity is None:
-            session = self.model.session(
-                settings.policy, recent=settings.recent, sink=settings.sink, prefill=settings.prefill,
-                backend=self.backend, kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
-                protect_bits=settings.protect_bits,
-            )  # fmt: skip
+            session = self.model.session(**settings._asdict(), backend=self.backend)
             if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
                 self._capacities.clear()
             capacity = self._capacities[settings] = Capacity(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
@@ -51,12 +53,20 @@ StoppingCriterion = Callable[[Sequence[int]], bool]
 
 
 def generate_tokens(
-    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    progress: Progress | None = None,
+    draft: int | None = 0,
+    max_tokens: int | None = None,
 ) -> Iterator[Appending | tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
 
-    Before a token comes what has to be appended for it: whoever asked has it run until it is finished, and goes on. The
-    last yielded token is in `session.pending`: it is fed when the next one is asked for, or by the next append.
+    draft: tokens to draft at a time, as `Drafter.most` gives it; max_tokens: more will not be asked for.
+
+    Before a token comes what has to be appended for it, unless a pass has computed it along with an earlier one:
+    whoever asked has it run until it is finished, and goes on. The last yielded token is in `session.pending`: it is
+    fed when the next one is asked for, or by the next append.
     """
     if len(ids) or session.pending:
         appending = Appending(session, ids if len(ids) else None, progress=progress)
@@ -66,16 +76,18 @@ def generate_tokens(
         logits = session.last_logits
     else:
         raise PromptError("nothing to continue: the session is empty; give a prompt")
-    while True:
+    for said in itertools.count(1):
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
         yield token, logprob
         if session.room < 0:
             session.pending.clear()
             return
-        appending = Appending(session, None)
-        yield appending
-        logits = appending.result
+        following = session.drafter.next(draft, session.room if max_tokens is None else max_tokens - said)
+        if isinstance(following, Appending):
+            yield following
+            following = following.result
+        logits = following
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -90,6 +102,7 @@ class GenerationOptions(SamplingOptions, total=False):
     grammar: str | None
     choice: Sequence[str] | None
     constraint: Constraint | None
+    draft: Draft
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     progress: Progress | None
     top_logprobs: int
@@ -124,6 +137,7 @@ def events(
     grammar: str | None = None,
     choice: Sequence[str] | None = None,
     constraint: Constraint | None = None,
+    draft: Draft = AUTO,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
     top_logprobs: int = 0,
@@ -144,6 +158,7 @@ def events(
         ignore_eos: do not end at the model's end-of-text ids.
         schema, regex, grammar, choice: what a text is that ends by "stop" uncut, see `kvq.runtime.text.grammar`.
         constraint: the same, compiled: for this generation alone.
+        draft: tokens drafted at a time: "auto" for as many as pay, "off", or how many; see `Drafter`.
         logits_processor: returns logits float32 [vocab] changed; called with the ids before and them. Or several.
         progress: as in `Session.append`, while the prompt is read.
         top_logprobs: how many of the most likely tokens to report in the place of each.
@@ -168,9 +183,11 @@ def events(
     _check_bias(session, options.get("logit_bias"))
     mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
+    most = session.drafter.most(draft)
     ids = _prompt_ids(session, prompt)
+    tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
-    return _stream(session, ids, sampler, ends, constraint, progress, int(top_logprobs))
+    return _stream(session, tokens, ends, constraint, int(top_logprobs))
 
 
 class Ends(NamedTuple):
@@ -184,18 +201,16 @@ class Ends(NamedTuple):
 
 def _stream(
     session: Session,
-    ids: Sequence[int],
-    sampler: Sampler,
+    tokens: Callable[[], Iterator[Appending | tuple[int, float]]],
     ends: Ends,
     constraint: Constraint | None,
-    progress: Progress | None,
     top_logprobs: int,
 ) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     matcher = StopMatcher(ends.stop)
     index = -1
-    for event in generate_tokens(session, ids, sampler, progress):
+    for event in tokens():
         if isinstance(event, Appending):
             yield event
             continue
