@@ -6,9 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvq.runtime.compute.backends import BACKENDS
+from kvq.runtime.compute.backends.native_pass import NativeHead as Head
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.drafted import Drafted
+from kvq.runtime.session.generation import events
 from kvq.runtime.session.pace import Pace
 from tests.tools.sessions import IDS
 
@@ -121,6 +127,81 @@ def test_a_text_goes_on_alike_behind_forks_files_trims_and_the_end_of_a_context(
         return said, rest, trace(session), trace(loaded)
 
     assert told("auto") == told("off")
+
+
+@native
+@given(st.lists(st.sampled_from(POLICIES), min_size=2, max_size=4), st.integers(0, 2**32 - 1), st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sessions_that_share_passes_draft_and_are_those_that_never_did(embedded, eager, kinds, seed, data):
+    """Sessions begin at any time, so prompts are read in the passes in which others draft; of all kinds of options."""
+    sampling = [{"temperature": 0}, {"temperature": 0.8, "seed": seed}, {"temperature": 1.2, "top_k": 0, "seed": seed}]
+    options = [
+        {**data.draw(st.sampled_from(sampling)), "ignore_eos": True, "max_tokens": data.draw(st.integers(1, 24))}
+        for _ in kinds
+    ]
+    begins = [data.draw(st.integers(0, 6)) for _ in kinds]
+    drafts = [data.draw(st.sampled_from(("auto", 3))) for _ in kinds]
+    together, alone = ([embedded.session(p, backend="native", **more) for p, more in kinds] for _ in range(2))
+    texts = [
+        events(session, TEXT * 2, draft=draft, **option)
+        for session, draft, option in zip(together, drafts, options, strict=True)
+    ]
+    found, work, round_ = [[] for _ in kinds], {}, 0
+    while round_ < 7 or work:
+        for i, begin in enumerate(begins):
+            if begin == round_:
+                work[i] = next(texts[i])
+        assert embedded.run_pass(list(work.values())) == [None] * len(work)
+        for i in [i for i, appending in work.items() if appending.finished]:
+            del work[i]
+            for event in texts[i]:
+                if isinstance(event, Appending):
+                    work[i] = event
+                    break
+                found[i].append(event)
+        round_ += 1
+    for session, option, said, drafted in zip(alone, options, found, together, strict=True):
+        assert said == list(session.generate(TEXT * 2, draft="off", **option))
+        assert trace(drafted) == trace(session)
+
+
+@native
+def test_a_text_that_is_changed_behind_a_draft_takes_nothing_of_it(embedded, eager):
+    """An append of the caller's own between drafted tokens: the rows behind it are of another text."""
+
+    def told(draft):
+        session = embedded.session()
+        text = session.generate(TEXT * 2, draft=draft, **ENDLESS)
+        said = [next(text).token for _ in range(6)]
+        session.append([said[-1]])
+        said += [r.token for r in session.generate(None, max_tokens=8, draft=draft, **ENDLESS)]
+        return said, trace(session)
+
+    assert told("auto") == told("off")
+
+
+@native
+def test_what_a_draft_has_made_room_for_is_given_back_where_its_pass_fails(embedded, eager, monkeypatch):
+    session = embedded.session("k4v4", backend="native")
+    following = events(session, TEXT * 2, draft=8, **ENDLESS)
+    drafted = next(event for event in following if isinstance(event, Drafted) or ran(event))
+    before = trace(session)
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Head, "finite", fails)
+    with pytest.raises(MemoryError):
+        drafted.run()
+    assert trace(session) == before
+    assert [type(error) for error in embedded.run_pass([drafted])] == [MemoryError]
+    assert trace(session) == before
+
+
+def ran(event):
+    if isinstance(event, Appending):
+        event.run()
+    return False
 
 
 @native
