@@ -31,6 +31,7 @@ from kvq.exporter.calibration import calibration_text
 
 OPTIONS: dict[str, dict[str, Any]] = {"adaptive": {"kv_bits": 3.25}}
 ARMS = ("off", "auto")
+CHARACTERS = 16  # of a text that are read for a token that is needed
 COLUMNS: Columns = {
     "task": lambda row: row["task"],
     "policy": lambda row: row["policy"],
@@ -89,7 +90,8 @@ class Said:
 
 def prompts(model: kvq.Model, text: str, tokens: int, wanted: int) -> Iterator[tuple[str, list[int], list[int] | None]]:
     """Task, ids of the prompt, and those of the answer; None: whatever the model says."""
-    ids = model.encode(text)
+    # Of a book no more than is needed: the model's own `encode` refuses what its context could not hold.
+    ids = model.tokenizer.encode(text[: CHARACTERS * (tokens + wanted)]).ids
     if len(ids) < tokens + wanted:
         raise Refused(f"the text has {len(ids)} tokens, {tokens + wanted} are needed; give a longer --text")
     code = model.encode(CODE)
