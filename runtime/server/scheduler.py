@@ -284,9 +284,15 @@ class Scheduler:
                     self._end(job, RequestError("the request took too long; ask for fewer tokens", 503, "timeout"))
 
     def _admit(self, pool: SessionPool) -> None:
-        """Give waiting jobs a session, first come first served, as far as there is room."""
-        while self._waiting and len(self._active) < self.concurrency:
-            job = self._waiting[0]
+        """Give waiting jobs a session, first come first served, as far as there is room.
+
+        One whose prompt begins as another's that is being read waits until that is past it, and goes on from there.
+        """
+        for job in list(self._waiting):
+            if len(self._active) >= self.concurrency:
+                return
+            if not job.scored and pool.awaits(job.ids, job.settings):
+                continue
             try:
                 job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length, len(job.options), job.scored)
             except Exception as error:
@@ -295,7 +301,8 @@ class Scheduler:
             if job.lease is None:
                 return
             with self._changed:
-                self._active.append(self._waiting.popleft())
+                self._waiting.remove(job)
+                self._active.append(job)
 
     def _guarded(self, job: Job, step: Callable[[Job, Lease, SessionPool], None], pool: SessionPool) -> None:
         """A step of a job; an error ends this job and no other."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from statistics import median
 
+import numpy as np
+
 SIZES = (2, 4, 8, 16)  # tokens of a pass, the one that is certain among them
 # What a pass costs in single steps before one was timed (SmolLM2-135M in int8 weights, two cores, rounded up).
-COSTS = {2: 1.4, 4: 1.75, 8: 2.4, 16: 3.4}
+COSTS = {1: 1.0, 2: 1.4, 4: 1.75, 8: 2.4, 16: 3.4, 32: 5.0, 64: 8.6}
 NEWEST = 9  # times of a kind, whose median counts: a busy machine has outliers
 LEAST = (
     0.5  # of what a pass costs beyond a step in COSTS, it costs so much at least: times may be those of a busy moment
@@ -34,6 +35,8 @@ class Pace:
     text; steps without a draft teach it for nothing, by what a draft would have begun with. Costs are measured, as is
     what drafting has brought: an account in steps, out of which passes that may fail are paid. Where that is empty
     there are none, so a text without luck takes at most `STAKE` steps and the share `SHARE` longer.
+
+    Where sessions share passes nobody's own time can be measured: steps are then parts of a pass, costs the usual ones.
 
     Attributes:
         account: steps that may be lost.
@@ -72,7 +75,9 @@ class Pace:
         p, best, found = self.likely(agreeing), GAIN, 1
         for size in SIZES:
             cost = self.cost(size, sessions)
-            if size > most or cost - 1 > self.account:
+            # A part of a shared pass is little time, and what drafts cost there is many parts: one trial may overdraw.
+            spent = cost - 1 > self.account if sessions == 1 else self.account <= 0
+            if size > most or spent:
                 break
             gain = (1 - p**size) / (1 - p) / cost
             if gain > best:
@@ -117,7 +122,8 @@ class Pace:
 
 def _usual(rows: int) -> float:
     """What a pass of so many rows costs before one was timed, in single steps."""
-    return COSTS.get(rows) or 1 + 0.6 * math.sqrt(rows - 1)
+    found: float = np.interp(rows, list(COSTS), list(COSTS.values()))
+    return found * max(1.0, rows / max(COSTS))
 
 
 def _class(agreeing: int) -> int:

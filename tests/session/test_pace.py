@@ -94,3 +94,32 @@ def test_measured_costs_decide():
             pace.passed(size, 1.0 * size)  # a machine on which a pass saves nothing
     assert pace.cost(4) == 4
     assert pace.size(12, 16) == 1
+
+
+@pytest.mark.parametrize("sessions", [2, 4, 8, 16])
+def test_a_shared_pass_is_for_drafts_that_are_likely(sessions):
+    """What a drafted token costs there is nearly what a text's own next one does: most of them have to be right."""
+    pace = Pace()
+    assert pace.size(2, 16, sessions) == 1
+    size = pace.size(9, 16, sessions)
+    assert size > 1
+    assert pace.cost(size, sessions) > pace.cost(size)
+    most = max(pace.cost(n, sessions) for n in SIZES)  # what one trial may overdraw
+    pace.learn(9, size, 0, None, sessions)
+    said = taken = 0.0
+    for _ in range(200):
+        size = pace.size(9, 16, sessions)
+        taken, said = taken + pace.cost(size, sessions) * (size > 1) + (size == 1), said + 1
+        if size > 1:
+            pace.learn(9, size, 0, None, sessions)
+        else:
+            pace.stepped(None)
+    assert taken <= said * (1 + SHARE) + 1 + most
+
+
+def test_luck_is_followed_in_shared_passes_too():
+    pace = Pace()
+    for _ in range(20):
+        size = pace.size(9, 16, 8)
+        pace.learn(9, size, size - 1, None, 8)
+    assert size == SIZES[-1]
