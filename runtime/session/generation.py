@@ -17,7 +17,7 @@ from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
-from kvq.runtime.text.grammar import Constraint, structure_of
+from kvq.runtime.text.grammar import Constraint, Structure, structure_of
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
@@ -174,11 +174,7 @@ def events(
     _check_counts(session, max_tokens, top_logprobs)
     stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
-    structure = structure_of(schema, regex, grammar, choice)
-    if structure is not None:
-        if constraint is not None:
-            raise GrammarError(f"constraint and {structure.kind} exclude each other; give one of them")
-        constraint = session.model.grammar(structure).begin()
+    constraint = _constraint(session, structure_of(schema, regex, grammar, choice), constraint)
     options: SamplingOptions = {**DEFAULTS, **sampling}
     _check_bias(session, options.get("logit_bias"))
     mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
@@ -188,6 +184,14 @@ def events(
     tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
     return _stream(session, tokens, ends, constraint, int(top_logprobs))
+
+
+def _constraint(session: Session, structure: Structure | None, constraint: Constraint | None) -> Constraint | None:
+    if structure is None:
+        return constraint
+    if constraint is not None:
+        raise GrammarError(f"constraint and {structure.kind} exclude each other; give one of them")
+    return session.model.grammar(structure).begin()
 
 
 class Ends(NamedTuple):
