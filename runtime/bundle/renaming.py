@@ -63,6 +63,26 @@ def with_products(graph: bytes, take: Callable[[Matrix], Attributes | None]) -> 
     return b"".join(found) if taken else graph
 
 
+def rows_alike(graph: bytes) -> bool:
+    """Whether the products of a graph give a row of activations the same bits among several as alone.
+
+    The library's do. onnxruntime's sum a single row in another order than several, so none of them may be left but
+    those whose rows are blocks of the activations', of which there are several for every one.
+
+    graph: as of `with_products`.
+    """
+    reader, made_by = GraphReader(), dict[str, str]()
+    for content in (part for number, _, part in fields(graph) if number == MODEL_GRAPH):
+        for node in (
+            reader.node(read(part, NODE), FILES) for number, _, part in fields(content) if number == GRAPH_NODE
+        ):
+            blocks = node.operator == "MatMul" and made_by.get(node.inputs[0]) == "Reshape"
+            if node.operator in (MATMUL, "MatMul", "Gemm") and not blocks:
+                return False
+            made_by |= dict.fromkeys(node.outputs, node.operator)
+    return True
+
+
 def _graph(graph: bytes, take: Callable[[Matrix], Attributes | None]) -> bytes:
     reader, parts = GraphReader(), list(fields(graph))
     tensors = [reader.tensor(content, FILES) for number, _, content in parts if number == GRAPH_INITIALIZER]

@@ -1,4 +1,4 @@
-"""``kvq batch``: a file of requests to a file of responses, without a server."""
+"""``kvq batch``: a file of requests to a file of responses, several at a time, without a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvq.runtime.cli.loading import load_model
-from kvq.runtime.cli.options import CACHE, MODEL, OUTPUT, SETTINGS, Command, option, options
+from kvq.runtime.cli.options import CACHE, DRAFT, MODEL, OUTPUT, SETTINGS, Command, option, options
 from kvq.runtime.cli.progress import Bar
 
 
@@ -17,17 +17,22 @@ from kvq.runtime.cli.progress import Bar
 @option("--name", metavar="NAME", section="Basics", help="Of the model in requests; the bundle's if not given.")
 @option("--max-tokens", type=click.IntRange(1), default=1024, metavar="N", show_default=True, section="Basics",
         help="Of a response.")  # fmt: skip
+@option("--parallel", type=click.IntRange(1), metavar="N", section="Basics",
+        help="Requests at work at a time, in shared passes: 8 if not given, or 1 where answers would then be rounded "
+        "otherwise.")  # fmt: skip
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no last line.")
 @options(MODEL)
 @options(CACHE)
+@options([DRAFT])
 def batch(
-    source, target, name, max_tokens, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink, protect_bits,
-    prefill, backend,
+    source, target, name, max_tokens, parallel, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
+    protect_bits, prefill, backend, draft,
 ) -> None:  # fmt: skip
     """Answer the requests of IN, lines as OpenAI's batch API has them, in lines of OUT.
 
-    Every line is answered once: interrupted or killed, the same command goes on
-    where it stopped. A request that is refused has its error as its answer.
+    Every line is answered once, in any order, and known by its custom_id:
+    interrupted or killed, the same command goes on where it stopped. A request
+    that is refused has its error as its answer.
 
     \b
     Example:
@@ -49,8 +54,9 @@ def batch(
     try:
         done = answer_file(
             source, target, lambda: load_model(model, threads),
-            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens), bar, log,
-            (lambda text: None) if quiet else log,
+            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens, draft=draft,
+                    parallel=parallel),
+            bar, log, (lambda text: None) if quiet else log,
         )  # fmt: skip
     finally:
         bar.clear()

@@ -164,6 +164,9 @@ def _grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 SYSTEM = option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
 RAW = option("--raw", is_flag=True, section="Basics", help="Go on with the text as it is, without the chat template.")
 # Names and short forms as in llama.cpp and mlx-lm.
+DRAFT = option("--draft", default="auto", metavar="auto|off|N", show_default=True, section="Sampling",
+               help="Tokens drafted from the text itself and computed in one pass: as many as pay, none, or N; the "
+               "text is the same.")  # fmt: skip
 SAMPLING = [
     max_tokens(128),
     option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], metavar="X", show_default=True,
@@ -188,6 +191,7 @@ SAMPLING = [
     option("--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID", section="Sampling",
            help="End at a token id; can be repeated."),
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past tokens that end a text or an answer."),
+    DRAFT,
 ]  # fmt: skip
 STRUCTURE = [
     option("--schema", metavar="FILE|JSON", section="Structure", callback=_schema,

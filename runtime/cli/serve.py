@@ -6,7 +6,18 @@ from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.options import CACHE, MODEL, SETTINGS, SIZE, Command, Words, complete_model, option, options
+from kvq.runtime.cli.options import (
+    CACHE,
+    DRAFT,
+    MODEL,
+    SETTINGS,
+    SIZE,
+    Command,
+    Words,
+    complete_model,
+    option,
+    options,
+)
 
 AT_LEAST_ONE = click.IntRange(1)
 SERVER = [
@@ -56,12 +67,13 @@ LIMITS = [
 @options(SERVER)
 @options([*MODELS, *MODEL[1:]])
 @options(CACHE)
+@options([DRAFT])
 @options(SESSIONS)
 @options(LIMITS)
 def serve(
     models, models_memory, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink,
-    protect_bits, prefill, backend, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue, max_tokens,
-    max_prompt_tokens, max_body, timeout, threads, quiet,
+    protect_bits, prefill, backend, draft, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue,
+    max_tokens, max_prompt_tokens, max_body, timeout, threads, quiet,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API.
 
@@ -90,7 +102,8 @@ def serve(
             session_dir=session_dir, session_disk=int(session_disk),
             concurrency=concurrency, queue=queue,
             limits=Limits(
-                body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout
+                body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout,
+                draft=draft,
             ),
             api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
         )

@@ -25,7 +25,7 @@ BLAMED: dict[type[KvqError], tuple[str, ...]] = {
     PolicyError: ("policy", "prefill", "recent", "sink", "protect_bits"),
     SamplingError: (
         "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "logit_bias", "seed", "stop", "stop_tokens",
+        "frequency_penalty", "logit_bias", "seed", "stop", "stop_tokens", "draft",
     ),
     GrammarError: ("schema", "regex", "grammar", "choice"),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
+from kvq.runtime.bundle.renaming import rows_alike
 from kvq.runtime.compute.binding import NamedSession
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.products import own_products
@@ -39,6 +40,7 @@ class Engine:
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
         self._others: dict[tuple[str, int | None], NamedSession] = {}
+        self._alike: dict[str, bool] = {}  # graphs with products of the library: see `rows_alike`
 
     @property
     def segments(self) -> list[NamedSession]:
@@ -60,6 +62,12 @@ class Engine:
     def head(self, library: Path | None = None, kernel: int | None = None) -> NamedSession:
         """The head; its product is the native library's, if one is given."""
         return self._other(self._bundle.manifest.head, library, kernel)
+
+    @property
+    def rows_alike(self) -> bool:
+        """Whether decoder and head, as they are loaded, give a row the same bits among several as alone."""
+        manifest = self._bundle.manifest
+        return all(self._alike.get(name, False) for name in (manifest.decoder, manifest.head))
 
     def _other(self, name: str, library: Path | None, kernel: int | None) -> NamedSession:
         with self._lock:
@@ -83,6 +91,7 @@ class Engine:
             with hugepages.new_memory() as done:
                 if kernel is not None:
                     graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
+                    self._alike[name] = rows_alike(graph)
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]
             return NamedSession(name, session, kept)

@@ -119,6 +119,16 @@ class KVStore:
         gone = leaving(self.window, self.length, tokens, None)
         return plan(self.window, self.length, tokens, gone, self._bucket)
 
+    def release(self, pairs: Collection[Pair]) -> None:
+        """Give back the room that `moves_ahead` has made, for tokens that may not come.
+
+        pairs: of the buckets that there were before.
+        """
+        for pair, bucket in list(self.buckets.items()):
+            bucket.trim(self.length)
+            if not bucket.count and pair not in pairs:
+                del self.buckets[pair]
+
     def _count_in(self, moves: list[Move], chosen: np.ndarray) -> None:
         """Count new tokens, uint8 [tokens, 2], that have been moved."""
         window = self.window

@@ -235,6 +235,8 @@ class _Times:
         if event.done is not None:
             metrics.request.add(now - self._begun)
             metrics.cached_tokens += event.done.cached
+            metrics.drafted_tokens += event.done.drafted
+            metrics.accepted_tokens += event.done.accepted
             if event.done.stats.kv_used_bits is not None:
                 metrics.bits.add(event.done.stats.kv_used_bits)
 

@@ -1,4 +1,4 @@
-"""Requests from a file, one after the other, as the server would answer them."""
+"""Requests from a file, several at a time in one pass, as the server would answer them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,18 @@ from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.preparing import Limits, Prepared, prepare
 from kvq.runtime.server.protocol import Settings, parse_generation
 from kvq.runtime.server.refusals import error_body, status_of
+from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Event, Scheduler, Step
 from kvq.runtime.server.tokens import TokenTexts
+from kvq.runtime.session.drafting import AUTO, Draft
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 CHUNK = 128  # tokens of a prefill chunk, as in the library
+PARALLEL = 8  # requests at work where answers do not depend on how many are
+AHEAD = 2  # requests that wait for one of these to end, so that none is waited for
 LEFT = 8  # prompts of a request that failed may be in the queue still
 SESSION_DISK = 1_000_000_000
 SEED_NBYTES = 4
@@ -44,12 +49,16 @@ class Options:
         name: of the model in requests and responses; None takes the bundle's.
         settings, backend: of sessions.
         max_tokens: most of a response, and what a chat has if the request names no number.
+        draft: as in `Session.generate`; no answer depends on it.
+        parallel: most requests at work at a time; None is `PARALLEL` where no answer depends on it to the bit, else 1.
     """
 
     name: str | None = None
     settings: Settings = field(default_factory=Settings)
     backend: str | None = None
     max_tokens: int = 1024
+    draft: Draft = AUTO
+    parallel: int | None = None
 
 
 @dataclass
@@ -86,7 +95,7 @@ def answer_file(
     Args:
         source: lines {"custom_id", "method", "url", "body"}.
         target: lines {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"} are appended,
-            each on disk before the next request begins.
+            each on disk as soon as it is there; in the order of the source where one is at work at a time.
         load: makes the model, once the files are known to be good.
         options: what else there is to know.
         progress: told lines done and lines in total.
@@ -108,14 +117,13 @@ def answer_file(
         summary, begun = Summary(skipped=len(answers.marks)), time.monotonic()
         missing = [custom_id for custom_id in requests.numbers if custom_id not in answers.marks]
         with closing(Answerer(model, options, log, notice)) as answerer:
-            for custom_id in missing:
-                progress(len(answers.marks), len(requests.numbers))
-                values, line = requests.read(custom_id)
-                status, body = answerer.answer(values)
+            progress(len(answers.marks), len(requests.numbers))
+            for line, values, status, body in answerer.answers(map(requests.read, missing)):
                 response = {"status_code": status, "request_id": "req_" + secrets.token_hex(12), "body": body}
                 answers.append(
-                    {"id": mark(line, made_with), "custom_id": custom_id, "response": response, "error": None}
+                    {"id": mark(line, made_with), "custom_id": values["custom_id"], "response": response, "error": None}
                 )
+                progress(len(answers.marks), len(requests.numbers))
                 summary.answered += 1
                 summary.failed += status != 200
                 usage = body.get("usage", {})
@@ -131,13 +139,37 @@ def seed_of(custom_id: str) -> int:
     return int.from_bytes(digest[:SEED_NBYTES], "big")
 
 
+@dataclass(eq=False)
+class _Asked:
+    """A request at work.
+
+    Attributes:
+        line, values: it, as written and as an object.
+        prepared, reply: what it comes to, once that is known.
+        seed: that it was given, since it names none.
+        texts: that have not ended yet.
+        events: that have happened.
+    """
+
+    line: bytes
+    values: dict[str, Any]
+    prepared: Prepared
+    reply: Reply
+    seed: int | None
+    texts: int
+    events: list[Event] = field(default_factory=list)
+
+
 class Answerer:
-    """Answers requests by the server's worker and pool, one at a time. Close it after use.
+    """Answers requests by the server's worker and pool, some at a time. Close it after use.
 
     Args:
         model: the loaded model.
         options: what answers depend on beside it.
         log, notice: as in `answer_file`.
+
+    Attributes:
+        parallel: most requests at work.
 
     Raises:
         KvqError: the settings do not fit the model.
@@ -147,20 +179,30 @@ class Answerer:
         self, model: Model, options: Options, log: Callable[[str], None], notice: Callable[[str], None]
     ) -> None:
         self._options, self._log, self._notice = options, log, notice
-        self._limits = Limits(max_tokens=options.max_tokens)
+        self._limits = Limits(max_tokens=options.max_tokens, draft=options.draft)
         self._texts = TokenTexts(model.tokenizer)
         self._served = served_name(model, options.name)
+        self.parallel = options.parallel or (PARALLEL if self._alike(model) else 1)
         # The worker's state: None when it is ready, and the error by which it ends.
         states: SimpleQueue[BaseException | None] = SimpleQueue()
         self._states = states
-        self._scheduler = Scheduler(lambda: model, self._make_pool, 1, LEFT, states.put, log)
+        self._heard = SimpleQueue[tuple[_Asked, Event]]()
+        self._scheduler = Scheduler(
+            lambda: model, self._make_pool, self.parallel, self.parallel + LEFT, states.put, log
+        )
         error = states.get()
         if error is not None:
             raise error
 
+    def _alike(self, model: Model) -> bool:
+        """Whether a text is to the bit the same whatever texts share its passes."""
+        session = model.session(**self._options.settings._asdict(), backend=self._options.backend)
+        return session.backend.rows_alike and model.engine.rows_alike
+
     def _make_pool(self, model: Model) -> SessionPool:
         pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._notice)
         pool.check(self._options.settings, 1)
+        pool.check_draft(self._options.settings, self._options.draft)
         return pool
 
     def close(self) -> None:
@@ -168,24 +210,63 @@ class Answerer:
         self._scheduler.stop()
         self._scheduler.join()
 
-    def answer(self, values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and body of the response to a line's object, which has a custom_id."""
-        try:
-            return 200, self._response(values)
-        except Exception as error:
-            if isinstance(error, RequestError) and error.code == "shutting_down":
-                raise self._states.get() or error from None  # the worker is gone: no fault of this line
-            if not isinstance(error, KvqError):
-                self._log("".join(traceback.format_exception(error)))
-            return status_of(error), error_body(error)
+    def answers(
+        self, lines: Iterable[tuple[dict[str, Any], bytes]]
+    ) -> Iterator[tuple[bytes, dict[str, Any], int, dict[str, Any]]]:
+        """Line, its object, and status and body of the response to it: of each line, as soon as it is there.
 
-    def _response(self, values: dict[str, Any]) -> dict[str, Any]:
-        custom_id = values["custom_id"]
+        lines: objects that have a custom_id, and as they are written; read no earlier than they are begun.
+        """
+        most = self.parallel if self.parallel == 1 else self.parallel + AHEAD
+        at_work = set[_Asked]()
+        left = iter(lines)
+        while True:
+            while len(at_work) < most and (following := next(left, None)) is not None:
+                values, line = following
+                try:
+                    at_work.add(self._begin(values, line))
+                except Exception as error:
+                    yield line, values, *self._refused(error)
+            if not at_work:
+                return
+            yield from self._hear(at_work)
+
+    def _hear(self, at_work: set[_Asked]) -> Iterator[tuple[bytes, dict[str, Any], int, dict[str, Any]]]:
+        """The next thing that happens; an answer, if that is the end of one."""
+        asked, event = self._heard.get()
+        if asked not in at_work:
+            return  # it has failed before
+        if isinstance(event, BaseException):
+            for job in asked.prepared.jobs:
+                job.cancelled.set()
+        else:
+            asked.events.append(event)
+            asked.texts -= isinstance(event, Step) and event.done is not None
+            if asked.texts:
+                return
+        at_work.remove(asked)
+        try:
+            if isinstance(event, BaseException):
+                raise event
+            yield asked.line, asked.values, 200, _body(asked)
+        except Exception as error:
+            yield asked.line, asked.values, *self._refused(error)
+
+    def _refused(self, error: Exception) -> tuple[int, dict[str, Any]]:
+        """Status and body for a request that came to an error."""
+        if isinstance(error, RequestError) and error.code == "shutting_down":
+            raise self._states.get() or error from None  # the worker is gone: no fault of this line
+        if not isinstance(error, KvqError):
+            self._log("".join(traceback.format_exception(error)))
+        return status_of(error), error_body(error)
+
+    def _begin(self, values: dict[str, Any], line: bytes) -> _Asked:
+        """Give a request to the worker."""
         chat, body = _request_of(values)
-        derived = None
+        seed = None
         if body.get("seed") is None:
-            derived = seed_of(custom_id)
-            body = {**body, "seed": derived}
+            seed = seed_of(values["custom_id"])
+            body = {**body, "seed": seed}
         request = parse_generation(body, chat, self._options.settings)
         if request.stream:
             raise RequestError("stream is not for a batch; leave it out", param="stream")
@@ -193,26 +274,25 @@ class Answerer:
         model, pool = self._scheduler.ready()
         prepared = prepare(request, model, pool, self._limits)
         reply = reply_of(prepared, model, self._served, self._texts)
-        answer = reply.whole(self._events(prepared, len(reply.choices)))
-        if derived is not None:
-            answer["kvq"] = {**(answer["kvq"] or {}), "seed": derived}
-        return answer
-
-    def _events(self, prepared: Prepared, texts: int) -> list[Event]:
-        """Everything that happens until all texts have ended; raises the error if one comes instead."""
-        heard, cancelled = SimpleQueue[Event](), threading.Event()  # of its own: a failed request may still be told of
+        asked = _Asked(line, values, prepared, reply, seed, len(reply.choices))
+        cancelled = threading.Event()  # of its own: a failed request may still be told of
         for job in prepared.jobs:
-            job.deadline, job.emit, job.cancelled = float("inf"), heard.put, cancelled
+            job.deadline, job.cancelled = float("inf"), cancelled
+            job.emit = partial(self._tell, asked)
         self._scheduler.submit(prepared.jobs)
-        events: list[Event] = []
-        while texts:
-            event = heard.get()
-            if isinstance(event, BaseException):
-                cancelled.set()
-                raise event
-            events.append(event)
-            texts -= isinstance(event, Step) and event.done is not None
-        return events
+        return asked
+
+    def _tell(self, asked: _Asked, event: Event) -> None:
+        """In the worker's thread: something has happened."""
+        self._heard.put((asked, event))
+
+
+def _body(asked: _Asked) -> dict[str, Any]:
+    """The response to a request that has come to its end."""
+    answer = asked.reply.whole(asked.events)
+    if asked.seed is not None:
+        answer["kvq"] = {**(answer["kvq"] or {}), "seed": asked.seed}
+    return answer
 
 
 def _request_of(values: dict[str, Any]) -> tuple[bool, dict[str, Any]]:

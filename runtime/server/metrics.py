@@ -57,6 +57,7 @@ class Metrics:
         self.first_token, self.between = Histogram(FIRST_TOKEN), Histogram(BETWEEN_TOKENS)
         self.request, self.bits = Histogram(REQUEST), Histogram(BITS)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self._answers: Counter[tuple[str, int]] = Counter()
 
     def answered(self, path: str, status: int) -> None:
@@ -72,6 +73,8 @@ class Metrics:
             ("kvq_prompt_tokens_total", "Tokens of prompts.", self.prompt_tokens),
             ("kvq_cached_tokens_total", "Those of them that were not processed again.", self.cached_tokens),
             ("kvq_generated_tokens_total", "Tokens generated.", self.generated_tokens),
+            ("kvq_drafted_tokens_total", "Tokens computed as drafts.", self.drafted_tokens),
+            ("kvq_accepted_tokens_total", "Those of them that were said.", self.accepted_tokens),
         ):
             lines += [f"# HELP {name} {what}", f"# TYPE {name} counter", f"{name} {value}"]
         for name, what, histogram in (

@@ -89,6 +89,7 @@ def one_model(
             log,
         )  # fmt: skip
         pool.check(options.settings, 1)
+        pool.check_draft(options.settings, options.limits.draft)
         return pool
 
     scheduler = Scheduler(load, make_pool, options.concurrency, options.queue, on_ready, log)

@@ -18,8 +18,9 @@ import numpy as np
 
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.capacity import Capacity
-from kvq.runtime.server.prefixes import Prefix, Prefixes
+from kvq.runtime.server.prefixes import Prefix, Prefixes, shared_length
 from kvq.runtime.server.protocol import Settings
+from kvq.runtime.session.drafting import Draft
 from kvq.runtime.session.session import kv_nbytes
 from kvq.runtime.session.statistics import size
 
@@ -35,21 +36,23 @@ class Lease:
     """A session at work on a request.
 
     Attributes:
+        ids: int64 [tokens], the prompt.
         sessions: the caller's alone: the first reads the prompt, the others are forks of it, one for each choice.
         cached: tokens of the prompt that it held from the start.
         boundaries: lengths at which a fork is still to be kept.
-        branch: the boundary up to which an earlier prompt goes the same way and then another.
+        branches: those of them up to which another prompt goes the same way and then its own.
         most_nbytes: what its store can grow to.
         parent: the longest kept prefix of the prompt.
         state: bytes of the store and of its shared growing pages, when all bytes were last counted.
     """
 
+    ids: np.ndarray
     settings: Settings
     capacity: Capacity
     sessions: list[Session]
     cached: int
     boundaries: list[int]
-    branch: int
+    branches: set[int]
     most_nbytes: int
     parent: Prefix | None
     state: tuple[int, int] = (0, 0)
@@ -97,6 +100,10 @@ class SessionPool:
 
     # -- what a request may take ------------------------------------------------------------------
 
+    def check_draft(self, settings: Settings, draft: Draft) -> None:
+        """Raise SamplingError for a draft option that sessions of such settings cannot follow."""
+        self.model.session(**settings._asdict(), backend=self.backend).drafter.most(draft)
+
     def check(self, settings: Settings, length: int, copies: int = 1) -> Capacity:
         """Bounds for a request; one that would not even fit alone is refused. Thread-safe.
 
@@ -111,11 +118,7 @@ class SessionPool:
         """
         capacity = self._capacities.get(settings)
         if capacity is None:
-            session = self.model.session(
-                settings.policy, recent=settings.recent, sink=settings.sink, prefill=settings.prefill,
-                backend=self.backend, kv_bits=settings.kv_bits, kv_memory=settings.kv_memory,
-                protect_bits=settings.protect_bits,
-            )  # fmt: skip
+            session = self.model.session(**settings._asdict(), backend=self.backend)
             if len(self._capacities) >= MOST_SETTINGS:  # kv_bits can be any number
                 self._capacities.clear()
             capacity = self._capacities[settings] = Capacity(session)
@@ -165,10 +168,26 @@ class SessionPool:
             parent, session = None, self._new_session(settings, capacity)
         cached = len(session.tokens)
         boundaries = [at for at in sorted({branch, last}) if at > cached]
-        lease = Lease(settings, capacity, [session], cached, boundaries, branch, most, parent)
+        lease = Lease(ids, settings, capacity, [session], cached, boundaries, {branch}, most, parent)
         self._leases.append(lease)
         self._count()
         return lease
+
+    def awaits(self, ids: np.ndarray, settings: Settings) -> bool:
+        """Whether a prompt int64 [tokens] begins as one does that is being read just now, further than anything kept.
+
+        Then a fork of that is kept where the two part, and it is soon there: nobody needs to read the same twice.
+        """
+        last = (len(ids) - 1) // self.chunk * self.chunk
+        kept = [len(prefix.tokens) for prefix in self.prefixes.of(settings) if prefix.shared(ids) == len(prefix.tokens)]
+        for lease in self._leases:
+            at = min(shared_length(lease.ids, ids) // self.chunk * self.chunk, last)
+            if lease.settings == settings and at > max([len(lease.session.tokens), *kept]):
+                if at not in lease.boundaries:
+                    lease.boundaries.append(at)
+                lease.branches.add(at)
+                return True
+        return False
 
     def _new_session(self, settings: Settings, capacity: Capacity) -> Session:
         """An empty session. Its budget is the one made once: for some policies that takes a second."""
@@ -221,14 +240,14 @@ class SessionPool:
         for prefix in self.prefixes.of(lease.settings):
             if np.array_equal(prefix.tokens, tokens):
                 self.prefixes.touch(prefix)
-                prefix.branches |= length == lease.branch
+                prefix.branches |= length in lease.branches
                 return
         if not self._make_room(lease.session.store.fork_nbytes):
             return
         session = lease.session.fork()
         session.last_logits = None  # as many bytes as some tokens, and never looked at
         lease.state = (0, 0)  # its growing pages are shared now
-        kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length == lease.branch)
+        kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length in lease.branches)
         parent, lease.parent = lease.parent, kept
         if parent is not None and not parent.branches and parent in self.prefixes:
             self.prefixes.forget(parent)

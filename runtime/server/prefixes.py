@@ -44,9 +44,14 @@ class Prefix:
 
     def shared(self, ids: np.ndarray) -> int:
         """How many of its tokens a prompt int64 [tokens] begins with."""
-        length = min(len(self.tokens), len(ids))
-        different = np.flatnonzero(self.tokens[:length] != ids[:length])
-        return int(different[0]) if len(different) else length
+        return shared_length(self.tokens, ids)
+
+
+def shared_length(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two texts int64 [tokens] begin with alike."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
 
 
 class Prefixes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from kvq.runtime.server.cached import CacheReader
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Generation
 from kvq.runtime.server.scheduler import Job
+from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.generation import GenerationOptions
 from kvq.runtime.text.grammar import Grammar
 from kvq.runtime.text.tools import forced_calls, with_tools
@@ -30,6 +32,7 @@ class Limits:
         prompt_tokens: most tokens of a prompt; None leaves it to the model's context.
         max_tokens: most tokens of a text, and what a chat response has if the request names no number.
         timeout_s: seconds from the request to the end of its response.
+        draft: as in `Session.generate`.
     """
 
     body: int = 4_000_000
@@ -37,6 +40,7 @@ class Limits:
     prompt_tokens: int | None = None
     max_tokens: int = 1024
     timeout_s: float = 600.0
+    draft: Draft = AUTO
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,11 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
         tokens = min(wanted, context - len(array) + 1)
         length = min(len(array) + tokens, context)
         most = most or tokens
+        texts = partial(_options, request, tokens, stop, stop_tokens, grammar, limits.draft)
         jobs.append(
             Job(
                 array, request.settings, pool.check(request.settings, length, request.n), length,
-                [_options(request, tokens, stop, stop_tokens, grammar, number) for number in range(request.n)],
+                [texts(number) for number in range(request.n)],
                 first=len(jobs) * request.n, alternatives=request.top_logprobs or 0,
                 scored=request.echo and request.top_logprobs is not None, silent=not tokens,
                 place=int(not jobs), reader=CacheReader() if request.token_bits else None,
@@ -130,11 +135,17 @@ def _grammar(request: Generation, model: Model) -> Grammar | None:
 
 
 def _options(
-    request: Generation, tokens: int, stop: list[str], stop_tokens: list[int], grammar: Grammar | None, number: int
+    request: Generation,
+    tokens: int,
+    stop: list[str],
+    stop_tokens: list[int],
+    grammar: Grammar | None,
+    draft: Draft,
+    number: int,
 ) -> GenerationOptions:
     """Options of one text. The first has the request's seed, each further one the next."""
     options: GenerationOptions = {**request.sampling, "stop": stop, "stop_tokens": stop_tokens}
-    options["max_tokens"], options["ignore_eos"] = tokens, request.ignore_eos
+    options["max_tokens"], options["ignore_eos"], options["draft"] = tokens, request.ignore_eos, draft
     seed = options.get("seed")
     if seed is not None:
         options["seed"] = (seed + number) % (1 << 64)

@@ -17,23 +17,14 @@ from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.pool import Lease, SessionPool
 from kvq.runtime.server.protocol import Settings
-from kvq.runtime.server.texts import Choice, Passes
+from kvq.runtime.server.texts import Choice, Done, Passes
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import GenerationOptions, Response, events
 from kvq.runtime.session.sampling import Scored, log_probability, most_likely
-from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
     from kvq.runtime.session.session import Session
-
-
-@dataclass(frozen=True)
-class Done:
-    """What ran for a choice. cached: prompt tokens that were not processed again."""
-
-    stats: Stats
-    cached: int
 
 
 @dataclass(frozen=True)
@@ -293,9 +284,15 @@ class Scheduler:
                     self._end(job, RequestError("the request took too long; ask for fewer tokens", 503, "timeout"))
 
     def _admit(self, pool: SessionPool) -> None:
-        """Give waiting jobs a session, first come first served, as far as there is room."""
-        while self._waiting and len(self._active) < self.concurrency:
-            job = self._waiting[0]
+        """Give waiting jobs a session, first come first served, as far as there is room.
+
+        One whose prompt begins as another's that is being read waits until that is past it, and goes on from there.
+        """
+        for job in list(self._waiting):
+            if len(self._active) >= self.concurrency:
+                return
+            if not job.scored and pool.awaits(job.ids, job.settings):
+                continue
             try:
                 job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length, len(job.options), job.scored)
             except Exception as error:
@@ -304,7 +301,8 @@ class Scheduler:
             if job.lease is None:
                 return
             with self._changed:
-                self._active.append(self._waiting.popleft())
+                self._waiting.remove(job)
+                self._active.append(job)
 
     def _guarded(self, job: Job, step: Callable[[Job, Lease, SessionPool], None], pool: SessionPool) -> None:
         """A step of a job; an error ends this job and no other."""
@@ -353,26 +351,35 @@ class Scheduler:
             job.prompted.alternatives.append(most_likely(row, job.alternatives))
 
     def _say(self, choice: Choice, job: Job, lease: Lease, pool: SessionPool) -> None:
-        """The next token of a choice, whose logits are there, and what has to be appended for the one after it."""
+        """The tokens of a choice whose logits are there, drafted ones too, up to what has to be appended next."""
+        choice.appending = None
         response = next(choice.events)
-        if isinstance(response, Appending):
-            raise RuntimeError("a generation asked for an append twice")
+        while not isinstance(response, Appending):
+            following = self._told(choice, response, job, lease)
+            if following is None:
+                return
+            response = following
+        choice.appending = response
+        pool.appended(lease)
+
+    def _told(self, choice: Choice, response: Response, job: Job, lease: Lease) -> Appending | Response | None:
+        """Tell of a token; what comes after it, None for nothing."""
         logits = choice.session.last_logits  # those the token was drawn from
         alternatives = [] if logits is None else most_likely(logits, job.alternatives)
         cache = None if job.reader is None else job.reader(choice.number, choice.session)
-        done = None
+        done = following = None
         if response.finish_reason is None:
             following = next(choice.events)
-            choice.appending = following if isinstance(following, Appending) else None
         elif job.choices is not None:
-            done = Done(choice.session.stats(), lease.cached)
+            done = choice.done(lease.cached)
             job.choices.remove(choice)
             if choice.session is not lease.session:
                 lease.sessions.remove(choice.session)
             if not job.choices:
                 self._end(job, Step(choice.number, response, alternatives, done, cache))
-                return
+                return None
         job.emit(Step(choice.number, response, alternatives, done, cache))
+        return following
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, KvqError):

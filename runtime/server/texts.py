@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import Response
+from kvq.runtime.session.statistics import Stats
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
+
+
+@dataclass(frozen=True)
+class Done:
+    """What ran for a choice.
+
+    cached: prompt tokens that were not processed again; drafted, accepted: its own, as of `Drafter`.
+    """
+
+    stats: Stats
+    cached: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(eq=False)
@@ -28,6 +42,16 @@ class Choice:
     session: Session
     events: Iterator[Appending | Response]
     appending: Appending | None = None
+    _before: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = self.session.drafter.drafted, self.session.drafter.accepted
+
+    def done(self, cached: int) -> Done:
+        """What ran for it; cached: as of `Done`."""
+        drafted, accepted = self._before
+        drafter = self.session.drafter
+        return Done(self.session.stats(), cached, drafter.drafted - drafted, drafter.accepted - accepted)
 
 
 @dataclass

@@ -102,6 +102,9 @@ class Appending:
         self.session.take(seen, self._end)
         self._passed(len(seen.ids), time.perf_counter() - begun, read, sessions)
 
+    def failed(self) -> None:
+        """The pass over `wants` came to an error, and nothing of it is stored."""
+
     def _wants(self) -> tuple[np.ndarray, int, np.ndarray]:
         """The next tokens, how many of them nobody wants the logits of, and where those of the others go."""
         ids, first = self.next, self.total - len(self.logits)
@@ -138,6 +141,7 @@ def run_pass(runner: JointRunner, appendings: Sequence[Appending]) -> list[Excep
     errors: list[Exception | None] = []
     for appending, seen in zip(appendings, runner.run([each.wants() for each in appendings]), strict=True):
         if isinstance(seen, Exception):
+            appending.failed()
             errors.append(seen)
             continue
         try:

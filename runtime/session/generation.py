@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,11 @@ import numpy as np
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
-from kvq.runtime.text.grammar import Constraint, structure_of
+from kvq.runtime.text.grammar import Constraint, Structure, structure_of
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
@@ -51,12 +53,20 @@ StoppingCriterion = Callable[[Sequence[int]], bool]
 
 
 def generate_tokens(
-    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    progress: Progress | None = None,
+    draft: int | None = 0,
+    max_tokens: int | None = None,
 ) -> Iterator[Appending | tuple[int, float]]:
     """Yield (token, log-probability) without end; stops only when the context is full.
 
-    Before a token comes what has to be appended for it: whoever asked has it run until it is finished, and goes on. The
-    last yielded token is in `session.pending`: it is fed when the next one is asked for, or by the next append.
+    draft: tokens to draft at a time, as `Drafter.most` gives it; max_tokens: more will not be asked for.
+
+    Before a token comes what has to be appended for it, unless a pass has computed it along with an earlier one:
+    whoever asked has it run until it is finished, and goes on. The last yielded token is in `session.pending`: it is
+    fed when the next one is asked for, or by the next append.
     """
     if len(ids) or session.pending:
         appending = Appending(session, ids if len(ids) else None, progress=progress)
@@ -66,16 +76,18 @@ def generate_tokens(
         logits = session.last_logits
     else:
         raise PromptError("nothing to continue: the session is empty; give a prompt")
-    while True:
+    for said in itertools.count(1):
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
         yield token, logprob
         if session.room < 0:
             session.pending.clear()
             return
-        appending = Appending(session, None)
-        yield appending
-        logits = appending.result
+        following = session.drafter.next(draft, session.room if max_tokens is None else max_tokens - said)
+        if isinstance(following, Appending):
+            yield following
+            following = following.result
+        logits = following
 
 
 class GenerationOptions(SamplingOptions, total=False):
@@ -90,6 +102,7 @@ class GenerationOptions(SamplingOptions, total=False):
     grammar: str | None
     choice: Sequence[str] | None
     constraint: Constraint | None
+    draft: Draft
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     progress: Progress | None
     top_logprobs: int
@@ -124,6 +137,7 @@ def events(
     grammar: str | None = None,
     choice: Sequence[str] | None = None,
     constraint: Constraint | None = None,
+    draft: Draft = AUTO,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     progress: Progress | None = None,
     top_logprobs: int = 0,
@@ -144,6 +158,7 @@ def events(
         ignore_eos: do not end at the model's end-of-text ids.
         schema, regex, grammar, choice: what a text is that ends by "stop" uncut, see `kvq.runtime.text.grammar`.
         constraint: the same, compiled: for this generation alone.
+        draft: tokens drafted at a time: "auto" for as many as pay, "off", or how many; see `Drafter`.
         logits_processor: returns logits float32 [vocab] changed; called with the ids before and them. Or several.
         progress: as in `Session.append`, while the prompt is read.
         top_logprobs: how many of the most likely tokens to report in the place of each.
@@ -159,18 +174,24 @@ def events(
     _check_counts(session, max_tokens, top_logprobs)
     stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
-    structure = structure_of(schema, regex, grammar, choice)
-    if structure is not None:
-        if constraint is not None:
-            raise GrammarError(f"constraint and {structure.kind} exclude each other; give one of them")
-        constraint = session.model.grammar(structure).begin()
+    constraint = _constraint(session, structure_of(schema, regex, grammar, choice), constraint)
     options: SamplingOptions = {**DEFAULTS, **sampling}
     _check_bias(session, options.get("logit_bias"))
     mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
+    most = session.drafter.most(draft)
     ids = _prompt_ids(session, prompt)
+    tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
-    return _stream(session, ids, sampler, ends, constraint, progress, int(top_logprobs))
+    return _stream(session, tokens, ends, constraint, int(top_logprobs))
+
+
+def _constraint(session: Session, structure: Structure | None, constraint: Constraint | None) -> Constraint | None:
+    if structure is None:
+        return constraint
+    if constraint is not None:
+        raise GrammarError(f"constraint and {structure.kind} exclude each other; give one of them")
+    return session.model.grammar(structure).begin()
 
 
 class Ends(NamedTuple):
@@ -184,18 +205,16 @@ class Ends(NamedTuple):
 
 def _stream(
     session: Session,
-    ids: Sequence[int],
-    sampler: Sampler,
+    tokens: Callable[[], Iterator[Appending | tuple[int, float]]],
     ends: Ends,
     constraint: Constraint | None,
-    progress: Progress | None,
     top_logprobs: int,
 ) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     matcher = StopMatcher(ends.stop)
     index = -1
-    for event in generate_tokens(session, ids, sampler, progress):
+    for event in tokens():
         if isinstance(event, Appending):
             yield event
             continue

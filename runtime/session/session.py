@@ -20,9 +20,10 @@ from kvq.runtime.policy.budget import Budget
 from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import PROTECTED
 from kvq.runtime.session.appending import Appending
+from kvq.runtime.session.drafting import Drafter
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
-from kvq.runtime.session.statistics import Clock, Stats, size
+from kvq.runtime.session.statistics import Clock, Stats, size, stats_of
 
 if TYPE_CHECKING:
     from kvq.runtime.policy.features import Seen
@@ -58,6 +59,7 @@ class Session:
         stepwise: whether tokens appended together are processed so.
         most: tokens that it takes in one pass.
         prefill_clock, decode_clock: what passes over several of its tokens took, and over one.
+        drafter: knows what has to be appended for what is generated, several tokens at a time where it can.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -111,6 +113,7 @@ class Session:
         if self.stepwise:
             self.most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
         self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
+        self.drafter = Drafter(self)
         self._timer: Timer | None = None
         self.prefill_clock, self.decode_clock = Clock(), Clock()
         model.tell(self.note)
@@ -258,6 +261,8 @@ class Session:
             regex, grammar, choice: a regular expression that it matches, a grammar of Lark's form, texts that it is
                 one of. These four need the extra `schema`; a text that max_tokens has cut is cut.
             constraint: one of these, compiled, for this call alone.
+            draft: tokens drafted from the text itself and computed in one pass: "auto" for as many as pay, "off", or
+                how many; the text is the same.
             logits_processor: a function of (ids before the token, logits float32 [vocab]) that gives logits; or
                 several.
             progress: as in `append`, while the prompt is read.
@@ -297,6 +302,7 @@ class Session:
         self.store.trim(keep)
         self.tokens = self.tokens[:keep]
         self.chooser.restart(self.tokens)
+        self.drafter.forget()
         self.last_logits = None
         if again:
             self.append(again)
@@ -332,6 +338,7 @@ class Session:
         self.tokens, self.pending = tokens, pending
         self.last_logits = None if last_logits is None else last_logits.copy()
         self.chooser.restart(tokens)
+        self.drafter.forget()
 
     def _check_whole(self) -> None:
         """Raise SessionError where an interrupted step has left text and store apart."""
@@ -354,33 +361,7 @@ class Session:
 
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
-        store = self.store
-        values = store.values
-        prefill, decode = self.prefill_clock, self.decode_clock
-        return Stats(
-            backend=self.backend.name,
-            backend_detail=self.backend.detail,
-            policy=self.policy.name,
-            policy_reason=self.policy.reason,
-            threads=self.model.engine.threads,
-            recent=store.window.capacity,
-            sink=store.sink,
-            protect_bits=store.protect_bits,
-            prefill="stepwise" if self.stepwise else "chunked",
-            tokens=store.length,
-            precisions=store.account(),
-            kv_nbytes=store.nbytes,
-            kv_peak_nbytes=store.peak_nbytes,
-            kv_bits=8 * store.nbytes / values if values else None,
-            kv_used_bits=8 * store.used_nbytes / values if values else None,
-            prefill_tokens=prefill.tokens,
-            prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
-            decode_tokens=decode.tokens,
-            decode_sessions=decode.sessions / decode.tokens if decode.tokens else None,
-            ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
-            gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
-            huge_weight_nbytes=self.model.engine.huge_nbytes,
-        )
+        return stats_of(self)
 
 
 def _is_integer(value: object) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvq.runtime.session.session import Session
 
 
 @dataclass
@@ -41,8 +44,10 @@ class Stats:
         kv_bits: total bits per stored value (codes, scales, tags and slack), None while empty.
         kv_used_bits: the same of the stored tokens alone, without slack: what a budget of bits limits.
         prefill_tokens, prefill_tokens_per_s: tokens appended several at a time.
-        decode_tokens, ms_per_token: tokens appended one at a time.
+        decode_tokens, ms_per_token: tokens appended one at a time, and those that a generation has said.
         decode_sessions: sessions that shared a pass of these, itself included, on average; see `Model.step`.
+        drafted_tokens, accepted_tokens: tokens that passes have computed as drafts, and those of them that were said.
+        draft_reason: why there are no drafts; empty where there can be.
         gb_per_s: weights and caches read by decode steps over their time, 1e9 bytes a second.
         huge_weight_nbytes: bytes of the loaded graphs that stand on huge pages, see `kvq.runtime.machine.hugepages`.
     """
@@ -68,6 +73,9 @@ class Stats:
     decode_sessions: float | None
     ms_per_token: float | None
     gb_per_s: float | None
+    drafted_tokens: int
+    accepted_tokens: int
+    draft_reason: str
     huge_weight_nbytes: int
 
     @property
@@ -94,9 +102,44 @@ class Stats:
         if self.ms_per_token is not None:
             shared = f", {self.decode_sessions:.1f} sessions a pass" if (self.decode_sessions or 1) > 1 else ""
             parts.append(f"decode {self.ms_per_token:.1f} ms/token{shared}, {self.gb_per_s:.1f} GB/s")
+        if self.drafted_tokens:
+            parts.append(f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted")
         detail = f" ({self.backend_detail})" if self.backend_detail else ""
         parts.append(f"{self.backend} attention{detail}, {self.threads} threads")
         return " | ".join(parts)
+
+
+def stats_of(session: Session) -> Stats:
+    """What has run in a session, and what its clocks say that it took."""
+    store, drafter = session.store, session.drafter
+    values, prefill, decode = store.values, session.prefill_clock, session.decode_clock
+    return Stats(
+        backend=session.backend.name,
+        backend_detail=session.backend.detail,
+        policy=session.policy.name,
+        policy_reason=session.policy.reason,
+        threads=session.model.engine.threads,
+        recent=store.window.capacity,
+        sink=store.sink,
+        protect_bits=store.protect_bits,
+        prefill="stepwise" if session.stepwise else "chunked",
+        tokens=store.length,
+        precisions=store.account(),
+        kv_nbytes=store.nbytes,
+        kv_peak_nbytes=store.peak_nbytes,
+        kv_bits=8 * store.nbytes / values if values else None,
+        kv_used_bits=8 * store.used_nbytes / values if values else None,
+        prefill_tokens=prefill.tokens,
+        prefill_tokens_per_s=prefill.tokens / prefill.seconds if prefill.tokens else None,
+        decode_tokens=decode.tokens,
+        decode_sessions=decode.sessions / decode.tokens if decode.tokens else None,
+        ms_per_token=1e3 * decode.seconds / decode.tokens if decode.tokens else None,
+        gb_per_s=decode.bytes_read / decode.seconds / 1e9 if decode.tokens else None,
+        drafted_tokens=drafter.drafted,
+        accepted_tokens=drafter.accepted,
+        draft_reason=drafter.reason,
+        huge_weight_nbytes=session.model.engine.huge_nbytes,
+    )
 
 
 def size(nbytes: int) -> str:

@@ -76,6 +76,18 @@ def test_metrics_count_what_happens(server, client, model):
     assert more('kvq_requests_total{path="/v1/completions",status="200"}') == 1
     assert more('kvq_requests_total{path="other",status="404"}') == 1
     assert "made" not in answer.text
+
+
+def test_metrics_count_drafts(server, client):
+    before = samples(server.get("/metrics").text)
+    for _ in range(2):  # the second goes on in a session that has drafted before
+        client.completions.create(model="kvq-books", prompt="It was so. " * 30, max_tokens=40, temperature=0)
+    after = samples(server.get("/metrics").text)
+    drafted, accepted = (
+        after[name] - before[name] for name in ("kvq_drafted_tokens_total", "kvq_accepted_tokens_total")
+    )
+    assert 0 < accepted <= drafted
+    assert accepted < 2 * 40
     assert after["kvq_kv_nbytes"] > 0
     assert after['kvq_bits_bucket{le="+Inf"}'] == after["kvq_bits_count"]
 

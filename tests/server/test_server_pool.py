@@ -271,6 +271,30 @@ def test_a_short_request_overtakes_a_long_prompt(tiny_model):
     runner.close()
 
 
+def test_what_prompts_at_once_begin_with_is_read_once(tiny_model):
+    """Whoever comes while another reads the same waits until that is past it; one of other settings does not."""
+    runner, begun = Runner(tiny_model, concurrency=8), text(0, 5 * CHUNK)
+    prompts = [begun + text(1, 40), begun + text(2, 3), begun[: 2 * CHUNK] + text(3, 30), begun + text(4, 70)]
+    with runner.held():
+        jobs = [runner.start(ids, tokens=4) for ids in prompts]
+        other = runner.start(prompts[0], KINDS[1], tokens=4)
+    found = [runner.finish(job) for job in jobs]
+    assert [cached for _, cached in found] == [0, 5 * CHUNK, 2 * CHUNK, 5 * CHUNK]
+    assert [tokens for tokens, _ in found] == [alone(tiny_model, ids, tokens=4) for ids in prompts]
+    assert runner.finish(other) == (alone(tiny_model, prompts[0], KINDS[1], tokens=4), 0)
+    assert runner.order.index(jobs[2]) < runner.order.index(jobs[0])  # it did not wait for all of the other prompt
+    runner.close()
+
+
+def test_who_waited_for_another_prompt_reads_its_own_where_that_is_given_up(tiny_model):
+    runner, begun = Runner(tiny_model, concurrency=4), text(0, 12 * CHUNK)
+    with runner.held():
+        first, second = runner.start([*begun, 1], tokens=4), runner.start([*begun, 2], tokens=4)
+        first.cancelled.set()
+    assert runner.finish(second) == (alone(tiny_model, [*begun, 2], tokens=4), 0)
+    runner.close()
+
+
 def test_jobs_take_turns_token_by_token(tiny_model):
     runner = Runner(tiny_model, concurrency=4)
     with runner.held():

@@ -32,7 +32,6 @@ class NativeAttention(AttentionBackend):
     """
 
     name = "native"
-    rows_alike = True
     priority = 10
 
     @classmethod
@@ -45,6 +44,7 @@ class NativeAttention(AttentionBackend):
         return ""
 
     def __init__(self) -> None:
+        self.rows_alike = True
         self._library = load()
         self.detail, self._kernel = choose_kernel()
         self._table = PageTable()
@@ -57,6 +57,7 @@ class NativeAttention(AttentionBackend):
 
     def stand_in(self, foreign: list[Pair]) -> NumpyAttention:
         """The numpy backend, for a store with these pairs that the library has no kernels for."""
+        self.rows_alike = False
         if self._numpy is None:
             self._numpy = NumpyAttention()
         if not self._foreign.keys() >= set(foreign):
