@@ -13,6 +13,7 @@ from kvq.runtime.errors import GrammarError, PromptError, SamplingError
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
+from kvq.runtime.session.shifting import ContextShift, Shift, begin_anew, shift_of
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
 from kvq.runtime.text.grammar import Constraint, structure_of
@@ -51,13 +52,26 @@ StoppingCriterion = Callable[[Sequence[int]], bool]
 
 
 def generate_tokens(
-    session: Session, ids: Sequence[int], sampler: Sampler, progress: Progress | None = None
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    progress: Progress | None = None,
+    shift: Shift | None = None,
 ) -> Iterator[Appending | tuple[int, float]]:
-    """Yield (token, log-probability) without end; stops only when the context is full.
+    """Yield (token, log-probability) without end; stops only when the context is full and nothing may go.
 
     Before a token comes what has to be appended for it: whoever asked has it run until it is finished, and goes on. The
     last yielded token is in `session.pending`: it is fed when the next one is asked for, or by the next append.
+
+    With a `shift` the last place of the context stays free, so that a text that ends there can be gone on with.
     """
+    begun = len(session.tokens) + len(session.pending) + len(ids)
+    if shift is not None and len(ids) > session.room:
+        kept = shift([*session.tokens, *session.pending, *session.checked(ids, begun).tolist()], begun, len(ids))
+        if len(kept.ids) <= session.model.architecture.context:  # else it is refused as without
+            begun, ids = begin_anew(session, kept, len(ids)), ()
+    elif shift is not None and session.pending and not len(ids) and session.room < 1:  # as where it was drawn
+        begun = begin_anew(session, shift(session.tokens + session.pending, begun, 1))
     if len(ids) or session.pending:
         appending = Appending(session, ids if len(ids) else None, progress=progress)
         yield appending
@@ -70,6 +84,8 @@ def generate_tokens(
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
         yield token, logprob
+        if shift is not None and session.room < 1:
+            begun = begin_anew(session, shift(session.tokens + session.pending, begun, 1))
         if session.room < 0:
             session.pending.clear()
             return
@@ -94,6 +110,7 @@ class GenerationOptions(SamplingOptions, total=False):
     progress: Progress | None
     top_logprobs: int
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion]
+    context_shift: ContextShift
 
 
 def stream(
@@ -128,6 +145,7 @@ def events(
     progress: Progress | None = None,
     top_logprobs: int = 0,
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = (),
+    context_shift: ContextShift = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[Appending | Response]:
     """Generate text after a prompt: a `Response` per token, and before it what has to be appended for it.
@@ -148,6 +166,7 @@ def events(
         progress: as in `Session.append`, while the prompt is read.
         top_logprobs: how many of the most likely tokens to report in the place of each.
         stopping_criteria: called with the ids up to a token, that one included; true ends the text. Or several.
+        context_shift: what becomes of a full context, see `kvq.runtime.session.shifting`; false: it ends the text.
         **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
 
     Raises:
@@ -170,7 +189,8 @@ def events(
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
     ids = _prompt_ids(session, prompt)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
-    return _stream(session, ids, sampler, ends, constraint, progress, int(top_logprobs))
+    shift = shift_of(session, context_shift)
+    return _stream(session, ids, sampler, ends, constraint, progress, int(top_logprobs), shift)
 
 
 class Ends(NamedTuple):
@@ -190,12 +210,13 @@ def _stream(
     constraint: Constraint | None,
     progress: Progress | None,
     top_logprobs: int,
+    shift: Shift | None,
 ) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
     matcher = StopMatcher(ends.stop)
     index = -1
-    for event in generate_tokens(session, ids, sampler, progress):
+    for event in generate_tokens(session, ids, sampler, progress, shift):
         if isinstance(event, Appending):
             yield event
             continue
@@ -216,7 +237,7 @@ def _stream(
             reason = "stop"
         if reason is None and index + 1 == ends.max_tokens:
             reason = "length"
-        if reason is None and session.room < 0:
+        if reason is None and session.room < 0 and shift is None:
             reason = "context"
         if reason and decoder and not matcher.stopped:
             if reason != "length":  # a character that "length" cuts is shown whole by the continuation

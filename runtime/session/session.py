@@ -22,6 +22,7 @@ from kvq.runtime.precision.table import PROTECTED
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
+from kvq.runtime.session.shifting import Shifts
 from kvq.runtime.session.statistics import Clock, Stats, size
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Session:
         stepwise: whether tokens appended together are processed so.
         most: tokens that it takes in one pass.
         prefill_clock, decode_clock: what passes over several of its tokens took, and over one.
+        shifts: what had to make room.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -112,7 +114,7 @@ class Session:
             self.most = min(prefill_chunk, max(1, window)) if self.backend.rows_alike else 1
         self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
         self._timer: Timer | None = None
-        self.prefill_clock, self.decode_clock = Clock(), Clock()
+        self.prefill_clock, self.decode_clock, self.shifts = Clock(), Clock(), Shifts()
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
             if value > shape.context:
@@ -193,8 +195,8 @@ class Session:
         """
         return Appending(self, ids, all_logits, progress).run()
 
-    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """ids as int64 [tokens], or a named error."""
+    def checked(self, ids: Sequence[int] | np.ndarray, room: int | None = None) -> np.ndarray:
+        """ids as int64 [tokens], or a named error; room: for so many, that of the context if not given."""
         shape = self.model.architecture
         try:
             new = np.asarray(ids)
@@ -206,7 +208,7 @@ class Session:
             raise PromptError("the prompt is empty: give at least one token")
         if new.dtype.kind not in "iu" or not 0 <= min(values := new.tolist()) <= max(values) < shape.vocab:
             raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
-        if len(new) > self.room:
+        if len(new) > (self.room if room is None else room):
             raise ContextError(
                 f"{len(new)} tokens do not fit into the context of {shape.context}, {shape.context - self.room} used;"
                 " shorten the prompt or use a model with a longer context"
@@ -263,6 +265,8 @@ class Session:
             progress: as in `append`, while the prompt is read.
             top_logprobs: how many of the most likely tokens `Response.top_logprobs` reports in the place of each.
             stopping_criteria: a function of the ids up to a token, that one included; true ends the text. Or several.
+            context_shift: true goes on where the context is full: the sinks, or so many first tokens, and the newest
+                half of the rest are read anew, see docs/sessions.md.
 
         Raises:
             PromptError, ContextError: the prompt is empty, not of this model's ids, or does not fit.
@@ -368,6 +372,8 @@ class Session:
             protect_bits=store.protect_bits,
             prefill="stepwise" if self.stepwise else "chunked",
             tokens=store.length,
+            context_shifts=self.shifts.times,
+            shifted_tokens=self.shifts.tokens,
             precisions=store.account(),
             kv_nbytes=store.nbytes,
             kv_peak_nbytes=store.peak_nbytes,
