@@ -40,7 +40,7 @@ class Room:
 
         def encode(messages: Sequence[Mapping[str, Any]]) -> list[int]:
             begun = request.begun and messages[-1]["role"] == "assistant"
-            return chat_ids(replace(request, messages=[*messages], begun=begun), model)
+            return chat_ids(replace(request, messages=[dict(each) for each in messages], begun=begun), model)
 
         return Room(
             made, partial(of_messages, request.messages, encode, context, sink) if request.chat else None, context
