@@ -6,6 +6,7 @@ runs on numpy; KVQ_REQUIRE_NATIVE=1 makes a failed build an error instead.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,10 +68,23 @@ def kernels(compiler):
     return X86 if "__x86_64__" in macros else ARM if "__aarch64__" in macros else {}
 
 
+def manylinux(library: bytes) -> str | None:
+    """The platform tag of PEP 600 for an ELF library that links glibc alone; None for any other.
+
+    It says which glibc has all symbols that the library names, and which machine it is for: not the one that builds.
+    """
+    machine = {62: "x86_64", 183: "aarch64"}.get(int.from_bytes(library[18:20], "little"))
+    versions = [int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", library)]
+    if library[:4] != b"\x7fELF" or machine is None or not versions:
+        return None
+    return f"manylinux_2_{max(17, *versions)}_{machine}"
+
+
 class BuildWithNative(build_py):
     """Packages, and the library beside the Python files that load it."""
 
     built = False
+    platform: str | None = None
 
     def run(self):
         super().run()
@@ -82,6 +96,7 @@ class BuildWithNative(build_py):
         try:
             build_native(libraries)
             BuildWithNative.built = True
+            BuildWithNative.platform = manylinux(libraries[-1].read_bytes())
         except Exception as error:  # no compiler, or one that fails: its errors share no base class
             if os.environ.get("KVQ_REQUIRE_NATIVE") == "1":
                 raise
@@ -99,7 +114,8 @@ class AnyPythonWheel(bdist_wheel):
     """...but to no Python version; without the library it runs anywhere."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2] if BuildWithNative.built else "any"
+        platform = BuildWithNative.platform or super().get_tag()[2]
+        return "py3", "none", platform if BuildWithNative.built else "any"
 
 
 setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel}, distclass=PlatformDistribution)

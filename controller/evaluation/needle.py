@@ -17,7 +17,8 @@ from kvq.controller.evaluation.filler import Filler
 from kvq.controller.evaluation.haystack import KINDS, Haystack, haystack
 from kvq.controller.evaluation.paired import interval
 from kvq.controller.evaluation.scoring import score_answer
-from kvq.runtime.chat.conversation import BREAK, has_template
+from kvq.runtime.chat.conversation import has_template
+from kvq.runtime.chat.documents import BREAK
 from kvq.runtime.chat.feeds import shared
 from kvq.runtime.errors import ContextError
 from kvq.runtime.session.model import Model

@@ -7,7 +7,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
+from kvq.runtime.chat.documents import BEGINNINGS, BREAK, joined
 from kvq.runtime.chat.feeds import Feed, feed_of, said, shared
+from kvq.runtime.chat.making_room import ReplyShift, made_room
 from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_metadata, identity_of, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.keywords import named_keywords
@@ -18,11 +20,6 @@ if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
 
 MAX_TOKENS = 512  # of a reply, if not given
-# Between a document and what is asked about it: a paragraph of its own.
-BREAK = "\n\n"
-# What a question may begin with. The tokens of a document that all of them leave as they are can be cached before
-# the question is known; "" closes the turn at once.
-BEGINNINGS = ("", "What", "what", " what", "1", ".", '"', "\n", "\n\n\nWhat", "\t", "é", "日", "😀")
 
 
 class ReplyOptions(GenerationOptions, total=False):
@@ -45,6 +42,7 @@ class Conversation:
         messages: {"role", "content"} each, questions and replies in turn.
         turns: where in the session they stand.
         document: what has been read ahead of the next question; None for nothing.
+        lost: characters of the last reply that had to make room.
 
     Raises:
         PromptError: the session holds tokens but no conversation, one that was written with another chat template, or
@@ -63,6 +61,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
         self.document: Document | None = None
+        self.lost = 0
         if KEY in session.metadata:
             check_identity(session.metadata[KEY], self._identity)
             self.messages, self.turns, self.document = from_metadata(
@@ -108,14 +107,14 @@ class Conversation:
         messages = self.messages
         if role == "user":
             document = self._opened(text)
-            questions = [_joined(document.text, beginning) for beginning in BEGINNINGS]
+            questions = [joined(document.text, beginning) for beginning in BEGINNINGS]
         elif role != "system":
             raise PromptError(f"a document is in the turn of the user or the system, not of {role!r:.40}")
         elif self.turns or self.document:
             raise PromptError("the system prompt comes first: read it before the first question, or as the user's")
         else:
             before = self.messages[0]["content"] if self.messages else ""
-            messages, document = [{"role": "system", "content": _joined(before, text)}], Document("")
+            messages, document = [{"role": "system", "content": joined(before, text)}], Document("")
             questions = list(BEGINNINGS)
         feeds = [feed_of(self.session, messages, self.turns, document, question) for question in questions]
         held = self.session.tokens
@@ -136,7 +135,7 @@ class Conversation:
         """The open turn with a document at its end."""
         if self.document is None:
             return Document(text, len(self.session.tokens), list(self.session.pending))
-        return Document(_joined(self.document.text, text), self.document.start, self.document.pending)
+        return Document(joined(self.document.text, text), self.document.start, self.document.pending)
 
     @named_keywords(ReplyOptions)
     def reply(self, text: str, **options: Unpack[ReplyOptions]) -> Iterator[Response]:
@@ -147,6 +146,8 @@ class Conversation:
             cancelled: asked while a long question is processed; once it says so the question is taken back.
             progress: as in `Session.append`, while the question is processed.
             max_tokens: most tokens of the reply, 512 if not given.
+            context_shift: true makes room in a full context: the oldest turns go, of a reply that alone takes too much
+                its older half; the system prompt stays.
             stop, stop_tokens, ignore_eos and all others: as `Session.generate`; what ends a reply in the chat template
                 is added. With `ignore_eos` its ids end no reply either.
 
@@ -158,7 +159,9 @@ class Conversation:
         """
         cancelled, progress = options.pop("cancelled", None), options.pop("progress", None)
         document = self.document
-        question = text if document is None else _joined(document.text, text)
+        question = text if document is None else joined(document.text, text)
+        if options.get("context_shift"):
+            options["context_shift"] = made_room(self, question, options["context_shift"])
         feed = feed_of(self.session, self.messages, self.turns, document, question)
         if document is None:
             turn = Turn(None if feed.rewritten else feed.length, feed.pending, 0)
@@ -188,6 +191,8 @@ class Conversation:
         session, reply = self.session, self.messages[-1]["content"]
         if said(session, self.turns[-1], reply, len(session.tokens), session.pending).beyond.strip("\ufffd"):
             raise PromptError("the last reply has come to its end: ask the next question")
+        if options.get("context_shift"):
+            options["context_shift"] = ReplyShift(self, options["context_shift"])
         return self._told(self._responses(None, options.pop("progress", None), options))
 
     def _responses(
@@ -238,13 +243,13 @@ class Conversation:
 
     def _told(self, responses: Iterator[Response]) -> Generator[Response, None, None]:
         """Pass responses on, and keep what they say in the last message, however they end."""
-        pieces = [self.messages[-1]["content"]]
+        pieces, self.lost = [self.messages[-1]["content"]], 0
         try:
             for response in responses:
                 pieces.append(response.text)
                 yield response
         finally:
-            self.messages[-1]["content"] = "".join(pieces)
+            self.messages[-1]["content"] = "".join(pieces)[self.lost :]
             self._remember()
 
     def undo(self) -> None:
@@ -320,8 +325,9 @@ class Conversation:
 
         if not turns:
             return 0
-        dropped = 1 + bisect.bisect_left(range(1, turns), True, key=fits)
+        dropped, held = 1 + bisect.bisect_left(range(1, turns), True, key=fits), context - self.session.room
         self._process_again(kept(dropped), self.turns[dropped:])
+        self.session.shifts.add(held - len(self.session.tokens))
         return dropped
 
     def _fed(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -385,11 +391,6 @@ class Conversation:
 def has_template(model: Model) -> bool:
     """Whether the model's bundle has a chat template of its own: it was trained on conversations."""
     return CHAT_TEMPLATE in model.bundle.manifest.files
-
-
-def _joined(document: str, text: str) -> str:
-    """A document and what follows it in the same turn."""
-    return BREAK.join(part for part in (document, text) if part)
 
 
 def _behind(progress: Progress | None, before: int, total: int) -> Progress | None:

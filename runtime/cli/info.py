@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvq.runtime.cli.options import SETTINGS, Command, option
+from kvq.runtime.session.statistics import size
 
 if TYPE_CHECKING:
     from kvq.runtime.bundle.manifest import Architecture
@@ -55,7 +56,7 @@ def _session(path: Path) -> tuple[dict[str, Any], list[str]]:
         policy += f" {json.dumps(header.policy_options)}"
     budget = [f"{name} {value:g}" for name, value in asdict(header).items() if name[:3] == "kv_" and value]
     lines = [
-        f"session of {header.tokens} tokens, {nbytes / 1e3:.1f} kB, format version {FORMAT_VERSION}, kvq {header.kvq}",
+        f"session of {header.tokens} tokens, {size(nbytes)}, format version {FORMAT_VERSION}, kvq {header.kvq}",
         f"  model {header.model}, digest {header.model_digest[:16]}; {_shape(header.architecture)}",
         f"  policy {', '.join([policy, *budget])}; recent {header.recent}, sink {header.sink}, at"
         f" {header.protect_bits} bits",
@@ -78,9 +79,9 @@ def _bundle(path: Path) -> tuple[dict[str, Any], list[str]]:
     found |= {"model_digest": manifest.model_digest, **asdict(manifest)}
     weights = manifest.weights
     lines = [
-        f"bundle of {manifest.name}, {nbytes / 1e6:.1f} MB, format version {FORMAT_VERSION}",
+        f"bundle of {manifest.name}, {size(nbytes)}, format version {FORMAT_VERSION}",
         f"  digest {manifest.model_digest[:16]}; {_shape(manifest.architecture)}",
-        f"  weights {manifest.files[WEIGHTS]['nbytes'] / 1e6:.1f} MB: layers {weights.get('layers')}, embedding and"
+        f"  weights {size(manifest.files[WEIGHTS]['nbytes'])}: layers {weights.get('layers')}, embedding and"
         f" head {weights.get('head')}, activations {weights.get('activations')}",
         f"  controllers: {', '.join(manifest.controllers) or 'none'};"
         f" {'with' if TOKENIZER in manifest.files else 'without'} a tokenizer",

@@ -53,6 +53,16 @@ NO_ARGUMENTS: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "No
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is used."""
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:  # click's own looks at commands that are imported
+            import difflib
+
+            if near := difflib.get_close_matches(args[0], COMMANDS, 1):
+                ctx.fail(f"No such command {args[0]!r:.60}; did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -193,6 +193,10 @@ SAMPLING = [
     option("--ignore-eos", is_flag=True, section="Sampling", help="Go on past tokens that end a text or an answer."),
     DRAFT,
 ]  # fmt: skip
+CONTEXT_SHIFT = option(
+    "--context-shift", is_flag=True, section="Sampling",
+    help="Go on where the context is full: the oldest part goes, sinks and system prompt stay.",
+)  # fmt: skip
 STRUCTURE = [
     option("--schema", metavar="FILE|JSON", section="Structure", callback=_schema,
            help="Keep the answer to a JSON schema; true is any JSON."),

@@ -16,6 +16,7 @@ from kvq.runtime.cli.interrupt import Interrupt
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import (
     CACHE,
+    CONTEXT_SHIFT,
     MODEL,
     RAW,
     SAMPLING,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 @options(MODEL)
 @options(CACHE)
 @options(STRUCTURE)
-@options(SAMPLING)
+@options([*SAMPLING, CONTEXT_SHIFT])
 @click.pass_context
 def run(
     ctx, prompt, prompt_file, system, raw, model, session_file, session_readonly, threads, as_json, quiet, **parameters

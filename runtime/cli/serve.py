@@ -44,6 +44,8 @@ SESSIONS = [
            section="Sessions", help="Where idle ones are saved until the end."),
     option("--session-disk", type=SIZE, default="1GB", metavar="SIZE", show_default=True, section="Sessions",
            help="Most bytes saved there."),
+    option("--session-shared", is_flag=True, section="Sessions",
+           help="Keep sessions in DIR for other servers with the same one, after the end too."),
     option("--chunk", type=AT_LEAST_ONE, default=128, metavar="N", show_default=True, section="Sessions",
            help="Tokens per prefill step; reuse begins at multiples."),
 ]  # fmt: skip
@@ -54,6 +56,8 @@ LIMITS = [
            help="Requests that wait; more get 429."),
     option("--max-tokens", type=AT_LEAST_ONE, default=1024, metavar="N", show_default=True, section="Limits",
            help="Of a response."),
+    option("--context-shift", is_flag=True, section="Limits",
+           help="Go on where the context is full: the oldest part goes. Else a request's own context_shift says so."),
     option("--max-prompt-tokens", type=AT_LEAST_ONE, metavar="N", section="Limits",
            help="The model's context if not given."),
     option("--max-body", type=SIZE, default="4MB", metavar="SIZE", show_default=True, section="Limits",
@@ -72,8 +76,8 @@ LIMITS = [
 @options(LIMITS)
 def serve(
     models, models_memory, name, host, port, api_key, cors_origins, policy, kv_bits, kv_memory, recent, sink,
-    protect_bits, prefill, backend, draft, chunk, kv_memory_total, session_dir, session_disk, concurrency, queue,
-    max_tokens, max_prompt_tokens, max_body, timeout, threads, quiet,
+    protect_bits, prefill, backend, draft, chunk, kv_memory_total, session_dir, session_disk, session_shared,
+    concurrency, queue, max_tokens, context_shift, max_prompt_tokens, max_body, timeout, threads, quiet,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API.
 
@@ -86,6 +90,8 @@ def serve(
     """
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
         raise click.UsageError("the API key must be printable ASCII and not empty; unset KVQ_API_KEY to go without")
+    if session_shared and session_dir is None:
+        raise click.UsageError("--session-shared needs the folder that the servers share: give --session-dir DIR")
     from kvq.runtime.server.models import Options
     from kvq.runtime.server.preparing import Limits
     from kvq.runtime.server.protocol import Settings
@@ -99,11 +105,11 @@ def serve(
             settings=Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits),
             backend=backend, chunk=chunk,
             kv_memory_total=None if kv_memory_total is None else int(kv_memory_total),
-            session_dir=session_dir, session_disk=int(session_disk),
+            session_dir=session_dir, session_disk=int(session_disk), session_shared=session_shared,
             concurrency=concurrency, queue=queue,
             limits=Limits(
                 body=int(max_body), prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, timeout_s=timeout,
-                draft=draft,
+                draft=draft, context_shift=context_shift,
             ),
             api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
         )

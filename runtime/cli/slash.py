@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvq.runtime.chat.conversation import BREAK
+from kvq.runtime.chat.documents import BREAK
 from kvq.runtime.errors import BudgetError, PromptError, SamplingError
 from kvq.runtime.session.sampling import DEFAULTS
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Told:
-    """Of a choice: length of its prompt; where each cell told begins; tokens told that had left the window."""
+    """Of a choice: length of its prompt; where each cell told begins; tokens told that had left the window; how often
+    the context had made room.
+    """
 
     prompt: int
     starts: list[int] = field(default_factory=list)
     settled: int = 0
+    shifts: int = 0
 
 
 class CacheReader:
@@ -37,7 +40,10 @@ class CacheReader:
             number: of the choice.
             session: its session, after a token was drawn: that one is not cached yet.
         """
-        told = self._told.setdefault(number, _Told(len(session.tokens)))
+        shifts = session.shifts
+        told = self._told.setdefault(number, _Told(len(session.tokens), shifts=shifts.times))
+        if told.shifts != shifts.times:  # all others in other places
+            told = self._told[number] = _Told(shifts.begun, shifts=shifts.times)
         store, stored = session.store, stored_tokens(session.store)
         # What was in the window may have left it, or be due for other bits; the last cell may have become longer.
         starts = told.starts

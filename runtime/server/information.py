@@ -186,6 +186,8 @@ class Information:
             "reused": pool.hits,
             "evictions": pool.prefixes.evictions,
             "restores": pool.prefixes.restores,
+            "shared_reads": pool.shared.reads if pool.shared else 0,
+            "shared_writes": pool.shared.writes if pool.shared else 0,
             "dropped_files": pool.prefixes.dropped_files,
             "passes": passes.passes,
             "pass_sessions": passes.sessions,

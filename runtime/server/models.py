@@ -20,6 +20,7 @@ from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.scheduler import Scheduler
+from kvq.runtime.server.shared import SharedSessions
 from kvq.runtime.session.model import Model
 
 Ready = Callable[[BaseException | None], None]
@@ -38,6 +39,7 @@ class Options:
         settings, backend, chunk: of sessions.
         kv_memory_total: most bytes of all KV stores; None is a quarter of the machine's memory.
         session_dir, session_disk: where idle sessions are saved (None: the system's temporary folder), most bytes.
+        session_shared: let other servers with the same folder go on from what is kept of prompts.
         concurrency, queue: most requests at work, and waiting.
         limits: of single requests.
         api_key: None lets everybody in.
@@ -58,6 +60,7 @@ class Options:
     kv_memory_total: int | None = None
     session_dir: Path | None = None
     session_disk: int = 1_000_000_000
+    session_shared: bool = False
     concurrency: int = 8
     queue: int = 32
     limits: Limits = field(default_factory=Limits)
@@ -84,10 +87,10 @@ def one_model(
         return kvq.load(reference, threads=options.threads, notice=log)
 
     def make_pool(model: Model) -> SessionPool:
-        pool = SessionPool(
-            model, total // share, options.session_dir, options.session_disk // share, options.chunk, options.backend,
-            log,
-        )  # fmt: skip
+        folder, disk, shared = options.session_dir, options.session_disk // share, None
+        if options.session_shared and folder is not None:
+            shared = SharedSessions(folder, model, options.backend, options.chunk, options.session_disk, log)
+        pool = SessionPool(model, total // share, folder, disk, options.chunk, options.backend, log, shared)
         pool.check(options.settings, 1)
         pool.check_draft(options.settings, options.limits.draft)
         return pool

@@ -22,7 +22,7 @@ from kvq.runtime.session.sampling import SamplingOptions, make_sampler
 from kvq.runtime.text.grammar import Structure, structure_of
 
 # Fields and options that cannot change what an answer says: of loading, of memory, of how work is done.
-HINTS = ("keep_alive", "think", "truncate", "shift", "context")
+HINTS = ("keep_alive", "think", "truncate", "context")
 OPTION_HINTS = (
     "num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_gqa", "numa", "low_vram", "f16_kv",
     "use_mmap", "use_mlock", "vocab_only", "logits_all", "embedding_only", "draft_num_predict",
@@ -81,6 +81,7 @@ def _generation(fields: Fields, defaults: Settings, **given: Any) -> Generation:
         sampling=sampling,
         structure=structure,
         settings=parse_settings(fields, defaults),
+        context_shift=fields.boolean("shift"),
         **given,
     )
     fields.done()

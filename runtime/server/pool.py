@@ -20,6 +20,7 @@ from kvq.runtime.errors import RequestError
 from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.prefixes import Prefix, Prefixes, shared_length
 from kvq.runtime.server.protocol import Settings
+from kvq.runtime.server.shared import SharedSessions
 from kvq.runtime.session.drafting import Draft
 from kvq.runtime.session.session import kv_nbytes
 from kvq.runtime.session.statistics import size
@@ -74,6 +75,7 @@ class SessionPool:
         chunk: tokens of a prefill chunk.
         backend: as in `Model.session`.
         log: told in one line when a file cannot be written or read.
+        shared: sessions of other servers' too; None for none.
 
     Attributes:
         prefixes: the kept sessions.
@@ -91,7 +93,9 @@ class SessionPool:
         chunk: int,
         backend: str | None,
         log: Callable[[str], None],
+        shared: SharedSessions | None = None,
     ) -> None:
+        self.shared = shared
         self.model, self.limit, self.chunk, self.backend = model, limit, chunk, backend
         self.prefixes = Prefixes(model, backend, folder, disk_limit, log)
         self._leases: list[Lease] = []
@@ -151,6 +155,8 @@ class SessionPool:
         if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
             return None
         last = (len(ids) - 1) // self.chunk * self.chunk  # at least one token is left to give logits
+        if self.shared is not None and not whole:
+            self._fetch(self.shared, ids, settings, last)
         common = [(prefix, prefix.shared(ids)) for prefix in self.prefixes.of(settings)]
         # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
         parted = (shared for prefix, shared in common if shared < len(prefix.tokens))
@@ -188,6 +194,17 @@ class SessionPool:
                 lease.branches.add(at)
                 return True
         return False
+
+    def _fetch(self, shared: SharedSessions, ids: np.ndarray, settings: Settings, last: int) -> None:
+        """Keep what another server has kept of a prompt, where that is more than what is kept here."""
+        known = [(len(prefix.tokens), prefix.shared(ids)) for prefix in self.prefixes.of(settings)]
+        here = max((length for length, common in known if length == common <= last), default=0)
+        session = shared.longest(settings, ids, here, last)
+        if session is not None and self._make_room(session.store.nbytes):
+            session.last_logits = None
+            tokens = np.asarray(session.tokens, np.int64)
+            self.prefixes.add(Prefix(settings, tokens, session, session.store.nbytes))
+            self._count()
 
     def _new_session(self, settings: Settings, capacity: Capacity) -> Session:
         """An empty session. Its budget is the one made once: for some policies that takes a second."""
@@ -253,6 +270,8 @@ class SessionPool:
             self.prefixes.forget(parent)
         self.prefixes.add(kept)
         self._count()
+        if self.shared is not None:
+            self.shared.put(lease.settings, session)
 
     def end(self, lease: Lease) -> None:
         """The request is over; what it has appended beyond the kept lengths is forgotten."""

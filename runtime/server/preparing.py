@@ -12,11 +12,12 @@ from kvq.runtime.errors import ContextError, GrammarError, RequestError
 from kvq.runtime.server.cached import CacheReader
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Generation
+from kvq.runtime.server.room import Room, chat_ids
 from kvq.runtime.server.scheduler import Job
 from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.generation import GenerationOptions
 from kvq.runtime.text.grammar import Grammar
-from kvq.runtime.text.tools import forced_calls, with_tools
+from kvq.runtime.text.tools import forced_calls
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -33,6 +34,7 @@ class Limits:
         max_tokens: most tokens of a text, and what a chat response has if the request names no number.
         timeout_s: seconds from the request to the end of its response.
         draft: as in `Session.generate`.
+        context_shift: whether a full context makes room where a request does not say.
     """
 
     body: int = 4_000_000
@@ -41,6 +43,7 @@ class Limits:
     max_tokens: int = 1024
     timeout_s: float = 600.0
     draft: Draft = AUTO
+    context_shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
         KvqError: as the library says of a template, a schema, a policy or a budget.
     """
     stop, stop_tokens = list(request.stop), list(request.stop_tokens)
+    room = Room.of(request, model, limits.context_shift)
     if request.chat:
-        prompts = [_chat_ids(request, model)]
+        prompts = [room.prompt(chat_ids(request, model))]
         stop += model.chat_template.stop
         stop_tokens += [] if request.ignore_eos else model.chat_template.stop_tokens
     else:
@@ -85,37 +89,21 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
     for ids in prompts:
         array = _checked(ids, model, request, limits)
         wanted = limits.max_tokens if request.max_tokens is None else min(request.max_tokens, limits.max_tokens)
-        tokens = min(wanted, context - len(array) + 1)
+        tokens = wanted if room.made else min(wanted, context - len(array) + 1)
         length = min(len(array) + tokens, context)
         most = most or tokens
         texts = partial(_options, request, tokens, stop, stop_tokens, grammar, limits.draft)
         jobs.append(
             Job(
                 array, request.settings, pool.check(request.settings, length, request.n), length,
-                [texts(number) for number in range(request.n)],
+                [texts(number) | room.option() for number in range(request.n)],
                 first=len(jobs) * request.n, alternatives=request.top_logprobs or 0,
                 scored=request.echo and request.top_logprobs is not None, silent=not tokens,
-                place=int(not jobs), reader=CacheReader() if request.token_bits else None,
+                place=int(not jobs), reader=CacheReader() if request.token_bits else None, removed=room.removed,
             )
         )  # fmt: skip
     eos = () if request.ignore_eos else model.bundle.manifest.eos_token_ids
     return Prepared(request, jobs, frozenset((*stop_tokens, *eos)), bool(stop), most)
-
-
-def _chat_ids(request: Generation, model: Model) -> list[int]:
-    """Token ids of the conversation, with the tools in the way that the template has for them."""
-    template, messages, tools = model.chat_template, request.messages, request.tools
-    shown = tools.shown if tools is not None else ()
-    spoken = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-    if not shown and not spoken:
-        definitions = None
-    elif not template.calls.native:
-        messages, definitions = with_tools(template, messages, shown), None
-    else:
-        definitions = [tool.definition for tool in shown] or None
-    if request.begun:
-        return template.encode_begun(messages, definitions, request.variables)
-    return template.encode(messages, True, definitions, request.variables)
 
 
 def _grammar(request: Generation, model: Model) -> Grammar | None:

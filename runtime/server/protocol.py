@@ -75,6 +75,7 @@ class Generation:
         tools: those that can be called; None for none.
         settings: of the session.
         token_bits: say the bits of each cached token, too.
+        context_shift: whether a full context makes room; None leaves it to the server.
     """
 
     chat: bool
@@ -97,6 +98,7 @@ class Generation:
     tools: Tools | None = None
     settings: Settings = field(default_factory=Settings)
     token_bits: bool = False
+    context_shift: bool | None = None
 
 
 def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Generation:
@@ -151,6 +153,7 @@ def parse_generation(body: dict[str, Any], chat: bool, defaults: Settings) -> Ge
         tools=tools,
         settings=parse_settings(fields, defaults),
         token_bits=bool(fields.boolean("kv_token_bits")),
+        context_shift=fields.boolean("context_shift"),
     )
     fields.done()
     make_sampler(**generation.sampling)  # refuses what is out of range now, not in the queue

@@ -226,6 +226,8 @@ def extension(stats: Stats, finish: str | None, most: int | None = None) -> dict
         "kv_bits": stats.kv_used_bits,
         "kv_nbytes": stats.kv_nbytes,
         "tokens": stats.tokens,
+        "context_shifts": stats.context_shifts,
+        "shifted_tokens": stats.shifted_tokens,
         "precisions": held,
         "recent": stats.recent,
         "sink": stats.sink,

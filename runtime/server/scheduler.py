@@ -81,6 +81,7 @@ class Job:
         cancelled: set from any thread: nobody waits for the answer any more. All jobs of a request share it.
         place: how many places it takes in the queue; of a request's jobs one takes one.
         reader: told number and session of a choice after each of its tokens; what it says goes with the step.
+        removed: tokens of the conversation that are not in the prompt, since they did not fit.
     """
 
     ids: np.ndarray
@@ -97,6 +98,7 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
     place: int = 1
     reader: Callable[[int, Session], dict[str, Any]] | None = None
+    removed: int = 0
     lease: Lease | None = None
     reading: Appending | None = None
     choices: list[Choice] | None = None
@@ -332,6 +334,8 @@ class Scheduler:
             self._end(job, None)
             return
         sessions = [session, *(pool.fork(lease) for _ in job.options[1:])]
+        for each in sessions if job.removed else ():
+            each.shifts.add(job.removed)
         job.choices = [
             Choice(job.first + i, each, events(each, None, **options))
             for i, (each, options) in enumerate(zip(sessions, job.options, strict=True))

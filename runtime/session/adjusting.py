@@ -70,6 +70,8 @@ class Adjustment:
         if self._begun is None or self._counts is None:
             self._begun = self._counted = len(history)
             self._counts = np.zeros(vocab, np.float32)
+        elif len(history) <= self._counted:  # a full context has made room; what went was said all the same
+            self._counted = len(history) - 1
         np.add.at(self._counts, np.asarray(history[self._counted :], np.int64), 1)
         self._counted = len(history)
         return self._counts

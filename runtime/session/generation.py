@@ -15,6 +15,7 @@ from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
+from kvq.runtime.session.shifting import ContextShift, Shift, begin_anew, shift_of
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
 from kvq.runtime.text.grammar import Constraint, Structure, structure_of
@@ -59,15 +60,24 @@ def generate_tokens(
     progress: Progress | None = None,
     draft: int | None = 0,
     max_tokens: int | None = None,
+    shift: Shift | None = None,
 ) -> Iterator[Appending | tuple[int, float]]:
-    """Yield (token, log-probability) without end; stops only when the context is full.
+    """Yield (token, log-probability) without end; stops only when the context is full and nothing may go.
 
-    draft: tokens to draft at a time, as `Drafter.most` gives it; max_tokens: more will not be asked for.
+    draft: tokens to draft at a time, as `Drafter.most` gives it; max_tokens: more will not be asked for. With a `shift`
+    the last place of the context stays free, so that a text that ends there can be gone on with.
 
     Before a token comes what has to be appended for it, unless a pass has computed it along with an earlier one:
     whoever asked has it run until it is finished, and goes on. The last yielded token is in `session.pending`: it is
     fed when the next one is asked for, or by the next append.
     """
+    begun = len(session.tokens) + len(session.pending) + len(ids)
+    if shift is not None and len(ids) > session.room:
+        kept = shift([*session.tokens, *session.pending, *session.checked(ids, begun).tolist()], begun, len(ids))
+        if len(kept.ids) <= session.model.architecture.context:  # else it is refused as without
+            begun, ids = begin_anew(session, kept, len(ids)), ()
+    elif shift is not None and session.pending and not len(ids) and session.room < 1:  # as where it was drawn
+        begun = begin_anew(session, shift(session.tokens + session.pending, begun, 1))
     if len(ids) or session.pending:
         appending = Appending(session, ids if len(ids) else None, progress=progress)
         yield appending
@@ -80,6 +90,8 @@ def generate_tokens(
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
         yield token, logprob
+        if shift is not None and session.room < 1:
+            begun = begin_anew(session, shift(session.tokens + session.pending, begun, 1))
         if session.room < 0:
             session.pending.clear()
             return
@@ -107,6 +119,7 @@ class GenerationOptions(SamplingOptions, total=False):
     progress: Progress | None
     top_logprobs: int
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion]
+    context_shift: ContextShift
 
 
 def stream(
@@ -142,6 +155,7 @@ def events(
     progress: Progress | None = None,
     top_logprobs: int = 0,
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = (),
+    context_shift: ContextShift = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[Appending | Response]:
     """Generate text after a prompt: a `Response` per token, and before it what has to be appended for it.
@@ -163,6 +177,7 @@ def events(
         progress: as in `Session.append`, while the prompt is read.
         top_logprobs: how many of the most likely tokens to report in the place of each.
         stopping_criteria: called with the ids up to a token, that one included; true ends the text. Or several.
+        context_shift: what becomes of a full context, see `kvq.runtime.session.shifting`; false: it ends the text.
         **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
 
     Raises:
@@ -181,9 +196,10 @@ def events(
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
     most = session.drafter.most(draft)
     ids = _prompt_ids(session, prompt)
-    tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens)
+    shift = shift_of(session, context_shift)
+    tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens, shift)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
-    return _stream(session, tokens, ends, constraint, int(top_logprobs))
+    return _stream(session, tokens, ends, constraint, int(top_logprobs), shifts=shift is not None)
 
 
 def _constraint(session: Session, structure: Structure | None, constraint: Constraint | None) -> Constraint | None:
@@ -209,6 +225,7 @@ def _stream(
     ends: Ends,
     constraint: Constraint | None,
     top_logprobs: int,
+    shifts: bool,
 ) -> Iterator[Appending | Response]:
     tokenizer = session.model.optional_tokenizer
     decoder = StreamingDecoder(tokenizer) if tokenizer else None
@@ -235,7 +252,7 @@ def _stream(
             reason = "stop"
         if reason is None and index + 1 == ends.max_tokens:
             reason = "length"
-        if reason is None and session.room < 0:
+        if reason is None and session.room < 0 and not shifts:
             reason = "context"
         if reason and decoder and not matcher.stopped:
             if reason != "length":  # a character that "length" cuts is shown whole by the continuation

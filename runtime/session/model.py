@@ -28,6 +28,7 @@ from kvq.runtime.session.generation import Response
 from kvq.runtime.session.options import AllOptions, SessionSettings, parted
 from kvq.runtime.session.session import Session
 from kvq.runtime.session.several import Completion, complete_all
+from kvq.runtime.session.shifting import of_messages
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
 from kvq.runtime.text.grammar import Grammar, Grammars, Structure
 from kvq.runtime.text.template import ChatTemplate
@@ -203,8 +204,9 @@ class Model:
             KvqError: as these two, or `ChatTemplate.encode`.
         """
         settings, generation = parted(options)
-        ids, generation = self._asked(prompt, generation)
-        return self.session(**settings).generate(ids, **generation)
+        session = self.session(**settings)
+        ids, generation = self._asked(prompt, generation, session.store.sink)
+        return session.generate(ids, **generation)
 
     def agenerate(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Unpack[AllOptions]
@@ -232,25 +234,27 @@ class Model:
         if isinstance(prompts, str):
             raise PromptError("generate_all takes a list of prompts; generate takes one")
         settings, generation = parted(options)
-        asked = [self._asked(prompt, generation) for prompt in prompts]
+        sink = settings.get("sink", 4)
+        asked = [self._asked(prompt, generation, sink) for prompt in prompts]
         ids = [self.encode(each) if isinstance(each, str) else each for each, _ in asked]
         return complete_all(self, ids, settings, [of_one for _, of_one in asked])
 
     def _asked(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], generation: dict[str, Any]
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], generation: dict[str, Any], sink: int
     ) -> tuple[str | Sequence[int], dict[str, Any]]:
         """A prompt as text or token ids, with what ends an answer in the chat template among the options."""
         if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
             return prompt, generation  # type: ignore[return-value]
         template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]
-        begun = messages[-1].get("role") == "assistant"
         stop = generation.get("stop", ())
         ends = () if generation.get("ignore_eos") else template.stop_tokens
-        ending = {
+        ending: dict[str, Any] = {
             "stop": [*template.stop, *([stop] if isinstance(stop, str) else stop)],
             "stop_tokens": [*ends, *generation.get("stop_tokens", ())],
         }
-        return template.encode_begun(messages) if begun else template.encode(messages), generation | ending
+        if generation.get("context_shift") is True:
+            ending["context_shift"] = of_messages(messages, template.encode_for_reply, self.architecture.context, sink)
+        return template.encode_for_reply(messages), generation | ending
 
     @named_keywords()
     def embed(self, text: str | Sequence[int]) -> np.ndarray:

@@ -23,6 +23,7 @@ from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import Drafter
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
+from kvq.runtime.session.shifting import Shifts
 from kvq.runtime.session.statistics import Clock, Stats, size, stats_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Session:
         most: tokens that it takes in one pass.
         prefill_clock, decode_clock: what passes over several of its tokens took, and over one.
         drafter: knows what has to be appended for what is generated, several tokens at a time where it can.
+        shifts: what had to make room.
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
@@ -115,7 +117,7 @@ class Session:
         self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
         self.drafter = Drafter(self)
         self._timer: Timer | None = None
-        self.prefill_clock, self.decode_clock = Clock(), Clock()
+        self.prefill_clock, self.decode_clock, self.shifts = Clock(), Clock(), Shifts()
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
             if value > shape.context:
@@ -196,8 +198,8 @@ class Session:
         """
         return Appending(self, ids, all_logits, progress).run()
 
-    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """ids as int64 [tokens], or a named error."""
+    def checked(self, ids: Sequence[int] | np.ndarray, room: int | None = None) -> np.ndarray:
+        """ids as int64 [tokens], or a named error; room: for so many, that of the context if not given."""
         shape = self.model.architecture
         try:
             new = np.asarray(ids)
@@ -209,7 +211,7 @@ class Session:
             raise PromptError("the prompt is empty: give at least one token")
         if new.dtype.kind not in "iu" or not 0 <= min(values := new.tolist()) <= max(values) < shape.vocab:
             raise PromptError(f"token ids must be integers in [0, {shape.vocab}); is this another model's tokenizer?")
-        if len(new) > self.room:
+        if len(new) > (self.room if room is None else room):
             raise ContextError(
                 f"{len(new)} tokens do not fit into the context of {shape.context}, {shape.context - self.room} used;"
                 " shorten the prompt or use a model with a longer context"
@@ -268,6 +270,8 @@ class Session:
             progress: as in `append`, while the prompt is read.
             top_logprobs: how many of the most likely tokens `Response.top_logprobs` reports in the place of each.
             stopping_criteria: a function of the ids up to a token, that one included; true ends the text. Or several.
+            context_shift: true goes on where the context is full: the sinks, or so many first tokens, and the newest
+                half of the rest are read anew, see docs/sessions.md.
 
         Raises:
             PromptError, ContextError: the prompt is empty, not of this model's ids, or does not fit.

@@ -39,6 +39,7 @@ class Stats:
         protect_bits: bits.
         prefill: "stepwise" or "chunked", see `kvq.Session`.
         tokens: in the cache.
+        context_shifts, shifted_tokens: how often a full context made room, and the tokens that went.
         precisions: per precision {"tokens", "nbytes", "slack_nbytes"}; nbytes add up to kv_nbytes.
         kv_nbytes, kv_peak_nbytes: bytes of the KV store now and at its largest.
         kv_bits: total bits per stored value (codes, scales, tags and slack), None while empty.
@@ -62,6 +63,8 @@ class Stats:
     protect_bits: int
     prefill: str
     tokens: int
+    context_shifts: int
+    shifted_tokens: int
     precisions: dict[str, dict[str, Any]]
     kv_nbytes: int
     kv_peak_nbytes: int
@@ -93,6 +96,9 @@ class Stats:
         if self.kv_bits is not None:
             taken, used = f"{self.kv_bits:.2f}", f"{self.kv_used_bits:.2f}"
             parts[0] += f" ({taken} bits/value" + (")" if used == taken else f", {used} without free room)")
+        if self.context_shifts:
+            times = "once" if self.context_shifts == 1 else f"{self.context_shifts} times"
+            parts.append(f"context full {times}, {self.shifted_tokens} tokens removed")
         held = [f"{name} {row['tokens']}" for name, row in self.precisions.items() if row["tokens"]]
         parts.append(f"{self.policy_text}: {', '.join(held)}" if held else self.policy_text)
         if self.prefill_tokens_per_s is not None:
@@ -124,6 +130,8 @@ def stats_of(session: Session) -> Stats:
         protect_bits=store.protect_bits,
         prefill="stepwise" if session.stepwise else "chunked",
         tokens=store.length,
+        context_shifts=session.shifts.times,
+        shifted_tokens=session.shifts.tokens,
         precisions=store.account(),
         kv_nbytes=store.nbytes,
         kv_peak_nbytes=store.peak_nbytes,

@@ -132,6 +132,16 @@ class ChatTemplate:
         text = self.render_guarded(before, True, tools, variables)
         return self.encode_guarded(text + self.guarded(begun["content"]), beginning=True)
 
+    def encode_for_reply(self, messages: Messages) -> list[int]:
+        """The conversation as token ids up to where the model goes on: in a last message of the assistant's, else in a
+        new one.
+
+        Raises:
+            PromptError, ChatTemplateError, TokenizerError: as `encode`.
+        """
+        begun = bool(messages) and messages[-1].get("role") == "assistant"
+        return self.encode_begun(messages) if begun else self.encode(messages)
+
     def render_guarded(
         self,
         messages: Messages,

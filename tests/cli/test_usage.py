@@ -16,6 +16,8 @@ from tests.tools.command_line import GENERATED, assert_one_line_error, kvq, run
         (["run", "-n", "many", "Hello"], "'-n' / '--max-tokens': 'many' is not a valid integer (see kvq run --help)"),
         (["run", "Hello", "world"], "unexpected extra argument (world) (see kvq run --help)"),
         (["no-such-command"], "No such command 'no-such-command' (see kvq --help)"),
+        (["serv", "-m", "x"], "No such command 'serv'; did you mean serve? (see kvq --help)"),
+        (["infos"], "No such command 'infos'; did you mean info? (see kvq --help)"),
         (["export"], "Missing argument 'CHECKPOINT' (see kvq export --help)"),
         (["eval", "pareto", "--no-such-option"], "(see kvq eval pareto --help)"),
         (["run", "--raw", "--system", "x", "y"], "--raw and --system exclude each other"),

@@ -1,6 +1,9 @@
 """The package as it is installed: its name, what its extras bring, and that nobody is told to install another's."""
 
+import ast
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -103,3 +106,40 @@ def test_importing_brings_neither_torch_nor_what_needs_it(module):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not HEAVY & set(done.stdout.split())
+
+
+def manylinux(library: bytes) -> str | None:
+    """What setup.py says of a library; nothing else of it is run."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    tree.body = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == "manylinux"]
+    found: dict = {"re": re}
+    exec(compile(tree, "setup.py", "exec"), found)
+    return found["manylinux"](library)
+
+
+def test_the_tag_of_a_wheel_says_which_glibc_its_library_needs():
+    """Compared with what the linker's own tool lists."""
+    library = ROOT / "runtime/native/libkvq.so"
+    if not library.exists() or shutil.which("objdump") is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("there is no library here, or nothing to read it with")
+    listed = subprocess.run(["objdump", "-T", library], capture_output=True, text=True, check=True).stdout
+    newest = max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", listed))
+    assert manylinux(library.read_bytes()) == f"manylinux_2_{max(17, newest)}_{platform.machine()}"
+    needed = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"NEEDED\s+(\S+)", needed)) <= {"libc.so.6", "libm.so.6"} | set(
+        re.findall(r"ld-linux\S+", needed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("library", "tag"),
+    [
+        (b"\x7fELF" + bytes(14) + b"\xb7\0" + b"GLIBC_2.17\0GLIBC_2.29\0", "manylinux_2_29_aarch64"),
+        (b"\x7fELF" + bytes(14) + b"\x3e\0" + b"GLIBC_2.2.5\0", "manylinux_2_17_x86_64"),
+        (b"\x7fELF" + bytes(14) + b"\x3e\0" + b"musl", None),
+        (b"\x7fELF" + bytes(14) + b"\xf3\0" + b"GLIBC_2.27\0", None),
+        (b"\xcf\xfa\xed\xfe" + bytes(40), None),
+    ],
+)
+def test_libraries_of_other_kinds_have_the_tag_of_the_machine(library, tag):
+    assert manylinux(library) == tag

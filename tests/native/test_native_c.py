@@ -178,7 +178,7 @@ def test_a_wheel_for_arm_is_made_by_cross_compiling(source_tree, tmp_path):
     done = build_wheel(source_tree, tmp_path, CC=ARM_CC, _PYTHON_HOST_PLATFORM="linux-aarch64", KVQ_REQUIRE_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-linux_aarch64.whl")
+    assert re.search(r"-py3-none-manylinux_2_\d+_aarch64\.whl$", wheel.name)
     library = Path(zipfile.ZipFile(wheel).extract("kvq/runtime/native/libkvq.so", tmp_path))
     header = library.read_bytes()[:20]
     assert (header[:4], int.from_bytes(header[18:20], "little")) == (b"\x7fELF", 183)  # EM_AARCH64

@@ -1,0 +1,92 @@
+"""A conversation in a full context: its oldest turns go, and of a reply that alone takes too much its older half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvq.runtime.chat.feeds import feed_of
+from kvq.runtime.chat.turns import Turn
+from kvq.runtime.errors import ContextError, SamplingError
+from kvq.runtime.session.shifting import Kept, Shift, TurnShift, most_protected
+from kvq.runtime.text.continuing import decoded_behind
+
+if TYPE_CHECKING:
+    from kvq.runtime.chat.conversation import Conversation
+
+
+def made_room(conversation: Conversation, question: str, option: object) -> ReplyShift:
+    """Make room for a question, if there is none; returns what makes room for its reply.
+
+    Raises:
+        SamplingError: the option is not true; nothing has changed.
+        ContextError: system prompt and question take more than can stay beside a reply; nothing has changed.
+        ChatTemplateError: the template refuses it; nothing has changed.
+    """
+    shift = ReplyShift(conversation, option)
+    context, asked = conversation.session.model.architecture.context, {"role": "user", "content": question}
+    system = conversation.messages[: len(conversation.messages) % 2]
+    tokens, most = len(conversation.template.encode([*system, asked])), most_protected(context)
+    if tokens > most:
+        raise ContextError(
+            f"system prompt and question take {tokens} tokens; where the context of {context} is to go on when it is"
+            f" full, at most {most} can stay: shorten them, or leave the shift out"
+        )
+    if conversation.document is None:
+        feed = feed_of(conversation.session, conversation.messages, conversation.turns, None, question)
+        if feed.length + len(feed.pending) + len(feed.ids) >= context:
+            conversation.forget(max(tokens + 1, context // 2, conversation.session.room + 1))
+    return shift
+
+
+class ReplyShift:
+    """What stays of a conversation whose reply has filled the context. It tells the conversation what is gone.
+
+    Args:
+        conversation: whose session it is.
+        option: of `Conversation.reply`.
+
+    Raises:
+        SamplingError: the option is not true.
+    """
+
+    def __init__(self, conversation: Conversation, option: object) -> None:
+        if option is not True:
+            raise SamplingError(
+                f"context_shift of a conversation is true or false, its system turn stays; got {option!r:.60}"
+            )
+        self._conversation = conversation
+
+    def __call__(self, ids: Sequence[int], begun: int, newest: int) -> Kept:
+        talk, context = self._conversation, self._conversation.session.model.architecture.context
+        messages, prompt = talk.messages, talk.turns[-1].prompt
+        first, turns = len(messages) % 2, len(talk.turns)
+
+        def left(dropped: int) -> list[dict[str, str]]:
+            return [*messages[:first], *messages[first + 2 * dropped :]]
+
+        def refuse() -> Shift:
+            raise ContextError(
+                f"system prompt and question take too much of the context of {context} tokens to go on; begin a new"
+                " conversation"
+            )
+
+        shift = TurnShift(lambda dropped: talk.template.encode(left(dropped)[:-1]), turns - 1, context, refuse)
+        kept = shift(ids, prompt, newest)
+        gone = len(ids) - prompt - (len(kept.ids) - kept.begun)
+        gone, text = self._whole(ids[prompt:], ids[:prompt], gone)
+        kept = Kept([*kept.ids[: kept.begun], *ids[prompt + gone :]], kept.begun)
+        talk.messages, talk.lost = left(shift.dropped), talk.lost + len(text)
+        talk.turns = [Turn(None, [], 0) for _ in range(turns - shift.dropped)]
+        talk.turns[-1].prompt = kept.begun
+        return kept
+
+    def _whole(self, reply: Sequence[int], before: Sequence[int], gone: int) -> tuple[int, str]:
+        """So many tokens of a reply, or some more that end with a whole character; what they say."""
+        text, tokenizer = "", self._conversation.tokenizer
+        while gone:
+            text = decoded_behind(tokenizer, before, reply[:gone])
+            if not text.endswith("\ufffd") or gone == len(reply) - 1:
+                break
+            gone += 1
+        return gone, text
