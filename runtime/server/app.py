@@ -21,13 +21,14 @@ from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.fields import parse_json
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.information import Information
+from kvq.runtime.server.jobs import Event, Step
 from kvq.runtime.server.metrics import Metrics
 from kvq.runtime.server.ollama import OllamaReply, now, parse_chat, parse_generate
 from kvq.runtime.server.outputs import ResponseReply
 from kvq.runtime.server.preparing import Limits, Prepared, prepare
 from kvq.runtime.server.protocol import Generation, Settings, parse_generation
 from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Event, Scheduler, Step
+from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 
 # A body -> what it asks for; None for nothing.

@@ -20,12 +20,13 @@ from kvq.runtime.server.answering import check_name, reply_of, served_name
 from kvq.runtime.server.batchfiles import Answers, Requests, mark
 from kvq.runtime.server.capacity import quarter_of_memory
 from kvq.runtime.server.fields import Fields
+from kvq.runtime.server.jobs import Event, Step
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.preparing import Limits, Prepared, prepare
 from kvq.runtime.server.protocol import Settings, parse_generation
 from kvq.runtime.server.refusals import error_body, status_of
 from kvq.runtime.server.responses import Reply
-from kvq.runtime.server.scheduler import Event, Scheduler, Step
+from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 from kvq.runtime.session.drafting import AUTO, Draft
 

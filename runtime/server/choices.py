@@ -7,8 +7,9 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvq.runtime.server.jobs import Step
 from kvq.runtime.server.preparing import Prepared
-from kvq.runtime.server.scheduler import Done, Step
+from kvq.runtime.server.scheduler import Done
 from kvq.runtime.server.tokens import TokenTexts
 from kvq.runtime.text.tools import CallReader
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvq.runtime.server.scheduler import Event, Step
+from kvq.runtime.server.jobs import Event, Step
 
 SEND_S = 60.0  # seconds a client may take to accept a part of a stream
 

@@ -11,12 +11,12 @@ from typing import Any
 from kvq.runtime.errors import GrammarError, RequestError
 from kvq.runtime.server.choices import Call, Choice
 from kvq.runtime.server.fields import Fields, is_integer
+from kvq.runtime.server.jobs import Event, Step
 from kvq.runtime.server.messages import parse_messages
 from kvq.runtime.server.preparing import Prepared
 from kvq.runtime.server.protocol import Generation, Settings, parse_sampling, parse_settings, parse_stop
 from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import extension
-from kvq.runtime.server.scheduler import Event, Step
 from kvq.runtime.server.tooling import parse_tools
 from kvq.runtime.session.sampling import SamplingOptions, make_sampler
 from kvq.runtime.text.grammar import Structure, structure_of

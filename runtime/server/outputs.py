@@ -10,10 +10,10 @@ from typing import Any
 
 from kvq.runtime.server.asking import Asked
 from kvq.runtime.server.choices import Call, Choice, Piece
+from kvq.runtime.server.jobs import Event, Step
 from kvq.runtime.server.preparing import Prepared
 from kvq.runtime.server.refusals import error_body
 from kvq.runtime.server.responses import LINE_ENDS, extension
-from kvq.runtime.server.scheduler import Event, Step
 
 
 class ResponseReply:

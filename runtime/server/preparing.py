@@ -10,10 +10,10 @@ import numpy as np
 
 from kvq.runtime.errors import ContextError, GrammarError, RequestError
 from kvq.runtime.server.cached import CacheReader
+from kvq.runtime.server.jobs import Job
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Generation
 from kvq.runtime.server.room import Room, chat_ids
-from kvq.runtime.server.scheduler import Job
 from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.generation import GenerationOptions
 from kvq.runtime.text.grammar import Grammar

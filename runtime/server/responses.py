@@ -10,9 +10,9 @@ from typing import Any
 
 from kvq.runtime.server.cached import merged
 from kvq.runtime.server.choices import Choice, Piece
+from kvq.runtime.server.jobs import Event, Prompted, Step
 from kvq.runtime.server.preparing import Prepared
 from kvq.runtime.server.refusals import error_body
-from kvq.runtime.server.scheduler import Event, Prompted, Step
 from kvq.runtime.server.tokens import Scored, TokenTexts, chat_logprobs, completion_logprobs
 from kvq.runtime.session.statistics import Stats
 

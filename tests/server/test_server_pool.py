@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import kvq
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.capacity import Capacity
+from kvq.runtime.server.jobs import Job
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.protocol import Settings
-from kvq.runtime.server.scheduler import Job, Scheduler
+from kvq.runtime.server.scheduler import Scheduler
 
 CHUNK = 16
 KINDS = [
