@@ -168,8 +168,7 @@ def events(
         prompt: text, or token ids; None continues the cached text.
         max_tokens: most tokens to generate; None goes on until the context is full.
         stop: strings that end the text and are not part of it; one that is an added token ends it as that token, too.
-        stop_tokens: ids that end it, besides the model's end-of-text ids.
-        ignore_eos: do not end at the model's end-of-text ids.
+        stop_tokens, ignore_eos: ids that end it, besides the model's end-of-text ids, or instead of them.
         schema, regex, grammar, choice: what a text is that ends by "stop" uncut, see `kvq.runtime.text.grammar`.
         constraint: the same, compiled: for this generation alone.
         draft: tokens drafted at a time: "auto" for as many as pay, "off", or how many; see `Drafter`.
@@ -194,9 +193,7 @@ def events(
     _check_bias(session, options.get("logit_bias"))
     mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)
-    most = session.drafter.most(draft)
-    ids = _prompt_ids(session, prompt)
-    shift = shift_of(session, context_shift)
+    most, ids, shift = session.drafter.most(draft), _prompt_ids(session, prompt), shift_of(session, context_shift)
     tokens = partial(generate_tokens, session, ids, sampler, progress, most, max_tokens, shift)
     ends = Ends(max_tokens, stop, stop_ids, _several(stopping_criteria))
     return _stream(session, tokens, ends, constraint, int(top_logprobs), shifts=shift is not None)
