@@ -81,7 +81,7 @@ def test_at_every_token_the_session_is_one_that_never_drafted(policy, settings, 
         {"temperature": 0, "max_tokens": 7},
         {"temperature": 0.7, "seed": 2, "logits_processor": lambda ids, logits: logits - 0.01 * (len(ids) % 3)},
     ],
-    ids=str,
+    ids=lambda options: ",".join(options),
 )  # fmt: skip
 def test_the_text_is_the_same_whatever_chooses_it(options, embedded, monkeypatch):
     monkeypatch.setattr(Pace, "size", lambda self, agreeing, most, sessions: max(n for n in (1, 2, 4, 8) if n <= most))
