@@ -17,8 +17,11 @@ from tests.tools.real import real_bundle, real_home  # noqa: F401 # fixtures for
 
 # Where a landing is decided, the same examples every time; everywhere else, new ones every run.
 hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
+if os.environ.get("CI") or os.environ.get("KVQ_CI"):
     hypothesis.settings.load_profile("ci")
+
+# pytest-xdist tells its workers how wide its own terminal is; commands that are tested would wrap what they print.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
