@@ -13,8 +13,6 @@ from functools import cache
 
 TURNS = 500_000  # that are timed: 15 to 50 ms
 LITTLE = 150_000_000  # turns that what is refused may take: seconds; what is not refused takes minutes
-    150_000_000  # turns that what is refused may take: some seconds; what is not refused takes minutes, or all memory
-)
 SOME = 2 * LITTLE
 
 
