@@ -26,7 +26,7 @@ from kvq.runtime.session.appending import Appending, run_pass
 from kvq.runtime.session.asynchronous import aiterate
 from kvq.runtime.session.generation import Response
 from kvq.runtime.session.options import AllOptions, SessionSettings, parted
-from kvq.runtime.session.session import Session
+from kvq.runtime.session.session import SINK, Session
 from kvq.runtime.session.several import Completion, complete_all
 from kvq.runtime.session.shifting import of_messages
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -234,7 +234,7 @@ class Model:
         if isinstance(prompts, str):
             raise PromptError("generate_all takes a list of prompts; generate takes one")
         settings, generation = parted(options)
-        sink = settings.get("sink", 4)
+        sink = settings.get("sink", SINK)
         asked = [self._asked(prompt, generation, sink) for prompt in prompts]
         ids = [self.encode(each) if isinstance(each, str) else each for each, _ in asked]
         return complete_all(self, ids, settings, [of_one for _, of_one in asked])
@@ -290,7 +290,7 @@ class Model:
         policy: str | Policy | None = None,
         *,
         recent: int = 16,
-        sink: int = 4,
+        sink: int = SINK,
         prefill_chunk: int = 128,
         prefill: str = "auto",
         backend: str | None = None,

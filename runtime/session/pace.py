@@ -11,9 +11,7 @@ SIZES = (2, 4, 8, 16)  # tokens of a pass, the one that is certain among them
 # What a pass costs in single steps before one was timed (SmolLM2-135M in int8 weights, two cores, rounded up).
 COSTS = {1: 1.0, 2: 1.4, 4: 1.75, 8: 2.4, 16: 3.4, 32: 5.0, 64: 8.6}
 NEWEST = 9  # times of a kind, whose median counts: a busy machine has outliers
-LEAST = (
-    0.5  # of what a pass costs beyond a step in COSTS, it costs so much at least: times may be those of a busy moment
-)
+LEAST = 0.5  # of what it costs beyond a step by COSTS, a pass costs at least: times may be those of a busy moment
 SHORTEST = 1e-6  # seconds of a step
 # What may be lost: so many steps, and so much of every step. A loss beyond needs a gain before.
 STAKE, SHARE = 1.5, 0.005

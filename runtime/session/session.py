@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kvq.runtime.policy.features import Seen
     from kvq.runtime.session.model import Model
 
+SINK = 4  # first tokens that are protected unless told otherwise
+
 
 class Session:
     """Tokens, their cached keys and values, and the choice of their precision.
@@ -71,7 +73,7 @@ class Session:
         policy: str | Policy = DEFAULT_POLICY,
         *,
         recent: int = 16,
-        sink: int = 4,
+        sink: int = SINK,
         prefill_chunk: int = 128,
         prefill: str = "auto",
         backend: str | None = None,

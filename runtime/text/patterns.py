@@ -37,6 +37,9 @@ def wrong_pattern(pattern: str) -> str:
 
 def _slow(pattern: str) -> bool:
     """Whether some text takes far longer than a quadratic expression takes for a text as long as the longest one."""
+    split = _compiled(pattern)
+    if split is None:
+        return False
     characters = dict.fromkeys(c for c in pattern if c.isprintable() and c not in "()[]{}|*+?^$")
     words = dict.fromkeys(re.findall(r"\w{2,8}", pattern))
     most = _most()
@@ -44,8 +47,8 @@ def _slow(pattern: str) -> bool:
         for length in LENGTHS:
             # What ends the text, so that a match fails late: no such character, and out of reach all that it demands.
             text = tried * length + "\0\n\0" + pattern[:100]
-            if _seconds(pattern, text) > most:
-                if _seconds(pattern, text) > _most():  # again: the machine may have done something else
+            if _seconds(split, text) > most:
+                if _seconds(split, text) > _most():  # again: the machine may have done something else
                     return True
                 break
     return False
@@ -53,15 +56,21 @@ def _slow(pattern: str) -> bool:
 
 def _most() -> float:
     """Seconds that an expression may take."""
-    return MOST * max(_seconds(QUADRATIC, " " * LENGTHS[-1] + "\0") for _ in range(2))
+    split = pre_tokenizers.Split(Regex(QUADRATIC), "isolated")
+    # The least of some: a busy machine only ever adds.
+    return MOST * min(_seconds(split, " " * LENGTHS[-1] + "\0") for _ in range(5))
 
 
-def _seconds(pattern: str, text: str) -> float:
-    """Processor time of cutting a text; infinite where the library gives up. One that is none is not this module's."""
+def _compiled(pattern: str) -> pre_tokenizers.Split | None:
+    """What cuts texts by an expression; None: it is none, which others say."""
     try:
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        return pre_tokenizers.Split(Regex(pattern), "isolated")
     except Exception:
-        return 0.0
+        return None
+
+
+def _seconds(split: pre_tokenizers.Split, text: str) -> float:
+    """Processor time of cutting a text; infinite where the library gives up."""
     begun = time.thread_time()
     try:
         split.pre_tokenize_str(text)

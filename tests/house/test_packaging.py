@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TEXTS = {".md", ".py", ".toml", ".txt", ".sh", ".yml", ".yaml", ".html", ".c", ".h"}
 # On the registry kvq is somebody else's project.
+OTHERS = "kvq"  # on the package registry it is another project's
 MISNAMED = re.compile(r"""pip install[^|&`)\n]*['"`\s]kvq(?![-\w./])""")
 DISTRIBUTIONS = {"optimum": "optimum-onnx", "onnx_ir": "onnx"}  # module -> the requirement that brings it
 HEAVY = {"torch", "transformers", "optimum", "optimum-onnx"}
@@ -45,8 +46,8 @@ def test_name_and_version():
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("pip install kvq", True),
-        ("pip install 'kvq[server]'", True),
+        (f"pip install {OTHERS}", True),
+        (f"pip install '{OTHERS}[server]'", True),
         ("pip install -c constraints.txt 'kvq\\[export]'", True),
         ("pip install kvq, then", True),
         ("pip install kvq-run", False),
