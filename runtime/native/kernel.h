@@ -63,6 +63,8 @@ typedef struct {
     int (*available)(void);
     int integer_dot; /* wants task->integers */
     void (*decode)(const kvq_task *task, size_t item, size_t next); /* of one new token; `next` will be read after it */
+    /* the same of some new tokens, whose tasks lie side by side and are cut alike; 0 or NO_MEMORY */
+    int (*decode_rows)(const kvq_task *task, int tokens, size_t item);
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);
@@ -84,7 +86,8 @@ typedef struct {
     int own_products;  /* see kvq_kernel_products */
     int weight_offset; /* what the bytes of 8-bit weights are more than the weights, see kvq_matrix */
     void (*move)(const kvq_move *move);
-    void (*move_token)(const kvq_move *move, size_t row, int t);
+    /* token t's key or value of one layer and KV head, number `row` of all vectors, goes its way */
+    void (*move_row)(const kvq_move *move, int of_keys, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
     int (*encode)(int precision, const float *x, size_t vectors, int head_dim, const uint16_t *feedback, size_t each,
                   uint32_t *words, uint16_t *scales);
@@ -114,6 +117,7 @@ struct kvq_task {
 #define LARGEST_MOVED 65024.0f /* 127 * 512: at 8 bits of the window it comes back within half precision */
 #define MOST_WORDS (MOST_CHANNELS / 2) /* of a vector */
 #define DECODE_HEADS 4   /* query heads that share one pass over the codes */
+#define MOST_TOGETHER 16 /* new tokens of a stepwise pass that are worked on together */
 #define KEY_BLOCK 64     /* tokens attended to at a time in prefill: their keys fit the first-level cache */
 
 #define PRODUCT_MOST_ROWS 192 /* that share an expansion of weights; sums of so many stay in the first-level cache */

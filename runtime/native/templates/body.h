@@ -8,12 +8,17 @@
 #include "query.h"
 #include "swiglu.h"
 
+#ifndef several_rows
+#define several_rows decode_each
+#endif
+
 #define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply)
 #define KERNEL_WITH(symbol, label, check, dot_products, products)  \
     const kvq_kernel symbol = {.name = label,                      \
                                .available = check,                 \
                                .integer_dot = dot_products,        \
                                .decode = decode_item,              \
+                               .decode_rows = several_rows,        \
                                .query = prepare_query,             \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
@@ -27,6 +32,6 @@
                                .weight_offset = weight_offset,     \
                                .own_products = own_products,       \
                                .move = move_tokens,                \
-                               .move_token = move_token,           \
+                               .move_row = move_row,               \
                                .within = within,                   \
                                .encode = encode_vectors}

@@ -136,4 +136,10 @@ static void decode_item(const kvq_task *task, size_t item, size_t next) {
     }
 }
 
+/* Token by token: the pages are near from the second one on. */
+static int decode_each(const kvq_task *task, int tokens, size_t item) {
+    for (int t = 0; t < tokens; t++) decode_item(task + t, item, item);
+    return 0;
+}
+
 #endif

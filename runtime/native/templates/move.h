@@ -77,9 +77,8 @@ INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
 static void move_value(const kvq_move *move, size_t row, int t) { move_vector(move, 0, row, t); }
 static void move_key(const kvq_move *move, size_t row, int t) { move_vector(move, 1, row, t); }
 
-static void move_token(const kvq_move *move, size_t row, int t) {
-    move_value(move, row, t);
-    move_key(move, row, t);
+static void move_row(const kvq_move *move, int of_keys, size_t row, int t) {
+    (of_keys ? move_key : move_value)(move, row, t);
 }
 
 /* A key's words lie a cache line apart and were last used a whole forward pass ago. */
@@ -105,7 +104,7 @@ static void move_tokens(const kvq_move *move) {
                 if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
                 if (of_keys && move->feedback && first->page >= 0) expect_feedback(move, i + 1);
             }
-            for (int t = 0; t < move->tokens; t++) (of_keys ? move_key : move_value)(move, i, t);
+            for (int t = 0; t < move->tokens; t++) move_row(move, of_keys, i, t);
         }
 }
 
