@@ -63,8 +63,10 @@ typedef struct {
     int (*available)(void);
     int integer_dot; /* wants task->integers */
     void (*decode)(const kvq_task *task, size_t item, size_t next); /* of one new token; `next` will be read after it */
-    /* the same of some new tokens, whose tasks lie side by side and are cut alike; 0 or NO_MEMORY */
-    int (*decode_rows)(const kvq_task *task, int tokens, size_t item);
+    /* the same of some new tokens, whose tasks lie side by side and are cut alike, to the bit; and how many bytes of memory,
+     * on a cache line, that takes where no chunk has more than `room` slots */
+    void (*decode_rows)(const kvq_task *task, int tokens, size_t item, char *memory);
+    size_t (*rows_bytes)(const kvq_task *task, int tokens, int room);
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
     void (*merge)(const kvq_task *task, int head);

@@ -19,7 +19,7 @@ typedef struct {
     kvq_pass pass[MOST_TOGETHER];
     kvq_rows rows[MOST_TOGETHER];
     row_group group[MOST_TOGETHER];
-    int groups, failed;
+    int groups;
     size_t items, taken;
     unsigned widths;
     kvq_page *page;    /* [pages]: as they are before the next token */
@@ -30,7 +30,9 @@ typedef struct {
     int32_t *words;
     uint32_t *window[2];       /* values and keys as each token finds them, [tokens, kv_heads, capacity, words] */
     uint16_t *window_scale[2]; /* [tokens, kv_heads, capacity] */
-    char *partials;
+    char *partials;    /* of tokens, chunks and heads; behind them what threads need */
+    char *scratch;
+    size_t scratch_bytes; /* of a thread */
 } row_block;
 
 static const kvq_page *window_of(const row_block *b) {
@@ -98,15 +100,19 @@ static int alike(const kvq_task *a, const kvq_task *b) {
     return 1;
 }
 
-/* Tokens by themselves, who goes with whom, and where their partial results are. */
+static size_t threads_of(const row_block *b) { return b->task->pass->threads < 1 ? 1 : (size_t)b->task->pass->threads; }
+
+/* Tokens by themselves, who goes with whom, and where their partial results are. Returns 0 or NO_MEMORY. */
 static int plan_block(row_block *b) {
     const kvq_pass *pass = b->task->pass;
-    size_t partials = 0;
-    b->groups = 0, b->items = 0;
+    size_t bytes = 0, used = 0;
+    int room = 0;
+    b->groups = 0, b->items = b->taken = 0;
     for (int t = 0; t < b->tokens; t++) {
         task_of(b, t);
         const kvq_task *task = b->of + t;
-        partials += (size_t)task->chunks * pass->heads * partial_bytes(task);
+        bytes += (size_t)task->chunks * pass->heads * partial_bytes(task);
+        if (task->chunk_room > room) room = task->chunk_room;
         if (t && alike(task - 1, task)) {
             b->group[b->groups - 1].tokens++;
         } else {
@@ -116,11 +122,13 @@ static int plan_block(row_block *b) {
         if (b->first + t + 1 < pass->tokens)
             count_move(b->page, pass->stepwise->pages, pass->pages, pass->stepwise->step + b->first + t);
     }
-    if (!(b->partials = malloc(partials + 1))) return KVQ_NO_MEMORY;
-    char *partial = b->partials;
+    b->scratch_bytes = b->task->kernel->rows_bytes(b->task, b->tokens, room);
+    if (!(b->partials = malloc(bytes + threads_of(b) * b->scratch_bytes + 64))) return KVQ_NO_MEMORY;
+    b->scratch = b->partials + bytes;
+    b->scratch += (64 - (uintptr_t)b->scratch % 64) % 64;
     for (int t = 0; t < b->tokens; t++) {
-        b->of[t].partials = partial;
-        partial += (size_t)b->of[t].chunks * pass->heads * partial_bytes(b->of + t);
+        b->of[t].partials = b->partials + used;
+        used += (size_t)b->of[t].chunks * pass->heads * partial_bytes(b->of + t);
     }
     return 0;
 }
@@ -160,15 +168,14 @@ static void begin_work(void *data, size_t i) {
 /* Threads take items from one queue. */
 static void attend_work(void *data, size_t thread) {
     row_block *b = data;
-    (void)thread;
     for (;;) {
         const size_t i = __atomic_fetch_add(&b->taken, 1, __ATOMIC_RELAXED);
         if (i >= b->items) return;
         int g = b->groups - 1;
-        while (b->group[g].items_before > i) g--; /* few */
+        while (b->group[g].items_before > i) g--;
         const kvq_task *task = b->of + b->group[g].first;
-        if (task->kernel->decode_rows(task, b->group[g].tokens, i - b->group[g].items_before))
-            __atomic_store_n(&b->failed, 1, __ATOMIC_RELAXED);
+        task->kernel->decode_rows(task, b->group[g].tokens, i - b->group[g].items_before,
+                                  b->scratch + thread * b->scratch_bytes);
     }
 }
 
@@ -180,15 +187,14 @@ static void merge_work(void *data, size_t t) {
 
 static int attend_block(row_block *b, kvq_parallel parallel, void *context) {
     const kvq_pass *pass = b->task->pass;
-    const size_t threads = pass->threads < 1 ? 1 : (size_t)pass->threads;
+    const size_t threads = threads_of(b);
     if (plan_block(b)) return KVQ_NO_MEMORY;
-    b->taken = 0;
     parallel(context, begin_work, (size_t)b->tokens + 2 * (size_t)pass->kv_heads, b);
     if (threads > 1) parallel(context, attend_work, b->items < threads ? b->items : threads, b);
     else attend_work(b, 0);
     parallel(context, merge_work, (size_t)b->tokens, b);
     free(b->partials);
-    return b->failed ? KVQ_NO_MEMORY : 0;
+    return 0;
 }
 
 int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *context) {

@@ -88,6 +88,8 @@ USES_TILES static void multiply_tiles(const kvq_matrix *m, const kvq_byte_rows *
     _tile_release(); /* a thread that holds tiles is dear to switch */
 }
 
+#include "tile_rows.h"
+
 /* The system has to be asked before a process may use them; it then may in all its threads. Asked once: the instruction
  * that says what a processor has takes a virtual machine 20 microseconds. */
 static int has_amx(void) {
@@ -102,7 +104,7 @@ static int has_amx(void) {
     }
     return found == 2;
 }
-KERNEL_WITH(kvq_kernel_amx, "amx", has_amx, 1, multiply_tiles);
+KERNEL_WITH(kvq_kernel_amx, "amx", has_amx, 1, multiply_tiles, rows_by_tiles, rows_bytes);
 #endif
 
 #endif

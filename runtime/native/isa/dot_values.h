@@ -206,16 +206,35 @@ INLINE int whole_weights(int heads, int slots, const float *inverse, float *weig
     return rare_count;
 }
 
+INLINE float weight_unit(float squares, int slots) { return WEIGHT_UNIT * sqrtf(squares / slots); }
+
+/* Weighted values, from what the parts of whole weights come to with their codes. */
+INLINE vf whole_values(int precision, const vi *part, float unit) {
+    const vf high = to_float(part[2]) * 256 + to_float(part[1]);
+    return (high * 256 + to_float(part[0])) * (unit * (1.0f / parts_of(precision)));
+}
+
+/* The same, in the sums of a head, for register i of pass number `pass`, in the sums of a head. */
+INLINE void add_dots(int precision, int words, int pass, int i, const vi *part, float unit, float *sums) {
+    const int steps = 8 / low_bits_of(precision), low = low_words_of(precision, words);
+    const dot_pass at = pass_of(precision, words, pass);
+    float lanes[LANES];
+    store_f(lanes, whole_values(precision, part, unit));
+    float *to = sums + (at.step + i * at.next_step) * low + at.word + i * at.next;
+    for (int b = 0; b < 4; b++)
+        for (int l = 0; l < 4; l++) to[b * steps * low + l * at.stride] += lanes[4 * l + b];
+}
+
 /* sums[head][channel] += weights[head][token] * level[token][channel] over `count` neighbouring pages of one precision,
  * all_slots in all; weights are overwritten, squares [heads] are the sums of theirs. `next` is what is read after them. */
 INLINE void weigh_dot(int precision, int heads, int words, const kvq_page *page, int count, size_t vector_row,
                       int all_slots, float *weights, const float *squares, float *sums, int stride, const char *next) {
-    const int steps = 8 / low_bits_of(precision), low = low_words_of(precision, words), passes = low * steps / 8;
+    const int passes = low_words_of(precision, words) * (8 / low_bits_of(precision)) / 8;
     __m512i acc[MOST_PASSES][WEIGHT_PARTS][DECODE_HEADS][2];
     int32_t rare[CHUNK_SLOTS / 4 + 12];
     float unit[DECODE_HEADS], inverse[DECODE_HEADS];
     for (int g = 0; g < heads; g++) {
-        unit[g] = WEIGHT_UNIT * sqrtf(squares[g] / all_slots);
+        unit[g] = weight_unit(squares[g], all_slots);
         inverse[g] = unit[g] > FLT_MIN ? 1 / unit[g] : 0;
     }
     memset(acc, 0, passes * sizeof acc[0]);
@@ -233,18 +252,12 @@ INLINE void weigh_dot(int precision, int heads, int words, const kvq_page *page,
             dot_page(precision, heads, words, pass, values, slots, weights, rare, rare_count, acc[pass], after);
         weights += slots * heads;
     }
-    for (int pass = 0; pass < passes; pass++) {
-        const dot_pass at = pass_of(precision, words, pass);
+    for (int pass = 0; pass < passes; pass++)
         for (int g = 0; g < heads; g++)
             for (int i = 0; i < 2; i++) {
-                float lanes[LANES];
-                const vf high = to_float((vi)acc[pass][2][g][i]) * 256 + to_float((vi)acc[pass][1][g][i]);
-                store_f(lanes, (high * 256 + to_float((vi)acc[pass][0][g][i])) * (unit[g] * (1.0f / parts_of(precision))));
-                float *to = sums + g * stride + (at.step + i * at.next_step) * low + at.word + i * at.next;
-                for (int b = 0; b < 4; b++)
-                    for (int l = 0; l < 4; l++) to[b * steps * low + l * at.stride] += lanes[4 * l + b];
+                const vi part[WEIGHT_PARTS] = {(vi)acc[pass][0][g][i], (vi)acc[pass][1][g][i], (vi)acc[pass][2][g][i]};
+                add_dots(precision, words, pass, i, part, unit[g], sums + g * stride);
             }
-    }
 }
 
 /* A function for each precision, width and number of heads; the common widths are constants in theirs: a head_dim of 64,

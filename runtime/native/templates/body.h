@@ -8,17 +8,14 @@
 #include "query.h"
 #include "swiglu.h"
 
-#ifndef several_rows
-#define several_rows decode_each
-#endif
-
-#define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply)
-#define KERNEL_WITH(symbol, label, check, dot_products, products)  \
+#define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply, decode_each, needs_none)
+#define KERNEL_WITH(symbol, label, check, dot_products, products, rows, rows_memory) \
     const kvq_kernel symbol = {.name = label,                      \
                                .available = check,                 \
                                .integer_dot = dot_products,        \
                                .decode = decode_item,              \
-                               .decode_rows = several_rows,        \
+                               .decode_rows = rows,                \
+                               .rows_bytes = rows_memory,          \
                                .query = prepare_query,             \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \

@@ -63,6 +63,22 @@ INLINE void chunk_scores(int heads, const kvq_task *task, size_t vector_row, int
     }
 }
 
+/* The same for pages from this one on whose values are weighed at once: where `together` all neighbours of its precision,
+ * whatever empty pages of others lie between, else it alone. Of them there are `count`; returns their slots. */
+INLINE int weigh_softmax(int heads, const kvq_page *page, size_t vector_row, int most, int together, const float *maximum,
+                         float *weights, softmax_sums *softmax, int *count) {
+    int slots = 0;
+    for (int g = 0; g < heads; g++) softmax[g].scaled_squares = splat(0);
+    for (*count = 0; *count < most && (together || *count == 0); ++*count) {
+        const int more = slots_of(page + *count);
+        if (more <= 0) continue;
+        if (page[*count].value_precision != page->value_precision) break;
+        softmax_weights(heads, page + *count, vector_row, more, maximum, weights + slots * heads, softmax);
+        slots += more;
+    }
+    return slots;
+}
+
 /* The values of a chunk, weighted: scores become weights on the way. `after` is what is read when they are done. */
 INLINE void chunk_values(int heads, const kvq_task *task, size_t vector_row, int begin, int end, float *weights,
                          const float *maximum, softmax_sums *softmax, float *sums, const char *after) {
@@ -70,17 +86,8 @@ INLINE void chunk_values(int heads, const kvq_task *task, size_t vector_row, int
     for (int p = begin, count; p < end; p += count) {
         const kvq_page *page = task->pass->page + p;
         const int words = words_per_vector(page->value_precision, task->pass->head_dim);
-        /* all neighbours of this precision at once, whatever empty pages of others lie between */
         const int together = dot_values_fit(page->value_precision, words);
-        int slots = 0;
-        for (int g = 0; g < heads; g++) softmax[g].scaled_squares = splat(0);
-        for (count = 0; p + count < end && (together || count == 0); count++) {
-            const int more = slots_of(page + count);
-            if (more <= 0) continue;
-            if (page[count].value_precision != page->value_precision) break;
-            softmax_weights(heads, page + count, vector_row, more, maximum, weights + slots * heads, softmax);
-            slots += more;
-        }
+        const int slots = weigh_softmax(heads, page, vector_row, end - p, together, maximum, weights, softmax, &count);
         if (slots <= 0) continue;
         const char *next = p + count < end ? codes_at(task, page + count, vector_row, 0) : after;
 #ifdef DOT_VALUES
@@ -98,6 +105,12 @@ INLINE void chunk_values(int heads, const kvq_task *task, size_t vector_row, int
     }
 }
 
+INLINE void end_partial(float maximum, const softmax_sums *softmax, kvq_partial *result) {
+    result->maximum = maximum;
+    result->total = sum_lanes(softmax->total);
+    result->squares = sum_lanes(softmax->squares);
+}
+
 INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk, int head, char *partial,
                          const char *after) {
     const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + kv_head;
@@ -113,12 +126,8 @@ INLINE void decode_heads(int heads, const kvq_task *task, int kv_head, int chunk
     memset(partial, 0, heads * partial_bytes(task));
     chunk_values(heads, task, vector_row, begin, end, scores, maximum, softmax,
                  (float *)(partial + sizeof(kvq_partial)), after);
-    for (int g = 0; g < heads; g++) {
-        kvq_partial *result = (kvq_partial *)(partial + g * partial_bytes(task));
-        result->maximum = maximum[g];
-        result->total = sum_lanes(softmax[g].total);
-        result->squares = sum_lanes(softmax[g].squares);
-    }
+    for (int g = 0; g < heads; g++)
+        end_partial(maximum[g], softmax + g, (kvq_partial *)(partial + g * partial_bytes(task)));
 }
 
 static void decode_item(const kvq_task *task, size_t item, size_t next) {
@@ -137,9 +146,10 @@ static void decode_item(const kvq_task *task, size_t item, size_t next) {
 }
 
 /* Token by token: the pages are near from the second one on. */
-static int decode_each(const kvq_task *task, int tokens, size_t item) {
+static void decode_each(const kvq_task *task, int tokens, size_t item, char *memory) {
+    (void)memory;
     for (int t = 0; t < tokens; t++) decode_item(task + t, item, item);
-    return 0;
 }
+static size_t needs_none(const kvq_task *task, int tokens, int room) { return (void)task, (void)tokens, (void)room, 0; }
 
 #endif

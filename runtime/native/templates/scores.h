@@ -53,6 +53,14 @@ INLINE int32_t dot_offset(int precision) {
     }
 }
 
+/* Scores before the keys' scales, from what the parts of a query come to with a tile's codes, `offset` more than levels. */
+INLINE vf whole_score(int precision, int32_t offset, const kvq_integer_query *integer, const vi *sum) {
+    vf total = splat(0);
+    for (int part = 0; part < QUERY_PARTS; part++)
+        total = total * QUERY_BASE + to_float(sum[part] - offset * integer->sums[part]);
+    return total * (integer->scale * (1.0f / parts_of(precision)));
+}
+
 /* The same by integer dot products for a few tiles: the query in parts, the codes as bytes. */
 INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint32_t *tile, int words,
                                 const kvq_integer_query *integer, const int32_t *query, int stride,
@@ -79,17 +87,21 @@ INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint3
                 }
         }
     }
-    for (int g = 0; g < heads; g++) {
-        const float scale = integer[g].scale * (1.0f / parts_of(precision));
+    for (int g = 0; g < heads; g++)
         for (int v = 0; v < vectors; v++) {
-            vf total = splat(0);
-            for (int part = 0; part < QUERY_PARTS; part++)
-                total = total * QUERY_BASE + to_float(sum[g][part][v] - dot_offset(precision) * integer[g].sums[part]);
-            acc[g][v] = total * scale;
+            vi parts[QUERY_PARTS];
+            for (int part = 0; part < QUERY_PARTS; part++) parts[part] = sum[g][part][v];
+            acc[g][v] = whole_score(precision, dot_offset(precision), integer + g, parts);
         }
-    }
 }
 #endif
+
+/* -FLT_MAX in those slots of a tile, which begins at slot t, that hold no token: scores [heads, TILE]. */
+INLINE void hide_empty(const kvq_page *page, int t, int heads, float *scores) {
+    for (int s = 0; s < TILE; s++)
+        if (!holds_token(page, page->begin + t + s))
+            for (int g = 0; g < heads; g++) scores[g * TILE + s] = -FLT_MAX;
+}
 
 /* Scores of a few tiles from slot t of a page on; `top` are the largest ones so far, lane by lane. */
 INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task, const kvq_page *page, size_t vector_row,
@@ -117,10 +129,8 @@ INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task
         float *to = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
         for (int g = 0; g < heads; g++) store_f(to + g * TILE, acc[g][v] * scale);
     }
-    if (page->first || t + tiles * TILE == slots) /* -FLT_MAX in slots that hold no token */
-        for (int s = t; s < t + tiles * TILE; s++)
-            if (!holds_token(page, page->begin + s))
-                for (int g = 0; g < heads; g++) scores[(s / TILE * heads + g) * TILE + s % TILE] = -FLT_MAX;
+    if (page->first || t + tiles * TILE == slots)
+        for (int s = t; s < t + tiles * TILE; s += TILE) hide_empty(page, s, heads, scores + s * heads);
     for (int v = 0; v < tiles * TILE_VECTORS; v++)
         for (int g = 0; g < heads; g++) {
             const float *from = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
