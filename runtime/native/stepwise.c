@@ -14,6 +14,7 @@ typedef struct {
     /* of every KV head: the pages as they are before a token, its plan of chunks, its partial results */
     kvq_page *page, *seen; /* seen: through the layer's window */
     int32_t *chunk;
+    float *turned; /* of one token at a time, [heads, blocks of turns] */
     char *partials;
     size_t partials_bytes;
     unsigned widths;
@@ -78,6 +79,13 @@ static void head_work(void *data, size_t kv_head) {
         task.chunks = kvq_plan_chunks(&pass, chunk, &task.chunk_room);
         task.partials = s->partials + kv_head * s->partials_bytes;
         task.first_kv_head = (int)kv_head;
+        if (task.turns) {
+            float *turned = s->turned + kv_head * group * task.turns->blocks;
+            for (int g = 0; g < group; g++)
+                task.kernel->turn(&task, (int)kv_head * group + g, first_turn(&task), end_turn(&task, whole->tokens),
+                                  turned + (size_t)g * task.turns->blocks);
+            task.turned = turned;
+        }
         for (int c = 0; c < task.chunks; c++) {
             const size_t item = item_number(&task, (int)kv_head, c);
             task.kernel->decode(&task, item, c + 1 < task.chunks ? item_number(&task, (int)kv_head, c + 1) : item);
@@ -103,6 +111,7 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
         s.page = kvq_part(memory, &used, sizeof *s.page * kv_heads * pages);
         s.seen = kvq_part(memory, &used, sizeof *s.seen * kv_heads * (task->window ? pages : 0));
         s.chunk = kvq_part(memory, &used, sizeof *s.chunk * kv_heads * (pages + 1));
+        s.turned = kvq_part(memory, &used, task->turns ? sizeof *s.turned * task->turns->blocks * pass->heads : 0);
         s.partials = kvq_part(memory, &used, s.partials_bytes * kv_heads);
         if (!filled && !(memory = malloc(used))) return KVQ_NO_MEMORY;
     }

@@ -7,6 +7,7 @@
 #include "prepare.h"
 #include "query.h"
 #include "swiglu.h"
+#include "turns.h"
 
 #define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply)
 #define KERNEL_WITH(symbol, label, check, dot_products, products)  \
@@ -15,6 +16,7 @@
                                .integer_dot = dot_products,        \
                                .decode = decode_item,              \
                                .query = prepare_query,             \
+                               .turn = turned_products,            \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
                                .prepare = prepare_heads,           \

@@ -7,6 +7,7 @@
 
 #include "../kernel.h"
 #include "tiles.h"
+#include "turns.h"
 #include "vector.h"
 
 INLINE const uint32_t *key_tile(const kvq_page *page, size_t vector_row, int words, int tile) {
@@ -117,6 +118,9 @@ INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task
         float *to = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
         for (int g = 0; g < heads; g++) store_f(to + g * TILE, acc[g][v] * scale);
     }
+    if (kvq_turned(precision) && task->turns)
+        for (int s = t; s < t + tiles * TILE; s += TILE)
+            add_turned(heads, task, page, head, page->begin + s, scores + (size_t)s * heads);
     if (page->first || t + tiles * TILE == slots) /* -FLT_MAX in slots that hold no token */
         for (int s = t; s < t + tiles * TILE; s++)
             if (!holds_token(page, page->begin + s))
