@@ -1,10 +1,10 @@
 """The mean of keys that turns with their position, see `kvq.runtime.precision.key_turns`: measured, not looked up.
 
 A rotary embedding turns pair i of a key's channels by w_i times the position. As a complex number the pair is
-z(p) = e^(i w p) k with k as the weights yield it, and the mean m of e^(-i w b) z(p), b the middle of the position's block,
-is what all keys of a head have in common. Where w is so large that a block is a good part of a turn, little of it is
-left, and where w is so small that no text turns it noticeably, the constant mean has it already: such pairs are left
-out. Tokens count by the attention they receive beyond the recent window, as for the basis of keys.
+z(p) = e^(i w p) k with k as the weights yield it, and the mean of e^(-i w b) z(p), b the middle of the position's
+block, is what all keys of a head have in common. Where w is so large that a block is a good part of a turn, little of
+it is left, and where w is so small that no text turns it noticeably, the constant mean has it already: such pairs are
+left out. Tokens count by the attention they receive beyond the recent window, as for the basis of keys.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def turned_keys(statistics: KeyStatistics, rotation: np.ndarray) -> tuple[KeyBas
 
 
 def turning(frequencies: np.ndarray) -> np.ndarray:
-    """How much of a turning mean no constant one has, in a long text: shares of its square, of the frequencies' shape."""
+    """How much of a turning mean no constant one has in a long text: shares of its square, shaped as the frequencies."""
     places = middle(np.arange(LONG // BLOCK))
     return 1 - np.abs(np.exp(1j * frequencies[..., None] * places).mean(-1)) ** 2
 

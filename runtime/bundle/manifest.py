@@ -140,8 +140,8 @@ class Manifest:
 
     @property
     def model_digest(self) -> str:
-        """sha256 over the digests of graphs and weights, of what readers of stored keys need, and the windows of layers,
-        which no graph says: the model itself, whatever controllers the bundle holds.
+        """sha256 over the digests of graphs and weights, of what readers of stored keys need, and the windows of
+        layers, which no graph says: the model itself, whatever controllers the bundle holds.
         """
         turns = {KEY_TURNS} & self.files.keys()
         names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS, *turns})

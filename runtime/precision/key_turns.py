@@ -82,7 +82,7 @@ class KeyTurns:
         return waves
 
     def at(self, block: int) -> np.ndarray:
-        """t of a block, float32 [layers, kv_heads, head_dim], read-only; to the bit the same whenever it is asked for."""
+        """t of a block, float32 [layers, kv_heads, head_dim], read-only; to the bit the same at any time."""
         found: np.ndarray = self._at(int(block))
         return found
 
@@ -91,7 +91,7 @@ class KeyTurns:
         factors = np.zeros((len(self.which), self.rows), np.float32)
         if len(waves):
             factors[:] = waves[self.which]
-        # Row after row, whatever the processor: what is stored depends on every bit of it. Unused layers have no vectors.
+        # Row after row, whatever the processor: what is stored depends on every bit. Unused layers have no vectors.
         turned = np.zeros(self.vectors[:, :, 0].shape, np.float32)
         for row in range(self.rows):
             turned += factors[:, row, None, None] * self.vectors[:, :, row]
@@ -99,7 +99,7 @@ class KeyTurns:
         return turned
 
     def of(self, positions: np.ndarray, layer: int | slice = slice(None)) -> np.ndarray:
-        """t at each of the positions [n]: float32 [layers, kv_heads, n, head_dim], or of one layer without the first axis."""
+        """t at positions [n]: float32 [layers, kv_heads, n, head_dim], or of one layer without the first axis."""
         blocks, places = np.unique(np.asarray(positions) // BLOCK, return_inverse=True)
         if not len(blocks):
             return np.zeros_like(self.vectors[layer, ..., :0, :])

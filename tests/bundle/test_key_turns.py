@@ -1,4 +1,4 @@
-"""What turns of a bundle's keys: what an export writes, what a session does with it, whose its files are, and damage."""
+"""What turns of a bundle's keys: what an export writes, what a session does with it, and damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The turning mean of keys: found again in keys that have one, left out where there is none, and what it is good for."""
+"""The turning mean of keys: found again in keys that have one, left out where there is none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measured(mean, spread=0.3, layers=1, frequencies=FREQUENCIES, seed=0):
 
 def test_a_mean_before_the_embedding_is_found():
     mean = np.random.default_rng(1).normal(0, 1, D)
-    statistics, keys, rotation = measured(mean)
+    statistics, _, rotation = measured(mean)
     found, _ = turned_means(statistics, rotation)
     assert np.isin(found.frequencies[0], FREQUENCIES.astype(np.float32)).all()
     vectors = found.vectors[0, 0] @ rotation.T  # [pairs, 2, D], unrotated
@@ -59,8 +59,6 @@ def test_statistics_without_it_are_those_of_the_keys_that_are_left():
     waves = np.stack([np.cos(factors), np.sin(factors)], 1)
     left = keys - np.einsum("jsn,jsd->nd", waves, found.vectors[0, 0])
     np.testing.assert_allclose(less.plain[0, 0], left[1:].sum(0), atol=0.05)
-    again = KeyStatistics(1, 1, D)
-    again.weight, again.keys, again.key_sums = less.weight, less.keys, less.key_sums
     assert np.trace(less.keys[0, 0]) < 0.5 * np.trace(statistics.keys[0, 0])
     assert np.linalg.eigvalsh(less.keys[0, 0])[0] > -1e-6 * np.trace(less.keys[0, 0])
 

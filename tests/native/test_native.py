@@ -28,8 +28,8 @@ from tests.tools.kvdata import (
     filled_store,
     protected,
     random_feedback,
-    random_turns,
     random_tokens,
+    random_turns,
     seeds,
 )
 

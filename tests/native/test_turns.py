@@ -52,7 +52,7 @@ def test_any_mixture_equals_numpy(kernel, situation, new, layer, seed):
     store, group = situation
     given_ = new_tokens(seed, new, group * store.geometry.kv_heads, store.geometry)
     (found, found_squares), (expected, squares) = both(native(kernel), store, given_, layer)
-    # What is taken off and added again is as large as the keys: its roundings add up to more than those of a page alone.
+    # What is taken off and added again is larger than the keys: its roundings are, too.
     np.testing.assert_allclose(found, expected, rtol=0, atol=10 * TOLERANCE * np.abs(expected).max())
     np.testing.assert_allclose(found_squares, squares, rtol=0, atol=20 * TOLERANCE)
 
@@ -84,7 +84,7 @@ def test_a_table_grows_with_the_text():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [("rows", 8), ("rows", 2000), ("blocks", 1), ("blocks", 0), ("sets", 0), ("vectors", None), ("which", None)],
 )
 def test_tables_that_do_not_fit_are_refused(field, value):

@@ -123,5 +123,5 @@ def test_files_of_anything_else_are_refused(change):
         frequencies[0, 1] = 5
     data = packed(frequencies, vectors)
     data = {"short": data[:-2], "long": data + bytes(2), "empty": b""}.get(change, data)
-    with pytest.raises(ValueError, match="bytes|number|far"):
+    with pytest.raises(ValueError, match=r"bytes|number|far"):
         parsed(data, 3, 2, 24)

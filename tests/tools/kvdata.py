@@ -51,8 +51,9 @@ def random_feedback(seed, geometry):
 
 
 def random_turns(seed, geometry, pairs=5):
-    """What keys turn with, as a bundle could have it: of two kinds of frequencies; one layer in three, but not the first one,
-    is left as it is."""
+    """What keys turn with, as a bundle could have it: frequencies are of two kinds, and some layers but the first one
+    are left as they are.
+    """
     rng = np.random.default_rng(seed)
     frequencies = np.exp(-rng.uniform(0, 8, (2, pairs)))[rng.integers(0, 2, geometry.layers)]
     vectors = rng.normal(0, 1, (geometry.layers, geometry.kv_heads, pairs, 2, geometry.head_dim))

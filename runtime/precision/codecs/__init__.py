@@ -50,16 +50,14 @@ class CodecSet(NamedTuple):
         """What keys of a precision are stored less; None where they are stored as they are."""
         return self.turns if self.turns is not None and self.turns.takes(self.by_id[precision].bits) else None
 
-    def stored(
-        self, precision: int, x: np.ndarray, keys: bool, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window; positions: [tokens]."""
+    def stored(self, precision: int, x: np.ndarray, keys: bool, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] at positions [tokens] that leave the window."""
         if keys and (turns := self.turns_of(precision)) is not None:
             x = x - turns.of(positions)
         return self.by_id[precision].encode(x, self.feedback if keys else None)
 
     def reread(self, precision: int, x: np.ndarray, layer: int | None, positions: np.ndarray) -> np.ndarray:
-        """What readers see of vectors [..., kv_heads, tokens, head_dim] that left it; layer: whose keys, None: values."""
+        """What readers see of vectors [..., kv_heads, tokens, head_dim] that left it; layer: of keys, None: values."""
         codec = self.by_id[precision]
         if layer is None:
             return codec.roundtrip(x)
