@@ -102,7 +102,7 @@ def turned_keys(statistics: KeyStatistics, rotation: np.ndarray) -> tuple[KeyBas
 
 
 def turning(frequencies: np.ndarray) -> np.ndarray:
-    """How much of a turning mean no constant one has in a long text: shares of its square, shaped as the frequencies."""
+    """How much of a turning mean no constant one has in a long text: shares of its square, of the same shape."""
     places = middle(np.arange(LONG // BLOCK))
     return 1 - np.abs(np.exp(1j * frequencies[..., None] * places).mean(-1)) ** 2
 
