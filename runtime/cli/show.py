@@ -94,11 +94,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f"  weights      layers {weights.get('layers')}, embedding and head {weights.get('head')}, activations"
         f" {weights.get('activations')}",
         f"  KV cache     bytes a token: {tokens}",
-        *(
-            ["               keys of 2 to 4 bits less a mean that turns with the position"]
-            if row["turned_keys"]
-            else []
-        ),
+        *([f"{'':15}keys of 2 to 4 bits less a mean that turns with the position"] if row["turned_keys"] else []),
         f"  controllers  {', '.join(controllers) or 'none'}",
         f"  chat         {'has a template' if row['chat_template'] else 'no template: a plain transcript'}",
         f"  files        {size(row['nbytes'])} in {len(row['files'])} files, {graphs} of them graphs",

@@ -51,7 +51,7 @@ class CodecSet(NamedTuple):
         return self.turns if self.turns is not None and self.turns.takes(self.by_id[precision].bits) else None
 
     def stored(self, precision: int, x: np.ndarray, keys: bool, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window; positions [tokens]."""
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] at positions [tokens], behind the window."""
         if keys and (turns := self.turns_of(precision)) is not None:
             x = x - turns.of(positions)
         return self.by_id[precision].encode(x, self.feedback if keys else None)
