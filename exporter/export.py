@@ -16,16 +16,16 @@ from kvq.exporter.few_bits import FewBits
 from kvq.exporter.folder import replaced_folder, write_text
 from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.graphs.writer import GraphWriter
-from kvq.exporter.key_basis import key_basis
 from kvq.exporter.key_feedback import key_feedback
 from kvq.exporter.key_statistics import key_statistics
+from kvq.exporter.key_turns import frequencies_of, turned_keys
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import digest
-from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, MANIFEST, TOKENIZER, WEIGHTS, Manifest
+from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, KEY_TURNS, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import CheckpointError
 
 # What keys can be, and what a manifest says of them: of plain ones nothing, as ever.
@@ -214,7 +214,7 @@ def _write_graphs(
             def measured(done: int, count: int) -> None:
                 progress(half + (total - half - 20) * done // count, total, "calibrating keys")
 
-            _measure_keys(writer, folder, options.rotation, ids, measured)
+            _measure_keys(writer, folder, frequencies_of(checkpoint.model), options.rotation, ids, measured)
             list(writer.segments()), writer.decoder()  # once more, with what the first ones have measured
             (folder / MANIFEST).unlink()
             manifest = replace(manifest, kv=kv | {"centered": True})
@@ -226,16 +226,25 @@ def _write_graphs(
 
 
 def _measure_keys(
-    writer: GraphWriter, folder: Path, rotation: np.ndarray, ids: np.ndarray, progress: Callable[[int, int], None]
+    writer: GraphWriter,
+    folder: Path,
+    frequencies: np.ndarray,
+    rotation: np.ndarray,
+    ids: np.ndarray,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Have graphs centre keys and, where they are balanced, take them to a basis; and say how errors are fed back."""
+    """Have graphs centre keys and, where they are balanced, take them to a basis; and say what turns with the position,
+    and how errors are fed back.
+    """
     bundle = NewBundle(folder)
     if "keys" not in bundle.manifest.kv:
         writer.center(mean_keys(bundle, ids, progress))
         return
-    statistics = key_statistics(bundle, ids, progress)
-    basis, means = key_basis(statistics, rotation)
+    statistics = key_statistics(bundle, ids, frequencies, progress)
+    basis, means, turned = turned_keys(statistics, rotation)
     writer.center(means, basis)
+    if (data := turned.data) is not None:
+        (folder / KEY_TURNS).write_bytes(data)
     feedback = key_feedback(statistics, basis, rotation)
     (folder / KEY_FEEDBACK).write_bytes(feedback.astype("<f2").tobytes())
 

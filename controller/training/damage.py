@@ -122,7 +122,7 @@ def exact_damage(
                     for side, (x, precision) in enumerate(zip(seen, pair, strict=True)):
                         if precision != EXACT.k:
                             own = slice(place, place + 1)
-                            x[row, :, own] = model.stored(layer, side, x[row, :, own], precision)
+                            x[row, :, own] = model.stored(layer, side, x[row, :, own], precision, place)
                 return seen
 
             logits = model.run(ids.expand(len(part), -1), read).logits

@@ -23,6 +23,7 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.precision.codecs import Codec, CodecSet
+from kvq.runtime.precision.key_turns import KeyTurns
 
 # read(layer, keys, values) -> what later tokens see of them; all float32 [batch, kv_heads, tokens, head_dim],
 # rotated and centred as the store holds them.
@@ -54,18 +55,20 @@ class ParallelModel:
         twin: the bundle's graphs with its dequantized, un-rotated weights.
         recent: newest tokens, besides the query's own, that are read as the window keeps them.
         protect_bits: at which it does.
-        feedback: of the codecs of keys, see `kvq.runtime.bundle.bundle.Bundle.key_feedback`.
+        feedback, turns: of the codecs of keys, see `kvq.runtime.bundle.bundle.Bundle.key_feedback` and `key_turns`.
     """
 
     twin: Twin
     recent: int = 16
     protect_bits: int = 8
     feedback: np.ndarray | None = None
+    turns: KeyTurns | None = None
 
     @classmethod
     def load(cls, bundle: Bundle, recent: int = 16, device: str = "cpu") -> ParallelModel:
         """The twin of a bundle."""
-        return cls(effective_model(bundle).to(device), recent, feedback=bundle.key_feedback)
+        twin = effective_model(bundle).to(device)
+        return cls(twin, recent, feedback=bundle.key_feedback, turns=bundle.key_turns)
 
     @property
     def shape(self) -> Architecture:
@@ -81,9 +84,14 @@ class ParallelModel:
         """x as the window rounds it, if there is one."""
         return _straight(x, _codecs().windows[self.protect_bits]) if self.recent else x
 
-    def stored(self, layer: int, side: int, x: Tensor, bits: int) -> Tensor:
-        """What readers see of a layer's keys (side 0) or values (1), [..., kv_heads, tokens, head_dim]."""
-        return roundtrip(x, bits, None if side or self.feedback is None else self.feedback[layer])
+    def stored(self, layer: int, side: int, x: Tensor, bits: int, start: int = 0) -> Tensor:
+        """What readers see of a layer's keys (side 0) or values (1), [..., kv_heads, tokens, head_dim].
+
+        start: position of the first token.
+        """
+        codecs = _codecs()._replace(feedback=self.feedback, turns=self.turns)
+        positions = np.arange(start, start + x.shape[-2])
+        return _seen(x, codecs.reread(bits, _plain(x), None if side else layer, positions))
 
     def run(self, ids: Tensor, read: Reader | None = None) -> Pass:
         """One pass over int64 ids [batch, tokens], all tokens scored.
@@ -207,5 +215,15 @@ def _codecs() -> CodecSet:
 
 
 def _straight(x: Tensor, codec: Codec, feedback: np.ndarray | None = None) -> Tensor:
-    seen = torch.from_numpy(codec.roundtrip(x.detach().float().cpu().numpy(), feedback)).to(x.device)
+    return _seen(x, codec.roundtrip(_plain(x), feedback))
+
+
+def _plain(x: Tensor) -> np.ndarray:
+    found: np.ndarray = x.detach().float().cpu().numpy()
+    return found
+
+
+def _seen(x: Tensor, stored: np.ndarray) -> Tensor:
+    """What is read in place of x, with its gradient."""
+    seen = torch.from_numpy(stored).to(x.device)
     return x + (seen - x).detach() if x.requires_grad else seen

@@ -18,11 +18,12 @@ import numpy as np
 
 from kvq.runtime.bundle import forms, limits
 from kvq.runtime.bundle.guard import check_graph
-from kvq.runtime.bundle.manifest import KEY_FEEDBACK, MANIFEST, WEIGHTS, Manifest, text_of
+from kvq.runtime.bundle.manifest import KEY_FEEDBACK, KEY_TURNS, MANIFEST, WEIGHTS, Manifest, text_of
 from kvq.runtime.bundle.onnx_file import GraphReader
 from kvq.runtime.bundle.regions import Regions
 from kvq.runtime.errors import BundleError, KvqError, MemoryShortageError
 from kvq.runtime.precision.codecs.codebook import feeds_back_little
+from kvq.runtime.precision.key_turns import KeyTurns, most_bytes, parsed
 
 
 def digest(path: Path) -> str:
@@ -131,6 +132,25 @@ class Bundle:
         except MemoryError as error:
             raise unreadable(error, self.path / KEY_FEEDBACK) from None
         return feedback
+
+    @cached_property
+    def key_turns(self) -> KeyTurns | None:
+        """What keys of few bits are stored less, by position; None in older bundles and where nothing turns.
+
+        Raises:
+            BundleError: it is not of this model's shape, not finite, or too large.
+            MemoryShortageError: as for `graph`.
+        """
+        if KEY_TURNS not in self.manifest.files:
+            return None
+        shape = self.manifest.architecture
+        axes = (shape.layers, shape.kv_heads, shape.head_dim)
+        try:
+            return parsed(self._read(KEY_TURNS, most_bytes(*axes)), *axes)
+        except ValueError as error:
+            raise BundleError(f"{KEY_TURNS} {error}; export the bundle again") from None
+        except MemoryError as error:
+            raise unreadable(error, self.path / KEY_TURNS) from None
 
     @cached_property
     def _graphs(self) -> dict[str, bytes]:

@@ -47,6 +47,9 @@ CHAT_TEMPLATE = "chat_template.jinja"
 KEY_FEEDBACK = "key_feedback.bin"  # halves [layers, kv_heads, head_dim, head_dim], see `Bundle.key_feedback`
 
 
+KEY_TURNS = "key_turns.bin"  # see `Bundle.key_turns`
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape of the model; all in elements, tokens or layers.
@@ -137,10 +140,11 @@ class Manifest:
 
     @property
     def model_digest(self) -> str:
-        """sha256 over the digests of graphs and weights, and the windows of layers, which no graph says: the model
-        itself, whatever controllers the bundle holds.
+        """sha256 over the digests of graphs and weights, of what readers of stored keys need, and the windows of
+        layers, which no graph says: the model itself, whatever controllers the bundle holds.
         """
-        names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS})
+        turns = {KEY_TURNS} & self.files.keys()
+        names = sorted({*self.segments, self.decoder, self.head, self.uncertainty, WEIGHTS, *turns})
         windows = [self.architecture.windows] if self.architecture.windows else []
         listed = json.dumps([*((name, self.files[name]["sha256"]) for name in names), *windows])
         return hashlib.sha256(listed.encode()).hexdigest()

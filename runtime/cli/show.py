@@ -50,7 +50,7 @@ def show(model: str, as_json: bool) -> None:
 
 def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
     from kvq.runtime.bundle.bundle import Bundle
-    from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER
+    from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_TURNS, TOKENIZER
 
     manifest = Bundle(path).manifest
     licence = entry.licence if entry else getattr(manifest, "source", {}).get("licence")
@@ -64,6 +64,7 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
         "architecture": manifest.architecture.fields(),
         "weights": manifest.weights,
         "kv_token_nbytes": kv_token_nbytes(manifest.architecture),
+        "turned_keys": KEY_TURNS in manifest.files,
         "tokenizer": TOKENIZER in manifest.files,
         "chat_template": CHAT_TEMPLATE in manifest.files,
         "controllers": sorted(manifest.controllers),
@@ -93,6 +94,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f"  weights      layers {weights.get('layers')}, embedding and head {weights.get('head')}, activations"
         f" {weights.get('activations')}",
         f"  KV cache     bytes a token: {tokens}",
+        *([f"{'':15}keys of 2 to 4 bits less a mean that turns with the position"] if row["turned_keys"] else []),
         f"  controllers  {', '.join(controllers) or 'none'}",
         f"  chat         {'has a template' if row['chat_template'] else 'no template: a plain transcript'}",
         f"  files        {size(row['nbytes'])} in {len(row['files'])} files, {graphs} of them graphs",

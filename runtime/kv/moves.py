@@ -16,6 +16,7 @@ import numpy as np
 from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.pages import Page
 from kvq.runtime.kv.window import RecentWindow
+from kvq.runtime.precision.codecs import CodecSet
 from kvq.runtime.precision.table import Pair
 
 
@@ -35,7 +36,9 @@ class Move(NamedTuple):
 class Mover(Protocol):
     """Takes new tokens through the window in one call; the bytes are those that encoding and writing in numpy gives."""
 
-    def takes(self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
+    def takes(
+        self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray, codecs: CodecSet
+    ) -> bool:
         """Whether it can: arrays as it needs them, nothing in them that a codec would refuse, and only precisions that
         it encodes itself in `gone`, see `leaving`.
         """
@@ -46,10 +49,10 @@ class Mover(Protocol):
         moves: list[Move],
         keys: np.ndarray,
         values: np.ndarray,
-        feedback: np.ndarray | None = None,
+        codecs: CodecSet,
     ) -> None:
-        """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]; feedback: of
-        `kvq.runtime.precision.codecs.CodecSet`. Counts and tags are the store's.
+        """Carry out one move after the other; keys, values float32 [layers, kv_heads, tokens, head_dim]; of codecs it
+        takes feedback and turns. Counts and tags are the store's.
         """
 
 

@@ -70,9 +70,9 @@ class KVStore:
             self.settle()
         chosen = np.full((1, 2), OPEN, np.uint8) if chosen is None else self._protect(chosen, self.length)
         gone = leaving(window, self.length, len(chosen), chosen) if mover is not None else []
-        if mover is not None and mover.takes(window, gone, keys, values):
+        if mover is not None and mover.takes(window, gone, keys, values, self.codecs):
             moves = plan(window, self.length, len(chosen), gone, self._bucket)
-            mover(window, moves, keys, values, self.codecs.feedback)
+            mover(window, moves, keys, values, self.codecs)
             self._count_in(moves, chosen)
         else:
             self._append(keys, values, chosen)
@@ -186,11 +186,12 @@ class KVStore:
         for value in np.unique(code):
             pair = Pair(int(value) >> 8, int(value) & 255)
             tokens = np.flatnonzero(code == value)
+            places = (start + tokens).astype(np.int32)
             k, v = (
-                Encoded(*self.codecs.stored(precision, x[:, :, tokens], of_keys))
+                Encoded(*self.codecs.stored(precision, x[:, :, tokens], of_keys, places))
                 for precision, x, of_keys in zip(pair, (keys, values), (True, False), strict=True)
             )
-            yield pair, k, v, (start + tokens).astype(np.int32)
+            yield pair, k, v, places
 
     def _as_in_window(self, x: np.ndarray) -> np.ndarray:
         """x as the window would have kept it: stored bytes must not depend on how a text was chunked."""
@@ -256,8 +257,10 @@ class KVStore:
                     part = slice(at, at + stop - start)
                     page.read(layer, start, stop, keys[:, part], values[:, part])
                     at = part.stop
-                tags = [page.positions[start:stop] for page, start, stop in run]
-                yield keys, values, np.concatenate(tags).astype(np.int64)
+                places = np.concatenate([page.positions[start:stop] for page, start, stop in run]).astype(np.int64)
+                if (turns := self.codecs.turns_of(bucket.pair.k)) is not None:
+                    keys += turns.seen(places, layer)
+                yield keys, values, places
         window = self.window
         start = max(first, self.length - (window.count if recent else 0))
         for at in range(start, self.length, limit):

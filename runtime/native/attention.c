@@ -131,6 +131,7 @@ static kvq_task task_of(const kvq_pass *pass, int32_t layer, const kvq_rows *row
         .layer = layer,
         .group = pass->heads / pass->kv_heads,
         .window = pass->windows ? pass->windows[layer] : 0,
+        .turns = pass->turns && pass->turns->which[layer] >= 0 ? pass->turns : NULL,
         .padded_dim = (pass->head_dim + 15) / 16 * 16,
         .softmax_scale = 1 / sqrtf((float)pass->head_dim),
     };
@@ -246,7 +247,7 @@ int32_t kvq_movable(const kvq_move *move) {
     if (refused) return refused;
     const kvq_kernel *chosen = kvq_choose_kernel(move->kernel);
     const size_t count = (size_t)move->layers * move->kv_heads * move->tokens * move->head_dim;
-    return chosen->within(move->keys, count, LARGEST_MOVED) && chosen->within(move->values, count, LARGEST_MOVED);
+    return chosen->within(move->keys, count, LARGEST_MOVED - move->reach) && chosen->within(move->values, count, LARGEST_MOVED);
 }
 
 int32_t kvq_finite(int32_t kernel, const float *x, size_t count) {

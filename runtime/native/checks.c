@@ -70,7 +70,12 @@ static int check_steps(const kvq_move *move, int steps) {
         if (step->window_slot < 0 || step->window_slot >= move->window->period) return KVQ_MISFIT_MOVE;
         if (step->page < -1 || step->page >= move->pages) return KVQ_MISFIT_MOVE;
         if (step->page < 0) continue;
-        if (step->page_slot < 0 || step->page_slot >= move->page[step->page].capacity) return KVQ_MISFIT_MOVE;
+        const kvq_page *page = move->page + step->page;
+        if (step->page_slot < 0 || step->page_slot >= page->capacity) return KVQ_MISFIT_MOVE;
+        if (!move->turned || !kvq_turned(page->key_precision)) continue;
+        if (!page->positions) return KVQ_NO_DATA;
+        const int32_t position = page->positions[step->page_slot], block = position / KVQ_TURN_BLOCK - move->first_block;
+        if (position < 0 || block < 0 || block >= move->turn_blocks) return KVQ_MISFIT_MOVE;
     }
     return 0;
 }
@@ -117,6 +122,22 @@ static int check_windows(const kvq_pass *pass) {
     return 0;
 }
 
+/* What turns with the position. */
+static int check_turns(const kvq_pass *pass) {
+    const kvq_turns *turns = pass->turns;
+    if (!turns) return 0;
+    if (!turns->vectors || !turns->across || !turns->waves || !turns->which) return KVQ_NO_DATA;
+    const int sizes = turns->rows >= 0 && turns->rows % TILE == 0 && turns->rows <= KVQ_TURN_MOST_ROWS &&
+                      turns->blocks > 0 && turns->blocks % KVQ_TURN_BLOCKS == 0;
+    if (!sizes || pass->position < 0 || pass->position > INT32_MAX - pass->tokens) return KVQ_MISFIT_SHAPE;
+    if (((int64_t)pass->position + pass->tokens + KVQ_TURN_BLOCK - 1) / KVQ_TURN_BLOCK > turns->blocks) return KVQ_MISFIT_SHAPE;
+    for (int l = 0; l < pass->layers; l++)
+        if (turns->which[l] < -1 || turns->which[l] >= turns->sets) return KVQ_MISFIT_SHAPE;
+    for (int p = 0; p < pass->pages; p++)
+        if (kvq_turned(pass->page[p].key_precision) && !pass->page[p].positions) return KVQ_NO_DATA;
+    return 0;
+}
+
 static int check_one_pass(const kvq_pass *pass) {
     int refused = check_shape(pass->layers, pass->kv_heads, pass->head_dim, pass->tokens);
     if (refused) return refused;
@@ -124,6 +145,7 @@ static int check_one_pass(const kvq_pass *pass) {
     if (!kvq_choose_kernel(pass->kernel)) return KVQ_NO_KERNEL;
     refused = check_pages(pass->page, pass->pages);
     if (!refused) refused = check_windows(pass);
+    if (!refused) refused = check_turns(pass);
     return refused || !pass->stepwise || pass->tokens < 2 ? refused : check_stepwise(pass);
 }
 

@@ -27,6 +27,7 @@ typedef struct {
     float *query;
     kvq_integer_query *integer;
     int32_t *words;
+    float *turned;
     head_state *head;
     size_t items, taken, from_end[2];
     char *memory;   /* of what is above */
@@ -56,9 +57,12 @@ static void prepare_head(const decode_step *s, int kv_head) {
         task->kernel->prepare(s->prepare, 0, key, key + 1);
     }
     kvq_keep_token(task, kv_head, 0);
-    for (int h = first; h < end; h++)
+    for (int h = first; h < end; h++) {
         task->kernel->query(task, s->widths, h, s->query + (size_t)h * task->padded_dim, s->integer + h,
                             s->words + (size_t)h * integer_words_all(pass->head_dim));
+        if (task->turns)
+            task->kernel->turn(task, h, first_turn(task), end_turn(task, 1), s->turned + (size_t)h * task->turns->blocks);
+    }
 }
 
 /* Returns when a KV head is prepared; by this thread, if no other one has begun. */
@@ -114,11 +118,12 @@ static int begin_step(decode_step *s, const kvq_single *single) {
         s->query = kvq_part(s->memory, &used, sizeof *s->query * task->padded_dim * pass->heads);
         s->integer = kvq_part(s->memory, &used, sizeof *s->integer * pass->heads);
         s->words = kvq_part(s->memory, &used, sizeof *s->words * integer_words_all(pass->head_dim) * pass->heads);
+        s->turned = kvq_part(s->memory, &used, task->turns ? sizeof *s->turned * task->turns->blocks * pass->heads : 0);
         s->head = kvq_part(s->memory, &used, sizeof *s->head * pass->kv_heads);
         task->partials = kvq_part(s->memory, &used, s->items * task->group * partial_bytes(task));
         if (!filled && !(s->memory = malloc(used))) return KVQ_NO_MEMORY;
     }
-    task->query = s->query, task->words = s->words, task->integer = s->integer;
+    task->query = s->query, task->words = s->words, task->integer = s->integer, task->turned = s->turned;
     for (int h = 0; h < pass->kv_heads; h++) s->head[h] = (head_state){.left = task->chunks};
     return 0;
 }

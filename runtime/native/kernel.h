@@ -69,6 +69,8 @@ typedef struct {
     size_t (*rows_bytes)(const kvq_task *task, int tokens, int room);
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
+    /* products [blocks of turns] of a query head, prepared, with what keys of the blocks [first, end) are stored less */
+    void (*turn)(const kvq_task *task, int head, int first, int end, float *products);
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
                                                      * NO_MEMORY */
@@ -99,6 +101,7 @@ struct kvq_task {
     const kvq_pass *pass;
     const kvq_rows *rows;
     const kvq_kernel *kernel;
+    const kvq_turns *turns;       /* of the pass; null where the layer's keys are stored as they are */
     int layer, group, padded_dim; /* group: query heads of a KV head; padded_dim: head_dim in whole 16s */
     int window;                   /* of the layer, see kvq_pass; 0: none */
     float softmax_scale;
@@ -107,9 +110,10 @@ struct kvq_task {
     const kvq_integer_query *integer;  /* [heads] */
     const int32_t *words;              /* [heads, widths, QUERY_PARTS, words], see integer_words */
     const int32_t *chunk;              /* [chunks + 1]: first page of each chunk */
+    const float *turned;               /* [heads, blocks of turns], products of the queries with what keys are stored less */
     int chunks, chunk_room;            /* chunk_room: most slots of a chunk */
     char *partials;                    /* [kv_heads, chunks, group] of kvq_partial and weighted values */
-    int first_kv_head;                 /* the one whose partials come first */
+    int first_kv_head;                 /* the one whose partials, and products of `turned`, come first */
     /* prefill */
     int row_block, row_blocks; /* row_block: new tokens whose query heads are worked on together */
     int failed;
@@ -172,6 +176,20 @@ static inline const char *codes_at(const kvq_task *task, const kvq_page *page, s
 static inline const char *start_of(const kvq_task *task, size_t item) {
     const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + item_head(task, item);
     return codes_at(task, task->pass->page + task->chunk[item_chunk(task, item)], vector_row, 1);
+}
+
+/* Whether the keys of a page are stored less what turns with their position. */
+static inline int page_turns(const kvq_task *task, const kvq_page *page) {
+    return task->turns && kvq_turned(page->key_precision);
+}
+
+/* The blocks of positions that a token of a task sees in its pages, of `tokens` new ones: [first, end). */
+static inline int first_turn(const kvq_task *task) {
+    const int seen = task->pass->position - task->window + 1;
+    return task->window && seen > 0 ? seen / KVQ_TURN_BLOCK : 0;
+}
+static inline int end_turn(const kvq_task *task, int tokens) {
+    return (task->pass->position + tokens - 1) / KVQ_TURN_BLOCK + 1;
 }
 
 static inline size_t partial_bytes(const kvq_task *task) {

@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 14 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 15 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -53,8 +53,22 @@ typedef struct {
     int32_t narrow; /* 1: the arrays have rows of the layers without a window alone, in order; 0: of all layers */
     int32_t unused;
     const int32_t *positions; /* [count] of a page: where its tokens stand in the text, ascending; null of the window,
-                               * whose slots follow from the position. Read where a pass has windows */
+                               * whose slots follow from the position. Read where a pass has windows or turns */
 } kvq_page;
+
+/* A mean that turns with the position, which keys of few bits (kvq_turned of widths.h) are stored less, as
+ * runtime/precision/key_turns.py has it: of the tokens at KVQ_TURN_BLOCK positions, block b, the sum over rows r of
+ * waves[r, b] * vectors[r]. Readers add it; the window, and pages of more bits, hold keys as they are. */
+typedef struct {
+    const float *vectors;  /* [layers, kv_heads, rows, head_dim] */
+    const float *across;   /* the same as [layers, kv_heads, head_dim, rows] */
+    const float *waves;    /* [sets, rows, blocks] */
+    const int32_t *which;  /* [layers]: of which set; -1: the layer's keys are stored as they are */
+    int32_t sets, rows, blocks; /* rows: whole 16s, at most KVQ_TURN_MOST_ROWS; blocks: whole KVQ_TURN_BLOCKS */
+} kvq_turns;
+#define KVQ_TURN_BLOCK 16
+#define KVQ_TURN_BLOCKS 64
+#define KVQ_TURN_MOST_ROWS MOST_CHANNELS
 
 /* What happens with one new token: the token in its slot of the recent window moves to a page, and it takes the slot. */
 typedef struct {
@@ -73,6 +87,10 @@ typedef struct {
     const kvq_page *window;     /* of WINDOW or INT8: a row that begins at slot 0; its slots are counted from there, also beyond its end */
     const kvq_page *page;       /* rows of the pages that tokens go to */
     const kvq_move_step *step;  /* [tokens]; of a pass [tokens - 1], since its last token stays where it is */
+    const float *turned;        /* [layers, kv_heads, turn_blocks, head_dim]: what keys of few bits are stored less, of the
+                                 * blocks of positions from first_block on; null: nothing. The positions of pages are read then */
+    int32_t first_block, turn_blocks;
+    float reach;                /* largest magnitude in it; 0 of none */
 } kvq_move;
 
 /* The part of a forward pass that is one session's; several go through the graph together as a chain, the rows of each
@@ -92,7 +110,8 @@ typedef struct kvq_pass {
     const struct kvq_pass *next; /* the session whose rows come behind these, or null; at most KVQ_MOST_SESSIONS in all */
     const int32_t *windows; /* [layers], or null: of how many tokens, itself included, a token of a layer sees the last
                              * ones; 0: all */
-    int32_t position;       /* of the first new token in the text; read where there are windows */
+    int32_t position;       /* of the first new token in the text; read where there are windows or turns */
+    const kvq_turns *turns; /* of the keys in pages, or null */
 } kvq_pass;
 #define KVQ_MOST_SESSIONS 4096
 

@@ -114,6 +114,7 @@ int kvq_move_layers(const kvq_move *move, int first, int end) {
         own.layers = 1;
         own.keys += layer * floats, own.values += layer * floats;
         if (own.feedback) own.feedback += (size_t)layer * move->kv_heads * move->head_dim * move->head_dim;
+        if (own.turned) own.turned += (size_t)layer * move->kv_heads * move->turn_blocks * move->head_dim;
         own.window = &window, own.page = page;
         kernel->move(&own);
     }

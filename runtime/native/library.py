@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 14
+ABI = 15
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -36,6 +36,16 @@ class Pass(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "kernel", "threads")),
         *((name, ctypes.c_void_p) for name in ("page", "keys", "values", "row_squares", "stepwise", "next", "windows")),
         ("position", ctypes.c_int32),
+        ("turns", ctypes.c_void_p),
+    )
+
+
+class Turns(ctypes.Structure):
+    """kvq_turns: what keys of few bits are stored less."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("vectors", "across", "waves", "which")),
+        *((name, ctypes.c_int32) for name in ("sets", "rows", "blocks")),
     )
 
 
@@ -60,7 +70,9 @@ class Moves(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "kv_heads", "head_dim", "kernel", "tokens", "pages")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "feedback", "window", "page", "step")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "feedback", "window", "page", "step", "turned")),
+        *((name, ctypes.c_int32) for name in ("first_block", "turn_blocks")),
+        ("reach", ctypes.c_float),
     )
 
 

@@ -14,6 +14,8 @@ from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import MOST_CHANNELS, Moves, MoveStep, check, known_precisions, load
 from kvq.runtime.native.pool import move_on_pool
 from kvq.runtime.native.table import address_of, as_buffer, page_row, window_rows
+from kvq.runtime.native.turns import MovedTurns
+from kvq.runtime.precision.codecs import CodecSet
 from kvq.runtime.precision.table import Pair
 
 MANY = 16  # tokens whose way several threads share; handing it to them takes as long as some tokens do
@@ -44,10 +46,14 @@ class NativeMover:
         self._pages: list[Page] = []
         self._window_rows = self._page_rows = as_buffer(b"")
         self._steps = (MoveStep * 0)()
+        self._turned = MovedTurns()
 
-    def takes(self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
+    def takes(
+        self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray, codecs: CodecSet
+    ) -> bool:
         """See `Mover`; of `gone` it takes the precisions that the library knows."""
         self._point_at(keys, values)
+        self._move.reach = 0.0 if codecs.turns is None else codecs.turns.reach
         if not window.capacity or not self._fit or not all(self._known.issuperset(pair) for pair in gone):
             return False
         return bool(check(self._library.kvq_movable(self._move)))
@@ -58,12 +64,13 @@ class NativeMover:
         moves: list[Move],
         keys: np.ndarray,
         values: np.ndarray,
-        feedback: np.ndarray | None = None,
+        codecs: CodecSet,
     ) -> None:
         self._point_at(keys, values)
         move = self._move
-        if feedback is not self._feedback:
-            self._feedback, move.feedback = feedback, address_of(feedback)
+        if codecs.feedback is not self._feedback:
+            self._feedback, move.feedback = codecs.feedback, address_of(codecs.feedback)
+        self._turned.write(move, codecs, moves)
         pages = list({id(page): page for _, page, _ in moves if page is not None}.values())
         if window is not self._window:
             self._window, self._window_rows = window, as_buffer(window_rows(window))

@@ -28,6 +28,7 @@ typedef struct {
     float *query;      /* of every token, what `queries` of a kernel makes */
     kvq_integer_query *integer;
     int32_t *words;
+    float *turned;     /* [tokens, heads, blocks of turns] */
     uint32_t *window[2];       /* values and keys as each token finds them, [tokens, kv_heads, capacity, words] */
     uint16_t *window_scale[2]; /* [tokens, kv_heads, capacity] */
     char *partials;    /* of tokens, chunks and heads; behind them what threads need */
@@ -82,11 +83,12 @@ static void task_of(row_block *b, int t) {
     rows->out += at * heads * pass->head_dim;
     if (rows->row_squares) rows->row_squares += at * heads;
     see_pages(b, t);
-    pass->tokens = 1, pass->page = b->seen + (size_t)t * whole->pages;
+    pass->tokens = 1, pass->position += (int32_t)at, pass->page = b->seen + (size_t)t * whole->pages;
     task->pass = pass, task->rows = rows;
     task->query = b->query + t * heads * task->padded_dim;
     task->integer = b->integer + t * heads;
     task->words = b->words + t * heads * integer_words_all(pass->head_dim);
+    if (task->turns) task->turned = b->turned + t * heads * task->turns->blocks;
     int32_t *chunk = b->chunk + t * ((size_t)whole->pages + 1);
     task->chunk = chunk;
     task->chunks = kvq_plan_chunks(pass, chunk, &task->chunk_room);
@@ -135,10 +137,14 @@ static int plan_block(row_block *b) {
 
 static void make_queries(const row_block *b, int t) {
     const kvq_task *task = b->of + t;
-    for (int h = 0; h < task->pass->heads; h++)
+    for (int h = 0; h < task->pass->heads; h++) {
         task->kernel->query(task, b->widths, h, (float *)task->query + (size_t)h * task->padded_dim,
                             (kvq_integer_query *)task->integer + h,
                             (int32_t *)task->words + (size_t)h * integer_words_all(task->pass->head_dim));
+        if (task->turns)
+            task->kernel->turn(task, h, first_turn(task), end_turn(task, 1),
+                               (float *)task->turned + (size_t)h * task->turns->blocks);
+    }
 }
 
 /* All keys or values of a KV head go their way, and the window is kept as each token finds it. */
@@ -209,6 +215,7 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
         b.query = kvq_part(memory, &used, sizeof *b.query * rows * task->padded_dim);
         b.integer = kvq_part(memory, &used, sizeof *b.integer * rows);
         b.words = kvq_part(memory, &used, sizeof *b.words * rows * integer_words_all(pass->head_dim));
+        b.turned = kvq_part(memory, &used, task->turns ? sizeof *b.turned * rows * task->turns->blocks : 0);
         b.page = kvq_part(memory, &used, sizeof *b.page * pages);
         b.seen = kvq_part(memory, &used, sizeof *b.seen * most * pages);
         b.chunk = kvq_part(memory, &used, sizeof *b.chunk * most * (pages + 1));

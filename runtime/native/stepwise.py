@@ -11,6 +11,7 @@ from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.native.library import PAGE, Moves, MoveStep
 from kvq.runtime.native.mover import write_steps
 from kvq.runtime.native.table import PageTable, address_of
+from kvq.runtime.native.turns import MovedTurns
 
 
 class StepwiseTable:
@@ -24,6 +25,7 @@ class StepwiseTable:
         self._kernel = kernel
         self._table = PageTable()
         self._window: RecentWindow | None = None
+        self._turned = MovedTurns()
 
     def update(self, store: KVStore, keys: np.ndarray, values: np.ndarray) -> tuple[PageTable, Moves]:
         """The table before the first new token, and the way of all but the last; valid until the next call.
@@ -44,8 +46,10 @@ class StepwiseTable:
         self._steps = (MoveStep * len(moves))()
         write_steps(self._steps, moves, table.pages)
         window = table.address + len(table.pages) * PAGE.itemsize
-        return table, Moves(
+        given = Moves(
             *(layers, kv_heads, head_dim, self._kernel, tokens, len(table.pages)),
             *(keys.ctypes.data, values.ctypes.data, address_of(store.codecs.feedback)),
             *(window, table.address, ctypes.addressof(self._steps)),
         )
+        self._turned.write(given, store.codecs, moves)
+        return table, given

@@ -72,6 +72,9 @@ KVQ_INLINE int parts_of(int precision) { return KVQ_WIDTHS(KVQ_CASE, ) 0; }
 KVQ_INLINE int split_of(int precision) { return bits_of(precision) == 3; }
 KVQ_INLINE int low_bits_of(int precision) { return split_of(precision) ? 2 : bits_of(precision); }
 
+/* Whether keys are stored less what turns with their position, see kvq_turns. */
+KVQ_INLINE int kvq_turned(int precision) { return bits_of(precision) <= 4; }
+
 /* 32-bit words of a vector's codes; how many of so many are not of high bits alone; and codes of such a word. */
 KVQ_INLINE int words_per_vector(int precision, int head_dim) {
     const int low = (head_dim * low_bits_of(precision) + 31) / 32;

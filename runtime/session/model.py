@@ -80,7 +80,7 @@ class Model:
         now.
         """
         shape = self.architecture
-        _ = self.bundle.key_feedback  # damaged files are refused here, not by the first session
+        _ = self.bundle.key_feedback, self.bundle.key_turns  # damaged files are refused here, not by the first session
         try:
             store = KVStore(shape.geometry, recent=0)
             backend = make_backend()

@@ -101,7 +101,7 @@ class Session:
         geometry = shape.geometry
         chooses, window, budget = model.policy(policy), min(recent, shape.context), None
         bits = protect_bits_for(chooses, kv_bits) if protect_bits is None else int(protect_bits)
-        codecs = self.backend.codecs._replace(feedback=model.bundle.key_feedback)
+        codecs = self.backend.codecs._replace(feedback=model.bundle.key_feedback, turns=model.bundle.key_turns)
         self.store = KVStore(geometry, window, sink, codecs, bits)
         if kv_bits is not None or kv_memory is not None:
             budget = Budget(

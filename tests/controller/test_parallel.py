@@ -53,7 +53,7 @@ def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, protect_b
         session = tiny_model.session(Given(bits), recent=recent, sink=0, protect_bits=protect_bits)
         expected = np.stack([session.append([i]) for i in ids])
         with torch.inference_mode():
-            found = twin.run(torch.tensor(ids)[None], hard_reader(bits[None], twin.feedback)).logits[0].numpy()
+            found = twin.run(torch.tensor(ids)[None], hard_reader(bits[None], twin.stored)).logits[0].numpy()
         worst.append(np.median(np.abs(found - expected).max(axis=1)))
     # A value on the border of two codes falls either way with the last bit of a sum, and then the
     # rows after it differ: so the typical row of the typical text is compared.
@@ -66,8 +66,8 @@ def test_a_mixture_of_one_class_is_that_class(twin):
     chosen = np.random.default_rng(2).integers(0, len(CLASSES), 40)
     weights = torch.eye(len(CLASSES))[chosen][None]
     with torch.inference_mode():
-        soft = twin.run(ids, mixture_reader(weights, CLASSES, twin.feedback)).logits
-        hard = twin.run(ids, hard_reader(np.array(CLASSES)[chosen][None], twin.feedback)).logits
+        soft = twin.run(ids, mixture_reader(weights, CLASSES, twin.stored)).logits
+        hard = twin.run(ids, hard_reader(np.array(CLASSES)[chosen][None], twin.stored)).logits
     torch.testing.assert_close(soft, hard, atol=1e-4, rtol=1e-4)
 
 

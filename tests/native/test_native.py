@@ -29,6 +29,7 @@ from tests.tools.kvdata import (
     protected,
     random_feedback,
     random_tokens,
+    random_turns,
     seeds,
 )
 
@@ -231,12 +232,14 @@ moves = st.lists(
     bits=protected,
     seed=seeds,
     fed_back=st.booleans(),
+    turned=st.booleans(),
 )
 @examples(40)
-def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed, fed_back):
+def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed, fed_back, turned):
     geometry = Geometry(2, 2, 24)
     feedback = random_feedback(seed, geometry) if fed_back else None
-    codecs = [each._replace(feedback=feedback) for each in (native(kernel).codecs, NUMPY)]
+    turns = random_turns(seed, geometry) if turned else None
+    codecs = [each._replace(feedback=feedback, turns=turns) for each in (native(kernel).codecs, NUMPY)]
     stores = [KVStore(geometry, recent, sink, each, bits) for each in codecs]
     for i, (step, amount) in enumerate([("append", 20), *steps]):
         for store in stores:
@@ -302,7 +305,7 @@ def test_a_model_gives_numpy_s_logits_with_every_instruction_set(tiny_model, mon
 @pytest.mark.parametrize("policy", ["int2", "mixed", "rule"])
 def test_a_native_session_stores_what_numpy_would_have_stored(tiny_model, policy):
     session = tiny_model.session(policy=policy, recent=16, sink=4, prefill_chunk=32, backend="native")
-    codecs = NUMPY._replace(feedback=session.store.codecs.feedback)
+    codecs = NUMPY._replace(feedback=session.store.codecs.feedback, turns=session.store.codecs.turns)
     store = KVStore(session.store.geometry, recent=16, sink=4, codecs=codecs, protect_bits=8)
     append, choose = session.store.append, session.store.choose_open
     chosen = {}

@@ -16,7 +16,7 @@ from kvq.runtime.kv.slots import TILE_TOKENS
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 from tests.tools.command_line import assert_one_line_error, run
-from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_feedback, random_tokens, seeds
+from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_feedback, random_tokens, random_turns, seeds
 
 IDS = np.random.default_rng(3).integers(1, 512, 200).tolist()
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -52,7 +52,8 @@ def situations(draw):
     shape = (geometry.layers, new, heads, head_dim)
     query = np.random.default_rng(draw(seeds)).standard_normal(shape, np.float32)
     feedback = draw(st.one_of(st.none(), seeds.map(lambda seed: random_feedback(seed, geometry))))
-    return geometry, recent, draw(st.sampled_from((0, 4))), tokens, query, feedback
+    turns = draw(st.one_of(st.none(), seeds.map(lambda seed: random_turns(seed, geometry))))
+    return geometry, recent, draw(st.sampled_from((0, 4))), tokens, query, {"feedback": feedback, "turns": turns}
 
 
 def new_parts(tokens, new, layer):
@@ -65,10 +66,10 @@ def new_parts(tokens, new, layer):
 @given(situation=situations())
 @examples(120)
 def test_rows_are_those_of_single_tokens(backend, situation):
-    geometry, recent, sink, tokens, query, feedback = situation
+    geometry, recent, sink, tokens, query, with_keys = situation
     new, old = query.shape[1], len(tokens.bits) - query.shape[1]
     one, many = (make_backend(backend) for _ in range(2))
-    codecs = one.codecs._replace(feedback=feedback)
+    codecs = one.codecs._replace(**with_keys)
     single, whole = (fill(KVStore(geometry, recent, sink, codecs), tokens.part(0, old)) for _ in range(2))
     expected, found = np.empty_like(query), np.empty_like(query)
     squares = np.zeros((2, *query.shape[:3]), np.float32)
@@ -97,10 +98,10 @@ def test_rows_are_those_of_single_tokens(backend, situation):
 @examples(40)
 def test_rows_that_come_to_nothing_leave_no_trace(backend, situation, other):
     """A pass that fails, and then other tokens: the store is one that the first ones never came near."""
-    geometry, recent, sink, tokens, query, feedback = situation
+    geometry, recent, sink, tokens, query, with_keys = situation
     new, old = query.shape[1], len(tokens.bits) - query.shape[1]
     part = make_backend(backend)
-    codecs = part.codecs._replace(feedback=feedback)
+    codecs = part.codecs._replace(**with_keys)
     store, untouched = (fill(KVStore(geometry, recent, sink, codecs), tokens.part(0, old)) for _ in range(2))
     before = stored_bytes(store)
     for layer in range(geometry.layers):

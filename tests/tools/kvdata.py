@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, Codec, CodecSet
 from kvq.runtime.precision.codecs.uniform import WINDOWS
+from kvq.runtime.precision.key_turns import KeyTurns
 from kvq.runtime.precision.table import Geometry
 
 WIDTHS = tuple(sorted(CODECS))  # ids of all precisions: a new codec is tested at once
@@ -47,6 +48,17 @@ def random_feedback(seed, geometry):
     """Shares of errors as a bundle could have them: float16 [layers, kv_heads, head_dim, head_dim]."""
     shape = (geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.head_dim)
     return np.triu(np.random.default_rng(seed).normal(0, 0.3, shape), 1).astype(np.float16)
+
+
+def random_turns(seed, geometry, pairs=5):
+    """What keys turn with, as a bundle could have it: frequencies are of two kinds, and some layers but the first one
+    are left as they are.
+    """
+    rng = np.random.default_rng(seed)
+    frequencies = np.exp(-rng.uniform(0, 8, (2, pairs)))[rng.integers(0, 2, geometry.layers)]
+    vectors = rng.normal(0, 1, (geometry.layers, geometry.kv_heads, pairs, 2, geometry.head_dim))
+    vectors[1:][rng.integers(0, 3, geometry.layers - 1) == 0] = 0
+    return KeyTurns(frequencies.astype(np.float32), vectors.astype(np.float32))
 
 
 def fill(store, tokens, cuts=()):

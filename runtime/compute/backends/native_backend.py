@@ -21,6 +21,7 @@ from kvq.runtime.native.codecs import native_codecs
 from kvq.runtime.native.library import Pass, Rows, check, choose_kernel, kernels, load
 from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
+from kvq.runtime.native.turns import TurnsTable
 from kvq.runtime.precision.table import Pair
 
 
@@ -50,6 +51,7 @@ class NativeAttention(AttentionBackend):
         self._table = PageTable()
         self._stepwise = StepwiseTable(self._kernel)
         self._windows = np.zeros(0, np.int32)
+        self._turns = TurnsTable()
         self._spans: dict[tuple[int, bool], NativeSpan] = {}
         self._numpy: NumpyAttention | None = None
         self._foreign: dict[Pair, None] = {}
@@ -115,6 +117,7 @@ class NativeAttention(AttentionBackend):
         shape = (store.geometry.layers, heads, key.shape[1], head_dim)
         forward = Pass(*shape, tokens, len(table.rows), self._kernel, 1, table.address, position=store.length)
         self._windows = np.array(store.geometry.windows, np.int32)
+        forward.turns = self._turns.address(store.codecs.turns, store.length + tokens)
         if len(self._windows):
             forward.windows = self._windows.ctypes.data
         return forward

@@ -11,6 +11,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.native.library import Pass
 from kvq.runtime.native.stepwise import StepwiseTable
 from kvq.runtime.native.table import PageTable
+from kvq.runtime.native.turns import TurnsTable
 from kvq.runtime.precision.table import Pair
 
 
@@ -38,6 +39,7 @@ class NativeSpan:
             *(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, tokens, 0, kernel, engine.threads, None),
             *(self.keys.ctypes.data, self.values.ctypes.data, None, None, None),
         )
+        self._turns = TurnsTable()
         self._windows = np.array(shape.windows, np.int32)
         if shape.windows:
             self.given.windows = self._windows.ctypes.data
@@ -56,5 +58,6 @@ class NativeSpan:
         else:
             table.update(store)
         given.page, given.pages, given.position = table.address, len(table.rows), store.length
+        given.turns = self._turns.address(store.codecs.turns, store.length + given.tokens)
         given.row_squares = None if row_squares is None else row_squares.ctypes.data
         return table.foreign

@@ -127,7 +127,7 @@ class NumpyAttention(AttentionBackend):
         if len(gone):
             due = store.due()
             parts = zip(held, due.T, (layer, None), strict=True)
-            stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of) for x, ids, of in parts]
+            stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of, column[gone]) for x, ids, of in parts]
             rows.add(stored[0], stored[1], _and(~near, seen)[:, gone])
         for keys, values, places in store.placed_blocks(layer, BLOCK, self._room(store), recent=False):
             rows.add(keys, values, _near(store, layer, place[:, 0], places))
@@ -154,15 +154,17 @@ def _and(sees: np.ndarray, near: np.ndarray | None) -> np.ndarray:
     return sees if near is None else sees & near
 
 
-def _as_stored(codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None) -> np.ndarray:
+def _as_stored(
+    codecs: CodecSet, x: np.ndarray, ids: np.ndarray, layer: int | None, positions: np.ndarray
+) -> np.ndarray:
     """Vectors [kv_heads, tokens, head_dim] as they are read once they are stored, each token at its precision.
 
-    layer: whose keys they are; None for values.
+    layer: whose keys they are; None for values. positions: [tokens].
     """
     stored = np.empty_like(x)
     for precision in np.unique(ids):
         chosen = np.flatnonzero(ids == precision)
-        stored[:, chosen] = codecs.reread(int(precision), np.ascontiguousarray(x[:, chosen]), layer)
+        stored[:, chosen] = codecs.reread(int(precision), np.ascontiguousarray(x[:, chosen]), layer, positions[chosen])
     return stored
 
 

@@ -65,21 +65,27 @@ USES_TILES INLINE void scores_together(int precision, some_rows *s, int p, int m
         key_bytes(precision, key_tile(first, s->vector_row, words, slot / TILE), words, s->key);
         dot_keys(s);
         const vf scale = load_halves(scales + slot);
+        const int turned = kvq_turned(precision) && task->turns;
+        int32_t block[TILE];
+        int low = 0, high = 0, whole = 0; /* blocks of a tile that is full for a token are so for all to whom it is full */
         for (int t = 0; t < s->tokens; t++) {
             if (slot >= s->slots[t]) continue;
             const kvq_page *page = page_of(s, t, p);
             const int32_t *dots = s->product + t * s->heads * LANES;
-            const int hides = page->first || slot + TILE == s->slots[t];
+            const int full = !page->first && page->begin + slot + TILE <= page->count;
             float *to = scores_of(s, t) + (s->at[t] + slot) * s->heads;
-            vf *top = s->top + t * s->heads;
-            for (int g = 0; g < s->heads; g++, to += TILE, dots += LANES) {
+            for (int g = 0; g < s->heads; g++, dots += LANES) {
                 const uint32_t *from = (const uint32_t *)dots;
                 const vi sum[QUERY_PARTS] = {(vi)load_u(from), (vi)load_u(from + part), (vi)load_u(from + 2 * part)};
                 vf score = whole_score(precision, 0, task[t].integer + s->head + g, sum) * scale;
-                store_f(to, score);
-                if (hides) hide_empty(page, slot, 1, to), score = load_f(to);
-                top[g] = max_f(top[g], score);
+                __asm__("" : "+v"(score)); /* rounded before anything is added to it */
+                store_f(to + g * TILE, score);
             }
+            if (turned && !(full && whole) && tile_blocks(task + t, page, page->begin + slot, block, &low, &high)) whole = full;
+            if (turned) add_products(s->heads, task->turns, products_of(task + t, s->head), block, low, high, to);
+            if (!full) hide_empty(page, slot, s->heads, to);
+            vf *top = s->top + t * s->heads;
+            for (int g = 0; g < s->heads; g++) top[g] = max_f(top[g], load_f(to + g * TILE));
         }
     }
 }

@@ -7,6 +7,7 @@
 #include "prepare.h"
 #include "query.h"
 #include "swiglu.h"
+#include "turns.h"
 
 #define KERNEL(symbol, label, check, dot_products) KERNEL_WITH(symbol, label, check, dot_products, multiply, decode_each, needs_none)
 #define KERNEL_WITH(symbol, label, check, dot_products, products, rows, rows_memory) \
@@ -17,6 +18,7 @@
                                .decode_rows = rows,                \
                                .rows_bytes = rows_memory,          \
                                .query = prepare_query,             \
+                               .turn = turned_products,            \
                                .merge = merge_head,                \
                                .prefill = prefill_item,            \
                                .prepare = prepare_heads,           \

@@ -4,6 +4,7 @@
 
 #include "../kernel.h"
 #include "scores.h"
+#include "turns.h"
 #include "vector.h"
 
 /* The tokens of one KV head that are attended to together. */
@@ -70,6 +71,7 @@ static void expand_page(const kvq_task *task, const kvq_page *page, size_t vecto
     for (int t = 0; t < slots; t += TILE) {
         const uint32_t *tile = key_tile(page, vector_row, key_words, (begin + t) / TILE);
         FOR_WIDTH(page->key_precision, expand_tile(PRECISION, d, tile, key_words, key_scales + t, keys + t))
+        if (page_turns(task, page)) add_means(task, page, vector_row, page->begin + begin + t, keys + t);
     }
     for (int t = 0; t < slots; t++) {
         const float scale = scaled ? half_scalar(value_scales[t]) : 1;

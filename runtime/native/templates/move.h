@@ -66,6 +66,12 @@ INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
         const kvq_page *page = move->page + step->page;
         const int precision = of_keys ? page->key_precision : page->value_precision;
         read_window(held, kept_at, x);
+        if (of_keys && move->turned && kvq_turned(precision)) {
+            const int block = page->positions[step->page_slot] / KVQ_TURN_BLOCK - move->first_block;
+            const float *turned = move->turned + (row * move->turn_blocks + block) * d;
+            __asm__ volatile("" : : "r"(x) : "memory"); /* the product is rounded by itself, as in numpy */
+            for (int c = 0; c < d; c++) x[c] -= turned[c];
+        }
         const uint16_t *feedback = of_keys && move->feedback ? move->feedback + row * d * d : NULL;
         encode_storable(precision, x, d, feedback, words, &scale);
         put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);

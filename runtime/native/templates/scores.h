@@ -7,6 +7,7 @@
 
 #include "../kernel.h"
 #include "tiles.h"
+#include "turns.h"
 #include "vector.h"
 
 INLINE const uint32_t *key_tile(const kvq_page *page, size_t vector_row, int words, int tile) {
@@ -129,6 +130,9 @@ INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task
         float *to = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
         for (int g = 0; g < heads; g++) store_f(to + g * TILE, acc[g][v] * scale);
     }
+    if (kvq_turned(precision) && task->turns)
+        for (int s = t; s < t + tiles * TILE; s += TILE)
+            add_turned(heads, task, page, head, page->begin + s, scores + (size_t)s * heads);
     if (page->first || t + tiles * TILE == slots)
         for (int s = t; s < t + tiles * TILE; s += TILE) hide_empty(page, s, heads, scores + s * heads);
     for (int v = 0; v < tiles * TILE_VECTORS; v++)

@@ -10,6 +10,7 @@ import numpy as np
 from kvq.runtime.discovery import discover
 from kvq.runtime.precision.codecs.base import Codec
 from kvq.runtime.precision.codecs.uniform import WINDOWS
+from kvq.runtime.precision.key_turns import KeyTurns
 from kvq.runtime.precision.precision import MOST_ID, OPEN
 
 
@@ -36,21 +37,35 @@ class CodecSet(NamedTuple):
     windows: bits at which the recent window keeps its tokens, 8 or 16 -> its codec.
     mover: takes tokens through the window in a single call, or None; see `kvq.runtime.kv.moves.Mover`.
     feedback: of keys, see `Codec.encode`: float16 [layers, kv_heads, head_dim, head_dim], C-contiguous, or None.
+    turns: what keys of few bits are stored less, or None.
     """
 
     by_id: dict[int, Codec]
     windows: dict[int, Codec]
     mover: Any = None
     feedback: np.ndarray | None = None
+    turns: KeyTurns | None = None
 
-    def stored(self, precision: int, x: np.ndarray, keys: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window."""
+    def turns_of(self, precision: int) -> KeyTurns | None:
+        """What keys of a precision are stored less; None where they are stored as they are."""
+        return self.turns if self.turns is not None and self.turns.takes(self.by_id[precision].bits) else None
+
+    def stored(self, precision: int, x: np.ndarray, keys: bool, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] at positions [tokens], behind the window."""
+        if keys and (turns := self.turns_of(precision)) is not None:
+            x = x - turns.of(positions)
         return self.by_id[precision].encode(x, self.feedback if keys else None)
 
-    def reread(self, precision: int, x: np.ndarray, layer: int | None) -> np.ndarray:
-        """What readers see of vectors [kv_heads, tokens, head_dim] that left it; layer: whose keys, None: values."""
-        feedback = None if layer is None or self.feedback is None else self.feedback[layer]
-        return self.by_id[precision].roundtrip(x, feedback)
+    def reread(self, precision: int, x: np.ndarray, layer: int | None, positions: np.ndarray) -> np.ndarray:
+        """What readers see of vectors [..., kv_heads, tokens, head_dim] that left it; layer: of keys, None: values."""
+        codec = self.by_id[precision]
+        if layer is None:
+            return codec.roundtrip(x)
+        feedback = None if self.feedback is None else self.feedback[layer]
+        if (turns := self.turns_of(precision)) is None:
+            return codec.roundtrip(x, feedback)
+        turned = turns.of(positions, layer)
+        return codec.roundtrip(x - turned, feedback) + turned
 
 
 NUMPY = CodecSet(CODECS, WINDOWS)

@@ -108,6 +108,7 @@ static void check_kernel(const store *s, const new_tokens *n, const kvq_rows *ro
         .pages = s->pages, .kernel = kernel, .threads = n->threads, .page = s->page,
         .keys = n->copy ? exactly(sizeof(float) * copies) : NULL,
         .values = n->copy ? exactly(sizeof(float) * copies) : NULL,
+        .turns = s->turns, .position = s->turns ? s->turns->blocks * 16 - n->tokens : 0,
     };
     const int status = kvq_attend(&pass, n->layer, &in, WAYS[n->way], &shared_calls);
     const char *name = kvq_kernel_name(kernel);

@@ -110,7 +110,7 @@ static void check_moves(int rounds) {
                     put_vector(from, KVQ_WINDOW, x[of_values] + ((size_t)row * tokens + t) * d, d);
                 }
             const kvq_move move = {s.layers, s.kv_heads, d, kernel, tokens, PAGES, x[0], x[1], NULL, moved.page, moved.page + 1,
-                                   step};
+                                   step, NULL, 0, 0, 0};
             if (kvq_move_tokens(&move)) fail("%s: move: it failed", kvq_kernel_name(kernel));
             for (int a = 0; a < moved.arrays; a++)
                 if (memcmp(moved.array[a], expected.array[a], moved.nbytes[a]))

@@ -12,6 +12,7 @@
 #include "check_products.h"
 #include "check_refusals.h"
 #include "check_stepwise.h"
+#include "check_turns.h"
 
 /* What the names say, and which kernels run. */
 static void check_interface(void) {
@@ -47,6 +48,7 @@ static void check_everything(int quick) {
     check_shapes(quick ? 7 : 1);
     check_rings(quick);
     check_mixtures(quick ? 40 : 300, quick ? 400 : 1100);
+    check_turns(quick ? 12 : 120);
     check_long(quick);
     check_prefill(quick);
     check_stepwise(quick ? 4 : 20);

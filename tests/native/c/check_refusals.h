@@ -87,7 +87,8 @@ static void make_fitting(fitting *f, int tokens) {
     add_ring(&f->s, 5, 5, 0);
     f->rows = (kvq_rows){f->x, f->x, f->x, f->out, 32, 16, 16, NULL};
     f->step[0] = (kvq_move_step){0, 0, 20}, f->step[1] = (kvq_move_step){1, 0, 21};
-    f->move = (kvq_move){1, 2, 8, 0, tokens, 1, f->keys, f->values, NULL, f->s.page + 1, f->s.page, f->step};
+    f->move = (kvq_move){1, 2, 8, 0, tokens, 1, f->keys, f->values, NULL, f->s.page + 1, f->s.page, f->step,
+                         NULL, 0, 0, 0};
     f->pass = (kvq_pass){.layers = 1, .heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = tokens, .pages = 2,
                          .threads = 1, .page = f->s.page, .keys = f->keys, .values = f->values};
 }

@@ -53,7 +53,7 @@ static void one_by_one(store *s, const stepwise_case *n, int kernel, float *out,
         float *keys = by_head(s, n->key, n->tokens, t, 1), *values = by_head(s, n->value, n->tokens, t, 1);
         kvq_page *ring = s->page + STEP_PAGES;
         const kvq_move move = {s->layers, s->kv_heads, s->head_dim, kernel, 1, STEP_PAGES, keys, values, NULL, ring, s->page,
-                               n->step + t};
+                               n->step + t, NULL, 0, 0, 0};
         if (kvq_move_tokens(&move)) fail("%s: a move failed", kvq_kernel_name(kernel));
         if (n->step[t].page >= 0) s->page[n->step[t].page].count++;
         if (ring->count < ring->period && ++ring->count == ring->period) ring->first = 0;
@@ -66,7 +66,7 @@ static void all_at_once(store *s, const stepwise_case *n, int kernel, float *out
     float *keys = exactly(sizeof(float) * floats), *values = exactly(sizeof(float) * floats);
     for (int l = 0; l < s->layers; l++) {
         const kvq_move move = {s->layers, s->kv_heads, s->head_dim, kernel, n->tokens, STEP_PAGES, keys, values,
-                               NULL, s->page + STEP_PAGES, s->page, n->step};
+                               NULL, s->page + STEP_PAGES, s->page, n->step, NULL, 0, 0, 0};
         const kvq_pass pass = {.layers = s->layers, .heads = n->heads, .kv_heads = s->kv_heads,
                                .head_dim = s->head_dim, .tokens = n->tokens, .pages = s->pages, .kernel = kernel,
                                .threads = n->threads, .page = s->page, .keys = keys, .values = values,

@@ -127,6 +127,7 @@ typedef struct {
     kvq_page page[MOST_ROWS];
     void *array[4 * MOST_ROWS];
     size_t nbytes[4 * MOST_ROWS];
+    const kvq_turns *turns; /* or null */
 } store;
 
 static void release(store *s) {
@@ -199,6 +200,19 @@ static slot_place place(const kvq_page *page, int of_values, size_t row, int slo
     return (slot_place){first, (uint16_t *)page->key_scales + at, TILE};
 }
 
+/* What channel c of a key was stored less, that stands in a slot of a page. */
+static double taken_off(const store *s, const kvq_page *page, int layer, int kv_head, int slot, int c) {
+    const kvq_turns *turns = s->turns;
+    double sum = 0;
+    if (!turns || page->key_precision == 15 || code_bits(page->key_precision) > 4 || turns->which[layer] < 0) return 0;
+    for (int r = 0; r < turns->rows; r++) {
+        const size_t row = ((size_t)layer * s->kv_heads + kv_head) * turns->rows + r;
+        const size_t wave = ((size_t)turns->which[layer] * turns->rows + r) * turns->blocks + page->positions[slot] / 16;
+        sum += (double)turns->vectors[row * s->head_dim + c] * turns->waves[wave];
+    }
+    return sum;
+}
+
 /* Append the tokens of one layer and KV head to keys, values [tokens, head_dim]; returns how many. Null: count only. */
 static int read_tokens(const store *s, int layer, int kv_head, double *keys, double *values) {
     const int d = s->head_dim;
@@ -215,7 +229,7 @@ static int read_tokens(const store *s, int layer, int kv_head, double *keys, dou
             for (int c = 0; keys && c < d; c++) {
                 int k = code_of_channel(page->key_precision, key.words, key.stride, d, c);
                 int v = code_of_channel(page->value_precision, value.words, value.stride, d, c);
-                keys[(size_t)n * d + c] = decoded(page->key_precision, k, key_scale);
+                keys[(size_t)n * d + c] = decoded(page->key_precision, k, key_scale) + taken_off(s, page, layer, kv_head, slot, c);
                 values[(size_t)n * d + c] = decoded(page->value_precision, v, value_scale);
             }
             n++;
