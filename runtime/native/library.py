@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 14
+ABI = 15
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -24,7 +24,12 @@ PAGE = np.dtype(
     [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
     + [(name, np.int32) for name in ("key_precision", "value_precision")]
     + [(name, np.int32) for name in ("capacity", "begin", "end", "first", "count", "period", "narrow", "unused")]
-    + [("positions", np.uint64)]
+    + [("positions", np.uint64), ("layers", np.uint64)]
+)
+# kvq_layer_arrays
+LAYER = np.dtype(
+    [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
+    + [(name, np.int32) for name in ("key_precision", "value_precision")]
 )
 
 

@@ -48,7 +48,8 @@ class NativeMover:
     def takes(self, window: RecentWindow, gone: list[Pair], keys: np.ndarray, values: np.ndarray) -> bool:
         """See `Mover`; of `gone` it takes the precisions that the library knows."""
         self._point_at(keys, values)
-        if not window.capacity or not self._fit or not all(self._known.issuperset(pair) for pair in gone):
+        precisions = window.geometry.precisions
+        if not window.capacity or not self._fit or not all(self._known.issuperset(precisions(pair)) for pair in gone):
             return False
         return bool(check(self._library.kvq_movable(self._move)))
 

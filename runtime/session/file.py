@@ -12,6 +12,8 @@ The payload is, without gaps, all little-endian::
         key scales            float16 [layers, kv_heads, count, 1 or 0]
         value codes           uint8 [layers, kv_heads, count, words, 4]
         value scales          float16 [layers, kv_heads, count, 1 or 0]
+                              where layers have precisions of their own, keys and then values come in parts: of the
+                              layers of one precision all of the above, by ids of precisions
     of the recent window, oldest token first:
         key codes, scales     uint8 [layers, kv_heads, window, words * 4], float16 [layers, kv_heads, window, 1]
         value codes, scales   likewise
@@ -325,7 +327,7 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
 
 def _finite(page: Page) -> bool:
     """Whether all scales are finite and not negative, and all codes stand for finite numbers."""
-    for slots in (page.keys, page.values):
+    for slots in (*page.keys.slots, *page.values.slots):
         scales = slots.scales  # free slots hold zeros
         if not (np.isfinite(scales) & (scales >= 0)).all() or not slots.codec.valid(slots.codes):
             return False

@@ -43,9 +43,12 @@ class CodecSet(NamedTuple):
     mover: Any = None
     feedback: np.ndarray | None = None
 
-    def stored(self, precision: int, x: np.ndarray, keys: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window."""
-        return self.by_id[precision].encode(x, self.feedback if keys else None)
+    def stored(
+        self, precision: int, x: np.ndarray, keys: bool, layers: slice | list[int] = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] that leave the window; layers: which."""
+        feedback = self.feedback[layers] if keys and self.feedback is not None else None
+        return self.by_id[precision].encode(x, feedback)
 
     def reread(self, precision: int, x: np.ndarray, layer: int | None) -> np.ndarray:
         """What readers see of vectors [kv_heads, tokens, head_dim] that left it; layer: whose keys, None: values."""
