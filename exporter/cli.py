@@ -84,6 +84,13 @@ class Weights(click.ParamType):
     " again; the default below 8 bits.",
 )
 @click.option(
+    "--profiles/--no-profiles",
+    default=True,
+    show_default=True,
+    help="Measure on the calibration text what each layer's keys and values do to the predictions, and give every layer"
+    " the precisions that suit it, at no more bytes; where keys are centred.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="UTF-8 text to measure keys and inputs on; a built-in one if not given.",
@@ -116,6 +123,7 @@ def export(
     center,
     keys,
     compensate,
+    profiles,
     calibration,
     layout,
     context,
@@ -158,6 +166,7 @@ def export(
             center=center,
             keys=keys,
             compensate=compensate,
+            profiles=profiles,
             calibration=text,
             context=context,
             name=name,
@@ -193,6 +202,7 @@ def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
         "center",
         "keys",
         "compensate",
+        "profiles",
         "calibration",
         "context",
         "name",

@@ -19,6 +19,7 @@ from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_basis import key_basis
 from kvq.exporter.key_feedback import key_feedback
 from kvq.exporter.key_statistics import key_statistics
+from kvq.exporter.profiles import profiles_for
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
@@ -58,6 +59,7 @@ class Summary:
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
             *(f"  {note}" for note in self.notes),
+            *([f"  precisions by layer: {', '.join(classes)}"] if (classes := [str(c) for c, _ in shape.profiles]) else []),
             *(
                 [f"  controllers: {', '.join(found)}, trained for this model"]
                 if (found := self.manifest.controllers)
@@ -77,6 +79,7 @@ def export(
     center: bool = True,
     keys: str | None = None,
     compensate: bool | None = None,
+    profiles: bool = True,
     calibration: str | None = None,
     context: int | None = None,
     name: str | None = None,
@@ -97,6 +100,8 @@ def export(
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
+        profiles: where keys are centred, find on that text which precisions suit each layer, see
+            `kvq.exporter.profiles`.
         calibration: that text; None takes a built-in one.
         context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
@@ -122,10 +127,18 @@ def export(
         text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
-            written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, progress, known)
+            written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, _part(progress), known)
+        if profiles and ids is not None:
+            written = _with_profiles(written, folder, ids, progress)
         manifest = attach(written, folder)
         write_text(folder, MANIFEST, manifest.to_json())
+        progress(1, 1, "done")
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
+
+
+def _part(progress: Progress) -> Progress:
+    """Progress of what comes before layers are measured."""
+    return lambda done, total, what: progress(7 * done, 10 * total, what)
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -221,8 +234,20 @@ def _write_graphs(
         file.close()
     progress(total - 10, total, "digests")
     manifest = replace(manifest, files=_files(folder))
-    progress(total, total, "done")
     return manifest
+
+
+def _with_profiles(manifest: Manifest, folder: Path, ids: np.ndarray, progress: Progress) -> Manifest:
+    """A manifest with the profiles of the bundle in a folder, which is whole but for the manifest."""
+    write_text(folder, MANIFEST, manifest.to_json())
+    bundle = NewBundle(folder)
+    (folder / MANIFEST).unlink()
+
+    def measured(done: int, count: int) -> None:
+        progress(70 + 29 * done // count, 100, "measuring layers")
+
+    found = profiles_for(bundle, ids, measured)
+    return replace(manifest, architecture=replace(manifest.architecture, profiles=found))
 
 
 def _measure_keys(

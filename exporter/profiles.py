@@ -22,7 +22,7 @@ from kvq.runtime.precision.table import PROTECTED, Pair, named
 
 NAMES = ("2", "3", "4", "8")  # of the precisions that layers choose among, from few bytes to many
 LEAST_TOKENS = 128  # of a text that says anything
-LEAST_GAIN = 0.05  # of a class's divergence, or it stays as it is
+LEAST_GAIN = 0.02  # of a class's divergence, or it stays as it is
 # Bits by which the sides of a class may differ for bytes to go from one to the other: where they differ more, the class
 # is for tokens whose keys need them, or whose values.
 ALIKE = 1
