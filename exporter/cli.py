@@ -143,14 +143,7 @@ def export(
     if layout == "single":
         _single(ctx, checkpoint, out)
         return
-    text = None
-    if calibration is not None:
-        try:
-            text = calibration.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
-        if not center:
-            raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    text = None if calibration is None else _text_of(calibration, center)
     if keys == "balanced" and not center:
         raise click.UsageError("--keys balanced centres keys too; leave --no-center out")
     from kvq.exporter.export import export as run_export
@@ -174,6 +167,17 @@ def export(
             progress=progress,
         )
     click.echo("\n".join(summary.lines()))
+
+
+def _text_of(calibration: Path, center: bool) -> str:
+    """The calibration text."""
+    try:
+        text = calibration.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+    if not center:
+        raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    return text
 
 
 @contextmanager

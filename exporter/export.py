@@ -59,7 +59,11 @@ class Summary:
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
             *(f"  {note}" for note in self.notes),
-            *([f"  precisions by layer: {', '.join(classes)}"] if (classes := [str(c) for c, _ in shape.profiles]) else []),
+            *(
+                [f"  precisions by layer: {', '.join(classes)}"]
+                if (classes := [str(c) for c, _ in shape.profiles])
+                else []
+            ),
             *(
                 [f"  controllers: {', '.join(found)}, trained for this model"]
                 if (found := self.manifest.controllers)
@@ -100,8 +104,7 @@ def export(
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
-        profiles: where keys are centred, find on that text which precisions suit each layer, see
-            `kvq.exporter.profiles`.
+        profiles: where keys are centred, measure which precisions suit each layer, see `kvq.exporter.profiles`.
         calibration: that text; None takes a built-in one.
         context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
@@ -112,10 +115,9 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    few = FewBits(weights, compensate)
+    few, progress = FewBits(weights, compensate), progress or _silent
     _check_options(weights=few.weights, activations=activations, block=block, keys=keys)
     begun, out = time.perf_counter(), Path(out).absolute()
-    progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, context)
         tokenizer, notes = checkpoint.tokenizer_json(), list(checkpoint.model.notes)
@@ -128,11 +130,7 @@ def export(
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
             written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, _part(progress), known)
-        if profiles and ids is not None:
-            written = _with_profiles(written, folder, ids, progress)
-        manifest = attach(written, folder)
-        write_text(folder, MANIFEST, manifest.to_json())
-        progress(1, 1, "done")
+        manifest = _finished(written, folder, ids if profiles else None, progress)
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
 
 
@@ -235,6 +233,15 @@ def _write_graphs(
     progress(total - 10, total, "digests")
     manifest = replace(manifest, files=_files(folder))
     return manifest
+
+
+def _finished(manifest: Manifest, folder: Path, ids: np.ndarray | None, progress: Progress) -> Manifest:
+    """Write the manifest of a folder that is whole but for it; with profiles, where there are ids to measure on."""
+    written = manifest if ids is None else _with_profiles(manifest, folder, ids, progress)
+    attached = attach(written, folder)
+    write_text(folder, MANIFEST, attached.to_json())
+    progress(1, 1, "done")
+    return attached
 
 
 def _with_profiles(manifest: Manifest, folder: Path, ids: np.ndarray, progress: Progress) -> Manifest:

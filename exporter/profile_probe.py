@@ -6,7 +6,7 @@ with activations in 8 bits any change at all would diverge more than what is to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,11 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.forms import ANGLES
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.compute.backends import make_backend
-from kvq.runtime.machine.blas import one_thread
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.precision.codecs import CodecSet
 from kvq.runtime.precision.table import named
 
-TOKENS, APART = 256, 3  # that are read, and how many apart those are whose predictions are compared
+TOKENS, APART = 256, 3  # that are read together, and how many apart those are whose predictions are compared
 PROBE = "3"  # name of the precision that is carried to the end
 TOGETHER = 8  # states that go through a segment at once
 ROWS = 2048  # of the head's matrix that are multiplied with at a time
@@ -193,6 +192,6 @@ def _divergences(folder: Path, name: str, residuals: list[np.ndarray]) -> list[f
         top = z.max(-1, keepdims=True)
         own = top[..., 0] + np.log(np.exp(z - top).sum(-1, dtype=np.float64))
         sums = np.logaddexp(sums, own.ravel())
-    sums = sums.reshape(len(residuals), rows)
-    found = difference.reshape(sums.shape) - sums[:1] + sums
+    by_stream = sums.reshape(len(residuals), rows)
+    found = difference.reshape(by_stream.shape) - by_stream[:1] + by_stream
     return [max(0.0, float(x)) for x in found[1:].mean(-1)]

@@ -109,7 +109,9 @@ def _profiles(shape: dict[str, Any]) -> str:
 
     means = {}
     for name, by_layer in shape.get("profiles", {}).items():
-        means[name] = " + ".join(f"{sum(CODECS[p].bits for p in side) / len(side):.1f}" for side in zip(*by_layer))
+        means[name] = " + ".join(
+            f"{sum(CODECS[p].bits for p in side) / len(side):.1f}" for side in zip(*by_layer, strict=True)
+        )
     return ", ".join(f"{name} at {mean} bits" for name, mean in means.items()) or "all layers alike"
 
 

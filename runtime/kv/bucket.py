@@ -84,7 +84,7 @@ class Bucket:
             page = self.open_page()
             stop = min(len(positions), done + page.capacity - page.count)
             part = slice(done, stop)
-            page.append(*([x.tokens(part) for x in side] for side in (keys, values)), positions[part])
+            page.append([x.tokens(part) for x in keys], [x.tokens(part) for x in values], positions[part])
             self.count += stop - done
             done = stop
 

@@ -99,7 +99,7 @@ class Slots:
         self.addresses = (self.codes.ctypes.data, self.scales.ctypes.data)
 
     def addresses_of(self, row: int) -> tuple[int, int]:
-        """Of the first code and scale of a layer, the `row`-th one; of layers that share a tile, behind those before."""
+        """Of the first code and scale of a layer, the `row`-th one."""
         group, part = divmod(row, self.sharing)
         codes, scales = self.codes[group], self.scales[group]
         words = self.codes.shape[-3] if self.tiled else self.codes.shape[-2]

@@ -189,9 +189,7 @@ class KVStore:
             tokens = np.flatnonzero(code == value)
             k, v = (
                 [Encoded(*self.codecs.stored(id_, x[layers][:, :, tokens], of_keys, layers)) for id_, layers in parts]
-                for parts, x, of_keys in zip(
-                    parts_of(pair, self.geometry), (keys, values), (True, False), strict=True
-                )
+                for parts, x, of_keys in zip(parts_of(pair, self.geometry), (keys, values), (True, False), strict=True)
             )
             yield pair, k, v, (start + tokens).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""Bundles whose classes have profiles, made without an export: of 3 layers of heads of 8, as the tiny bundle has them."""
+"""Bundles whose classes have profiles, made without an export: of the tiny one's 3 layers of heads of 8."""
 
 from __future__ import annotations
 
