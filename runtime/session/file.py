@@ -187,6 +187,12 @@ def check_payload(file: BinaryIO, header: SessionHeader, path: str | os.PathLike
 
 def _check_model(header: SessionHeader, model: Model, path: str | os.PathLike[str]) -> None:
     manifest = model.bundle.manifest
+    ours, theirs = manifest.architecture.profiles, header.architecture.profiles
+    if header.model_digest == manifest.model_digest and theirs != ours:
+        raise SessionError(
+            f"{path} was written with other precisions by layer than this bundle's; load it with the bundle it was made"
+            " with, or make it again from the text"
+        )
     if header.model_digest != manifest.model_digest or header.architecture != manifest.architecture:
         raise SessionError(
             f"{path} belongs to the model {header.model!r:.60} (digest {header.model_digest!r:.14}), this is"
