@@ -84,6 +84,13 @@ class Weights(click.ParamType):
     " again; the default below 8 bits.",
 )
 @click.option(
+    "--profiles/--no-profiles",
+    default=True,
+    show_default=True,
+    help="Measure on the calibration text what each layer's keys and values do to the predictions, and give every layer"
+    " the precisions that suit it, at no more bytes; where keys are centred.",
+)
+@click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="UTF-8 text to measure keys and inputs on; a built-in one if not given.",
@@ -116,6 +123,7 @@ def export(
     center,
     keys,
     compensate,
+    profiles,
     calibration,
     layout,
     context,
@@ -135,14 +143,7 @@ def export(
     if layout == "single":
         _single(ctx, checkpoint, out)
         return
-    text = None
-    if calibration is not None:
-        try:
-            text = calibration.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
-        if not center:
-            raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    text = None if calibration is None else _text_of(calibration, center)
     if keys == "balanced" and not center:
         raise click.UsageError("--keys balanced centres keys too; leave --no-center out")
     from kvq.exporter.export import export as run_export
@@ -158,6 +159,7 @@ def export(
             center=center,
             keys=keys,
             compensate=compensate,
+            profiles=profiles,
             calibration=text,
             context=context,
             name=name,
@@ -165,6 +167,17 @@ def export(
             progress=progress,
         )
     click.echo("\n".join(summary.lines()))
+
+
+def _text_of(calibration: Path, center: bool) -> str:
+    """The calibration text."""
+    try:
+        text = calibration.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
+    if not center:
+        raise click.UsageError("--calibration has no use with --no-center; leave one of them out")
+    return text
 
 
 @contextmanager
@@ -193,6 +206,7 @@ def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
         "center",
         "keys",
         "compensate",
+        "profiles",
         "calibration",
         "context",
         "name",

@@ -19,6 +19,7 @@ from kvq.exporter.graphs.writer import GraphWriter
 from kvq.exporter.key_feedback import key_feedback
 from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.key_turns import frequencies_of, turned_keys
+from kvq.exporter.profiles import profiles_for
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
@@ -59,6 +60,11 @@ class Summary:
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
             *(f"  {note}" for note in self.notes),
             *(
+                [f"  precisions by layer: {', '.join(classes)}"]
+                if (classes := [str(c) for c, _ in shape.profiles])
+                else []
+            ),
+            *(
                 [f"  controllers: {', '.join(found)}, trained for this model"]
                 if (found := self.manifest.controllers)
                 else []
@@ -77,6 +83,7 @@ def export(
     center: bool = True,
     keys: str | None = None,
     compensate: bool | None = None,
+    profiles: bool = True,
     calibration: str | None = None,
     context: int | None = None,
     name: str | None = None,
@@ -97,6 +104,7 @@ def export(
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
+        profiles: where keys are centred, measure which precisions suit each layer, see `kvq.exporter.profiles`.
         calibration: that text; None takes a built-in one.
         context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
@@ -107,10 +115,9 @@ def export(
         CheckpointError: unreadable checkpoint, an option of no known value, or `out` exists.
         UnsupportedArchitectureError: a variant that kvq does not implement.
     """
-    few = FewBits(weights, compensate)
+    few, progress = FewBits(weights, compensate), progress or _silent
     _check_options(weights=few.weights, activations=activations, block=block, keys=keys)
     begun, out = time.perf_counter(), Path(out).absolute()
-    progress = progress or _silent
     with replaced_folder(out, overwrite) as folder:
         checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, context)
         tokenizer, notes = checkpoint.tokenizer_json(), list(checkpoint.model.notes)
@@ -122,10 +129,14 @@ def export(
         text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
-            written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, progress, known)
-        manifest = attach(written, folder)
-        write_text(folder, MANIFEST, manifest.to_json())
+            written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, _part(progress), known)
+        manifest = _finished(written, folder, ids if profiles else None, progress)
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
+
+
+def _part(progress: Progress) -> Progress:
+    """Progress of what comes before layers are measured."""
+    return lambda done, total, what: progress(7 * done, 10 * total, what)
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -221,8 +232,29 @@ def _write_graphs(
         file.close()
     progress(total - 10, total, "digests")
     manifest = replace(manifest, files=_files(folder))
-    progress(total, total, "done")
     return manifest
+
+
+def _finished(manifest: Manifest, folder: Path, ids: np.ndarray | None, progress: Progress) -> Manifest:
+    """Write the manifest of a folder that is whole but for it; with profiles, where there are ids to measure on."""
+    written = manifest if ids is None else _with_profiles(manifest, folder, ids, progress)
+    attached = attach(written, folder)
+    write_text(folder, MANIFEST, attached.to_json())
+    progress(1, 1, "done")
+    return attached
+
+
+def _with_profiles(manifest: Manifest, folder: Path, ids: np.ndarray, progress: Progress) -> Manifest:
+    """A manifest with the profiles of the bundle in a folder, which is whole but for the manifest."""
+    write_text(folder, MANIFEST, manifest.to_json())
+    bundle = NewBundle(folder)
+    (folder / MANIFEST).unlink()
+
+    def measured(done: int, count: int) -> None:
+        progress(70 + 29 * done // count, 100, "measuring layers")
+
+    found = profiles_for(bundle, ids, measured)
+    return replace(manifest, architecture=replace(manifest.architecture, profiles=found))
 
 
 def _measure_keys(

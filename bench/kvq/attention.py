@@ -28,7 +28,7 @@ def attention_beside_read(session: Session, threads: int) -> dict[str, Any]:
     if session.backend.name != "native" or not session.store.length:
         return {}
     pages = [page for bucket in session.store.buckets.values() for page in bucket.pages]
-    sides = [side for page in pages for side in (page.keys, page.values)]
+    sides = [slots for page in pages for side in (page.keys, page.values) for slots in side.slots]
     arrays = [array for side in sides for array in (side.codes, side.scales) if array.nbytes]
     words = [array.reshape(-1).view(np.uint64) for array in arrays]
 

@@ -22,6 +22,7 @@ from kvq.runtime.bundle.fields import (
     sequence,
     text,
 )
+from kvq.runtime.bundle.profiles import Profiles, check_profiles, json_of, profiles_of
 from kvq.runtime.errors import BundleError
 from kvq.runtime.precision.table import Geometry
 
@@ -55,6 +56,7 @@ class Architecture:
     """Shape of the model; all in elements, tokens or layers.
 
     windows: of each layer how many of the newest tokens a token sees, itself included; 0: all. Empty: all see all.
+    profiles: classes of tokens that are stored at other precisions in every layer, see `Geometry.profiles`.
     """
 
     layers: int
@@ -66,11 +68,12 @@ class Architecture:
     vocab: int
     context: int
     windows: tuple[int, ...] = ()
+    profiles: Profiles = ()
 
     @property
     def geometry(self) -> Geometry:
         """Of the keys and values of a token."""
-        return Geometry(self.layers, self.kv_heads, self.head_dim, self.windows)
+        return Geometry(self.layers, self.kv_heads, self.head_dim, self.windows, self.profiles)
 
     @property
     def window(self) -> int:
@@ -83,20 +86,21 @@ class Architecture:
         return self.windows[-1] if self.windows else 0
 
     def fields(self) -> dict[str, Any]:
-        """As JSON has it, without windows where there are none; `of` gives it back."""
-        found = asdict(self)
-        windows = list(found.pop("windows"))
-        return found | {"windows": windows} if windows else found
+        """As JSON has it, without windows and profiles where there are none; `of` gives it back."""
+        later = {"windows": list(self.windows), "profiles": json_of(self.profiles)}
+        found = {name: value for name, value in asdict(self).items() if name not in later}
+        return found | {name: value for name, value in later.items() if value}
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Architecture:
         """Of `fields`.
 
         Raises:
-            KeyError, TypeError: fields that are missing.
+            KeyError, TypeError, ValueError: fields that are missing, or profiles that are none.
         """
-        names = [f.name for f in fields(cls) if f.name != "windows"]
-        return cls(**{name: found[name] for name in names}, windows=tuple(found.get("windows", ())))
+        names = [f.name for f in fields(cls) if f.name not in ("windows", "profiles")]
+        windows, profiles = tuple(found.get("windows", ())), profiles_of(found.get("profiles", {}))
+        return cls(**{name: found[name] for name in names}, windows=windows, profiles=profiles)
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _check_shape(shape: Architecture) -> None:
-    sizes = asdict(shape)
+    sizes = {name: value for name, value in asdict(shape).items() if name != "profiles"}
     for window in (windows := sizes.pop("windows")):
         integer(window, "windows, one of which", 0, limits.SHAPE["context"])
     if windows and (len(windows) != shape.layers or not any(windows)):
@@ -261,6 +265,7 @@ def _check_shape(shape: Architecture) -> None:
         raise ValueError(f"heads {shape.heads}, head_dim {shape.head_dim}: too many features together")
     if shape.layers * shape.kv_heads * shape.head_dim > limits.TOKEN_VALUES:
         raise ValueError(f"layers {shape.layers}, kv_heads {shape.kv_heads}, head_dim {shape.head_dim}: too many")
+    check_profiles(shape.geometry)
 
 
 def _check_entry(name: str, entry: Any) -> None:

@@ -95,6 +95,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f" {weights.get('activations')}",
         f"  KV cache     bytes a token: {tokens}",
         *([f"{'':15}keys of 2 to 4 bits less a mean that turns with the position"] if row["turned_keys"] else []),
+        f"  by layer     {_profiles(shape)}",
         f"  controllers  {', '.join(controllers) or 'none'}",
         f"  chat         {'has a template' if row['chat_template'] else 'no template: a plain transcript'}",
         f"  files        {size(row['nbytes'])} in {len(row['files'])} files, {graphs} of them graphs",
@@ -102,6 +103,18 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f"  folder       {row['path']}",
     ]
     return lines
+
+
+def _profiles(shape: dict[str, Any]) -> str:
+    """Classes that are stored at precisions by layer: bits of keys and of values on average."""
+    from kvq.runtime.precision.codecs import CODECS
+
+    means = {}
+    for name, by_layer in shape.get("profiles", {}).items():
+        means[name] = " + ".join(
+            f"{sum(CODECS[p].bits for p in side) / len(side):.1f}" for side in zip(*by_layer, strict=True)
+        )
+    return ", ".join(f"{name} at {mean} bits" for name, mean in means.items()) or "all layers alike"
 
 
 def _known(entry: Entry) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvq.runtime.kv.pages import PAGE_TOKENS, Page, last_capacity
+from kvq.runtime.kv.pages import PAGE_TOKENS, Page
+from kvq.runtime.kv.sides import last_capacity
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.precision.table import Geometry, Pair
 
@@ -75,15 +76,15 @@ class Bucket:
         page.count += 1
         self.count += 1
 
-    def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
-        """Add tokens, with pages for them as needed."""
+    def append(self, keys: list[Encoded], values: list[Encoded], positions: np.ndarray) -> None:
+        """Add tokens, as `kvq.runtime.kv.sides.Side.write` takes them, with pages for them as needed."""
         self.reserve(len(positions))
         done = 0
         while done < len(positions):
             page = self.open_page()
             stop = min(len(positions), done + page.capacity - page.count)
             part = slice(done, stop)
-            page.append(keys.tokens(part), values.tokens(part), positions[part])
+            page.append([x.tokens(part) for x in keys], [x.tokens(part) for x in values], positions[part])
             self.count += stop - done
             done = stop
 

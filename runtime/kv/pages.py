@@ -15,30 +15,18 @@ import ctypes
 
 import numpy as np
 
-from kvq.runtime.kv.slots import TILE_TOKENS, Encoded, Slots, shapes
+from kvq.runtime.kv.sides import Side, last_capacity, parts_of, side_nbytes
+from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.machine import hugepages
-from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import POSITION_BYTES, Geometry, Pair
 
 PAGE_TOKENS = 128  # of a full page: a long bucket is a few hundred arrays at most
 
 
-def last_capacity(tokens: int, layers: int) -> int:
-    """Tokens that a last page has room for when it has to hold so many, 1 to PAGE_TOKENS.
-
-    Less than a tile is for models with more than a layer or two: others would have nothing to share it.
-    """
-    for part in (4, 2):
-        if tokens <= TILE_TOKENS // part and layers > part // 2:
-            return TILE_TOKENS // part
-    return -(-tokens // TILE_TOKENS) * TILE_TOKENS
-
-
 def page_nbytes(pair: Pair, geometry: Geometry, capacity: int) -> int:
     """Bytes of a page's arrays, free room included."""
-    sides = (CODECS[pair.k], True), (CODECS[pair.v], False)
-    codes_and_scales = sum(shapes(codec, geometry, capacity, tiled).nbytes for codec, tiled in sides)
-    return codes_and_scales + POSITION_BYTES * capacity
+    sides = zip(parts_of(pair, geometry), (True, False), strict=True)
+    return sum(side_nbytes(parts, geometry, capacity, tiled) for parts, tiled in sides) + POSITION_BYTES * capacity
 
 
 class BucketBytes:
@@ -64,6 +52,7 @@ class Page:
     narrow: it holds the layers that have no window alone: the others see none of its tokens any more.
     shared: other buckets may hold this page too, so it must not change any more.
     row: where its arrays are, for native code, which fills it in.
+    layer_rows: the same of every layer, where these have precisions of their own.
     settled: its memory has been put on huge pages, or is not worth it, see `settle`.
     """
 
@@ -75,16 +64,18 @@ class Page:
         self.count = 0
         self.shared = False
         self.row: ctypes.Array[ctypes.c_char] | None = None
+        self.layer_rows: ctypes.Array[ctypes.c_char] | None = None
         held = geometry.narrow if narrow else geometry
         # A smaller one will be replaced soon; a narrow one may hold nothing at all.
         self.settled = capacity < PAGE_TOKENS or narrow
-        self.keys = Slots(CODECS[pair.k], held, capacity, tiled=True, lasting=not self.settled)
-        self.values = Slots(CODECS[pair.v], held, capacity, tiled=False, lasting=not self.settled)
+        keys, values = parts_of(pair, held)
+        self.keys = Side(keys, held, capacity, tiled=True, lasting=not self.settled)
+        self.values = Side(values, held, capacity, tiled=False, lasting=not self.settled)
         self.positions = np.zeros(capacity, np.int32)  # the tag of a token: where it stands in the text
         self.nbytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes  # of all arrays, free room included
 
-    def append(self, keys: Encoded, values: Encoded, positions: np.ndarray) -> None:
-        """Add the tokens behind the last one; the caller has checked that they fit."""
+    def append(self, keys: list[Encoded], values: list[Encoded], positions: np.ndarray) -> None:
+        """Add the tokens behind the last one, as `Side.write` takes them; the caller has checked that they fit."""
         start, stop = self.count, self.count + len(positions)
         self.keys.write(slice(start, stop), keys)
         self.values.write(slice(start, stop), values)
@@ -93,17 +84,18 @@ class Page:
 
     def parts(self, start: int = 0, stop: int | None = None) -> list[np.ndarray]:
         """Views of what is used of each array, or of the tokens from `start`, the first one of a tile, up to `stop`:
-        positions; key codes of whole tiles, and of the begun one; key scales; value codes and scales. Only of a page
-        of whole tiles.
+        positions; key codes of whole tiles, and of the begun one, and key scales, of every part of the keys; codes and
+        scales of every part of the values. Only of a page of whole tiles.
         """
         stop = self.count if stop is None else stop
         first, (tiles, rest) = start // TILE_TOKENS, divmod(stop, TILE_TOKENS)
-        keys, values, used = self.keys, self.values, slice(start, stop)
-        begun = keys.codes[:, :, tiles : tiles + bool(rest), :, :rest]
-        return [
-            *(self.positions[used], keys.codes[:, :, first:tiles], begun, keys.scales[:, :, used]),
-            *(values.codes[:, :, used], values.scales[:, :, used]),
-        ]
+        used, found = slice(start, stop), [self.positions[start:stop]]
+        for keys in self.keys.slots:
+            begun = keys.codes[:, :, tiles : tiles + bool(rest), :, :rest]
+            found += [keys.codes[:, :, first:tiles], begun, keys.scales[:, :, used]]
+        for values in self.values.slots:
+            found += [values.codes[:, :, used], values.scales[:, :, used]]
+        return found
 
     @property
     def whole_tiles(self) -> bool:
@@ -125,14 +117,14 @@ class Page:
     def read(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Decode one layer's tokens [start, stop) into keys, values float32 [kv_heads, stop - start, head_dim]."""
         row = self.geometry.wide.index(layer) if self.narrow else layer
-        for part, out in ((self.keys, keys), (self.values, values)):
-            part.decode(slice(start, stop), out, row)
+        for side, out in ((self.keys, keys), (self.values, values)):
+            side.decode(slice(start, stop), out, row)
 
     def narrowed(self) -> Page:
         """A narrow page of the same tokens; of a full one."""
         twin, wide = Page(self.pair, self.geometry, self.capacity, narrow=True), self.geometry.wide
         for new, old in ((twin.keys, self.keys), (twin.values, self.values)):
-            new.codes[...], new.scales[...] = old.codes[wide], old.scales[wide]
+            new.take(old, wide)
         twin.positions[...], twin.count = self.positions, self.count
         return twin
 
@@ -142,7 +134,7 @@ def settle(pages: list[Page]) -> None:
     new = sum(page.nbytes for page in pages if not page.settled)
     if new < 2 * hugepages.HUGE_PAGE or new < sum(page.nbytes for page in pages) // 8 or not hugepages.wanted():
         return
-    codes = [side.codes for page in pages for side in (page.keys, page.values)]
+    codes = [slots.codes for page in pages for side in (page.keys, page.values) for slots in side.slots]
     hugepages.collapse((array.ctypes.data, array.ctypes.data + array.nbytes) for array in codes)
     for page in pages:
         page.settled = True

@@ -15,6 +15,7 @@ import numpy as np
 from kvq.runtime.kv.bucket import Bucket
 from kvq.runtime.kv.moves import Move, leaving, plan
 from kvq.runtime.kv.pages import PAGE_TOKENS, Page
+from kvq.runtime.kv.sides import parts_of
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.window import RecentWindow
 from kvq.runtime.precision.codecs import NUMPY, Codec, CodecSet
@@ -178,8 +179,8 @@ class KVStore:
 
     def _encode(
         self, keys: np.ndarray, values: np.ndarray, chosen: np.ndarray, start: int
-    ) -> Iterator[tuple[Pair, Encoded, Encoded, np.ndarray]]:
-        """Encode a run of tokens, one vectorized call per pair that occurs in it."""
+    ) -> Iterator[tuple[Pair, list[Encoded], list[Encoded], np.ndarray]]:
+        """Encode a run of tokens, one vectorized call per pair that occurs in it, or per part of its layers."""
         if not len(chosen):
             return
         code = chosen[:, 0].astype(np.int32) << 8 | chosen[:, 1]
@@ -188,8 +189,11 @@ class KVStore:
             tokens = np.flatnonzero(code == value)
             places = (start + tokens).astype(np.int32)
             k, v = (
-                Encoded(*self.codecs.stored(precision, x[:, :, tokens], of_keys, places))
-                for precision, x, of_keys in zip(pair, (keys, values), (True, False), strict=True)
+                [
+                    Encoded(*self.codecs.stored(id_, x[layers][:, :, tokens], of_keys, places, layers))
+                    for id_, layers in parts
+                ]
+                for parts, x, of_keys in zip(parts_of(pair, self.geometry), (keys, values), (True, False), strict=True)
             )
             yield pair, k, v, places
 
@@ -258,7 +262,7 @@ class KVStore:
                     page.read(layer, start, stop, keys[:, part], values[:, part])
                     at = part.stop
                 places = np.concatenate([page.positions[start:stop] for page, start, stop in run]).astype(np.int64)
-                if (turns := self.codecs.turns_of(bucket.pair.k)) is not None:
+                if (turns := self.codecs.turns_of(g.by_layer(bucket.pair)[layer].k)) is not None:
                     keys += turns.seen(places, layer)
                 yield keys, values, places
         window = self.window

@@ -37,26 +37,40 @@ static int check_shape(int32_t layers, int32_t kv_heads, int32_t head_dim, int32
     return fits ? 0 : KVQ_MISFIT_SHAPE;
 }
 
-/* One row of a page table. */
-static int check_page(const kvq_page *page) {
-    const int keys = page->key_precision, values = page->value_precision;
+/* Whether there are arrays of these precisions. */
+static int check_arrays(const kvq_layer_arrays *arrays) {
+    const int keys = arrays->key_precision, values = arrays->value_precision;
     if (width_number(keys) < 0 || width_number(values) < 0) return KVQ_UNKNOWN_PRECISION;
+    if (!arrays->keys || !arrays->values) return KVQ_NO_DATA;
+    return (has_scale(keys) && !arrays->key_scales) || (has_scale(values) && !arrays->value_scales) ? KVQ_NO_DATA : 0;
+}
+
+/* Those of a page, or of each of its layers; of a narrow one, see check_windows. */
+static int check_all_arrays(const kvq_page *page, int32_t layers) {
+    if (!page->layers)
+        return check_arrays(&(kvq_layer_arrays){page->keys, page->key_scales, page->values, page->value_scales,
+                                                page->key_precision, page->value_precision});
+    for (int l = 0, refused; l < layers && !page->narrow; l++)
+        if ((refused = check_arrays(page->layers + l))) return refused;
+    return 0;
+}
+
+/* One row of a page table, of so many layers. */
+static int check_page(const kvq_page *page, int32_t layers) {
     if (!in_tiles(page)) return KVQ_MISFIT_PAGE;
     if (page->end < page->begin || page->end > page->capacity || page->end - page->begin > CHUNK_SLOTS)
         return KVQ_MISFIT_PAGE;
     if (page->period < 1 || page->period > page->capacity || page->count < 0 || page->count > page->period ||
         page->first < 0 || page->first >= page->period)
         return KVQ_MISFIT_PAGE;
-    if (!page->keys || !page->values) return KVQ_NO_DATA;
-    if ((has_scale(keys) && !page->key_scales) || (has_scale(values) && !page->value_scales)) return KVQ_NO_DATA;
-    return 0;
+    return check_all_arrays(page, layers);
 }
 
-static int check_pages(const kvq_page *page, int32_t pages) {
+static int check_pages(const kvq_page *page, int32_t pages, int32_t layers) {
     if (pages < 0) return KVQ_MISFIT_PAGE;
     if (pages && !page) return KVQ_NO_DATA;
     for (int p = 0; p < pages; p++) {
-        const int refused = check_page(page + p);
+        const int refused = check_page(page + p, layers);
         if (refused) return refused;
     }
     return 0;
@@ -72,7 +86,8 @@ static int check_steps(const kvq_move *move, int steps) {
         if (step->page < 0) continue;
         const kvq_page *page = move->page + step->page;
         if (step->page_slot < 0 || step->page_slot >= page->capacity) return KVQ_MISFIT_MOVE;
-        if (!move->turned || !kvq_turned(page->key_precision)) continue;
+        if (page->narrow && page->layers) return KVQ_MISFIT_MOVE;
+        if (!move->turned || !(page->layers || kvq_turned(page->key_precision))) continue;
         if (!page->positions) return KVQ_NO_DATA;
         const int32_t position = page->positions[step->page_slot], block = position / KVQ_TURN_BLOCK - move->first_block;
         if (position < 0 || block < 0 || block >= move->turn_blocks) return KVQ_MISFIT_MOVE;
@@ -81,7 +96,7 @@ static int check_steps(const kvq_move *move, int steps) {
 }
 
 static int check_window(const kvq_page *window) {
-    const int refused = check_page(window);
+    const int refused = window->layers ? KVQ_MISFIT_MOVE : check_page(window, 0);
     if (refused) return refused;
     const int is_window = window->key_precision == KVQ_WINDOW || window->key_precision == KVQ_INT8;
     return is_window && window->value_precision == window->key_precision && !window->begin && !kvq_shares_tiles(window) ? 0 : KVQ_MISFIT_MOVE;
@@ -97,7 +112,7 @@ int kvq_check_moved_values(const kvq_move *move) {
 
 int kvq_check_move(const kvq_move *move, int steps) {
     int refused = kvq_check_moved_values(move);
-    if (!refused) refused = check_pages(move->page, move->pages);
+    if (!refused) refused = check_pages(move->page, move->pages, move->layers);
     if (!refused && move->window) refused = check_window(move->window);
     return refused ? refused : check_steps(move, steps);
 }
@@ -119,6 +134,9 @@ static int check_windows(const kvq_pass *pass) {
         if (pass->windows[l] < 0) return KVQ_MISFIT_SHAPE;
     for (int p = 0; p < pass->pages; p++)
         if (pass->page[p].narrow && (!pass->windows || kvq_shares_tiles(pass->page + p))) return KVQ_MISFIT_PAGE;
+    for (int p = 0, refused; p < pass->pages; p++)
+        for (int l = 0; pass->page[p].narrow && pass->page[p].layers && l < pass->layers; l++)
+            if (!pass->windows[l] && (refused = check_arrays(pass->page[p].layers + l))) return refused;
     return 0;
 }
 
@@ -134,7 +152,7 @@ static int check_turns(const kvq_pass *pass) {
     for (int l = 0; l < pass->layers; l++)
         if (turns->which[l] < -1 || turns->which[l] >= turns->sets) return KVQ_MISFIT_SHAPE;
     for (int p = 0; p < pass->pages; p++)
-        if (kvq_turned(pass->page[p].key_precision) && !pass->page[p].positions) return KVQ_NO_DATA;
+        if ((pass->page[p].layers || kvq_turned(pass->page[p].key_precision)) && !pass->page[p].positions) return KVQ_NO_DATA;
     return 0;
 }
 
@@ -143,7 +161,7 @@ static int check_one_pass(const kvq_pass *pass) {
     if (refused) return refused;
     if (!counts(pass->heads) || pass->heads % pass->kv_heads) return KVQ_MISFIT_SHAPE;
     if (!kvq_choose_kernel(pass->kernel)) return KVQ_NO_KERNEL;
-    refused = check_pages(pass->page, pass->pages);
+    refused = check_pages(pass->page, pass->pages, pass->layers);
     if (!refused) refused = check_windows(pass);
     if (!refused) refused = check_turns(pass);
     return refused || !pass->stepwise || pass->tokens < 2 ? refused : check_stepwise(pass);

@@ -38,7 +38,10 @@ int kvq_attend_stepwise(const kvq_task *task, kvq_parallel parallel, void *conte
 
 /* Whether layers share the tiles of a page, see kvq_page. */
 static inline int kvq_shares_tiles(const kvq_page *page) { return page->capacity > 0 && page->capacity < TILE; }
-/* A pass whose pages are those of one layer as kernels take them: of whole tiles. */
+/* The row in which the vectors of `layer` are where those of layer `as` would be, were the arrays of whole tiles and of
+ * one precision: its addresses and widths are the layer's own. */
+kvq_page kvq_page_layer(const kvq_page *page, int layer, int as, int kv_heads, int head_dim);
+/* A pass whose pages are those of one layer as kernels take them: of whole tiles and one precision. */
 typedef struct {
     kvq_pass pass;
     kvq_move stepwise;

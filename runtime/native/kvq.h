@@ -34,6 +34,15 @@
 #define KVQ_ERROR_OF(name, number, text) KVQ_##name = number,
 enum { KVQ_OK, KVQ_ERRORS(KVQ_ERROR_OF) };
 
+/* Where a page has the keys and values of one layer, for layers that have precisions of their own. */
+typedef struct {
+    const uint32_t *keys; /* [kv_heads, ...] as below, from the layer's first slot on; null of a layer it does not hold */
+    const uint16_t *key_scales;
+    const uint32_t *values;
+    const uint16_t *value_scales;
+    int32_t key_precision, value_precision; /* ids of widths.h */
+} kvq_layer_arrays;
+
 /* The slots [begin, end) of arrays that hold tokens of one precision, all layers and KV heads: a page of the store,
  * or a part of its recent window. Slot s of the arrays holds a token where s < period and
  * (s - first) mod period < count; a page has first = 0 and period = capacity, the window is a ring.
@@ -54,6 +63,9 @@ typedef struct {
     int32_t unused;
     const int32_t *positions; /* [count] of a page: where its tokens stand in the text, ascending; null of the window,
                                * whose slots follow from the position. Read where a pass has windows or turns */
+    const kvq_layer_arrays *layers; /* [layers] of a page whose layers have precisions of their own, which stand in for
+                                     * its arrays and precisions; null: all have those above. A part of a tile has the
+                                     * whole tile's room, as where layers share one */
 } kvq_page;
 
 /* A mean that turns with the position, which keys of few bits (kvq_turned of widths.h) are stored less, as

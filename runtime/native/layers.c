@@ -1,19 +1,19 @@
 /* Pages as one layer has them, made before a kernel sees them: pages with room for less than a tile, whose layers share
- * tiles, become pages of whole tiles; narrow ones, which some layers have no part of, and what is outside of a layer's
+ * tiles, become pages of whole tiles; those whose layers have precisions of their own, pages of one; narrow ones, which some layers have no part of, and what is outside of a layer's
  * window are left out. Kernels know nothing of it, but for prefill, whose rows see different tokens. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "drivers.h"
 
-static int any_shares(const kvq_page *page, int pages) {
+/* Whether some pages are not as kernels take them, in every layer alike. */
+static int any_by_layer(const kvq_page *page, int pages) {
     for (int p = 0; p < pages; p++)
-        if (kvq_shares_tiles(page + p)) return 1;
+        if (kvq_shares_tiles(page + p) || page[p].layers) return 1;
     return 0;
 }
 
-/* The row in which the vectors of `layer` are where those of layer `as` would be, were the arrays of whole tiles. */
-static kvq_page row_of_layer(const kvq_page *page, int layer, int as, int kv_heads, int head_dim) {
+kvq_page kvq_page_layer(const kvq_page *page, int layer, int as, int kv_heads, int head_dim) {
     kvq_page row = *page;
     int shared = 1, lane = 0;
     if (kvq_shares_tiles(page)) {
@@ -21,11 +21,18 @@ static kvq_page row_of_layer(const kvq_page *page, int layer, int as, int kv_hea
         lane = layer % shared * page->capacity;
         row.capacity = row.end = TILE;
     }
-    const ptrdiff_t slots = (ptrdiff_t)(layer / shared - as) * kv_heads * row.capacity;
-    row.keys += slots * words_per_vector(page->key_precision, head_dim) + lane;
-    row.values += (slots + lane) * words_per_vector(page->value_precision, head_dim);
-    if (has_scale(page->key_precision)) row.key_scales += slots + lane;
-    if (has_scale(page->value_precision)) row.value_scales += slots + lane;
+    ptrdiff_t slots = (ptrdiff_t)(layer / shared - as) * kv_heads * row.capacity;
+    if (page->layers) { /* begins with the layer itself */
+        const kvq_layer_arrays *own = page->layers + layer;
+        row.keys = own->keys, row.key_scales = own->key_scales, row.key_precision = own->key_precision;
+        row.values = own->values, row.value_scales = own->value_scales, row.value_precision = own->value_precision;
+        row.layers = NULL;
+        slots = -(ptrdiff_t)as * kv_heads * row.capacity, lane = 0;
+    }
+    row.keys += slots * words_per_vector(row.key_precision, head_dim) + lane;
+    row.values += (slots + lane) * words_per_vector(row.value_precision, head_dim);
+    if (has_scale(row.key_precision)) row.key_scales += slots + lane;
+    if (has_scale(row.value_precision)) row.value_scales += slots + lane;
     return row;
 }
 
@@ -36,6 +43,10 @@ static void widen(kvq_page *page, const int32_t *windows, int layer, int kv_head
     for (int l = 0; l < layer; l++) row += !windows[l];
     if (windows[layer]) {
         page->count = page->first = 0;
+        return;
+    }
+    if (page->layers) {
+        *page = kvq_page_layer(page, layer, layer, kv_heads, head_dim);
         return;
     }
     const ptrdiff_t slots = (ptrdiff_t)(row - layer) * kv_heads * page->capacity;
@@ -79,14 +90,13 @@ void kvq_cut_pages(kvq_page *page, int pages, int next, int window) {
 int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own) {
     own->pass = *pass;
     own->page = NULL;
-    if (!pass->windows && !any_shares(pass->page, pass->pages)) return 0;
+    if (!pass->windows && !any_by_layer(pass->page, pass->pages)) return 0;
     if (!(own->page = malloc(sizeof *own->page * ((size_t)pass->pages + 1)))) return KVQ_NO_MEMORY;
     if (pass->pages) memcpy(own->page, pass->page, sizeof *own->page * (size_t)pass->pages);
     for (int p = 0; p < pass->pages; p++) {
-        if (kvq_shares_tiles(pass->page + p))
-            own->page[p] = row_of_layer(pass->page + p, layer, layer, pass->kv_heads, pass->head_dim);
-        else if (pass->page[p].narrow)
-            widen(own->page + p, pass->windows, layer, pass->kv_heads, pass->head_dim);
+        if (pass->page[p].narrow) widen(own->page + p, pass->windows, layer, pass->kv_heads, pass->head_dim);
+        else if (kvq_shares_tiles(pass->page + p) || pass->page[p].layers)
+            own->page[p] = kvq_page_layer(pass->page + p, layer, layer, pass->kv_heads, pass->head_dim);
     }
     own->pass.page = own->page;
     if (pass->windows && pass->windows[layer] && !(pass->stepwise && pass->tokens > 1)) /* there each token sees others */
@@ -102,14 +112,14 @@ int kvq_pass_of_layer(const kvq_pass *pass, int layer, kvq_layer_pass *own) {
 int kvq_move_layers(const kvq_move *move, int first, int end) {
     const kvq_kernel *kernel = kvq_choose_kernel(move->kernel);
     const int all = first == 0 && end == move->layers;
-    if (all && !any_shares(move->page, move->pages)) return kernel->move(move), 0;
+    if (all && !any_by_layer(move->page, move->pages)) return kernel->move(move), 0;
     kvq_page *page = malloc(sizeof *page * (size_t)move->pages);
     if (!page) return KVQ_NO_MEMORY;
     const size_t floats = (size_t)move->kv_heads * move->tokens * move->head_dim; /* of a layer */
     for (int layer = first; layer < end; layer++) {
-        const kvq_page window = row_of_layer(move->window, layer, 0, move->kv_heads, move->head_dim);
+        const kvq_page window = kvq_page_layer(move->window, layer, 0, move->kv_heads, move->head_dim);
         for (int p = 0; p < move->pages; p++)
-            page[p] = row_of_layer(move->page + p, layer, 0, move->kv_heads, move->head_dim);
+            page[p] = kvq_page_layer(move->page + p, layer, 0, move->kv_heads, move->head_dim);
         kvq_move own = *move;
         own.layers = 1;
         own.keys += layer * floats, own.values += layer * floats;

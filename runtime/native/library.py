@@ -24,7 +24,12 @@ PAGE = np.dtype(
     [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
     + [(name, np.int32) for name in ("key_precision", "value_precision")]
     + [(name, np.int32) for name in ("capacity", "begin", "end", "first", "count", "period", "narrow", "unused")]
-    + [("positions", np.uint64)]
+    + [("positions", np.uint64), ("layers", np.uint64)]
+)
+# kvq_layer_arrays
+LAYER = np.dtype(
+    [(name, np.uint64) for name in ("keys", "key_scales", "values", "value_scales")]
+    + [(name, np.int32) for name in ("key_precision", "value_precision")]
 )
 
 

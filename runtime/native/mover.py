@@ -54,7 +54,8 @@ class NativeMover:
         """See `Mover`; of `gone` it takes the precisions that the library knows."""
         self._point_at(keys, values)
         self._move.reach = 0.0 if codecs.turns is None else codecs.turns.reach
-        if not window.capacity or not self._fit or not all(self._known.issuperset(pair) for pair in gone):
+        precisions = window.geometry.precisions
+        if not window.capacity or not self._fit or not all(self._known.issuperset(precisions(pair)) for pair in gone):
             return False
         return bool(check(self._library.kvq_movable(self._move)))
 

@@ -9,7 +9,7 @@ import numpy as np
 from kvq.runtime.kv.pages import Page, settle
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
-from kvq.runtime.native.library import CHUNK_SLOTS, PAGE, known_precisions
+from kvq.runtime.native.library import CHUNK_SLOTS, LAYER, PAGE, known_precisions
 from kvq.runtime.precision.table import Pair
 
 
@@ -57,7 +57,7 @@ class PageTable:
                 settle(pages)
             self.pages, self._window = pages, window
             pairs = dict.fromkeys(page.pair for page in pages)
-            self.foreign = [pair for pair in pairs if not self._known.issuperset(pair)]
+            self.foreign = [pair for pair in pairs if not self._known.issuperset(store.geometry.precisions(pair))]
             rows = b"".join([*(page_row(page) for page in pages), window_rows(window)])
             self.rows = np.frombuffer(bytearray(rows), PAGE)
             self.address = self.rows.ctypes.data
@@ -76,12 +76,29 @@ class PageTable:
 def page_row(page: Page) -> ctypes.Array[ctypes.c_char]:
     """The row of a page, a `PAGE` without its count; made once, since its arrays stay where they are."""
     if page.row is None:
-        k, v = page.pair
-        size = page.capacity
+        size, layers = page.capacity, 0
         narrow, positions = int(page.narrow), page.positions.ctypes.data
-        row = (*page.keys.addresses, *page.values.addresses, k, v, size, 0, size, 0, 0, size, narrow, 0, positions)
+        arrays: tuple[int, ...] = (0,) * 6
+        if len(page.keys.slots) == len(page.values.slots) == 1:
+            both = page.keys.slots[0], page.values.slots[0]
+            arrays = (*both[0].addresses, *both[1].addresses, *(slots.codec.precision.id for slots in both))
+        else:
+            page.layer_rows = as_buffer(_layer_rows(page))
+            layers = ctypes.addressof(page.layer_rows)
+        row = (*arrays, size, 0, size, 0, 0, size, narrow, 0, positions, layers)
         page.row = as_buffer(np.array(row, PAGE).tobytes())
     return page.row
+
+
+def _layer_rows(page: Page) -> bytes:
+    """Where a page has each layer, zeros of one that it does not hold: a `LAYER` for each."""
+    geometry = page.geometry
+    rows = np.zeros(geometry.layers, LAYER)
+    for row, layer in enumerate(geometry.wide if page.narrow else range(geometry.layers)):
+        keys, values = (side.slots_of(row) for side in (page.keys, page.values))
+        addresses = (*keys[0].addresses_of(keys[1]), *values[0].addresses_of(values[1]))
+        rows[layer] = (*addresses, keys[0].codec.precision.id, values[0].codec.precision.id)
+    return rows.tobytes()
 
 
 def as_buffer(row: bytes) -> ctypes.Array[ctypes.c_char]:
@@ -95,7 +112,7 @@ def window_rows(window: RecentWindow) -> bytes:
     addresses = (*window.keys.addresses, *window.values.addresses)
     room = window.keys.scales.shape[-2]
     rows = [
-        (*addresses, own, own, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity, 0, 0, 0)
+        (*addresses, own, own, room, begin, min(begin + CHUNK_SLOTS, room), 0, 0, window.capacity, 0, 0, 0, 0)
         for begin in range(0, room, CHUNK_SLOTS)
     ]
     return np.array(rows, PAGE).tobytes()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvq.runtime.kv.moves import Move
+from kvq.runtime.kv.pages import Page
 from kvq.runtime.native.library import Moves, Turns
 from kvq.runtime.precision.codecs import CodecSet
 from kvq.runtime.precision.key_turns import BLOCK, KeyTurns
@@ -46,7 +47,7 @@ class MovedTurns:
         places = [
             int(page.positions[slot])
             for _, page, slot in moves
-            if page is not None and codecs.turns_of(page.pair.k) is not None
+            if page is not None and any(codecs.turns_of(id_) is not None for id_ in _key_precisions(page))
         ]
         if turns is None or not places:
             to.turned, to.first_block, to.turn_blocks = None, 0, 0
@@ -56,3 +57,7 @@ class MovedTurns:
             each = [turns.at(block) for block in range(*blocks)]
             self._turns, self._blocks, self._turned = turns, blocks, np.ascontiguousarray(np.stack(each, axis=2))
         to.turned, to.first_block, to.turn_blocks = self._turned.ctypes.data, blocks[0], blocks[1] - blocks[0]
+
+
+def _key_precisions(page: Page) -> set[int]:
+    return {of_layer.k for of_layer in page.geometry.by_layer(page.pair)}

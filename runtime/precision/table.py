@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
+
 from kvq.runtime.precision.codecs import CODECS, NUMPY
 
 POSITION_BYTES = 4  # the tag of a token in a page: where it stands in the text
@@ -48,12 +50,15 @@ class Geometry(NamedTuple):
     """What fixes the size of every stored token.
 
     windows: of each layer how many of the newest tokens it sees, 0: all; empty: all layers see all.
+    profiles: pairs that have precisions of their own in every layer, and which: a token's pair is then the name of a
+        class. All other pairs mean the same in every layer.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     windows: tuple[int, ...] = ()
+    profiles: tuple[tuple[Pair, tuple[Pair, ...]], ...] = ()
 
     @property
     def window(self) -> int:
@@ -68,7 +73,25 @@ class Geometry(NamedTuple):
     @property
     def narrow(self) -> Geometry:
         """Of tokens that only these layers see."""
-        return Geometry(len(self.wide), self.kv_heads, self.head_dim)
+        wide = self.wide
+        profiles = tuple((pair, tuple(by_layer[i] for i in wide)) for pair, by_layer in self.profiles)
+        return Geometry(len(wide), self.kv_heads, self.head_dim, profiles=profiles)
+
+    def by_layer(self, pair: tuple[int, int]) -> tuple[Pair, ...]:
+        """What tokens of a pair are stored at in every layer."""
+        return dict(self.profiles).get(Pair(*pair)) or (Pair(*pair),) * self.layers
+
+    def precisions(self, pair: tuple[int, int]) -> set[int]:
+        """Ids of what tokens of a pair are stored at in some layer."""
+        return {precision for of_layer in self.by_layer(pair) for precision in of_layer} if self.profiles else set(pair)
+
+    def in_layer(self, chosen: np.ndarray, layer: int) -> np.ndarray:
+        """What tokens of pairs uint8 [tokens, 2] are stored at in a layer: uint8 [tokens, 2]."""
+        found = chosen
+        for pair, by_layer in self.profiles:
+            if (own := (chosen == pair).all(-1)).any():
+                found = np.where(own[:, None], np.array(by_layer[layer], np.uint8), found)
+        return found
 
     @property
     def values(self) -> int:
@@ -81,5 +104,6 @@ class Geometry(NamedTuple):
 
     def token_bytes(self, pair: tuple[int, int]) -> int:
         """Bytes of a token in a page: codes and scales of all layers and heads, and its position."""
-        each = sum(CODECS[precision].vector_bytes(self.head_dim) for precision in pair)
-        return self.layers * self.kv_heads * each + POSITION_BYTES
+        sides = (precision for of_layer in self.by_layer(pair) for precision in of_layer)
+        each = sum(CODECS[precision].vector_bytes(self.head_dim) for precision in sides)
+        return self.kv_heads * each + POSITION_BYTES

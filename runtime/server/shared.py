@@ -50,6 +50,8 @@ class SharedSessions:
         self._same = [
             VERSION, model.bundle.manifest.model_digest, chunk, ran.threads, ran.backend, ran.backend_detail,
         ]  # fmt: skip
+        if model.architecture.profiles:
+            self._same.append(model.architecture.fields()["profiles"])
         self.reads = self.writes = 0
 
     def _path(self, settings: Settings, tokens: np.ndarray) -> Path:

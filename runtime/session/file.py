@@ -12,6 +12,8 @@ The payload is, without gaps, all little-endian::
         key scales            float16 [layers, kv_heads, count, 1 or 0]
         value codes           uint8 [layers, kv_heads, count, words, 4]
         value scales          float16 [layers, kv_heads, count, 1 or 0]
+                              where layers have precisions of their own, keys and then values come in parts: of the
+                              layers of one precision all of the above, by ids of precisions
     of the recent window, oldest token first:
         key codes, scales     uint8 [layers, kv_heads, window, words * 4], float16 [layers, kv_heads, window, 1]
         value codes, scales   likewise
@@ -185,6 +187,12 @@ def check_payload(file: BinaryIO, header: SessionHeader, path: str | os.PathLike
 
 def _check_model(header: SessionHeader, model: Model, path: str | os.PathLike[str]) -> None:
     manifest = model.bundle.manifest
+    ours, theirs = manifest.architecture.profiles, header.architecture.profiles
+    if header.model_digest == manifest.model_digest and theirs != ours:
+        raise SessionError(
+            f"{path} was written with other precisions by layer than this bundle's; load it with the bundle it was made"
+            " with, or make it again from the text"
+        )
     if header.model_digest != manifest.model_digest or header.architecture != manifest.architecture:
         raise SessionError(
             f"{path} belongs to the model {header.model!r:.60} (digest {header.model_digest!r:.14}), this is"
@@ -325,7 +333,7 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
 
 def _finite(page: Page) -> bool:
     """Whether all scales are finite and not negative, and all codes stand for finite numbers."""
-    for slots in (page.keys, page.values):
+    for slots in (*page.keys.slots, *page.values.slots):
         scales = slots.scales  # free slots hold zeros
         if not (np.isfinite(scales) & (scales >= 0)).all() or not slots.codec.valid(slots.codes):
             return False

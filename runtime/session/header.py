@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
 from kvq.runtime.bundle.manifest import Architecture
+from kvq.runtime.bundle.profiles import check_profiles
 from kvq.runtime.errors import SessionError
 from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.precision.codecs import CODECS
@@ -282,12 +283,13 @@ def _check_option(value: Any, depth: int = 0) -> None:
 def _check_counts(header: SessionHeader) -> None:
     """Raise ValueError for numbers that do not fit each other or the architecture."""
     shape = header.architecture
-    for name in shape.fields().keys() - {"windows"}:
+    for name in shape.fields().keys() - {"windows", "profiles"}:
         _within(name, getattr(shape, name), 1, MOST_TOKENS)
     if shape.windows and len(shape.windows) != shape.layers:
         raise ValueError(f"{len(shape.windows)} windows of {shape.layers} layers")
     for window in shape.windows:
         _within("a window", window, 0, MOST_TOKENS)
+    check_profiles(shape.geometry)
     _within("recent", header.recent, 0, shape.context)
     _within("sink", header.sink, 0, MOST_TOKENS)
     _within("prefill_chunk", header.prefill_chunk, 1, MOST_TOKENS)

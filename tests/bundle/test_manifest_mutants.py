@@ -15,6 +15,7 @@ import kvq
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.errors import BundleError
+from tests.tools.profiles import PROFILES
 
 STRANGE = st.one_of(
     st.none(),
@@ -29,13 +30,15 @@ STRANGE = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "books", "windowed"])
+@pytest.fixture(scope="module", params=["tiny", "books", "windowed", "profiled"])
 def text(request: pytest.FixtureRequest, tiny_bundle: Path) -> str:
     folder = kvq.load("kvq-books").path if request.param == "books" else tiny_bundle
     content = json.loads((folder / MANIFEST).read_text())
     if request.param == "windowed":
         content["format_version"] = 3
         content["architecture"]["windows"] = [8] * (content["architecture"]["layers"] - 1) + [0]
+    if request.param == "profiled":
+        content["architecture"]["profiles"] = PROFILES
     return json.dumps(content, indent=1)
 
 
@@ -50,7 +53,9 @@ def read(content: str) -> Manifest | None:
     if manifest is None:
         return None
     shape = asdict(manifest.architecture)
-    windows = shape.pop("windows")
+    windows, profiles = shape.pop("windows"), shape.pop("profiles")
+    assert all(len(by_layer) == shape["layers"] for _, by_layer in profiles)
+    assert all({1 <= k <= 31, 1 <= v <= 31} == {True} for _, by_layer in profiles for k, v in by_layer)
     assert not windows or (len(windows) == shape["layers"] and any(windows))
     assert all(type(window) is int and 0 <= window <= 1 << 24 for window in windows)
     assert all(type(value) is int and 0 < value <= 1 << 24 for value in shape.values())

@@ -65,7 +65,9 @@ def stored_bytes(session) -> list[bytes]:
     arrays = [window.chosen, window.keys.codes, window.keys.scales, window.values.codes, window.values.scales]
     for _, bucket in sorted(session.store.buckets.items()):
         for one in bucket.pages:
-            arrays += [one.positions, one.keys.codes, one.keys.scales, one.values.codes, one.values.scales]
+            arrays.append(one.positions)
+            for part in (*one.keys.slots, *one.values.slots):
+                arrays += [part.codes, part.scales]
     return [array.tobytes() for array in arrays]
 
 

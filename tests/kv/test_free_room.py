@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from kvq.runtime.kv.bucket import Bucket
-from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes, last_capacity
+from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes
+from kvq.runtime.kv.sides import last_capacity, parts_of
 from kvq.runtime.kv.slots import Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import Geometry, Pair
+from tests.tools.kvdata import with_profiles
 
 SMOLLM = Geometry(layers=30, kv_heads=3, head_dim=64)
 RECENT, SINK = 16, 4
@@ -41,11 +43,12 @@ def test_free_room_is_little_of_a_cache(shares, length, most):
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 5, 30])
 @pytest.mark.parametrize("pair", [Pair(2, 2), Pair(8, 4), Pair(16, 16)], ids=str)
-def test_bytes_grow_with_the_tokens_and_are_those_of_a_bucket(layers, pair):
-    geometry = Geometry(layers, 2, 8)
+@pytest.mark.parametrize("share", [0, 1])
+def test_bytes_grow_with_the_tokens_and_are_those_of_a_bucket(layers, pair, share):
+    geometry = with_profiles(Geometry(layers, 2, 8), layers, share)
     nbytes, bucket = BucketBytes(pair, geometry), Bucket(pair, geometry)
     x = np.ones((layers, 2, 1, 8), np.float32)
-    parts = [Encoded(*CODECS[bits].encode(x)) for bits in pair]
+    parts = [[Encoded(*CODECS[one].encode(x[own])) for one, own in side] for side in parts_of(pair, geometry)]
     for n in range(2 * PAGE_TOKENS):
         assert bucket.nbytes == nbytes[n] <= nbytes[n + 1]
         assert 0 <= nbytes[n] - n * bucket.token_bytes <= nbytes.most_free

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvq.runtime.errors import NonFiniteError
 from kvq.runtime.kv.bucket import Bucket
-from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes, last_capacity
+from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes
+from kvq.runtime.kv.sides import last_capacity
 from kvq.runtime.kv.slots import TILE_TOKENS, Encoded
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, NUMPY
@@ -74,10 +75,10 @@ def test_accounted_slack_is_the_free_room(text, recent, bits):
     store = filled_store(geometry, tokens, recent, protect_bits=bits)
     account = store.account()
     for pair, bucket in store.buckets.items():
-        vectors = geometry.layers * geometry.kv_heads
-        codes = sum(CODECS[id_].code_bytes(geometry.head_dim) for id_ in pair)
-        scales = 2 * sum(id_ != 16 for id_ in pair)
-        each = vectors * (codes + scales) + 4
+        ids = [id_ for of_layer in geometry.by_layer(pair) for id_ in of_layer]
+        codes = sum(CODECS[id_].code_bytes(geometry.head_dim) for id_ in ids)
+        scales = 2 * sum(id_ != 16 for id_ in ids)
+        each = geometry.kv_heads * (codes + scales) + 4
         slack = account[str(pair)]["slack_nbytes"]
         assert slack == BucketBytes(pair, geometry)[bucket.count] - bucket.count * each
         if all(page.whole_tiles for page in bucket.pages):
@@ -163,7 +164,7 @@ def test_a_bucket_token_costs_codes_scales_and_a_tag():
 
 def test_a_page_keeps_the_tokens_before_an_append():
     bucket = Bucket(Pair(8, 8), SMALL)
-    parts = [Encoded(*CODECS[8].encode(np.full((2, 2, 10, 8), x, np.float32))) for x in (1, 2)]
+    parts = [[Encoded(*CODECS[8].encode(np.full((2, 2, 10, 8), x, np.float32)))] for x in (1, 2)]
     bucket.append(parts[0], parts[0], np.arange(10))
     before = page_bytes(bucket.pages[0])
     bucket.append(parts[1], parts[1], np.arange(10, 20))
@@ -275,7 +276,7 @@ def test_blocks_return_every_token_once_as_its_codec_decodes_it(text, recent, si
     geometry, tokens = text
     count = len(tokens.bits)
     store = filled_store(geometry, tokens, recent, sink, at(cuts, count), protect_bits=bits)
-    expected = as_read(tokens, recent, sink, protect_bits=bits)
+    expected = as_read(tokens, recent, sink, bits, geometry)
     for layer in range(geometry.layers):
         rows = []
         for keys, values in store.blocks(layer, limit):

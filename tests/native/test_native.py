@@ -31,6 +31,7 @@ from tests.tools.kvdata import (
     random_tokens,
     random_turns,
     seeds,
+    with_profiles,
 )
 
 # Of the largest output; both sides are single precision. Integer weights of values add a noise of 1.6e-5 of the root
@@ -79,6 +80,8 @@ def assert_equals_numpy(backend, store, query, key, value, layer=0):
 def situations(draw):
     """A store of any mixture and new tokens for it."""
     geometry = Geometry(2, draw(st.integers(1, 3)), draw(st.sampled_from(HEAD_DIMS)))
+    if draw(st.booleans()):
+        geometry = with_profiles(geometry, draw(seeds))
     widths = draw(st.sampled_from((*((w,) for w in WIDTHS), (2, 4), WIDTHS)))
     cached = random_tokens(draw(seeds), geometry, draw(st.sampled_from(COUNTS)), widths)
     recent, sink = draw(st.sampled_from((0, 5, 16, 37))), draw(st.sampled_from((0, 4)))
@@ -233,10 +236,13 @@ moves = st.lists(
     seed=seeds,
     fed_back=st.booleans(),
     turned=st.booleans(),
+    share=st.sampled_from((0, 0.5)),
 )
 @examples(40)
-def test_a_native_store_holds_numpy_s_bytes_at_every_step(kernel, steps, recent, sink, bits, seed, fed_back, turned):
-    geometry = Geometry(2, 2, 24)
+def test_a_native_store_holds_numpy_s_bytes_at_every_step(
+    kernel, steps, recent, sink, bits, seed, fed_back, turned, share
+):
+    geometry = with_profiles(Geometry(4 if share else 2, 2, 24), seed, share)
     feedback = random_feedback(seed, geometry) if fed_back else None
     turns = random_turns(seed, geometry) if turned else None
     codecs = [each._replace(feedback=feedback, turns=turns) for each in (native(kernel).codecs, NUMPY)]

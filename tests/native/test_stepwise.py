@@ -16,7 +16,16 @@ from kvq.runtime.kv.slots import TILE_TOKENS
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 from tests.tools.command_line import assert_one_line_error, run
-from tests.tools.kvdata import HEAD_DIMS, examples, fill, random_feedback, random_tokens, random_turns, seeds
+from tests.tools.kvdata import (
+    HEAD_DIMS,
+    examples,
+    fill,
+    random_feedback,
+    random_tokens,
+    random_turns,
+    seeds,
+    with_profiles,
+)
 
 IDS = np.random.default_rng(3).integers(1, 512, 200).tolist()
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -44,7 +53,9 @@ def stored_bytes(store):
 def situations(draw):
     """A text partly in the store, its next tokens, and queries: [layers, tokens, heads, head_dim]."""
     kv_heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from(HEAD_DIMS))
-    geometry = Geometry(draw(st.integers(1, 2)), kv_heads, head_dim)
+    geometry = Geometry(draw(st.integers(1, 3)), kv_heads, head_dim)
+    if draw(st.booleans()):
+        geometry = with_profiles(geometry, draw(seeds))
     recent = draw(st.sampled_from((1, 3, 16, 40)))
     new = draw(st.integers(1, recent + 1))
     tokens = random_tokens(draw(seeds), geometry, draw(st.sampled_from((0, 1, 9, 16, 17, 33, 200))) + new)

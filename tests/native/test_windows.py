@@ -11,7 +11,7 @@ from kvq.runtime.compute.backends.numpy_backend import NumpyAttention
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.table import Geometry
 from tests.native.test_native import KERNELS, every_kernel, native, new_tokens
-from tests.tools.kvdata import Tokens, as_read, examples, filled_store, protected, random_tokens, seeds
+from tests.tools.kvdata import Tokens, as_read, examples, filled_store, protected, random_tokens, seeds, with_profiles
 
 
 def attended(seen: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, ...], layer: int, window: int) -> np.ndarray:
@@ -38,6 +38,8 @@ def situations(draw):
     """A store of any mixture whose layers have windows, its tokens, and new ones."""
     windows = draw(st.sampled_from([(0, 1, 9), (33, 0, 33), (7, 7, 7), (130, 0, 16)]))
     geometry = Geometry(3, draw(st.integers(1, 2)), 16, windows)
+    if draw(st.booleans()):
+        geometry = with_profiles(geometry, draw(seeds))
     widths = draw(st.sampled_from(((4,), (2, 8), (3, 4, 8, 16))))
     cached = random_tokens(draw(seeds), geometry, draw(st.sampled_from((0, 3, 40, 150, 700))), widths)
     recent, bits = draw(st.sampled_from((0, 5, 40))), draw(protected)
@@ -54,7 +56,7 @@ def test_new_tokens_see_their_window(
     kernel: str, situation: tuple[KVStore, Tokens, tuple[np.ndarray, ...], int, int], layer: int
 ) -> None:
     store, cached, new, recent, bits = situation
-    wanted = attended(as_read(cached, recent, 0, bits), new, layer, store.geometry.windows[layer])
+    wanted = attended(as_read(cached, recent, 0, bits, store.geometry), new, layer, store.geometry.windows[layer])
     backends = [native(kernel), NumpyAttention()] if kernel == KERNELS[0] else [native(kernel)]
     for backend in backends:
         out = np.full(wanted.shape, np.nan, np.float32)

@@ -155,7 +155,7 @@ def test_predicted_bytes_are_those_of_a_bucket(count, k, v):
     bucket = Bucket(Pair(k, v), GEOMETRY)
     if count:
         x = np.zeros((1, 1, count, 64), np.float32)
-        parts = [Encoded(*codec.encode(x)) for codec in _codecs(k, v)]
+        parts = [[Encoded(*codec.encode(x))] for codec in _codecs(k, v)]
         bucket.append(*parts, np.arange(count, dtype=np.int32))
     each = GEOMETRY.token_bytes((k, v))
     assert bucket.nbytes == BucketBytes(Pair(k, v), GEOMETRY)[count]

@@ -13,7 +13,8 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.precision.codecs import CODECS, Codec, CodecSet
 from kvq.runtime.precision.codecs.uniform import WINDOWS
 from kvq.runtime.precision.key_turns import KeyTurns
-from kvq.runtime.precision.table import Geometry
+from kvq.runtime.precision.table import PROTECTED, Geometry, Pair
+from kvq.runtime.precision.table import pairs as all_pairs
 
 WIDTHS = tuple(sorted(CODECS))  # ids of all precisions: a new codec is tested at once
 HEAD_DIMS = (8, 16, 24, 64, 80, 128)
@@ -74,33 +75,46 @@ def filled_store(geometry, tokens, recent=0, sink=0, cuts=(), protect_bits=16):
     return fill(KVStore(geometry, recent=recent, sink=sink, protect_bits=protect_bits), tokens, cuts)
 
 
-def as_read(tokens, recent=0, sink=0, protect_bits=16):
+def as_read(tokens, recent=0, sink=0, protect_bits=16, geometry=None):
     """The keys and values a reader must see, token by token: the specification of `KVStore`, written slowly.
 
     The newest `recent` tokens are what the window's codec makes of them; every other token has
     passed through the window, where there is one, and is what its codecs make of that, those of
-    `protect_bits` for the first `sink` ones.
+    `protect_bits` for the first `sink` ones; of a geometry with profiles, each layer's own.
     """
-    count = len(tokens.bits)
+    count, layers = len(tokens.bits), len(tokens.keys)
+    by_layer = geometry.by_layer if geometry else lambda pair: [pair] * layers
     read = []
     for side, x in enumerate((tokens.keys, tokens.values)):
         seen = np.empty_like(x)
         for t in range(count):
             kept = WINDOWS[protect_bits].roundtrip(x[:, :, t]) if recent else x[:, :, t]
-            width = protect_bits if t < sink else int(tokens.bits[t, side])
-            seen[:, :, t] = kept if t >= count - recent else CODECS[width].roundtrip(kept)
+            pair = (protect_bits,) * 2 if t < sink else tokens.bits[t].tolist()
+            for layer, of_layer in enumerate(by_layer(pair)):
+                there = kept[layer] if t >= count - recent else CODECS[of_layer[side]].roundtrip(kept[layer])
+                seen[layer, :, t] = there
         read.append(seen)
     return read
 
 
-geometries = st.builds(
-    Geometry,
-    layers=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from((8, 16, 24)),
-    windows=st.just(()),
-)
+def with_profiles(geometry, seed, share=0.5):
+    """The geometry with precisions by layer, drawn from all there are, for a share of the pairs."""
+    rng = np.random.default_rng(seed)
+    pairs = [pair for pair in all_pairs() if pair not in PROTECTED.values() and rng.random() < share]
+    drawn = [rng.choice(np.array(WIDTHS), (geometry.layers, 2)).tolist() for _ in pairs]
+    profiles = tuple((pair, tuple(Pair(*own) for own in by)) for pair, by in zip(pairs, drawn, strict=True))
+    return geometry._replace(profiles=profiles)
+
+
+@st.composite
+def drawn_geometries(draw):
+    """Small shapes; half of them have profiles."""
+    geometry = Geometry(draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.sampled_from((8, 16, 24))))
+    return with_profiles(geometry, draw(seeds)) if draw(st.booleans()) else geometry
+
+
 seeds = st.integers(0, 2**32 - 1)
+geometries = drawn_geometries()
 protected = st.sampled_from((8, 16))
 
 

@@ -61,7 +61,8 @@ def contents(session) -> dict:
 def encoded(page) -> list[np.ndarray]:
     """The tokens of a page, free of its layout."""
     used = slice(0, page.count)
-    return [page.positions[used], *page.keys.encoded(used), *page.values.encoded(used)]
+    parts = [*page.keys.encoded(used), *page.values.encoded(used)]
+    return [page.positions[used], *(array for part in parts for array in part)]
 
 
 def continued(session, count: int, **options) -> list[tuple[int, float]]:

@@ -26,13 +26,15 @@ def at(fractions, count):
 
 
 def page_arrays(page):
-    return [page.keys.codes, page.keys.scales, page.values.codes, page.values.scales, page.positions]
+    sides = [slots for side in (page.keys, page.values) for slots in side.slots]
+    return [array for slots in sides for array in (slots.codes, slots.scales)] + [page.positions]
 
 
 def page_bytes(page, count=None):
     """The used bytes of the first `count` tokens of a page, array by array."""
     count = page.count if count is None else count
-    parts = [array for part in (page.keys, page.values) for array in part.encoded(slice(0, count))]
+    sides = (page.keys, page.values)
+    parts = [array for side in sides for part in side.encoded(slice(0, count)) for array in part]
     return [x.tobytes() for x in parts] + [page.positions[:count].tobytes()]
 
 

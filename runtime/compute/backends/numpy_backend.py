@@ -125,7 +125,7 @@ class NumpyAttention(AttentionBackend):
         rows.add(kept[0], kept[1], _and(near & (column < place), seen))
         gone = np.flatnonzero(~near[-1])  # from the window by the time of the last new token
         if len(gone):
-            due = store.due()
+            due = store.geometry.in_layer(store.due(), layer)
             parts = zip(held, due.T, (layer, None), strict=True)
             stored = [_as_stored(store.codecs, x[:, gone], ids[gone], of, column[gone]) for x, ids, of in parts]
             rows.add(stored[0], stored[1], _and(~near, seen)[:, gone])

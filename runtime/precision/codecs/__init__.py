@@ -50,11 +50,21 @@ class CodecSet(NamedTuple):
         """What keys of a precision are stored less; None where they are stored as they are."""
         return self.turns if self.turns is not None and self.turns.takes(self.by_id[precision].bits) else None
 
-    def stored(self, precision: int, x: np.ndarray, keys: bool, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] at positions [tokens], behind the window."""
+    def stored(
+        self,
+        precision: int,
+        x: np.ndarray,
+        keys: bool,
+        positions: np.ndarray,
+        layers: slice | list[int] = slice(None),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of vectors [layers, kv_heads, tokens, head_dim] at positions [tokens], behind the window;
+        layers: which.
+        """
         if keys and (turns := self.turns_of(precision)) is not None:
-            x = x - turns.of(positions)
-        return self.by_id[precision].encode(x, self.feedback if keys else None)
+            x = x - turns.of(positions)[layers]
+        feedback = self.feedback[layers] if keys and self.feedback is not None else None
+        return self.by_id[precision].encode(x, feedback)
 
     def reread(self, precision: int, x: np.ndarray, layer: int | None, positions: np.ndarray) -> np.ndarray:
         """What readers see of vectors [..., kv_heads, tokens, head_dim] that left it; layer: of keys, None: values."""

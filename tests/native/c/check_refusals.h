@@ -93,6 +93,35 @@ static void make_fitting(fitting *f, int tokens) {
                          .threads = 1, .page = f->s.page, .keys = f->keys, .values = f->values};
 }
 
+/* Layers with arrays of their own: these are looked at instead of the page's. */
+static void check_refused_layers(fitting *f) {
+    const kvq_page right = f->s.page[0], *page = &right;
+    const kvq_layer_arrays fits = {page->keys, page->key_scales, page->values, page->value_scales,
+                                   page->key_precision, page->value_precision};
+    kvq_layer_arrays layer = fits;
+    f->s.page[0] = (kvq_page){.capacity = right.capacity, .end = right.end, .count = right.count,
+                              .period = right.period, .layers = &layer};
+    expect_of_pages(&f->pass, &f->rows, &f->move, "layers of their own", 0, 0);
+    for (int i = 0; i < 4; i++) {
+        *(const void **)((char *)&layer + i * sizeof(void *)) = NULL;
+        expect_of_pages(&f->pass, &f->rows, &f->move, "address of a layer", i, KVQ_NO_DATA);
+        layer = fits;
+    }
+    for (int i = 0; i < LENGTH(UNKNOWN) * 2; i++) {
+        *(i % 2 ? &layer.key_precision : &layer.value_precision) = UNKNOWN[i / 2];
+        expect_of_pages(&f->pass, &f->rows, &f->move, "precision of a layer", UNKNOWN[i / 2], KVQ_UNKNOWN_PRECISION);
+        layer = fits;
+    }
+    f->s.page[0].narrow = 1; /* of a pass without windows, and as a place for a token */
+    expect_of_pages(&f->pass, &f->rows, NULL, "narrow", 1, KVQ_MISFIT_PAGE);
+    expect_error("narrow", 1, kvq_move_tokens(&f->move), KVQ_MISFIT_MOVE);
+    f->s.page[0].narrow = 0;
+    f->s.page[1].layers = &layer; /* a window has one precision */
+    expect_error("layers of a window", 1, kvq_move_tokens(&f->move), KVQ_MISFIT_MOVE);
+    f->s.page[1].layers = NULL;
+    f->s.page[0] = right;
+}
+
 static void check_refused_passes(void) {
     fitting f;
     make_fitting(&f, 1);
@@ -120,6 +149,7 @@ static void check_refused_passes(void) {
         expect_of_pages(&f.pass, &f.rows, &f.move, "address", i, KVQ_NO_DATA);
         f.s.page[0] = right;
     }
+    check_refused_layers(&f);
     f.s.page[0].capacity = f.s.page[0].end = f.s.page[0].period = CHUNK_SLOTS + TILE; /* longer than a row may be */
     expect_of_pages(&f.pass, &f.rows, &f.move, "slots", CHUNK_SLOTS + TILE, KVQ_MISFIT_PAGE);
     f.pass.page = NULL;

@@ -175,7 +175,7 @@ static void add_rows(store *s, int key_bits, int value_bits, int capacity, int f
     for (int begin = 0; begin < capacity; begin += CHUNK_SLOTS) {
         int end = capacity - begin < CHUNK_SLOTS ? capacity : begin + CHUNK_SLOTS;
         s->page[s->pages++] = (kvq_page){keys, key_scales, values, value_scales, key_bits, value_bits,
-                                         capacity, begin, end, first, count, period, 0, 0, NULL};
+                                         capacity, begin, end, first, count, period, 0, 0, NULL, NULL};
     }
 }
 static int whole_tiles(int tokens) { return (tokens + TILE - 1) / TILE * TILE; }
