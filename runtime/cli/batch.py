@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import click
@@ -66,7 +68,9 @@ def batch(
         return Cluster(ray, node_loader(model, threads), options, threads, log, notice)
 
     try:
-        done = answer_file(source, target, begin, options, bar)
+        # ray tells of lost nodes on stdout, in dozens of lines; what matters of it is logged.
+        with nullcontext() if ray is None else redirect_stdout(io.StringIO()):
+            done = answer_file(source, target, begin, options, bar)
     finally:
         bar.clear()
     if not quiet:

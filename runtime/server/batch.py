@@ -30,13 +30,13 @@ from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 from kvq.runtime.session.drafting import AUTO, Draft
+from kvq.runtime.session.several import texts_at_a_time
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 CHUNK = 128  # tokens of a prefill chunk, as in the library
-PARALLEL = 8  # requests at work where answers do not depend on how many are
 AHEAD = 2  # requests that wait for one of these to end, so that none is waited for
 LEFT = 8  # prompts of a request that failed may be in the queue still
 SESSION_DISK = 1_000_000_000
@@ -52,7 +52,7 @@ class Options:
         settings, backend: of sessions.
         max_tokens: most of a response, and what a chat has if the request names no number.
         draft: as in `Session.generate`; no answer depends on it.
-        parallel: most requests at work at a time; None is `PARALLEL` where no answer depends on it to the bit, else 1.
+        parallel: most requests at work at a time; None is `texts_at_a_time`.
     """
 
     name: str | None = None
@@ -220,7 +220,8 @@ class Answerer:
         self._limits = Limits(max_tokens=options.max_tokens, draft=options.draft)
         self._texts = TokenTexts(model.tokenizer)
         self.digest, self.served = model.bundle.manifest.model_digest, served_name(model, options.name)
-        self.parallel = options.parallel or (PARALLEL if self._alike(model) else 1)
+        session = model.session(**options.settings._asdict(), backend=options.backend)
+        self.parallel = options.parallel or texts_at_a_time(session)
         self.most = self.parallel if self.parallel == 1 else self.parallel + AHEAD
         self._at_work = set[_Begun]()
         # The worker's state: None when it is ready, and the error by which it ends.
@@ -233,11 +234,6 @@ class Answerer:
         error = states.get()
         if error is not None:
             raise error
-
-    def _alike(self, model: Model) -> bool:
-        """Whether a text is to the bit the same whatever texts share its passes."""
-        session = model.session(**self._options.settings._asdict(), backend=self._options.backend)
-        return session.backend.rows_alike and model.engine.rows_alike
 
     def _make_pool(self, model: Model) -> SessionPool:
         pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._notice)
