@@ -134,6 +134,11 @@ def export(
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
 
 
+def _total(layers: int) -> int:
+    """What the progress of `_write_graphs` counts up to; measuring layers takes three tenths more."""
+    return 10 * (layers + 4)
+
+
 def _part(progress: Progress) -> Progress:
     """Progress of what comes before layers are measured."""
     return lambda done, total, what: progress(7 * done, 10 * total, what)
@@ -195,7 +200,7 @@ def _write_graphs(
         known: see `GraphWriter`.
     """
     layers = checkpoint.architecture.layers
-    total = 10 * (layers + 4)
+    total = _total(layers)
     with WeightFile(folder) as file:
         writer = GraphWriter(checkpoint, options, folder, file, known)
         segments = []
@@ -240,18 +245,19 @@ def _finished(manifest: Manifest, folder: Path, ids: np.ndarray | None, progress
     written = manifest if ids is None else _with_profiles(manifest, folder, ids, progress)
     attached = attach(written, folder)
     write_text(folder, MANIFEST, attached.to_json())
-    progress(1, 1, "done")
+    total = 10 * _total(manifest.architecture.layers)
+    progress(total, total, "done")
     return attached
 
 
 def _with_profiles(manifest: Manifest, folder: Path, ids: np.ndarray, progress: Progress) -> Manifest:
     """A manifest with the profiles of the bundle in a folder, which is whole but for the manifest."""
     write_text(folder, MANIFEST, manifest.to_json())
-    bundle = NewBundle(folder)
+    bundle, total = NewBundle(folder), _total(manifest.architecture.layers)
     (folder / MANIFEST).unlink()
 
     def measured(done: int, count: int) -> None:
-        progress(70 + 29 * done // count, 100, "measuring layers")
+        progress(7 * total + (3 * total - 1) * done // count, 10 * total, "measuring layers")
 
     found = profiles_for(bundle, ids, measured)
     return replace(manifest, architecture=replace(manifest.architecture, profiles=found))

@@ -119,9 +119,13 @@ class _Reader:
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """The layer's attention with keys at each precision, and with values."""
         _, key, value = (np.ascontiguousarray(x) for x in self._parts(state))
-        of_keys = {id_: self.attention(layer, state, keys=codecs.reread(id_, key, layer)) for id_ in precisions}
-        of_values = {id_: self.attention(layer, state, values=codecs.reread(id_, value, None)) for id_ in precisions}
-        return of_keys, of_values
+        places = np.arange(key.shape[1])
+        of_keys = {id_: codecs.reread(id_, key, layer, places) for id_ in precisions}
+        of_values = {id_: codecs.reread(id_, value, None, places) for id_ in precisions}
+        return (
+            {id_: self.attention(layer, state, keys=seen) for id_, seen in of_keys.items()},
+            {id_: self.attention(layer, state, values=seen) for id_, seen in of_values.items()},
+        )
 
 
 def _run(folder: Path, name: str, states: list[Arrays]) -> list[Arrays]:

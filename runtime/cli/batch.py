@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import click
 
-from kvq.runtime.cli.loading import load_model
+from kvq.runtime.cli.loading import load_model, node_loader
 from kvq.runtime.cli.options import CACHE, DRAFT, MODEL, OUTPUT, SETTINGS, Command, option, options
 from kvq.runtime.cli.progress import Bar
 
@@ -20,12 +22,14 @@ from kvq.runtime.cli.progress import Bar
 @option("--parallel", type=click.IntRange(1), metavar="N", section="Basics",
         help="Requests at work at a time, in shared passes: 8 if not given, or 1 where answers would then be rounded "
         "otherwise.")  # fmt: skip
+@option("--ray", metavar="ADDRESS", section="Basics",
+        help="Share them out over the nodes of this Ray cluster; auto is the one this machine is in.")  # fmt: skip
 @option("-q", "--quiet", is_flag=True, section="Basics", help="No progress, no last line.")
 @options(MODEL)
 @options(CACHE)
 @options([DRAFT])
 def batch(
-    source, target, name, max_tokens, parallel, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
+    source, target, name, max_tokens, parallel, ray, quiet, model, threads, policy, kv_bits, kv_memory, recent, sink,
     protect_bits, prefill, backend, draft,
 ) -> None:  # fmt: skip
     """Answer the requests of IN, lines as OpenAI's batch API has them, in lines of OUT.
@@ -41,7 +45,7 @@ def batch(
       {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Who is Ahab?"}]}}
     """
-    from kvq.runtime.server.batch import Options, answer_file
+    from kvq.runtime.server.batch import Answerer, Answering, Options, answer_file
     from kvq.runtime.server.protocol import Settings
 
     bar = Bar(shown=not quiet, what="answering", unit="requests", least=0)
@@ -51,13 +55,22 @@ def batch(
         click.echo("kvq: " + message.rstrip(), err=True)
 
     settings = Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits)
+    options = Options(
+        name=name, settings=settings, backend=backend, max_tokens=max_tokens, draft=draft, parallel=parallel
+    )
+    notice = (lambda text: None) if quiet else log
+
+    def begin() -> Answering:
+        if ray is None:
+            return Answerer(load_model(model, threads), options, log, notice)
+        from kvq.runtime.server.cluster import Cluster
+
+        return Cluster(ray, node_loader(model, threads), options, threads, log, notice)
+
     try:
-        done = answer_file(
-            source, target, lambda: load_model(model, threads),
-            Options(name=name, settings=settings, backend=backend, max_tokens=max_tokens, draft=draft,
-                    parallel=parallel),
-            bar, log, (lambda text: None) if quiet else log,
-        )  # fmt: skip
+        # ray tells of lost nodes on stdout, in dozens of lines; what matters of it is logged.
+        with nullcontext() if ray is None else redirect_stdout(io.StringIO()):
+            done = answer_file(source, target, begin, options, bar)
     finally:
         bar.clear()
     if not quiet:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -30,3 +33,18 @@ def load_model(model: str | None, threads: int | None, quiet: bool | None = None
     if context is not None and context.params.get("quiet"):
         loaded.notice = None
     return loaded
+
+
+def node_loader(model: str | None, threads: int | None) -> Callable[[], Model]:
+    """What loads the model that -m names, else the default of this machine, on another one."""
+    import kvq
+
+    if model is None:
+        from kvq.runtime.catalog.references import default_model
+
+        model, _ = default_model()
+    from kvq.runtime.catalog.hub import offline_wanted
+
+    if os.path.exists(model):
+        model = os.path.abspath(model)  # a process of a cluster has a folder of its own
+    return partial(kvq.load, model, threads=threads, offline=offline_wanted() or None)

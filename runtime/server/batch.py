@@ -7,13 +7,14 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.answering import check_name, reply_of, served_name
@@ -29,13 +30,13 @@ from kvq.runtime.server.responses import Reply
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.server.tokens import TokenTexts
 from kvq.runtime.session.drafting import AUTO, Draft
+from kvq.runtime.session.several import texts_at_a_time
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 CHUNK = 128  # tokens of a prefill chunk, as in the library
-PARALLEL = 8  # requests at work where answers do not depend on how many are
 AHEAD = 2  # requests that wait for one of these to end, so that none is waited for
 LEFT = 8  # prompts of a request that failed may be in the queue still
 SESSION_DISK = 1_000_000_000
@@ -51,7 +52,7 @@ class Options:
         settings, backend: of sessions.
         max_tokens: most of a response, and what a chat has if the request names no number.
         draft: as in `Session.generate`; no answer depends on it.
-        parallel: most requests at work at a time; None is `PARALLEL` where no answer depends on it to the bit, else 1.
+        parallel: most requests at work at a time; None is `texts_at_a_time`.
     """
 
     name: str | None = None
@@ -60,6 +61,45 @@ class Options:
     max_tokens: int = 1024
     draft: Draft = AUTO
     parallel: int | None = None
+
+
+class Asked(NamedTuple):
+    """A line of the input.
+
+    values: its object, which has a custom_id.
+    line: it, as written.
+    """
+
+    values: dict[str, Any]
+    line: bytes
+
+
+class Answer(NamedTuple):
+    """The response to a line."""
+
+    asked: Asked
+    status: int
+    body: dict[str, Any]
+
+
+class Answering(Protocol):
+    """What answers requests, some at a time: in this process, or on the nodes of a cluster.
+
+    Attributes:
+        digest: of the model.
+        served: its name.
+    """
+
+    digest: str
+    served: str
+
+    def answers(self, lines: Iterable[Asked]) -> Iterator[Answer]:
+        """The answer to each line, as soon as it is there; lines are read no earlier than they are begun."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what answers them."""
+        ...
 
 
 @dataclass
@@ -85,11 +125,9 @@ class Summary:
 def answer_file(
     source: Path,
     target: Path,
-    load: Callable[[], Model],
+    begin: Callable[[], Answering],
     options: Options,
     progress: Callable[[int, int], None],
-    log: Callable[[str], None],
-    notice: Callable[[str], None],
 ) -> Summary:
     """Answer every line of a file that has no answer yet.
 
@@ -97,33 +135,31 @@ def answer_file(
         source: lines {"custom_id", "method", "url", "body"}.
         target: lines {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"} are appended,
             each on disk as soon as it is there; in the order of the source where one is at work at a time.
-        load: makes the model, once the files are known to be good.
-        options: what else there is to know.
+        begin: makes what answers them, once the files are known to be good.
+        options: what answers depend on beside the model.
         progress: told lines done and lines in total.
-        log: told unexpected errors.
-        notice: told in one line what becomes of files of idle sessions.
 
     Raises:
         BatchError: a line cannot be told from others, or the output is not of this input, model and options.
-        KvqError: the model cannot be loaded, or the settings do not fit it.
+        KvqError: what `begin` raises.
         OSError: a file cannot be read or written.
     """
     with closing(Requests(source)) as requests, closing(Answers(target, requests)) as answers:
-        model = load()
-        made_with = {
-            "model": model.bundle.manifest.model_digest, "name": served_name(model, options.name),
-            "settings": options.settings._asdict(), "backend": options.backend, "max_tokens": options.max_tokens,
-        }  # fmt: skip
-        answers.check(requests, made_with)
-        summary, begun = Summary(skipped=len(answers.marks)), time.monotonic()
-        missing = [custom_id for custom_id in requests.numbers if custom_id not in answers.marks]
-        with closing(Answerer(model, options, log, notice)) as answerer:
+        summary = Summary()
+        with closing(begin()) as answering:
+            begun = time.monotonic()
+            made_with = {
+                "model": answering.digest, "name": answering.served, "settings": options.settings._asdict(),
+                "backend": options.backend, "max_tokens": options.max_tokens,
+            }  # fmt: skip
+            answers.check(requests, made_with)
+            summary.skipped = len(answers.marks)
+            missing = [custom_id for custom_id in requests.numbers if custom_id not in answers.marks]
             progress(len(answers.marks), len(requests.numbers))
-            for line, values, status, body in answerer.answers(map(requests.read, missing)):
+            for asked, status, body in answering.answers(Asked(*requests.read(each)) for each in missing):
                 response = {"status_code": status, "request_id": "req_" + secrets.token_hex(12), "body": body}
-                answers.append(
-                    {"id": mark(line, made_with), "custom_id": values["custom_id"], "response": response, "error": None}
-                )
+                values = {"custom_id": asked.values["custom_id"], "response": response, "error": None}
+                answers.append({"id": mark(asked.line, made_with), **values})
                 progress(len(answers.marks), len(requests.numbers))
                 summary.answered += 1
                 summary.failed += status != 200
@@ -141,19 +177,18 @@ def seed_of(custom_id: str) -> int:
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Begun:
     """A request at work.
 
     Attributes:
-        line, values: it, as written and as an object.
+        asked: its line.
         prepared, reply: what it comes to, once that is known.
         seed: that it was given, since it names none.
         texts: that have not ended yet.
         events: that have happened.
     """
 
-    line: bytes
-    values: dict[str, Any]
+    asked: Asked
     prepared: Prepared
     reply: Reply
     seed: int | None
@@ -171,6 +206,8 @@ class Answerer:
 
     Attributes:
         parallel: most requests at work.
+        most: of them, and of those that wait for one to end.
+        digest, served: as in `Answering`.
 
     Raises:
         KvqError: the settings do not fit the model.
@@ -182,23 +219,21 @@ class Answerer:
         self._options, self._log, self._notice = options, log, notice
         self._limits = Limits(max_tokens=options.max_tokens, draft=options.draft)
         self._texts = TokenTexts(model.tokenizer)
-        self._served = served_name(model, options.name)
-        self.parallel = options.parallel or (PARALLEL if self._alike(model) else 1)
+        self.digest, self.served = model.bundle.manifest.model_digest, served_name(model, options.name)
+        session = model.session(**options.settings._asdict(), backend=options.backend)
+        self.parallel = options.parallel or texts_at_a_time(session)
+        self.most = self.parallel if self.parallel == 1 else self.parallel + AHEAD
+        self._at_work = set[_Begun]()
         # The worker's state: None when it is ready, and the error by which it ends.
         states: SimpleQueue[BaseException | None] = SimpleQueue()
         self._states = states
-        self._heard = SimpleQueue[tuple[_Asked, Event]]()
+        self._heard = SimpleQueue[tuple[_Begun, Event]]()
         self._scheduler = Scheduler(
             lambda: model, self._make_pool, self.parallel, self.parallel + LEFT, states.put, log
         )
         error = states.get()
         if error is not None:
             raise error
-
-    def _alike(self, model: Model) -> bool:
-        """Whether a text is to the bit the same whatever texts share its passes."""
-        session = model.session(**self._options.settings._asdict(), backend=self._options.backend)
-        return session.backend.rows_alike and model.engine.rows_alike
 
     def _make_pool(self, model: Model) -> SessionPool:
         pool = SessionPool(model, quarter_of_memory(), None, SESSION_DISK, CHUNK, self._options.backend, self._notice)
@@ -211,88 +246,91 @@ class Answerer:
         self._scheduler.stop()
         self._scheduler.join()
 
-    def answers(
-        self, lines: Iterable[tuple[dict[str, Any], bytes]]
-    ) -> Iterator[tuple[bytes, dict[str, Any], int, dict[str, Any]]]:
-        """Line, its object, and status and body of the response to it: of each line, as soon as it is there.
-
-        lines: objects that have a custom_id, and as they are written; read no earlier than they are begun.
-        """
-        most = self.parallel if self.parallel == 1 else self.parallel + AHEAD
-        at_work = set[_Asked]()
-        left = iter(lines)
+    def answers(self, lines: Iterable[Asked]) -> Iterator[Answer]:
+        """As in `Answering`."""
+        left, at_work = iter(lines), 0
         while True:
-            while len(at_work) < most and (following := next(left, None)) is not None:
-                values, line = following
-                try:
-                    at_work.add(self._begin(values, line))
-                except Exception as error:
-                    yield line, values, *self._refused(error)
+            new = list(islice(left, self.most - at_work))
+            at_work += len(new)
             if not at_work:
                 return
-            yield from self._hear(at_work)
+            for answer in self.step(new):
+                at_work -= 1
+                yield answer
 
-    def _hear(self, at_work: set[_Asked]) -> Iterator[tuple[bytes, dict[str, Any], int, dict[str, Any]]]:
+    def step(self, lines: Sequence[Asked]) -> list[Answer]:
+        """Begin these, and wait until one of those at work has an answer; all that are there by then."""
+        found: list[Answer] = []
+        for asked in lines:
+            try:
+                self._at_work.add(self._begin(asked))
+            except Exception as error:
+                found.append(self._refused(asked, error))
+        while self._at_work and (not found or not self._heard.empty()):
+            found += self._hear()
+        return found
+
+    def _hear(self) -> list[Answer]:
         """The next thing that happens; an answer, if that is the end of one."""
-        asked, event = self._heard.get()
-        if asked not in at_work:
-            return  # it has failed before
+        begun, event = self._heard.get()
+        if begun not in self._at_work:
+            return []  # it has failed before
         if isinstance(event, BaseException):
-            for job in asked.prepared.jobs:
+            for job in begun.prepared.jobs:
                 job.cancelled.set()
         else:
-            asked.events.append(event)
-            asked.texts -= isinstance(event, Step) and event.done is not None
-            if asked.texts:
-                return
-        at_work.remove(asked)
+            begun.events.append(event)
+            begun.texts -= isinstance(event, Step) and event.done is not None
+            if begun.texts:
+                return []
+        self._at_work.remove(begun)
         try:
             if isinstance(event, BaseException):
                 raise event
-            yield asked.line, asked.values, 200, _body(asked)
+            return [Answer(begun.asked, 200, _body(begun))]
         except Exception as error:
-            yield asked.line, asked.values, *self._refused(error)
+            return [self._refused(begun.asked, error)]
 
-    def _refused(self, error: Exception) -> tuple[int, dict[str, Any]]:
-        """Status and body for a request that came to an error."""
+    def _refused(self, asked: Asked, error: Exception) -> Answer:
+        """What a request is told that came to an error."""
         if isinstance(error, RequestError) and error.code == "shutting_down":
             raise self._states.get() or error from None  # the worker is gone: no fault of this line
         if not isinstance(error, KvqError):
             self._log("".join(traceback.format_exception(error)))
-        return status_of(error), error_body(error)
+        return Answer(asked, status_of(error), error_body(error))
 
-    def _begin(self, values: dict[str, Any], line: bytes) -> _Asked:
+    def _begin(self, asked: Asked) -> _Begun:
         """Give a request to the worker."""
-        chat, body = _request_of(values)
+        chat, body = _request_of(asked.values)
         seed = None
         if body.get("seed") is None:
-            seed = seed_of(values["custom_id"])
+            seed = seed_of(asked.values["custom_id"])
             body = {**body, "seed": seed}
         request = parse_generation(body, chat, self._options.settings)
         if request.stream:
             raise RequestError("stream is not for a batch; leave it out", param="stream")
-        check_name(self._served, request.model)
+        check_name(self.served, request.model)
         model, pool = self._scheduler.ready()
         prepared = prepare(request, model, pool, self._limits)
-        reply = reply_of(prepared, model, self._served, self._texts)
-        asked = _Asked(line, values, prepared, reply, seed, len(reply.choices))
+        reply = reply_of(prepared, model, self.served, self._texts)
+        begun = _Begun(asked, prepared, reply, seed, len(reply.choices))
         cancelled = threading.Event()  # of its own: a failed request may still be told of
         for job in prepared.jobs:
             job.deadline, job.cancelled = float("inf"), cancelled
-            job.emit = partial(self._tell, asked)
+            job.emit = partial(self._tell, begun)
         self._scheduler.submit(prepared.jobs)
-        return asked
+        return begun
 
-    def _tell(self, asked: _Asked, event: Event) -> None:
+    def _tell(self, begun: _Begun, event: Event) -> None:
         """In the worker's thread: something has happened."""
-        self._heard.put((asked, event))
+        self._heard.put((begun, event))
 
 
-def _body(asked: _Asked) -> dict[str, Any]:
+def _body(begun: _Begun) -> dict[str, Any]:
     """The response to a request that has come to its end."""
-    answer = asked.reply.whole(asked.events)
-    if asked.seed is not None:
-        answer["kvq"] = {**(answer["kvq"] or {}), "seed": asked.seed}
+    answer = begun.reply.whole(begun.events)
+    if begun.seed is not None:
+        answer["kvq"] = {**(answer["kvq"] or {}), "seed": begun.seed}
     return answer
 
 

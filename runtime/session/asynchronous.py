@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from kvq.runtime.session.generation import Response
+T = TypeVar("T")
 
 
-async def aiterate(responses: Iterator[Response]) -> AsyncGenerator[Response, None]:
+async def aiterate(responses: Iterator[T]) -> AsyncGenerator[T, None]:
     """Responses as an asynchronous generator: each token is computed in a thread, the event loop stays free.
 
     Closing it, or cancelling the task that waits for it, ends the generation after the token at hand.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,6 +36,9 @@ from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
 # Makes a policy by its name: (name or policy, bundle, **options).
 PolicyMaker = Callable[..., Policy]
+# Text, token ids, or messages.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompts = list[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]]
 
 
 class Model:
@@ -187,15 +190,17 @@ class Model:
         token = self.tokenizer.id_to_token(before)
         return encoded_behind(self.tokenizer, text, token if token in added_tokens(self.tokenizer) else None, most)
 
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[AllOptions]) -> Iterator[Response]: ...
+    @overload
+    def generate(self, prompt: Prompts, **options: Unpack[AllOptions]) -> Iterator[Completion]: ...
     @named_keywords(AllOptions)
-    def generate(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Unpack[AllOptions]
-    ) -> Iterator[Response]:
+    def generate(self, prompt: Any, **options: Unpack[AllOptions]) -> Iterator[Response] | Iterator[Completion]:
         """What the model says to a text or a conversation, in a session of its own; yields a `Response` per token.
 
         Args:
             prompt: text, token ids, or messages, {"role", "content"} each, which go through the chat template; where
-                the last one is the assistant's, it goes on.
+                the last one is the assistant's, it goes on. A list of such prompts is given to `generate_all`.
             policy, recent, sink, prefill_chunk, prefill, backend, kv_bits, kv_memory, protect_bits: of the session, as
                 in `session`.
             max_tokens, temperature, schema and all others: as in `Session.generate`.
@@ -203,14 +208,18 @@ class Model:
         Raises:
             KvqError: as these two, or `ChatTemplate.encode`.
         """
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple):
+            return self.generate_all(prompt, **options)
         settings, generation = parted(options)
         session = self.session(**settings)
         ids, generation = self._asked(prompt, generation, session.store.sink)
         return session.generate(ids, **generation)
 
-    def agenerate(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Unpack[AllOptions]
-    ) -> AsyncGenerator[Response, None]:
+    @overload
+    def agenerate(self, prompt: Prompt, **options: Unpack[AllOptions]) -> AsyncGenerator[Response, None]: ...
+    @overload
+    def agenerate(self, prompt: Prompts, **options: Unpack[AllOptions]) -> AsyncGenerator[Completion, None]: ...
+    def agenerate(self, prompt: Any, **options: Unpack[AllOptions]) -> AsyncGenerator[Any, None]:
         """As `generate`, for `async for`: tokens are computed in a thread. Closing it ends the generation.
 
         Raises:
@@ -219,17 +228,16 @@ class Model:
         return aiterate(self.generate(prompt, **options))
 
     @named_keywords(AllOptions)
-    def generate_all(
-        self, prompts: Sequence[str | Sequence[int] | Sequence[Mapping[str, Any]]], **options: Unpack[AllOptions]
-    ) -> Iterator[Completion]:
-        """What the model says to each of many prompts, one after the other; yields a `Completion` for each, in order.
+    def generate_all(self, prompts: Sequence[Prompt], **options: Unpack[AllOptions]) -> Iterator[Completion]:
+        """What the model says to each of many prompts; yields a `Completion` for each, in order.
 
-        Each is what `generate` would say; what all of the prompts begin with is processed once. The first has the
+        Each is what `generate` would say. Eight at a time share their passes, where a text is to the bit the same
+        then, else they go one after the other; what all of them begin with is processed once. The first has the
         `seed`, each further one the next number.
 
         Raises:
             PromptError: a text in place of a list.
-            KvqError: as `generate`.
+            KvqError: as `generate`; of a prompt's own, in its place.
         """
         if isinstance(prompts, str):
             raise PromptError("generate_all takes a list of prompts; generate takes one")
@@ -240,7 +248,7 @@ class Model:
         return complete_all(self, ids, settings, [of_one for _, of_one in asked])
 
     def _asked(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], generation: dict[str, Any], sink: int
+        self, prompt: Prompt, generation: dict[str, Any], sink: int
     ) -> tuple[str | Sequence[int], dict[str, Any]]:
         """A prompt as text or token ids, with what ends an answer in the chat template among the options."""
         if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):

@@ -42,7 +42,8 @@ def run(path, policy, backend="numpy", prefill="stepwise"):
 
 
 def codes(session):
-    return [page.keys.codes.tobytes() for bucket in session.store.buckets.values() for page in bucket.pages]
+    pages = [page for bucket in session.store.buckets.values() for page in bucket.pages]
+    return [slots.codes.tobytes() for page in pages for slots in page.keys.slots]
 
 
 def test_an_export_measures_it_and_a_session_stores_keys_by_it(exported, tmp_path):

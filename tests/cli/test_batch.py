@@ -17,7 +17,7 @@ import pytest
 from kvq.runtime.errors import BatchError
 from kvq.runtime.files import try_lock
 from kvq.runtime.server import batch
-from kvq.runtime.server.batch import seed_of
+from kvq.runtime.server.batch import Asked, seed_of
 from kvq.runtime.server.batchfiles import Answers, Requests, mark
 from tests.tools.command_line import assert_one_line_error, kvq
 from tests.tools.serving import library
@@ -260,10 +260,10 @@ def test_an_unexpected_error_is_of_its_line_alone(place, embedded, monkeypatch):
     try:
         with monkeypatch.context() as patched:
             patched.setattr(batch, place, lambda *_: 1 / 0)
-            [(_, _, status, body)] = answerer.answers([(completion("1", "The ship"), b"")])
+            [(_, status, body)] = answerer.answers([Asked(completion("1", "The ship"), b"")])
         assert (status, body["error"]["type"]) == (500, "server_error")
         assert "ZeroDivisionError" in told[-1]
-        [(_, _, status, body)] = answerer.answers([(completion("1", "The ship"), b"")])
+        [(_, status, body)] = answerer.answers([Asked(completion("1", "The ship"), b"")])
         assert status == 200
     finally:
         answerer.close()
@@ -276,7 +276,7 @@ def test_a_worker_that_ends_ends_the_run_and_no_line_is_answered_by_that(embedde
     try:
         monkeypatch.setattr(answerer._scheduler, "_drop", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            list(answerer.answers([(completion("1", "The ship"), b"")]))
+            list(answerer.answers([Asked(completion("1", "The ship"), b"")]))
     finally:
         answerer.close()
 

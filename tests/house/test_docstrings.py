@@ -19,10 +19,15 @@ def sets(node: Definition) -> bool:
     return any(ast.unparse(decorator).endswith(".setter") for decorator in node.decorator_list)
 
 
+def overloads(node: ast.stmt) -> bool:
+    """Whether a definition is one of several signatures, of a function whose docstring stands at its body."""
+    return any(ast.unparse(each) == "overload" for each in getattr(node, "decorator_list", ()))
+
+
 def public(body: list[ast.stmt]) -> Iterator[Definition]:
-    """Definitions of a module or class, without setters and those whose names begin with an underscore."""
+    """Definitions of a module or class, without setters, overloads, and those whose names begin with an underscore."""
     for node in body:
-        if isinstance(node, Definition) and not (node.name.startswith("_") or sets(node)):
+        if isinstance(node, Definition) and not (node.name.startswith("_") or sets(node) or overloads(node)):
             yield node
 
 

@@ -34,7 +34,7 @@ def test_each_channel_takes_over_what_those_before_it_did_wrong(book, seed, head
     _, plain = codec.fit(x)
     scale = float(plain[0, 0])
     wrong = []
-    for factor in (1.0, 1 - 2**-11, 1 - 2**-12):  # the stored half was rounded up
+    for factor in 1 - np.linspace(0, 2**-10, 33):  # the stored half was rounded up
         rest, found = x[0].astype(np.float64), []
         for i in range(head_dim):
             nearest = int(np.abs(codec.levels.astype(np.float64) * scale * factor - rest[i]).argmin())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kvq
+from kvq.runtime.session.several import PARALLEL, texts_at_a_time
 
 BEGINNING = "The captain stood at the rail and counted the houses on the hill, as he did every time. " * 8
 PROMPTS = [BEGINNING + end for end in ("The sea", "Nobody", "She")]
@@ -27,14 +28,44 @@ def test_each_of_many_prompts_gets_what_it_would_get_alone(embedded, policy, tem
 
 
 def test_what_all_prompts_begin_with_is_processed_once(embedded, monkeypatch):
-    appended, step = [], kvq.Session.step
-    counting = lambda self, ids, *rest: appended.append(len(ids)) or step(self, ids, *rest)  # noqa: E731
-    monkeypatch.setattr(kvq.Session, "step", counting)
+    appended, take = [], kvq.Session.take
+    counting = lambda self, seen, *rest: appended.append(len(seen.ids)) or take(self, seen, *rest)  # noqa: E731
+    monkeypatch.setattr(kvq.Session, "take", counting)
     list(embedded.generate_all(PROMPTS, max_tokens=1))
     whole = sum(len(embedded.encode(prompt)) for prompt in PROMPTS)
     shared = appended[0]
     assert shared % 128 == 0 < shared
     assert sum(appended) == whole - 2 * shared
+
+
+def test_more_prompts_than_share_a_pass_come_in_order_and_share_passes(embedded, monkeypatch):
+    """Of different lengths, some with a stop text: each is what it is alone, the passes are few."""
+    prompts = [f"{word} {BEGINNING[: 17 * number]}" for number, word in enumerate(["The sea", "Nobody", "She"] * 7)]
+    options = {"max_tokens": 12, "temperature": 1.0, "stop": ["the", "."], "seed": 9}
+    passes, run_pass = [], kvq.Model.run_pass
+    counting = lambda self, appendings: passes.append(len(appendings)) or run_pass(self, appendings)  # noqa: E731
+    monkeypatch.setattr(kvq.Model, "run_pass", counting)
+    found = list(embedded.generate(prompts, **options))
+    assert [completion.index for completion in found] == [*range(len(prompts))]
+    for index, (completion, prompt) in enumerate(zip(found, prompts, strict=True)):
+        assert completion.responses == list(embedded.generate(prompt, **{**options, "seed": 9 + index}))
+    assert len({len(completion.responses) for completion in found}) > 3
+    if texts_at_a_time(embedded.session()) > 1:
+        assert max(passes) == PARALLEL
+        assert sum(passes) > 4 * len(passes)
+    assert asyncio.run(_collected(embedded.agenerate(prompts, **options))) == found
+
+
+async def _collected(responses):
+    return [response async for response in responses]
+
+
+def test_one_that_fails_is_told_in_its_place(embedded):
+    too_long = [5] * (embedded.architecture.context + 1)
+    answers = embedded.generate_all(["The sea", too_long, "She"], max_tokens=3, temperature=0)
+    assert next(answers).index == 0
+    with pytest.raises(kvq.ContextError):
+        next(answers)
 
 
 def test_texts_ids_and_messages_can_be_mixed(embedded):
