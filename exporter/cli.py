@@ -85,10 +85,10 @@ class Weights(click.ParamType):
 )
 @click.option(
     "--profiles/--no-profiles",
-    default=True,
-    show_default=True,
+    default=None,
     help="Measure on the calibration text what each layer's keys and values do to the predictions, and give every layer"
-    " the precisions that suit it, at no more bytes; where keys are centred.",
+    " the precisions that suit it, at no more bytes; where keys are centred. It takes several times as long as the"
+    " rest. The default is what comes with the package for this model, if anything.",
 )
 @click.option(
     "--calibration",

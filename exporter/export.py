@@ -23,7 +23,7 @@ from kvq.exporter.profiles import profiles_for
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
-from kvq.models.shipped import attach
+from kvq.models.shipped import attach, profiles_for_source
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, KEY_TURNS, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -83,7 +83,7 @@ def export(
     center: bool = True,
     keys: str | None = None,
     compensate: bool | None = None,
-    profiles: bool = True,
+    profiles: bool | None = None,
     calibration: str | None = None,
     context: int | None = None,
     name: str | None = None,
@@ -104,7 +104,8 @@ def export(
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
-        profiles: where keys are centred, measure which precisions suit each layer, see `kvq.exporter.profiles`.
+        profiles: where keys are centred, measure which precisions suit each layer, see `kvq.exporter.profiles`, which
+            takes several times as long as the rest. None: those that come with the package for this model, if any.
         calibration: that text; None takes a built-in one.
         context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.
@@ -130,7 +131,7 @@ def export(
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
             written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, _part(progress), known)
-        manifest = _finished(written, folder, ids if profiles else None, progress)
+        manifest = _finished(written, folder, ids, profiles, progress)
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
 
 
@@ -240,10 +241,16 @@ def _write_graphs(
     return manifest
 
 
-def _finished(manifest: Manifest, folder: Path, ids: np.ndarray | None, progress: Progress) -> Manifest:
-    """Write the manifest of a folder that is whole but for it; with profiles, where there are ids to measure on."""
-    written = manifest if ids is None else _with_profiles(manifest, folder, ids, progress)
-    attached = attach(written, folder)
+def _finished(
+    manifest: Manifest, folder: Path, ids: np.ndarray | None, profiles: bool | None, progress: Progress
+) -> Manifest:
+    """Write the manifest of a folder that is whole but for it; profiles: as in `export`, measured on ids, if any."""
+    if profiles is None:
+        shape = replace(manifest.architecture, profiles=profiles_for_source(manifest))
+        manifest = replace(manifest, architecture=shape)
+    elif profiles and ids is not None:
+        manifest = _with_profiles(manifest, folder, ids, progress)
+    attached = attach(manifest, folder)
     write_text(folder, MANIFEST, attached.to_json())
     total = 10 * _total(manifest.architecture.layers)
     progress(total, total, "done")

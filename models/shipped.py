@@ -1,4 +1,4 @@
-"""Trained controllers that come with the package, by the file of weights they were trained for."""
+"""Trained controllers and precisions by layer that come with the package, by the file of weights they were made for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import Manifest
+from kvq.runtime.bundle.profiles import Profiles, profiles_of
 
-INDEX = "controllers.json"
+INDEX, PROFILES = "controllers.json", "profiles.json"
 # What they were trained on: keys and values as every bundle with default options holds them.
 TRAINED_KV = {"rotation": "hadamard", "centered": True, "keys": "balanced"}
 
@@ -27,10 +28,27 @@ def shipped(sha256: str) -> tuple[Path, dict[str, dict[str, Any]]] | None:
     return None
 
 
+def _fitting(manifest: Manifest) -> tuple[Path, dict[str, dict[str, Any]]] | None:
+    """What there is for a bundle, if its keys and values are as they were when it was made."""
+    if any(manifest.kv.get(name) != value for name, value in TRAINED_KV.items()):
+        return None
+    return shipped(manifest.source.get("sha256", ""))
+
+
+def profiles_for_source(manifest: Manifest) -> Profiles:
+    """The precisions by layer that come with the package for a bundle's source, beside its controllers; none if there
+    are none.
+    """
+    found = _fitting(manifest)
+    if found is None or not (file := found[0] / PROFILES).exists():
+        return ()
+    return profiles_of(json.loads(file.read_text(encoding="utf-8")))
+
+
 def attach(manifest: Manifest, folder: Path) -> Manifest:
     """Copy the controllers that belong to a bundle's source into its folder; the manifest that lists them."""
-    found = shipped(manifest.source.get("sha256", ""))
-    if found is None or any(manifest.kv.get(name) != value for name, value in TRAINED_KV.items()):
+    found = _fitting(manifest)
+    if found is None:
         return manifest
     origin, entries = found
     files, controllers = dict(manifest.files), {}

@@ -142,8 +142,8 @@ def test_activations_in_bytes_do_not_blur_what_is_measured(bundle):
 
 
 def test_an_export_writes_profiles_and_the_model_runs_by_them(checkpoint, tmp_path):
-    done = export(str(checkpoint), tmp_path / "bundle", weights="int8", block=32)
-    again = export(str(checkpoint), tmp_path / "again", weights="int8", block=32)
+    done = export(str(checkpoint), tmp_path / "bundle", weights="int8", block=32, profiles=True)
+    again = export(str(checkpoint), tmp_path / "again", weights="int8", block=32, profiles=True)
     profiles = done.manifest.architecture.profiles
     assert profiles == again.manifest.architecture.profiles
     assert profiles
@@ -161,5 +161,5 @@ def test_an_export_writes_profiles_and_the_model_runs_by_them(checkpoint, tmp_pa
 def test_few_channels_and_short_texts_get_none(bundle, tiny_bundle, checkpoint, tmp_path):
     assert profiles_for(Bundle(tiny_bundle), IDS) == ()  # 8 channels: 3 bits take the words of 8
     assert profiles_for(bundle, IDS[:60]) == ()
-    plain = export(str(checkpoint), tmp_path / "plain", weights="fp32", center=False)
+    plain = export(str(checkpoint), tmp_path / "plain", weights="fp32", center=False, profiles=True)
     assert plain.manifest.architecture.profiles == ()
