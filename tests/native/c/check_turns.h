@@ -4,13 +4,14 @@
 
 #include "check_attention.h"
 
-/* Ascending positions below `most` for every page: neighbours, or far apart. Behind them is nothing that may be used. */
+/* Ascending positions below `most`, which no page has more tokens than, for every page: neighbours, or far apart. Behind them is nothing that may be used. */
 static void give_positions(store *s, int most) {
     for (int p = 0; p < s->pages; p++) {
         kvq_page *page = s->page + p;
         if (page->key_precision == KVQ_WINDOW) continue;
         int32_t *positions = exactly(sizeof(int32_t) * page->capacity);
-        const int gap = 1 + below(3) * below(9), room = most - gap * page->count;
+        const int drawn = 1 + below(3) * below(9), fits = most / (page->count + 1), gap = drawn < fits ? drawn : fits;
+        const int room = most - gap * page->count;
         for (int i = 0; i < page->capacity; i++) positions[i] = INT32_MAX - i;
         for (int i = 0, at = below(room > 1 ? room : 1); i < page->count; i++, at += 1 + below(gap)) positions[i] = at;
         page->positions = positions;
