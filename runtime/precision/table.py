@@ -79,7 +79,11 @@ class Geometry(NamedTuple):
 
     def by_layer(self, pair: tuple[int, int]) -> tuple[Pair, ...]:
         """What tokens of a pair are stored at in every layer."""
-        return dict(self.profiles).get(Pair(*pair)) or (Pair(*pair),) * self.layers
+        return self._profile(pair) or (Pair(*pair),) * self.layers
+
+    def _profile(self, pair: tuple[int, int]) -> tuple[Pair, ...]:
+        """`by_layer` of a pair that has precisions of its own there; else empty."""
+        return dict(self.profiles).get(Pair(*pair), ())
 
     def precisions(self, pair: tuple[int, int]) -> set[int]:
         """Ids of what tokens of a pair are stored at in some layer."""
@@ -104,6 +108,9 @@ class Geometry(NamedTuple):
 
     def token_bytes(self, pair: tuple[int, int]) -> int:
         """Bytes of a token in a page: codes and scales of all layers and heads, and its position."""
-        sides = (precision for of_layer in self.by_layer(pair) for precision in of_layer)
-        each = sum(CODECS[precision].vector_bytes(self.head_dim) for precision in sides)
+        # Of pairs that are the same in all layers without going through them: a stranger's header may say there are
+        # billions.
+        own = self._profile(pair)
+        sides = [precision for of_layer in own or (pair,) for precision in of_layer]
+        each = sum(CODECS[precision].vector_bytes(self.head_dim) for precision in sides) * (1 if own else self.layers)
         return self.kv_heads * each + POSITION_BYTES

@@ -133,7 +133,7 @@ def page(session, precision):
 
 def set_page(precision, side, value):
     def change(session):
-        getattr(page(session, precision), side).scales[1, 2, 3] = value
+        getattr(page(session, precision), side).slots[0].scales[1, 2, 3] = value
 
     return change
 
@@ -147,7 +147,7 @@ def set_positions(*values):
 
 def set_half(side, value):
     def change(session):
-        getattr(page(session, "16"), side).codes.view("<f2")[0, 0, 0, 0, 0] = value
+        getattr(page(session, "16"), side).slots[0].codes.view("<f2")[0, 0, 0, 0, 0] = value
 
     return change
 
