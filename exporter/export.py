@@ -104,8 +104,7 @@ def export(
         keys: "balanced", see `kvq.exporter.key_basis`, or "plain"; None is balanced where keys are centred.
         compensate: weights that are quantized here make up for their own errors on that text, see
             `kvq.exporter.weights.compensate`, which takes as long again. None: those of fewer than 8 bits do.
-        profiles: where keys are centred, measure which precisions suit each layer, see `kvq.exporter.profiles`, which
-            takes several times as long as the rest. None: those that come with the package for this model, if any.
+        profiles: where keys are centred, measure which precisions suit each layer. None: the package's, if it has any.
         calibration: that text; None takes a built-in one.
         context: of a checkpoint that is not loaded yet, see `load_checkpoint`.
         name: of the model, in the manifest; None is the checkpoint's.

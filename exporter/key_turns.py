@@ -124,7 +124,8 @@ def without(s: KeyStatistics, vectors: np.ndarray) -> KeyStatistics:
     """Statistics of keys less waves times vectors [layers, kv_heads, waves, head_dim]."""
     back = vectors.swapaxes(-1, -2)
     both = back @ s.wave_keys
-    less = KeyStatistics(*s.plain.shape, s.frequencies)
+    layers, kv_heads, head_dim = s.plain.shape
+    less = KeyStatistics(layers, kv_heads, head_dim, s.frequencies)
     less.queries, less.weight, less.count = s.queries, s.weight, s.count
     less.keys = s.keys - both - both.swapaxes(-1, -2) + back @ s.waves @ vectors
     less.key_sums = s.key_sums - (back @ s.wave_sums[..., None])[..., 0]
