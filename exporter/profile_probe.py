@@ -47,8 +47,8 @@ def probe(
     """
     manifest, shape = bundle.manifest, bundle.manifest.architecture
     ids = ids[: min(TOKENS, shape.context)]
-    reader, codecs = _Reader(shape, len(ids)), make_backend().codecs._replace(feedback=bundle.key_feedback)
-    tried = named(PROBE).k
+    reader, tried = _Reader(shape, len(ids)), named(PROBE).k
+    codecs = make_backend().codecs._replace(feedback=bundle.key_feedback, turns=bundle.key_turns)
     ratios: list[list[dict[int, float]]] = []
     states = _run(bundle.path, manifest.segments[0], [{"ids": ids, "positions": np.arange(len(ids))}])
     angles = {name: states[0][name] for pair in ANGLES for name in pair if name in states[0]}

@@ -46,8 +46,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 KEY_FEEDBACK = "key_feedback.bin"  # halves [layers, kv_heads, head_dim, head_dim], see `Bundle.key_feedback`
-
-
 KEY_TURNS = "key_turns.bin"  # see `Bundle.key_turns`
 
 
