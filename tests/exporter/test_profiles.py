@@ -115,7 +115,8 @@ def test_what_is_measured_is_what_the_runtime_does(checkpoint, tmp_path):
     """Layer by layer, with weights and activations in float32: passes whose attention reads one side in few bits."""
     folder = export(str(checkpoint), tmp_path / "exact", weights="fp32", activations="fp32", profiles=False).path
     model = Bundle(folder)
-    shape, codecs = model.manifest.architecture, NUMPY._replace(feedback=model.key_feedback)
+    shape = model.manifest.architecture
+    codecs = NUMPY._replace(feedback=model.key_feedback, turns=model.key_turns)
     reader, found = _Reader(shape, len(IDS)), probe(model, IDS, PRECISIONS)
 
     def attend_with(layer, side):
