@@ -83,6 +83,6 @@ def _samples(bundle: Path, threads: int | None) -> Samples:
         paper=np.stack([seen.get(name) for name in FEATURE_NAMES], axis=1),
         norms=np.concatenate([np.log(side + NORM_FLOOR).reshape(-1, TOKENS).T for side in squares], axis=1),
         residual=seen.get("residual").astype(np.float16),
-        signed=np.zeros((1, TOKENS, 2, 0), np.float32),
+        signed=np.zeros((1, TOKENS, 0), np.float32),
         read=nothing.astype(bool),
     )

@@ -112,13 +112,9 @@ class DamageMeter:
         """float64 [tokens, classes] in nats, of ids int64 [tokens]."""
         import torch
 
-        from kvq.controller.training.damage import WIDTHS, probe
+        from kvq.controller.training.damage import probe
 
         batch = torch.from_numpy(np.asarray(ids, np.int64))[None].to(self._model.device)
-        signed = probe(self._model, batch, self._generator, PROBES)[0][:, 0]  # [draws, tokens, sides, widths]
-        total = np.zeros((len(ids), len(self.classes)))
-        for i, pair in enumerate(self.classes):
-            parts = [signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ != EXACT.k]
-            if parts:
-                total[:, i] = np.square(np.sum(parts, axis=0, dtype=np.float64)).mean(0) / 2
-        return total
+        signed = probe(self._model, batch, self._generator, self.classes, PROBES)[0][:, 0]  # [draws, tokens, classes]
+        damage: np.ndarray = np.square(signed, dtype=np.float64).mean(0) / 2
+        return damage

@@ -4,7 +4,7 @@ The damage of token t at a class is the KL divergence, summed over all later pos
 the model with its exact cache and the model in which token t alone is stored at that class.
 
 * `exact_damage` runs the model once per token and class.
-* `probe_damage` needs one backward pass for all tokens and widths. The KL is quadratic near zero:
+* `probe_damage` needs one backward pass for all tokens and classes. The KL is quadratic near zero:
   KL = 1/2 sum_i |F_i^(1/2) J_i d|^2 for an error d = stored - exact of the token's keys and values,
   with J_i the Jacobian of the logits of position i and F_i their Fisher matrix. Draw y_i from the
   model's own predictions and let g be the gradient of sum_i log p_i(y_i) with respect to what is
@@ -23,8 +23,9 @@ from torch import Tensor
 from kvq.controller.training.parallel import ParallelModel, Pass
 from kvq.runtime.precision.table import EXACT, named
 
-# Ids of the precisions that controllers choose; 16 bits are taken to do no damage: 1e-8 nats on the embedded model.
-WIDTHS = tuple(named(name).k for name in ("2", "3", "4", "8"))
+# What controllers choose from; 16 bits, which they may choose too, are taken to do no damage: 1e-8 nats on the embedded
+# model.
+CLASSES = tuple(named(*pair) for pair in ("2", "32", "3", "4", "8"))
 Progress = Callable[[int, int, str], None]
 
 
@@ -34,34 +35,45 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (reference.exp() * (reference - other)).sum(-1)
 
 
-def probe_damage(model: ParallelModel, ids: Tensor, generator: torch.Generator) -> np.ndarray:
-    """Signed samples g . d, float32 [batch, tokens, 2 sides, len(WIDTHS)]; keys first. See `probe`."""
-    return probe(model, ids, generator)[0][0]
+def probe_damage(
+    model: ParallelModel, ids: Tensor, generator: torch.Generator, classes: Sequence[tuple[int, int]] = CLASSES
+) -> np.ndarray:
+    """Signed samples g . d, float32 [batch, tokens, len(classes)]. See `probe`."""
+    return probe(model, ids, generator, classes)[0][0]
 
 
-def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: int = 1) -> tuple[np.ndarray, Pass]:
+def probe(
+    model: ParallelModel,
+    ids: Tensor,
+    generator: torch.Generator,
+    classes: Sequence[tuple[int, int]] = CLASSES,
+    draws: int = 1,
+) -> tuple[np.ndarray, Pass]:
     """Signed samples of every token's damage, and the pass through the exact cache they come from.
 
-    A class (k, v) has the sample s = keys' sample at precision k + values' sample at v, and
-    s^2 / 2 is one draw of its damage in nats.
+    A class has the sample s: what its keys and its values do, in each layer at the precisions that the bundle has for
+    it there. s^2 / 2 is one draw of its damage in nats.
 
     Args:
         model: the weights.
         ids: int64 [batch, tokens].
         generator: of the drawn predictions.
+        classes: precisions of a token, by id.
         draws: samples of each token; each costs a backward pass, the forward pass is shared.
 
     Returns:
-        g . d, float32 [draws, batch, tokens, 2 sides, len(WIDTHS)], keys first; and the pass, detached.
+        g . d, float32 [draws, batch, tokens, len(classes)]; and the pass, detached.
     """
+    stored = [model.shape.geometry.by_layer(pair) for pair in classes]
     leaves: list[Tensor] = []  # of layer 0's keys, its values, layer 1's keys, ...
-    errors: list[list[Tensor]] = []
+    errors: list[dict[int, Tensor]] = []  # of each precision that some class has there
 
     def read(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         leaf = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
         leaves.extend(leaf)
-        both = ((keys.detach(), 0), (values.detach(), 1))
-        errors.extend([model.stored(layer, side, x, w) - x for w in WIDTHS] for x, side in both)
+        for side, x in enumerate((keys.detach(), values.detach())):
+            wanted = {by_layer[layer][side] for by_layer in stored} - {EXACT.k}
+            errors.append({id_: model.stored(layer, side, x, id_) - x for id_ in sorted(wanted)})
         return keys + leaf[0], values + leaf[1]
 
     found = model.run(ids, read)
@@ -70,13 +82,16 @@ def probe(model: ParallelModel, ids: Tensor, generator: torch.Generator, draws: 
     below = logits.detach().exp().cumsum(-1)
     places = torch.rand((len(below), draws), generator=generator).to(below.device) * below[:, -1:]
     drawn = torch.searchsorted(below, places).clamp_max(below.shape[1] - 1)
-    result = ids.new_zeros((draws, *ids.shape, 2, len(WIDTHS)), dtype=torch.float32)
+    result = ids.new_zeros((draws, *ids.shape, len(classes)), dtype=torch.float32)
     for draw in range(draws):
         total = logits.gather(1, drawn[:, draw, None]).sum()
         gradients = torch.autograd.grad(total, leaves, retain_graph=draw + 1 < draws)
         for i, (gradient, error) in enumerate(zip(gradients, errors, strict=True)):
-            for w, d in enumerate(error):
-                result[draw, :, :, i % 2, w] += (gradient * d).sum((1, 3))
+            layer, side = divmod(i, 2)
+            done = {id_: (gradient * d).sum((1, 3)) for id_, d in error.items()}
+            for c, by_layer in enumerate(stored):
+                if (id_ := by_layer[layer][side]) in done:
+                    result[draw, :, :, c] += done[id_]
     return result.cpu().numpy(), Pass(*(x.detach() for x in found))
 
 
@@ -119,7 +134,8 @@ def exact_damage(
             ) -> tuple[Tensor, Tensor]:
                 seen = (keys.clone(), values.clone())
                 for row, (place, pair) in enumerate(zip(places.tolist(), pairs, strict=True)):
-                    for side, (x, precision) in enumerate(zip(seen, pair, strict=True)):
+                    of_layer = model.shape.geometry.by_layer(pair)[layer]
+                    for side, (x, precision) in enumerate(zip(seen, of_layer, strict=True)):
                         if precision != EXACT.k:
                             own = slice(place, place + 1)
                             x[row, :, own] = model.stored(layer, side, x[row, :, own], precision, place)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvq.controller.training.damage import WIDTHS, probe
+from kvq.controller.training.damage import CLASSES, probe
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.texts import Encode, count_tokens, windows
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.features import RarityCounter
-from kvq.runtime.precision.table import EXACT
+from kvq.runtime.precision.table import EXACT, Pair
 
 # Texts of two lengths: a token of a long text is read by more queries.
 LENGTHS = (512, 1536)
@@ -32,7 +32,7 @@ class Samples:
         paper: float32 [tokens, 4]: entropy, rarity, attention variance, confidence.
         norms: float32 [tokens, 2 * layers * kv_heads], log of the mean square of keys, then of values.
         residual: float16 [tokens, hidden].
-        signed: float32 [probes, tokens, 2, widths] of `probe_damage`.
+        signed: float32 [probes, tokens, len(CLASSES)] of `probe_damage`.
         read: bool, whether the token leaves the window inside its text, so that its damage was seen, and is none of
             the first, which are never stored at few bits: attention sinks are outliers in every respect.
     """
@@ -50,14 +50,13 @@ class Samples:
         """Mean drawn damage in nats of each token at each class, by ids, float32 [tokens, classes].
 
         Raises:
-            ValueError: a class has a precision that was not measured.
+            ValueError: a class was not measured.
         """
-        columns = []
-        for pair in classes:
-            parts = [self.signed[:, :, side, WIDTHS.index(id_)] for side, id_ in enumerate(pair) if id_ != EXACT.k]
-            total = np.sum(parts, axis=0) if parts else np.zeros(self.signed.shape[:2], np.float32)
-            columns.append(np.square(total).mean(0) / 2)
-        return np.stack(columns, 1).astype(np.float32)
+        drawn = {pair: np.square(self.signed[:, :, i]).mean(0) / 2 for i, pair in enumerate(CLASSES)}
+        drawn[EXACT] = np.zeros(self.signed.shape[1], np.float32)
+        if unknown := [pair for pair in classes if pair not in drawn]:
+            raise ValueError(f"classes whose damage was not measured: {unknown}")
+        return np.stack([drawn[Pair(*pair)] for pair in classes], 1).astype(np.float32)
 
 
 def collect(
@@ -115,7 +114,7 @@ def collect(
 
 def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch.Generator, probes: int) -> Samples:
     batch = torch.from_numpy(ids)[None].to(model.device)
-    signed, found = probe(model, batch, generator, probes)
+    signed, found = probe(model, batch, generator, draws=probes)
     with torch.inference_mode():
         logp = found.logits[0].log_softmax(-1)
         p = logp.exp()

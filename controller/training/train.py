@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from kvq.controller.training.damage import CLASSES as MEASURED
 from kvq.controller.training.network import Controller, features_of, inputs_of, write_onnx
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import Progress, Samples, collect
@@ -37,7 +38,7 @@ from kvq.runtime.precision.table import EXACT, named
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CLASSES = {
-    "adaptive": [*(named(*pair) for pair in ("2", "32", "3", "4", "8")), EXACT],
+    "adaptive": [*MEASURED, EXACT],
     "paper": [*(named(name) for name in ("2", "4", "8")), EXACT],
 }
 
