@@ -50,7 +50,9 @@ def member(name, fails=None):
 
 @pytest.fixture
 def fleet():
-    return Fleet([member("one"), member("two"), member("bad", "told"), member("worse", "raised")], 150, lambda line: None)
+    return Fleet(
+        [member("one"), member("two"), member("bad", "told"), member("worse", "raised")], 150, lambda line: None
+    )
 
 
 def answered(fleet, method, path, body=b"", query=b"", pieces=1):
