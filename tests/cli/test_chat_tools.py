@@ -57,7 +57,9 @@ def test_what_a_command_says_is_bounded_and_how_it_ends_is_told(tmp_path):
 
 
 ENDLESS = "import os\nwhile True: os.write(1, b'x' * 65536)"
-HOLDER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)']); print('begun')"
+HOLDER = (
+    "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)']); print('begun')"
+)
 CLOSED = "import os, time; os.write(1, b'gone'); os.close(1); os.close(2); time.sleep(60)"
 COMMANDS = {
     "words without end": (ENDLESS, "[ended after 1,000,000 bytes]"),

@@ -108,7 +108,9 @@ def _dies(writer: Writer, folder: Path, number: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def heard(event: str, arguments: tuple[object, ...]) -> None:
-            if event in STEPS and any(isinstance(each, str) and each.startswith(home) for each in map(_text, arguments)):
+            if event in STEPS and any(
+                isinstance(each, str) and each.startswith(home) for each in map(_text, arguments)
+            ):
                 step()
 
         sync = os.fsync
@@ -291,8 +293,8 @@ def checkpoint() -> Writer:
         found = (folder / "checkpoint.pt").read_bytes()
         return {b"o" * 400_000: "old", b"n" * 400_000: "new"}.get(found, f"{len(found)} bytes")
 
-    return Writer("checkpoint of a training run", lambda folder: write(folder, b"o"), lambda folder: write(folder, b"n"),
-                  look)  # fmt: skip
+    return Writer("checkpoint of a training run", lambda folder: write(folder, b"o"),
+                  lambda folder: write(folder, b"n"), look)  # fmt: skip
 
 
 WRITERS: dict[str, Callable[[], Writer]] = {
