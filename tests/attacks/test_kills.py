@@ -1,4 +1,4 @@
-"""Writers killed before every step that they take: the old is there or the new, whole, and the next write goes through."""
+"""Writers killed before every step: the old is there or the new, whole, and the next write goes through."""
 
 from __future__ import annotations
 
