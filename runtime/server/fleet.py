@@ -151,7 +151,8 @@ class Fleet:
         except TimeoutError:
             seconds = f"{self.limits.body_s:g}"
             raise RequestError(f"the body did not arrive within {seconds} s", 408, "timeout") from None
-        held = iter([{"type": "http.request", "body": bytes(body), "more_body": more}, *ended])
+        whole: Message = {"type": "http.request", "body": bytes(body), "more_body": more}
+        held = iter([whole, *ended])
 
         async def again() -> Message:
             return next(held, None) or await receive()
