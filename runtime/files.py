@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -14,6 +15,41 @@ try:
     import fcntl
 except ImportError:  # Windows: two processes that write the same file at once are not kept apart there
     fcntl = None  # type: ignore[assignment]
+
+LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
+
+
+def is_path(text: str) -> bool:
+    """Whether a system could have a file of this path: what it takes no name for raises errors of many kinds."""
+    try:
+        sizes = [len(os.fsencode(part)) for part in Path(text).parts]
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can name
+        return False
+    return "\0" not in text and len(text) <= LONGEST and max(sizes, default=0) <= LONGEST_PART and sum(sizes) <= LONGEST
+
+
+def shown(text: str) -> str:
+    """A path as a message has it: what would move a terminal's cursor is written out."""
+    return text if text.isprintable() else repr(text)
+
+
+def read_regular(path: Path, most: int, follow: bool = False) -> bytes:
+    """The last `most` bytes of a regular file, without waiting for a pipe's other end.
+
+    Args:
+        follow: a link, too.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags |= 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        file.seek(max(0, found.st_size - most))
+        return file.read(most)
 
 
 @contextmanager

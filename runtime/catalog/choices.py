@@ -11,9 +11,10 @@ from pathlib import Path
 
 from kvq.runtime.catalog.home import claimed, home, kept
 from kvq.runtime.errors import BundleError
-from kvq.runtime.files import write_atomically
+from kvq.runtime.files import is_path, read_regular, write_atomically
 
-USER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+USER_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
+MAX_BYTES = 1 << 24
 
 
 @dataclass
@@ -38,20 +39,20 @@ def path() -> Path:
 def choices() -> Choices:
     """What is chosen now. A damaged file counts as none; see `Choices.damage`."""
     try:
-        data = json.loads(path().read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path(), MAX_BYTES, follow=True).decode())
         default, names = data["default"], data["names"]
-        if not isinstance(default, str | None):
-            raise TypeError(f"default is {default!r}")
+        if not (default is None or (isinstance(default, str) and is_path(default))):
+            raise ValueError(f"default is {default!r:.60}")
         for name, place in names.items():
-            if not USER_NAME.fullmatch(name) or not isinstance(place, str):
-                raise ValueError(f"name {name!r}")
+            if not USER_NAME.fullmatch(name) or not isinstance(place, str) or not is_path(place):
+                raise ValueError(f"name {name!r:.60}")
         return Choices(default, dict(names))
     except (FileNotFoundError, NotADirectoryError):
         return Choices()
     except OSError as error:
         return Choices(damage=f"{path()} cannot be read ({error.strerror})")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return Choices(damage=f"{path()} is damaged ({type(error).__name__}: {error})")
+        return Choices(damage=f"{path()} is damaged ({type(error).__name__}: {error!s:.200})")
 
 
 def chosen_default() -> str | None:

@@ -21,6 +21,7 @@ except ImportError:  # Windows: two processes that fetch the same model do the w
 
 # Hidden, so never taken for a model; mkdtemp puts eight characters behind the prefix.
 PARTIAL = re.compile(r"\.(.+)\.partial-[a-z0-9_]{8}", re.DOTALL)
+REPLACED = "replaced"  # what had the name before
 LOCK = re.compile(r"\.(.+)\.lock", re.DOTALL)
 
 
@@ -88,7 +89,7 @@ def staged(target: Path) -> Iterator[Path]:
 def place(found: Path, target: Path, folder: Path) -> None:
     """Give the finished bundle `found` its name; what had it before goes into the temporary `folder`."""
     if os.path.lexists(target):
-        target.rename(folder / "replaced")
+        target.rename(folder / REPLACED)
     found.rename(target)
 
 
@@ -111,7 +112,10 @@ def discard(target: Path) -> None:
 
 
 def sweep(own: Path) -> None:
-    """Remove temporary folders and locks that no living process holds; this one has claimed `own`."""
+    """Remove temporary folders and locks that no living process holds; this one has claimed `own`.
+
+    A model that was being replaced when its process was killed gets its name back.
+    """
     if fcntl is None:
         return
     owners = [path for path in models().glob("*") if not path.is_symlink()]
@@ -124,6 +128,8 @@ def sweep(own: Path) -> None:
             with contextlib.suppress(OSError):
                 descriptor = None if target == own else try_lock(_lock_file(target))
                 if path.is_dir() and (target == own or descriptor is not None):
+                    if (path / REPLACED).is_dir() and not os.path.lexists(target):  # killed between two renames
+                        (path / REPLACED).rename(target)
                     shutil.rmtree(path, ignore_errors=True)
                 if descriptor is not None:
                     _unlock(target, descriptor)

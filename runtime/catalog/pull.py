@@ -10,7 +10,7 @@ from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.catalog import hub, wheel
 from kvq.runtime.catalog.checkpoints import check_exporter, export, is_checkpoint, usable
-from kvq.runtime.catalog.home import claimed, kept, models, place, staged
+from kvq.runtime.catalog.home import claimed, kept, models, place, staged, sweep
 from kvq.runtime.catalog.hub import UnavailableError
 from kvq.runtime.catalog.process import Progress
 from kvq.runtime.catalog.registry import Entry, Hub, Shape, Wheel, registry
@@ -60,6 +60,7 @@ def pull(job: Job, given: Path | None = None, again: bool = False) -> Path:
     if job.entry is None and job.name.split("/")[0].lower() in registry():
         raise HubError(f"{job.name} cannot be kept: {job.name.split('/')[0]} is the name of a model; use kvq export")
     with kept(job.name), claimed(target, job.notice):
+        sweep(target)
         if again or not usable(target):  # another process may have been faster
             with staged(target) as folder:
                 found = folder / "bundle"

@@ -16,8 +16,9 @@ from kvq.runtime.catalog.home import models
 from kvq.runtime.catalog.hub import offline_wanted
 from kvq.runtime.catalog.registry import HUB_ID, registry
 from kvq.runtime.errors import BundleError
+from kvq.runtime.files import is_path, shown
 
-LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
+MOST_TOLD, MOST_COMPARED = 40, 1000  # names in a message, and that are looked through for one that comes close
 DEFAULT_MODEL = "kvq-books"
 SUGGESTED = "smollm2-135m-instruct"
 
@@ -74,8 +75,10 @@ def find(reference: str) -> Found:
     chosen = choices()
     if reference in chosen.names:
         path = Path(chosen.names[reference])
-        if not path.is_dir():
-            raise BundleError(f"{reference} stands for {path}, which is gone; kvq rm {reference} forgets the name")
+        if not os.path.isdir(path):
+            raise BundleError(
+                f"{reference} stands for {shown(str(path))}, which is gone; kvq rm {reference} forgets the name"
+            )
         return Found(reference, "named", path)
     embedded, known = embedded_models(), registry()
     if reference in embedded:  # never a folder of that name in the current directory: say ./name for one
@@ -84,8 +87,7 @@ def find(reference: str) -> Found:
         name = reference.lower()
         return Found(name, "registry", models() / name if checkpoints.usable(models() / name) else None)
     path = Path(reference)
-    sizes = [len(os.fsencode(part)) for part in path.parts]
-    if "\0" in reference or max(sizes, default=0) > LONGEST_PART or sum(sizes) + len(sizes) > LONGEST:
+    if not is_path(reference):
         raise BundleError(f"no model has such a name, of {len(reference)} characters; kvq list shows those there are")
     if reference and checkpoints.is_checkpoint(path):
         return Found(str(path.absolute()), "checkpoint", checkpoints.here(path))
@@ -96,8 +98,8 @@ def find(reference: str) -> Found:
         return Found(reference, "hub", folder if checkpoints.usable(folder) else None)
     if reference.startswith((".", "/", "~")) or reference.lower().endswith(".gguf"):
         raise BundleError(
-            f"no model {reference!r}: there is no bundle, checkpoint or .gguf file of that path; check it, or make a"
-            " bundle with kvq export CHECKPOINT FOLDER"
+            f"no model {reference!r:.300}: there is no bundle, checkpoint or .gguf file of that path; check it, or make"
+            " a bundle with kvq export CHECKPOINT FOLDER"
         )
     raise BundleError(_unknown(reference, chosen.damage))
 
@@ -146,9 +148,11 @@ def default_model() -> tuple[str, str]:
     except BundleError:
         gone = True
     if gone:
-        fetch = f"kvq pull {chosen} fetches it again, " if chosen in registry() or HUB_ID.fullmatch(chosen) else ""
+        fetch = (
+            f"kvq pull {shown(chosen)} fetches it again, " if chosen in registry() or HUB_ID.fullmatch(chosen) else ""
+        )
         raise BundleError(
-            f"the default model {chosen} is no longer here; {fetch}kvq use NAME chooses another"
+            f"the default model {shown(chosen)} is no longer here; {fetch}kvq use NAME chooses another"
             f" (kvq use {DEFAULT_MODEL}: the embedded one)"
         )
     return chosen, ""
@@ -175,16 +179,21 @@ def known_names() -> list[str]:
 
 def _unknown(reference: str, damage: str) -> str:
     names = known_names()
-    lower = {name.lower(): name for name in names}
+    lower = {name.lower(): name for name in names[:MOST_COMPARED]}
     import difflib
 
     close = [lower[name] for name in difflib.get_close_matches(reference.lower(), lower, n=3, cutoff=0.6)]
-    told = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)};"
+    told = f"did you mean {' or '.join(close)}?" if close else f"there are {_listed(names)};"
     told += f" ({damage})" if damage else ""
     return (
-        f"no model {reference!r}, and no bundle folder, checkpoint, .gguf file or hub id (owner/name) either;"
+        f"no model {reference!r:.300}, and no bundle folder, checkpoint, .gguf file or hub id (owner/name) either;"
         f" {told} kvq list shows all, kvq export makes a bundle of a checkpoint"
     )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
+    return ", ".join(names[:MOST_TOLD]) + more
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvq.runtime.bundle.fields import mapping, parse, sequence, text
 from kvq.runtime.errors import BundleError
+from kvq.runtime.files import read_regular
 
 FORMAT = "kvq-registry"
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
+MOST_MODELS, MOST_SOURCES, MOST_FIELDS = 256, 16, 64
+MOST_CHARACTERS, MOST_NAME = 200, 100  # of any text; of a name, which becomes a folder's
 MOST_NBYTES = 1 << 40
 MOST_UNITS = 1 << 30  # layers, or whatever else a shape counts
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -114,16 +117,15 @@ def registry() -> dict[str, Entry]:
     file = path()
     remedy = "correct it, or unset KVQ_REGISTRY" if os.environ.get("KVQ_REGISTRY") else "install kvq again"
     try:
-        with open(file, "rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
+        content = read_regular(file, MAX_BYTES + 1, follow=True)
+        if len(content) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
-        data = json.loads(text.decode("utf-8"))
+        data = parse(content.decode("utf-8"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
         if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format version {data.get('format_version')!r}, this kvq reads {FORMAT_VERSION}")
-        entries = [_entry(item) for item in data["models"]]
+            raise ValueError(f"format version {data.get('format_version')!r:.60}, this kvq reads {FORMAT_VERSION}")
+        entries = [_entry(item) for item in sequence(data["models"], "models", MOST_MODELS)]
     except OSError as error:
         raise BundleError(f"the registry {file} cannot be read ({error.strerror}); {remedy}") from None
     except KeyError as error:
@@ -137,11 +139,10 @@ def registry() -> dict[str, Entry]:
 
 
 def _entry(item: dict[str, Any]) -> Entry:
-    if not isinstance(item, dict):
-        raise ValueError(f"{item!r} is no entry")
-    name = _matching(NAME, item["name"], "name")
-    sources = item["sources"]
-    if not isinstance(sources, list) or not sources:
+    mapping(item, "an entry", MOST_FIELDS)
+    name = _matching(NAME, item["name"], "name", MOST_NAME)
+    sources = sequence(item["sources"], f"sources of {name}", MOST_SOURCES)
+    if not sources:
         raise ValueError(f"{name} has no sources")
     about, licence = (_line(item[key], f"{key} of {name}") for key in ("about", "licence"))
     return Entry(name, about, licence, tuple(_source(source, name) for source in sources), _shape(item, name))
@@ -150,9 +151,7 @@ def _entry(item: dict[str, Any]) -> Entry:
 def _shape(item: dict[str, Any], name: str) -> Shape | None:
     if "shape" not in item:
         return None
-    found = item["shape"]
-    if not isinstance(found, dict):
-        raise ValueError(f"shape of {name} is {found!r}")
+    found = mapping(item["shape"], f"shape of {name}", MOST_FIELDS)
     return Shape(*(_count(found[key], f"{key} of {name}", MOST_UNITS) for key in Shape._fields))
 
 
@@ -173,16 +172,16 @@ def _source(item: dict[str, Any], name: str) -> Wheel | Hub:
     )
 
 
-def _matching(pattern: re.Pattern[str], value: object, what: str) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"{what} is {value!r}")
-    return value
+def _matching(pattern: re.Pattern[str], value: object, what: str, most: int = MOST_CHARACTERS) -> str:
+    if not pattern.fullmatch(found := text(value, what, most)):
+        raise ValueError(f"{what} is {value!r:.60}")
+    return found
 
 
 def _line(value: object, what: str) -> str:
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError(f"{what} is {value!r}")
-    return value
+    if not value:
+        raise ValueError(f"{what} is {value!r:.60}")
+    return text(value, what, MOST_CHARACTERS)
 
 
 def _nbytes(value: object, what: str) -> int:
@@ -191,5 +190,5 @@ def _nbytes(value: object, what: str) -> int:
 
 def _count(value: object, what: str, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise ValueError(f"{what} is {value!r}")
+        raise ValueError(f"{what} is {value!r:.60}")
     return value

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from kvq.runtime.errors import PromptError
 from kvq.runtime.text.tools import NAME, PLAIN, CallReader, Tool, with_tools
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 MOST_TOOLS, MOST_PARTS = 64, 64
 MOST_OUTPUT = 8_000  # characters of what a command says
+MOST_BYTES = 1_000_000  # after which it is ended: the arguments are the model's, and some files have no end
+READ_BYTES = 1 << 16
 TIMEOUT_S = 30.0
 PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
@@ -46,7 +51,7 @@ class ToolCommand:
         """
         places = set(PLACE.findall(" ".join(self.command)))
         if unknown := sorted(arguments.keys() - places):
-            raise PromptError(f"{self.tool.name} takes no {unknown[0]:.40}")
+            raise PromptError(f"{self.tool.name} takes no {unknown[0]!r:.40}")
         texts = {}
         for name, value in arguments.items():
             if not isinstance(value, str | int | float | bool) or "\0" in str(value):
@@ -66,20 +71,44 @@ class ToolCommand:
     def run(self, argv: Sequence[str]) -> str:
         """What a command says, both streams together, the beginning of it; and how it ended, if not well."""
         try:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=self.timeout
-            )
-            said, code = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as expired:
-            said, code = expired.stdout or b"", None
+            said, code, ended = _said(argv, self.timeout)
         except (OSError, ValueError) as error:
             return f"error: {error}"
         text = said.decode(errors="replace").strip()
         if len(text) > MOST_OUTPUT:
             text = text[:MOST_OUTPUT] + f"\n[{len(text) - MOST_OUTPUT} more characters]"
-        if code is None:
-            return f"{text}\n[ended after {self.timeout:g} s]".strip()
+        if ended:
+            return f"{text}\n[ended after {ended}]".strip()
         return text if not code else f"{text}\n[exit code {code}]".strip()
+
+
+def _said(argv: Sequence[str], timeout: float) -> tuple[bytes, int, str]:
+    """What a command says, its exit code, and after what it was ended; "" if it ended by itself."""
+    said, deadline, ended = bytearray(), time.monotonic() + timeout, ""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def read(stream: IO[bytes]) -> None:
+        with stream:
+            while len(said) <= MOST_BYTES and (piece := os.read(stream.fileno(), READ_BYTES)):
+                said.extend(piece)
+
+    # In a thread, which nobody waits for: what the command has begun may hold the pipe for ever.
+    reader = threading.Thread(target=read, args=[process.stdout], daemon=True)
+    reader.start()
+    try:
+        reader.join(timeout)
+        if len(said) > MOST_BYTES:
+            ended = f"{MOST_BYTES:,} bytes"
+        elif reader.is_alive():
+            ended = f"{timeout:g} s"
+        else:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        ended = f"{timeout:g} s"
+    finally:
+        process.kill()
+        code = process.wait()
+    return bytes(said), code, ended
 
 
 def read_tools(path: Path) -> list[ToolCommand]:

@@ -13,6 +13,8 @@ from pathlib import Path
 import click
 
 from kvq.runtime.catalog.home import home
+from kvq.runtime.files import atomic_file, read_regular
+from kvq.runtime.server.fields import encodable
 
 HISTORY = "history"  # in KVQ_HOME
 MOST_LINES = 1000  # of the history
@@ -109,35 +111,39 @@ class History:
     def entries(self) -> list[str]:
         """The last ones, oldest first; nothing of a file that cannot be read."""
         try:
-            lines = self.path.read_bytes()[-MOST_LINES * MOST_CHARACTERS :].decode(errors="replace").splitlines()
+            lines = read_regular(self.path, MOST_LINES * MOST_CHARACTERS).decode(errors="replace").splitlines()
         except OSError:
             return []
         found = []
         for line in lines[-MOST_LINES:]:
             with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-                if isinstance(entry, str) and entry and "\0" not in entry:
+                if isinstance(entry, str) and entry and "\0" not in entry and encodable(entry):
                     found.append(entry)
         return found
 
     def add(self, entry: str) -> None:
         """Keep what was typed; where it cannot be kept on disk, for this run."""
-        if not entry.strip() or len(entry) > MOST_CHARACTERS or "\0" in entry:
+        if not entry.strip() or len(entry) > MOST_CHARACTERS or "\0" in entry or not encodable(entry):
             return
         self.add_to(entry)
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = self.entries()
             if len(kept) >= MOST_LINES and self.path.stat().st_size > MOST_LINES * MOST_CHARACTERS // 2:
-                self.path.unlink()
-                for old in kept[-MOST_LINES // 2 :]:
-                    self._append(old)
-            self._append(entry)
+                with atomic_file(self.path) as file:  # whoever is killed here has the old history
+                    file.writelines(map(_line_of, kept[-MOST_LINES // 2 :]))
+            self._append(_line_of(entry))
 
-    def _append(self, entry: str) -> None:
-        line = json.dumps(entry).encode() + b"\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    def _append(self, line: bytes) -> None:
+        # Without waiting: a pipe that nobody reads would hold the chat up.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(self.path, flags, 0o600)
         try:
             os.write(descriptor, line)
         finally:
             os.close(descriptor)
+
+
+def _line_of(entry: str) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -26,6 +26,7 @@ from kvq.runtime.session.statistics import size
 LISTS = ("/v1/models", "/models")
 TAGS = ("/api/tags", "/api/ps")
 LOAD_S = 600.0
+LONGEST_NAME = 256  # that is compared with the names there are
 
 
 @dataclass(eq=False)
@@ -108,7 +109,7 @@ class Fleet:
         names = {member.name: member for member in self.members}
         found = names.get(name) or names.get(name.removesuffix(":latest"))
         if found is None:
-            near = difflib.get_close_matches(name, names, 1)
+            near = difflib.get_close_matches(name, names, 1) if len(name) <= LONGEST_NAME else []
             hint = f"did you mean {near[0]!r}?" if near else f"this server has {', '.join(map(repr, names))}"
             raise RequestError(f"no model {name!r:.100} here; {hint}", 404, "model_not_found", "model")
         return found
@@ -136,20 +137,22 @@ class Fleet:
                 return path[len(prefix) + 1 :], receive
         if scope["method"] != "POST":
             return next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("model", [])), None), receive
-        messages: list[Message] = []
-        body = b""
+        body, more = bytearray(), True  # in one piece: a client may send it a byte at a time
+        ended: list[Message] = []
         try:
             async with asyncio.timeout(self.limits.body_s):
-                while len(body) <= self.limits.body:  # the application refuses one that is larger
+                while more and len(body) <= self.limits.body:  # the application refuses one that is larger
                     message = await receive()
-                    messages.append(message)
-                    body += message.get("body", b"")
-                    if message["type"] != "http.request" or not message.get("more_body"):
+                    if message["type"] != "http.request":
+                        ended.append(message)
                         break
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
         except TimeoutError:
             seconds = f"{self.limits.body_s:g}"
             raise RequestError(f"the body did not arrive within {seconds} s", 408, "timeout") from None
-        held = iter(messages)
+        whole: Message = {"type": "http.request", "body": bytes(body), "more_body": more}
+        held = iter([whole, *ended])
 
         async def again() -> Message:
             return next(held, None) or await receive()
@@ -172,10 +175,11 @@ class Fleet:
                     self._make_room(member)
                     self.load(member)
                 running, loaded = member.running, member.loaded
-            if running is None or loaded is None:
+            if loaded is not None:
+                async with asyncio.timeout(LOAD_S):
+                    await asyncio.shield(asyncio.wrap_future(loaded))
+            if running is None:
                 raise RequestError("the server is shutting down", 503, "shutting_down")
-            async with asyncio.timeout(LOAD_S):
-                await asyncio.shield(asyncio.wrap_future(loaded))
             return running[1]
         except TimeoutError:
             member.users -= 1
@@ -203,7 +207,9 @@ class Fleet:
 
         self.log(f"loading {member.name}")
         member.loaded, member.used = loaded, time.monotonic()
-        member.running = member.make(settle)
+        running = member.make(settle)
+        if not (loaded.done() and loaded.exception()):  # else it has failed already, and is tried again when asked for
+            member.running = running
 
     def _make_room(self, member: Member) -> None:
         """Close models that nobody uses, the least recently used first, until this one fits.

@@ -210,6 +210,8 @@ def test_a_strangers_conversation_is_refused_by_name(tiny_model, good, tmp_path,
 
 # -- faults -------------------------------------------------------------------------------------------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+DELAYS = (0.0, 0.003, 0.01, 0.03)  # seconds, of writers that do nothing but save
 SAVING = """
 import sys, kvq
 model = kvq.load("kvq-books")
@@ -222,11 +224,11 @@ while True:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("by", SIGNALS, ids=lambda number: number.name)
 def test_a_writer_that_is_ended_leaves_a_whole_file(by, tmp_path, embedded):
     """At any moment of a save: the name holds a whole session, and the next save goes through."""
     path = tmp_path / "text.kvq"
-    for delay in (0.0, 0.003, 0.01, 0.03):
+    for delay in DELAYS:
         process = subprocess.Popen([sys.executable, "-c", SAVING, str(path)], stdout=subprocess.PIPE,
                                    stderr=subprocess.DEVNULL, cwd=ROOT, preexec_fn=interruptible)  # fmt: skip
         try:

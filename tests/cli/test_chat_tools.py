@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import click
 import pytest
@@ -55,10 +56,36 @@ def test_what_a_command_says_is_bounded_and_how_it_ends_is_told(tmp_path):
     assert missing.run(missing.argv({})).startswith("error: ")
 
 
+ENDLESS = "import os\nwhile True: os.write(1, b'x' * 65536)"
+HOLDER = (
+    "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)']); print('begun')"
+)
+CLOSED = "import os, time; os.write(1, b'gone'); os.close(1); os.close(2); time.sleep(60)"
+COMMANDS = {
+    "words without end": (ENDLESS, "[ended after 1,000,000 bytes]"),
+    "a child that holds the pipe": (HOLDER, "begun\n[ended after 3 s]"),
+    "one that closes its streams": (CLOSED, "gone\n[ended after 3 s]"),
+    "no text": ("import os; os.write(1, bytes(range(128, 256)))", "\ufffd" * 128),
+    "its own end": ("import os, signal; print('x', flush=True); os.kill(os.getpid(), 9)", "x\n[exit code -9]"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_takes_bounded_time_and_memory_whatever_it_does(tmp_path, name):
+    code, ending = COMMANDS[name]
+    (tool,) = tools_of(tmp_path, {"name": "a", "timeout": 3, "command": [sys.executable, "-c", code]})
+    begun = time.monotonic()
+    said = tool.run(tool.argv({}))
+    assert said.endswith(ending)
+    assert len(said) < MOST_OUTPUT + 100
+    assert time.monotonic() - begun < 20
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("[]", "no JSON object"), ("{", "no JSON object"), ('{"b": 1}', "takes no b"), ("{}", "needs a"),
+        ("[]", "no JSON object"), ("{", "no JSON object"), ('{"b": 1}', "takes no 'b'"), ("{}", "needs a"),
         ('{"a": [1]}', "must be a text"), ('{"a": "\\u0000"}', "must be a text"),
     ],
 )  # fmt: skip

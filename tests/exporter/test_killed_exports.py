@@ -19,6 +19,8 @@ from kvq.runtime.errors import CheckpointError
 from tests.tools.signals import interruptible
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="what a killed process leaves stays there on Windows")
+STEPS = ("writing segments", "calibrating keys", "digests", "done")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # An export that stops at a step, told by a line, until it is killed.
 STOP = """
 import sys, time
@@ -48,7 +50,7 @@ def stopped(checkpoint: Path, out: Path, step: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["writing segments", "calibrating keys", "digests", "done"])
+@pytest.mark.parametrize("step", STEPS)
 def test_what_a_killed_export_leaves_goes_with_the_next_one(step: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     process = stopped(tiny_checkpoint, out, step)
@@ -76,7 +78,7 @@ def test_an_export_that_still_runs_keeps_its_folder(tiny_checkpoint: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", SIGNALS)
 def test_a_signal_leaves_nothing_but_what_the_next_export_removes(
     sign: signal.Signals, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, seed in enumerate(SEEDS[name]):
             (Path(folder) / str(number)).write_bytes(seed)
-        options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=5", "-rss_limit_mb=2048", folder]
+        options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=60", "-rss_limit_mb=2048", folder]
         atheris.Setup([sys.argv[0], *options], lambda data: held(name, data) and None)
         atheris.Fuzz()
 

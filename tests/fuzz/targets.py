@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from kvq.runtime.errors import KvqError
+import numpy as np
+
+from kvq.runtime.errors import BundleError, KvqError
+from kvq.runtime.precision.key_turns import packed, parsed
 from kvq.runtime.server.fields import parse_json
 from kvq.runtime.server.ollama import parse_chat, parse_generate
 from kvq.runtime.server.protocol import Settings, parse_generation
@@ -17,7 +21,7 @@ from tests.tools.chats import TEMPLATES, USER
 from tests.tools.templates import PUBLISHED
 
 Target = Callable[[bytes], None]
-HEADER = {
+HEADER: dict[str, Any] = {
     "kvq": "0.3.0", "model": "tiny", "model_digest": "0" * 64, "tokenizer_digest": None,
     "architecture": {"layers": 3, "hidden": 64, "ffn": 172, "heads": 8, "kv_heads": 4, "head_dim": 8, "vocab": 512,
                      "context": 256},
@@ -26,6 +30,11 @@ HEADER = {
     "buckets": [[4, 4, 30], [16, 8, 25]], "logits": True, "metadata": {"chat": {"messages": [], "turns": []}},
     "payload_sha256": "0" * 64, "prefill": "auto",
 }  # fmt: skip
+LAYERED = HEADER | {
+    "architecture": HEADER["architecture"] | {"profiles": {"k3v3": [[2, 3], [3, 3], [3, 2]]}, "windows": [0, 64, 64]},
+    "buckets": [[3, 3, 30], [16, 8, 25]], "narrow": [0, 0], "protect_bits": 8,
+}  # fmt: skip
+TURNS_OF = (3, 4, 8)  # layers, KV heads, channels of a head
 REQUESTS = [
     {"prompt": "Hello", "max_tokens": 5, "temperature": 0.5, "top_k": 3, "seed": 7, "stop": ["a"], "logprobs": 2},
     {"prompt": [1, 2, 3], "kv_bits": 3.5, "policy": "rule", "stream": True, "stream_options": {"include_usage": True}},
@@ -50,6 +59,15 @@ def session_header(data: bytes) -> None:
     header = _parse(data, "file")
     assert 0 <= header.payload_nbytes < 1 << 200
     header.encode()
+
+
+def turns(data: bytes) -> None:
+    """What turns of keys, and what is stored less for it."""
+    try:
+        found = parsed(data, *TURNS_OF)
+    except ValueError as error:
+        raise BundleError(str(error)) from None
+    assert np.isfinite(found.of(np.array([0, 17, 1000]))).all()
 
 
 def template(data: bytes) -> None:
@@ -79,12 +97,14 @@ def tokenizer(data: bytes) -> None:
 
 TARGETS: dict[str, Target] = {
     "session_header": session_header, "template": template, "request": request, "tokenizer": tokenizer,
+    "turns": turns,
 }  # fmt: skip
 SEEDS: dict[str, list[bytes]] = {
-    "session_header": [json.dumps(HEADER).encode()],
+    "session_header": [json.dumps(header).encode() for header in (HEADER, LAYERED)],
     "template": [text.encode() for text in (*TEMPLATES.values(), *PUBLISHED.values())],
     "request": [json.dumps(body).encode() for body in REQUESTS],
     "tokenizer": [json.dumps(TOKENIZER).encode()],
+    "turns": [packed(np.ones((3, pairs), np.float32), np.ones((3, 4, pairs, 2, 8))) for pairs in (1, 2, 4)],
 }
 
 

@@ -20,6 +20,7 @@ from kvq.runtime.server.capacity import Capacity
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.session.model import Model
 from kvq.runtime.session.session import Session
+from tests.tools.packages import needs
 from tests.tools.session_files import contents
 
 IDS = np.random.default_rng(0).integers(0, 512, 256).tolist()
@@ -38,6 +39,7 @@ def leaves(command: click.Command, context: click.Context):
 
 
 def test_one_default_stands_everywhere(tiny_model):
+    needs("torch")  # some commands train
     for function in (Session, Model.session, Scorer, kld.measure, pareto.measure, Settings):
         assert inspect.signature(function).parameters["sink"].default == 4, function
     found = [p for command in leaves(group, entered(group, "kvq")) for p in command.params if p.name == "sink"]

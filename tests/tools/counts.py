@@ -7,10 +7,12 @@ What is tried is counted off the tests; runs too long for them stand in tests/fu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from importlib import import_module
 
+from tests.tools.kills import recorded
 from tests.tools.tree import DOCS, ROOT
 
 PAGE = DOCS / "security.md"
@@ -28,6 +30,37 @@ TRIED: dict[str, list[tuple[str, str]]] = {
     "session files that are damaged": [("tests.session.test_damaged_files", name) for name in ("BYTES", "TEXTS")],
     "session files with right digests": [("tests.session.test_forged_files", name) for name in ("HEADERS", "ARRAYS")],
     "structures that take exponential work": [("tests.text.test_grammar", "BOMBS")],
+    "profiles and turns of keys": [
+        ("tests.attacks.test_precisions", name) for name in ("PROFILES", "TURNS", "HEADERS")
+    ],
+    "lines of a batch": [("tests.attacks.test_batch_lines", "LINES")],
+    "files of a batch": [("tests.attacks.test_batch_lines", "FILES")],
+    "requests to several models": [("tests.attacks.test_fleet", "REQUESTS")],
+    "registries, choices and references of models": [
+        ("tests.attacks.test_catalog", name) for name in ("REGISTRIES", "CHOICES", "REFERENCES")
+    ],
+    "histories of a chat": [("tests.attacks.test_catalog", "HISTORIES")],
+    "commands of a chat that do not end well": [("tests.cli.test_chat_tools", "COMMANDS")],
+}
+KILLED_EXPORTS = "tests.exporter.test_killed_exports"
+# Killed by a signal at some moment -> (what is found afterwards, where, tables whose lengths are multiplied).
+MOMENTS: dict[str, tuple[str, str, list[str]]] = {
+    "export, at a step of it": (
+        "nothing, and a folder that the next export removes",
+        "tests.exporter.test_killed_exports",
+        ["STEPS"],
+    ),
+    "export, by SIGTERM and SIGINT": ("likewise", KILLED_EXPORTS, ["SIGNALS"]),
+    "saves of a session, one behind the other": (
+        "the old file or the new one",
+        "tests.attacks.test_sessions",
+        ["SIGNALS", "DELAYS"],
+    ),
+    "batch of 500 prompts, killed and begun again": (
+        "in the end every answer once",
+        "tests.cli.test_batch_kills",
+        ["KILLS"],
+    ),
 }
 
 
@@ -72,6 +105,20 @@ def record(run: Run) -> None:
     RUNS.write_text(json.dumps([vars(each) for each in rows.values()], indent=1) + "\n", encoding="utf-8")
 
 
+def kills() -> list[str]:
+    """Rows of the table of kills."""
+    rows = [
+        f"| {row.what}: before every step | {row.kills} | {row.old} times the old, {row.new} times the new, whole |"
+        " `tests/attacks/test_kills.py` |"
+        for row in recorded()
+    ]
+    for what, (found, module, names) in MOMENTS.items():
+        values = [getattr(import_module(module), name) for name in names]
+        number = math.prod(value if isinstance(value, int) else len(value) for value in values)
+        rows.append(f"| {what} | {number} | {found} | `{module.replace('.', '/')}.py` |")
+    return rows
+
+
 def section() -> str:
     """What stands below HEADING."""
     rows = []
@@ -86,6 +133,10 @@ def section() -> str:
         "Written by `python -m tests.tools.counts`. Each of these is refused with an error of its own, nothing is",
         "written, and it takes less than forty million additions in Python do (`tests/tools/work.py`).", "",
         "| tried by the tests | how many | in |", "|---|---|---|", *rows, "",
+        "Writers that were killed. Before every step: of opening, renaming, removing, making folders, changing rights",
+        "and synchronising, counted by `python -m tests.tools.kills`; after each kill the next write went through, and",
+        "left nothing hidden behind.", "",
+        "| killed | kills | found afterwards | in |", "|---|---|---|---|", *kills(), "",
         "Runs too long for the tests, as recorded in `tests/fuzz/runs.json`. None of them crashed, hung, or raised an",
         "exception that is not kvq's own.", "",
         "| run | how many | time | command |", "|---|---|---|---|", *long, "",
