@@ -148,8 +148,7 @@ class Conversation:
             progress: as in `Session.append`, while the question is processed.
             max_tokens: most tokens of the reply, 512 if not given.
             context_shift: true makes room in a full context: the oldest turns go, of a reply that alone takes too much
-                its older half; the system prompt stays. A system prompt and question of more than three quarters of
-                the context leave the reply what is free behind them.
+                its older half; the system prompt stays. See `kvq.runtime.chat.making_room`.
             stop, stop_tokens, ignore_eos and all others: as `Session.generate`; what ends a reply in the chat template
                 is added. With `ignore_eos` its ids end no reply either.
 
@@ -315,16 +314,13 @@ class Conversation:
             about; all where even the last one takes too much.
         """
         context = self.session.model.architecture.context
-        if self.document is not None or self.session.room >= room:
+        if not self.turns or self.document is not None or self.session.room >= room:
             return 0
-        turns = len(self.turns)
 
         def fits(dropped: int) -> bool:
             return sum(map(len, self._fed(self.without(dropped)))) + room <= context
 
-        if not turns:
-            return 0
-        dropped, held = least_dropped(1, turns, fits), context - self.session.room
+        dropped, held = least_dropped(1, len(self.turns), fits), context - self.session.room
         self._process_again(self.without(dropped), self.turns[dropped:])
         self.session.shifts.add(held - len(self.session.tokens))
         self.forgotten += dropped
