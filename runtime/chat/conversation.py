@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
@@ -14,6 +13,7 @@ from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_met
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.session.generation import GenerationOptions, Progress, Response
+from kvq.runtime.session.shifting import least_dropped
 
 if TYPE_CHECKING:
     from kvq.runtime.session.model import Model
@@ -42,6 +42,7 @@ class Conversation:
         messages: {"role", "content"} each, questions and replies in turn.
         turns: where in the session they stand.
         document: what has been read ahead of the next question; None for nothing.
+        forgotten: turns that had to make room since it was made.
         lost: characters of the last reply that had to make room.
 
     Raises:
@@ -61,7 +62,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.turns: list[Turn] = []
         self.document: Document | None = None
-        self.lost = 0
+        self.forgotten = self.lost = 0
         if KEY in session.metadata:
             check_identity(session.metadata[KEY], self._identity)
             self.messages, self.turns, self.document = from_metadata(
@@ -147,7 +148,7 @@ class Conversation:
             progress: as in `Session.append`, while the question is processed.
             max_tokens: most tokens of the reply, 512 if not given.
             context_shift: true makes room in a full context: the oldest turns go, of a reply that alone takes too much
-                its older half; the system prompt stays.
+                its older half; the system prompt stays. See `kvq.runtime.chat.making_room`.
             stop, stop_tokens, ignore_eos and all others: as `Session.generate`; what ends a reply in the chat template
                 is added. With `ignore_eos` its ids end no reply either.
 
@@ -313,22 +314,22 @@ class Conversation:
             about; all where even the last one takes too much.
         """
         context = self.session.model.architecture.context
-        if self.document is not None or self.session.room >= room:
+        if not self.turns or self.document is not None or self.session.room >= room:
             return 0
-        first, turns = len(self.messages) % 2, len(self.turns)
-
-        def kept(dropped: int) -> list[dict[str, str]]:
-            return [*self.messages[:first], *self.messages[first + 2 * dropped :]]
 
         def fits(dropped: int) -> bool:
-            return dropped == turns or sum(map(len, self._fed(kept(dropped)))) + room <= context
+            return sum(map(len, self._fed(self.without(dropped)))) + room <= context
 
-        if not turns:
-            return 0
-        dropped, held = 1 + bisect.bisect_left(range(1, turns), True, key=fits), context - self.session.room
-        self._process_again(kept(dropped), self.turns[dropped:])
+        dropped, held = least_dropped(1, len(self.turns), fits), context - self.session.room
+        self._process_again(self.without(dropped), self.turns[dropped:])
         self.session.shifts.add(held - len(self.session.tokens))
+        self.forgotten += dropped
         return dropped
+
+    def without(self, turns: int) -> list[dict[str, str]]:
+        """The messages but those of so many of the oldest turns."""
+        first = len(self.messages) % 2
+        return [*self.messages[:first], *self.messages[first + 2 * turns :]]
 
     def _fed(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
         """Token ids up to the last reply, and of that reply."""

@@ -15,28 +15,24 @@ if TYPE_CHECKING:
     from kvq.runtime.chat.conversation import Conversation
 
 
-def made_room(conversation: Conversation, question: str, option: object) -> ReplyShift:
+def made_room(conversation: Conversation, question: str, option: object) -> ReplyShift | bool:
     """Make room for a question, if there is none; returns what makes room for its reply.
+
+    That is nothing where system prompt and question take more than can stay beside a reply, nor are turns dropped for
+    a question that has no room without them.
 
     Raises:
         SamplingError: the option is not true; nothing has changed.
-        ContextError: system prompt and question take more than can stay beside a reply; nothing has changed.
         ChatTemplateError: the template refuses it; nothing has changed.
     """
     shift = ReplyShift(conversation, option)
     context, asked = conversation.session.model.architecture.context, {"role": "user", "content": question}
-    system = conversation.messages[: len(conversation.messages) % 2]
-    tokens, most = len(conversation.template.encode([*system, asked])), most_protected(context)
-    if tokens > most:
-        raise ContextError(
-            f"system prompt and question take {tokens} tokens; where the context of {context} is to go on when it is"
-            f" full, at most {most} can stay: shorten them, or leave the shift out"
-        )
-    if conversation.document is None:
+    tokens = len(conversation.template.encode([*conversation.without(len(conversation.turns)), asked]))
+    if conversation.document is None and tokens < context:
         feed = feed_of(conversation.session, conversation.messages, conversation.turns, None, question)
         if feed.length + len(feed.pending) + len(feed.ids) >= context:
             conversation.forget(max(tokens + 1, context // 2, conversation.session.room + 1))
-    return shift
+    return shift if tokens <= most_protected(context) else False
 
 
 class ReplyShift:
@@ -59,11 +55,7 @@ class ReplyShift:
 
     def __call__(self, ids: Sequence[int], begun: int, newest: int) -> Kept:
         talk, context = self._conversation, self._conversation.session.model.architecture.context
-        messages, prompt = talk.messages, talk.turns[-1].prompt
-        first, turns = len(messages) % 2, len(talk.turns)
-
-        def left(dropped: int) -> list[dict[str, str]]:
-            return [*messages[:first], *messages[first + 2 * dropped :]]
+        prompt, turns = talk.turns[-1].prompt, len(talk.turns)
 
         def refuse() -> Shift:
             raise ContextError(
@@ -71,12 +63,13 @@ class ReplyShift:
                 " conversation"
             )
 
-        shift = TurnShift(lambda dropped: talk.template.encode(left(dropped)[:-1]), turns - 1, context, refuse)
+        shift = TurnShift(lambda dropped: talk.template.encode(talk.without(dropped)[:-1]), turns - 1, context, refuse)
         kept = shift(ids, prompt, newest)
         gone = len(ids) - prompt - (len(kept.ids) - kept.begun)
         gone, text = self._whole(ids[prompt:], ids[:prompt], gone)
         kept = Kept([*kept.ids[: kept.begun], *ids[prompt + gone :]], kept.begun)
-        talk.messages, talk.lost = left(shift.dropped), talk.lost + len(text)
+        talk.messages, talk.lost = talk.without(shift.dropped), talk.lost + len(text)
+        talk.forgotten += shift.dropped
         talk.turns = [Turn(None, [], 0) for _ in range(turns - shift.dropped)]
         talk.turns[-1].prompt = kept.begun
         return kept

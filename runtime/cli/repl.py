@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
 
 MOST_ROUNDS = 8  # of commands for one question
-SPARE = 4  # a reply finds a part of the context free, that of one in so many, or what it may have if that is less
 
 
 @dataclass
@@ -41,7 +42,6 @@ class Repl:
         history: whether what is typed is kept on disk.
         tools: commands that the model may ask for.
         attended: whether somebody is there whose Ctrl-C ends an answer alone.
-        forgotten: turns that had to make room.
     """
 
     model: Model
@@ -53,7 +53,6 @@ class Repl:
     tools: Toolbox | None = None
     conversation: Conversation = field(init=False)
     attended: bool = False
-    forgotten: int = 0
 
     def __post_init__(self) -> None:
         self._commands = Commands(self)
@@ -75,7 +74,6 @@ class Repl:
         if self.tools is not None and not self.tools.known(said):
             raise PromptError("this conversation was begun without these tools; begin a new one, or leave --tools out")
         self.conversation = conversation
-        self.forgotten = 0
 
     def told(self, system: str | None) -> str | None:
         """The system prompt, with the tools in it."""
@@ -154,7 +152,6 @@ class Repl:
     def answer(self, question: str) -> None:
         """Stream an answer to stdout; where the context is full, the oldest turns go."""
         self._again = 0
-        self._make_room(question)
         self._with_tools(self._show(self.generation, question))
 
     def regenerate(self) -> None:
@@ -169,9 +166,7 @@ class Repl:
             calls = self.tools.calls(answer.text) if self.tools is not None and answer.finish_reason == "stop" else []
             if not calls:
                 return
-            told = response([self._run(command, text) for command, text in calls])
-            self._make_room(told)
-            answer = self._show(self.generation, told)
+            answer = self._show(self.generation, response([self._run(command, text) for command, text in calls]))
         self.notice(f"({MOST_ROUNDS} rounds of commands; ask again to go on)")
 
     def _run(self, command: ToolCommand, text: str) -> str:
@@ -194,56 +189,32 @@ class Repl:
         bar = Bar(shown=not self.quiet)
         with Interrupt(enabled=self.attended) as interrupt:
             interrupt.arm()
-            options = {**generation, "cancelled": lambda: interrupt.asked, "progress": bar}
-            conversation = self.conversation
-            replies = (
-                conversation.regenerate(**options) if question is None else conversation.reply(question, **options)
-            )
-            answer = show(self._going_on(replies, generation), bar, interrupt, strip=True)
+            options = {**generation, "cancelled": lambda: interrupt.asked, "progress": bar, "context_shift": True}
+            if options["max_tokens"] is None:  # an answer that would never end by itself ends then
+                options["max_tokens"] = self.model.architecture.context
+            answer = show(self._making_room(question, options), bar, interrupt, strip=True)
         if answer.last is None:  # stopped while the question was read
             click.echo()
         self._say_how_it_ended(answer, interrupt.asked)
         return answer
 
-    def _going_on(self, replies: Any, generation: dict[str, Any]) -> Any:
-        """Responses of a reply; one that has filled the context goes on once the oldest turns are gone."""
-        most, before = generation["max_tokens"], 0
-        while True:
-            last: Response | None = None
-            try:
-                for last in replies:
-                    full = last.finish_reason == "context" and len(self.conversation.turns) > 1
-                    if not full:
-                        yield last if not before else _counted(last, before)
-            finally:
-                replies.close()
-            if last is None or last.finish_reason != "context" or len(self.conversation.turns) < 2:
-                return
-            before += last.index + 1
-            left = None if most is None else most - before
-            if not self._forget(self.model.architecture.context // 2) or (left is not None and left < 1):
-                yield _counted(last, before - last.index - 1)
-                return
-            yield _counted(last, before - last.index - 1, finish=None)
-            replies = self.conversation.resume(**{**generation, "max_tokens": left})
-
-    def _make_room(self, question: str) -> None:
-        """Drop the oldest turns where a question and its answer would not fit."""
-        conversation, context = self.conversation, self.model.architecture.context
-        most = self.generation["max_tokens"]
-        reserve = context // SPARE if most is None else min(most, context // SPARE)
-        need = len(conversation.template.encode([{"role": "user", "content": question}])) + reserve
-        if conversation.session.room < need:
-            # Half the context at once, so that turns are not processed again with every question.
-            self._forget(max(need, min(context // 2, context - 1)))
-
-    def _forget(self, room: int) -> int:
-        gone = self.conversation.forget(room)
-        if gone:
-            self.forgotten += gone
-            turns = f"the oldest {gone} turns are" if gone > 1 else "the oldest turn is"
-            self.notice(f"(the context of {self.model.architecture.context} tokens is full: {turns} forgotten)")
-        return gone
+    def _making_room(self, question: str | None, options: dict[str, Any]) -> Iterator[Response]:
+        """The responses of a reply; what had to make room for them is said."""
+        talk, context = self.conversation, self.model.architecture.context
+        replies = talk.regenerate if question is None else partial(talk.reply, question)
+        forgotten, lost = talk.forgotten, 0
+        responses = replies(**options)
+        try:
+            for response in responses:
+                full = f"(the context of {context} tokens is full: "
+                if gone := talk.forgotten - forgotten:
+                    self.notice(f"{full}the oldest {f'{gone} turns are' if gone > 1 else 'turn is'} forgotten)")
+                if talk.lost and not lost:
+                    self.notice(f"{full}the beginning of this answer is forgotten)")
+                forgotten, lost = talk.forgotten, talk.lost
+                yield response
+        finally:
+            responses.close()
 
     def _say_how_it_ended(self, answer: Answer, stopped: bool) -> None:
         empty = why_empty(answer.text, answer.last, self.model, self.conversation.template, self.generation)
@@ -258,11 +229,3 @@ class Repl:
                 f"(the context of {self.model.architecture.context} tokens is full: /undo takes back a turn,"
                 " /reset begins anew)"
             )
-
-
-def _counted(response: Response, before: int, finish: str | None = "") -> Response:
-    """A response of a reply that has said so many tokens before; finish: in place of its own."""
-    from dataclasses import replace
-
-    reason = response.finish_reason if finish == "" else finish
-    return replace(response, index=response.index + before, finish_reason=reason)

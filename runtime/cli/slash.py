@@ -161,7 +161,7 @@ class Commands:
         """How full the context is, asked for and so printed even if quiet."""
         session, context = self._repl.conversation.session, self._repl.model.architecture.context
         held = len(session.tokens) + len(session.pending)
-        gone = f", {self._repl.forgotten} forgotten" if self._repl.forgotten else ""
+        gone = f", {forgotten} forgotten" if (forgotten := self._repl.conversation.forgotten) else ""
         click.echo(f"{held} of {context} tokens ({held / context:.0%}), {self._turns()}{gone}", err=True)
 
     def stats(self) -> None:

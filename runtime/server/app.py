@@ -251,7 +251,12 @@ def make_app(api: Api) -> Starlette:
     async def unknown_path(request: Request, error: Exception) -> Response:
         """What starlette itself refuses: no such path, another method."""
         status = error.status_code if isinstance(error, HTTPException) else 404
-        message = "this path takes another method" if status == 405 else "no such path; the API is under /v1"
+        message = "no such path; the API is under /v1"
+        if request.url.path.startswith("/api/"):
+            known = sorted(route.path for route in api.routes() if route.path.startswith("/api/"))
+            message = f"no such path; of ollama's API there are {', '.join(known)}, and no others"
+        if status == 405:
+            message = "this path takes another method"
         return refusal(RequestError(message, status), request.url.path)
 
     async def unexpected(request: Request, error: Exception) -> Response:

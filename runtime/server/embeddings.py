@@ -1,4 +1,4 @@
-"""/v1/embeddings: vectors of texts, see `kvq.runtime.session.embedding`."""
+"""/v1/embeddings and ollama's /api/embed, /api/embeddings: vectors of texts, see `kvq.runtime.session.embedding`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_INPUTS = 256
 HINTS = ("user", "metadata", "input_type", "truncation")
+OLLAMA_HINTS = ("keep_alive", "options")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Wanted:
         inputs: texts or token ids.
         encoding: "float", or "base64" of little-endian float32.
         model: the name asked for.
+        cut: whether an input that is too long loses its end; else it is refused.
     """
 
     inputs: list[str | list[int]]
     encoding: str
     model: str | None
+    cut: bool = False
 
 
 def parse_embeddings(body: dict[str, Any]) -> Wanted:
@@ -46,8 +49,7 @@ def parse_embeddings(body: dict[str, Any]) -> Wanted:
         RequestError: a field is missing, of a wrong type or not supported; `param` is its name.
     """
     fields = Fields(body)
-    if fields.take("dimensions") is not None:
-        fields.refuse("dimensions", "is not supported: a vector has the width of the model; leave it out")
+    _refuse_dimensions(fields)
     for name in HINTS:
         fields.take(name)
     encoding = fields.text("encoding_format") or "float"
@@ -56,6 +58,31 @@ def parse_embeddings(body: dict[str, Any]) -> Wanted:
     wanted = Wanted(texts_or_ids(fields.take("input"), "input", MOST_INPUTS), encoding, fields.text("model"))
     fields.done()
     return wanted
+
+
+def parse_ollama_embed(body: dict[str, Any]) -> Wanted:
+    """A request for /api/embed; raises as `parse_embeddings`."""
+    fields = Fields(body)
+    _refuse_dimensions(fields)
+    for name in OLLAMA_HINTS:
+        fields.take(name)
+    inputs, cut = texts_or_ids(fields.take("input"), "input", MOST_INPUTS), fields.boolean("truncate")
+    name = (fields.text("model", "name") or "").removesuffix(":latest")
+    wanted = Wanted(inputs, "float", name or None, cut is not False)
+    fields.done()
+    return wanted
+
+
+def parse_ollama_embedding(body: dict[str, Any]) -> Wanted:
+    """A request for /api/embeddings, which is of one text; raises as `parse_embeddings`."""
+    if not isinstance(body.get("prompt"), str):
+        raise RequestError("prompt must be a text", param="prompt")
+    return parse_ollama_embed({"input" if name == "prompt" else name: value for name, value in body.items()})
+
+
+def _refuse_dimensions(fields: Fields) -> None:
+    if fields.take("dimensions") is not None:
+        fields.refuse("dimensions", "is not supported: a vector has the width of the model; leave it out")
 
 
 class Embedder:
@@ -104,6 +131,7 @@ class Embedder:
         data = []
         for index, each in enumerate(wanted.inputs):
             ids = model.encode(each) if isinstance(each, str) else each
+            ids = ids[:most] if wanted.cut else ids
             if len(ids) > most:
                 raise ContextError(f"input {index} has {len(ids)} tokens, at most {most} are possible; shorten it")
             tokens += len(ids)

@@ -14,7 +14,13 @@ from starlette.routing import Route
 import kvq
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.answering import check_name, served_name
-from kvq.runtime.server.embeddings import Embedder, parse_embeddings
+from kvq.runtime.server.embeddings import (
+    Embedder,
+    Wanted,
+    parse_embeddings,
+    parse_ollama_embed,
+    parse_ollama_embedding,
+)
 from kvq.runtime.server.fields import Fields, is_integer, parse_json
 from kvq.runtime.server.guard import refusal
 from kvq.runtime.server.messages import parse_messages
@@ -66,7 +72,8 @@ class Information:
             Route("/metrics", self.prometheus, methods=get), Route("/props", self.props, methods=get),
             Route("/version", self.version, methods=get), Route("/api/version", self.version, methods=get),
             Route("/api/tags", self.tags, methods=get), Route("/api/ps", self.tags, methods=get),
-            Route("/api/show", self.show, methods=post),
+            Route("/api/show", self.show, methods=post), Route("/api/embed", self.ollama_embed, methods=post),
+            Route("/api/embeddings", self.ollama_embedding, methods=post),
         ]  # fmt: skip
         for prefix in ("/v1", ""):
             routes.append(Route(f"{prefix}/models", self.models, methods=get))
@@ -250,10 +257,27 @@ class Information:
 
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts."""
+        return JSONResponse(await self._vectors(parse_embeddings(parse_json(await self._body(request)))))
+
+    async def ollama_embed(self, request: Request) -> Response:
+        """Vectors of texts, as ollama gives them."""
+        begun = time.monotonic_ns()
+        found = await self._vectors(parse_ollama_embed(parse_json(await self._body(request))))
+        return JSONResponse({
+            "model": found["model"], "embeddings": [each["embedding"] for each in found["data"]],
+            "total_duration": time.monotonic_ns() - begun, "load_duration": 0,
+            "prompt_eval_count": found["usage"]["prompt_tokens"],
+        })  # fmt: skip
+
+    async def ollama_embedding(self, request: Request) -> Response:
+        """The vector of a text, as ollama gave it before it took several."""
+        found = await self._vectors(parse_ollama_embedding(parse_json(await self._body(request))))
+        return JSONResponse({"embedding": found["data"][0]["embedding"]})
+
+    async def _vectors(self, wanted: Wanted) -> dict[str, Any]:
         model, _ = self.scheduler.ready()
-        wanted = parse_embeddings(parse_json(await self._body(request)))
         self.check_name(model, wanted.model)
-        return JSONResponse(await self._embedder.answer(wanted, model, self.served(model), self.scheduler.queue))
+        return await self._embedder.answer(wanted, model, self.served(model), self.scheduler.queue)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""

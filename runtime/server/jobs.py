@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ class Step:
     alternatives: the most likely tokens in its place, as many as asked for.
     done: with the last token of the choice.
     cache: what `Job.reader` says of the session.
+    made: when, in nanoseconds of `time.monotonic_ns`.
     """
 
     choice: int
@@ -37,6 +39,7 @@ class Step:
     alternatives: list[Scored]
     done: Done | None
     cache: dict[str, Any] | None = None
+    made: int = field(default_factory=time.monotonic_ns, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 
 import kvq
 from kvq.runtime.bundle.bundle import Bundle
-from kvq.runtime.catalog.references import find, locate
-from kvq.runtime.errors import ServerError
+from kvq.runtime.catalog.references import default_model, find, locate
+from kvq.runtime.errors import BundleError, ServerError
 from kvq.runtime.server.app import Api, make_app
 from kvq.runtime.server.capacity import quarter_of_memory
 from kvq.runtime.server.fleet import Fleet, Member
@@ -99,6 +99,15 @@ def one_model(
     return scheduler, Api(scheduler, name, options.settings, options.limits)
 
 
+def name_in_api(reference: str | None) -> str | None:
+    """The name that `kvq list` has for a model; None for a folder, a file, or what there is not, which loading says."""
+    try:
+        found = find(default_model()[0] if reference is None else reference)
+    except BundleError:
+        return None
+    return None if found.origin in ("folder", "checkpoint") else found.name
+
+
 def fleet_of(options: Options, on_ready: Ready, log: Callable[[str], None]) -> Fleet:
     """The application of several models; none is loaded yet.
 
@@ -116,9 +125,9 @@ def fleet_of(options: Options, on_ready: Ready, log: Callable[[str], None]) -> F
     begun: list[bool] = []
 
     def member(reference: str) -> Member:
-        found, path = find(reference), locate(reference, notice=log)
+        path = locate(reference, notice=log)
         manifest = Bundle(path).manifest
-        name = manifest.name if found.origin in ("folder", "checkpoint") else found.name
+        name = name_in_api(reference) or manifest.name
 
         def make(settle: Ready) -> tuple[Scheduler, ASGIApp]:
             first = not begun

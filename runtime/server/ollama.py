@@ -133,7 +133,7 @@ class OllamaReply:
         self.choices = [choice]
         self._prepared, self._model, self._choice, self._chat = prepared, model, choice, chat
         self._begun = time.monotonic_ns()
-        self._first: int | None = None
+        self._first = self._last = 0  # of the tokens
 
     def opening(self) -> bytes:
         """Nothing."""
@@ -169,8 +169,7 @@ class OllamaReply:
         return self._body(self._choice.text, self._choice.calls) | self._end()
 
     def _take(self, step: Step) -> tuple[str, str | None]:
-        if self._first is None:
-            self._first = time.monotonic_ns()
+        self._first, self._last = self._first or step.made, step.made
         piece = self._choice.take(step)
         return piece.text, piece.finish
 
@@ -185,17 +184,16 @@ class OllamaReply:
 
     def _end(self) -> dict[str, Any]:
         """What the last body says besides; times in nanoseconds."""
-        ended, done, finish = time.monotonic_ns(), self._choice.done, self._choice.finish
-        first = self._first or ended
+        done, finish = self._choice.done, self._choice.finish
         return {
             "done": True,
             "done_reason": FINISH.get(finish or "", finish),
-            "total_duration": ended - self._begun,
+            "total_duration": self._last - self._begun,
             "load_duration": 0,
             "prompt_eval_count": sum(len(job.ids) for job in self._prepared.jobs),
-            "prompt_eval_duration": first - self._begun,
+            "prompt_eval_duration": self._first - self._begun,
             "eval_count": self._choice.generated,
-            "eval_duration": ended - first,
+            "eval_duration": self._last - self._first,
             "kvq": None if done is None else extension(done.stats, finish, self._prepared.most),
         }
 

@@ -13,7 +13,7 @@ from kvq.runtime.server.choices import Choice, Piece
 from kvq.runtime.server.jobs import Event, Prompted, Step
 from kvq.runtime.server.preparing import Prepared
 from kvq.runtime.server.refusals import error_body
-from kvq.runtime.server.tokens import Scored, TokenTexts, chat_logprobs, completion_logprobs
+from kvq.runtime.server.tokens import Offsets, Scored, TokenTexts, chat_logprobs, completion_logprobs
 from kvq.runtime.session.statistics import Stats
 
 # The API knows no end of the context; the extension block does.
@@ -45,7 +45,7 @@ class Reply:
         self.request, self.choices = request, choices
         self._prepared, self._texts = prepared, texts
         self._prompt_tokens = sum(len(job.ids) for job in prepared.jobs)
-        self._offsets = [0] * len(choices)  # characters of the tokens so far, for completion log-probabilities
+        self._offsets = [Offsets() for _ in choices]  # for completion log-probabilities
         self._prompted: dict[int, Prompted] = {}
         self._echoed = set[int]()
         self._caches: dict[int, dict[str, Any]] = {}
@@ -174,7 +174,6 @@ class Reply:
         if not chosen and first is None and not always:
             return None
         found = completion_logprobs(self._texts, chosen, alternatives, self._offsets[choice.number], first)
-        self._offsets[choice.number] += sum(map(len, found["tokens"]))
         return found
 
     def _usage(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.fleet import Fleet
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
-from kvq.runtime.server.models import Options, fleet_of, one_model
+from kvq.runtime.server.models import Options, fleet_of, name_in_api, one_model
 from kvq.runtime.server.scheduler import Scheduler
 
 BACKLOG = 128
@@ -85,7 +85,9 @@ def serve(options: Options) -> None:
         server.config.app = _guarded(fleet, options, hosts, None)
         fleet.load(fleet.members[0])
     else:
-        server.scheduler, api = one_model(options, options.model, options.name, on_ready, _say)
+        server.scheduler, api = one_model(
+            options, options.model, options.name or name_in_api(options.model), on_ready, _say
+        )
         server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
     try:
         asyncio.run(server.serve(sockets=[listener]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -47,9 +47,31 @@ class TokenTexts:
         """The text of tokens in a row, special ones included."""
         return b"".join(map(self.nbytes, tokens)).decode(errors="replace")
 
+    def name(self, token: int) -> str:
+        """The text of a token; of a part of a character its bytes, as OpenAI's completions spell them."""
+        raw = self.nbytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
     def text(self, token: int) -> str:
         """The text of a token; U+FFFD where it is a part of a character."""
         return self.nbytes(token).decode(errors="replace")
+
+
+class Offsets:
+    """Where tokens begin in the text that they make, in characters; within a character, where that one begins."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def next(self, raw: bytes) -> int:
+        """Where the next token begins, of these bytes."""
+        begun = self._characters
+        self._characters += len(self._decoder.decode(raw))
+        return begun
 
 
 def _byte_alphabet() -> dict[str, bytes]:
@@ -71,23 +93,25 @@ def chat_logprobs(texts: TokenTexts, chosen: list[Scored], alternatives: list[li
 
 
 def completion_logprobs(
-    texts: TokenTexts, chosen: list[Scored], alternatives: list[list[Scored]], offset: int, first: int | None = None
+    texts: TokenTexts,
+    chosen: list[Scored],
+    alternatives: list[list[Scored]],
+    offsets: Offsets,
+    first: int | None = None,
 ) -> dict[str, Any]:
     """The `logprobs` object of a completion choice.
 
     Args:
         texts: of tokens.
         chosen, alternatives: tokens, and the most likely ones in the place of each.
-        offset: characters of the tokens before these.
+        offsets: of the choice, told of the tokens before these.
         first: an id before them that stands behind nothing, so that it has no log-probability; None for none.
     """
-    names = [texts.text(token) for token in ([] if first is None else [first])]
-    ahead: list[Any] = [None] * len(names)
-    names += [texts.text(one.token) for one in chosen]
-    offsets = [offset + at for at in itertools.accumulate(map(len, names[:-1]), initial=0)][: len(names)]
+    ahead: list[Any] = [] if first is None else [None]
+    tokens = [*([] if first is None else [first]), *(one.token for one in chosen)]
     return {
-        "tokens": names,
+        "tokens": [texts.name(token) for token in tokens],
         "token_logprobs": ahead + [one.logprob for one in chosen],
-        "top_logprobs": ahead + [{texts.text(other.token): other.logprob for other in top} for top in alternatives],
-        "text_offset": offsets,
+        "top_logprobs": ahead + [{texts.name(other.token): other.logprob for other in top} for top in alternatives],
+        "text_offset": [offsets.next(texts.nbytes(token)) for token in tokens],
     }

@@ -68,6 +68,11 @@ def sliding(keep: int, context: int) -> Shift:
     return kept
 
 
+def least_dropped(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """How many of the oldest turns go: at least `least`, and all `most` where with fewer it does not fit."""
+    return least + bisect.bisect_left(range(least, most), True, key=fits)
+
+
 class TurnShift:
     """Of a conversation the oldest turns go; of one that is a single turn the older half of the reply.
 
@@ -91,10 +96,9 @@ class TurnShift:
         reply = [*ids[begun:]]
 
         def fits(dropped: int) -> bool:
-            return dropped == self._turns or len(self._prompt_of(dropped)) + len(reply) <= self._context // 2
+            return len(self._prompt_of(dropped)) + len(reply) <= self._context // 2
 
-        dropped = range(min(self.dropped + 1, self._turns), self._turns)
-        self.dropped = min(self.dropped + 1, self._turns) + bisect.bisect_left(dropped, True, key=fits)
+        self.dropped = least_dropped(min(self.dropped + 1, self._turns), self._turns, fits)
         prompt = [*self._prompt_of(self.dropped)]
         if len(prompt) > most_protected(self._context):
             return self._otherwise()(ids, begun, newest)

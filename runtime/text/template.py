@@ -280,10 +280,10 @@ class ChatTemplate:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise PromptError(f"a message must have role and content, got {message!r:.80}")
             texts = [text for name, text in message.items() if name != "tool_calls"]
-            if not all(isinstance(text, str) and _encodable(text) for text in texts) or not ROLE.fullmatch(
-                message["role"]
-            ):
+            if not all(isinstance(text, str) for text in texts) or not ROLE.fullmatch(message["role"]):
                 raise PromptError(f"role and content must be text, the role one lower-case word, got {message!r:.80}")
+            if not all(map(_encodable, texts)):
+                raise PromptError(f"a message holds lone surrogates, which are no characters, got {message!r:.80}")
             checked.append(dict(message))
         return checked
 

@@ -36,6 +36,8 @@ def test_the_oldest_turns_go_while_a_reply_is_given(every, name):
     assert responses[-1].finish_reason == "length"
     assert len(responses) == context
     assert shifts.times >= 2  # turns first, then the reply's own beginning
+    assert conversation.forgotten == 3
+    assert conversation.lost > 0
     assert conversation.messages[0] == before[0]
     assert conversation.messages[1:-1] == [{"role": "user", "content": "Tell me."}]
     whole = "".join(response.text for response in responses)
@@ -85,10 +87,26 @@ def test_sixty_questions_run_through_a_small_context(every, tmp_path):
     assert said(again.reply("And?", max_tokens=40, **GREEDY)) == one
 
 
-def test_a_question_too_long_to_stay_and_another_value_are_refused(every):
-    conversation = talk(every["chatml"], 0)
-    with pytest.raises(ContextError, match="at most 192 can stay"):
-        conversation.reply("a " * 210, **GREEDY)
+@pytest.mark.slow
+def test_a_question_too_long_to_stay_has_what_is_free_behind_it(every):
+    """Turns go for it, but there is nothing to go on with once the rest is full, too."""
+    conversation, context = talk(every["chatml"], 3), every["chatml"].architecture.context
+    system, question = conversation.messages[0], "a " * 205
+    asked = len(conversation.template.encode([system, {"role": "user", "content": question}]))
+    responses = list(conversation.reply(question, max_tokens=context, **GREEDY))
+    assert responses[-1].finish_reason == "context"
+    assert asked + len(responses) == context + 1
+    assert conversation.messages[:-1] == [system, {"role": "user", "content": question}]
+    assert conversation.forgotten == 3
+
+
+def test_a_question_that_never_fits_and_another_value_are_refused(every):
+    conversation = talk(every["chatml"], 1)
+    messages = conversation.messages
+    with pytest.raises(ContextError, match="the question takes"):
+        conversation.reply("a " * 300, **GREEDY)
+    assert conversation.messages == messages
+    conversation.undo()
     with pytest.raises(SamplingError, match="true or false"):
         conversation.reply("Hello", **{**GREEDY, "context_shift": 7})
     assert len(conversation.messages) == 1

@@ -93,7 +93,7 @@ def test_a_conversation_of_before_goes_on(models):
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 def test_a_lone_surrogate_is_a_prompt_error(every, name, text):
     conversation = Conversation(every[name].session())
-    with pytest.raises(kvq.PromptError):
+    with pytest.raises(kvq.PromptError, match="surrogates"):
         conversation.reply(text)
     with pytest.raises(kvq.PromptError):
         conversation.read(text)

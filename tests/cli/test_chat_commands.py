@@ -118,3 +118,14 @@ def test_an_answer_longer_than_what_is_left_goes_on(tiny_bundle, tiny_model):
     assert done.returncode == 0, done.stderr
     assert "forgotten)" in done.stderr
     assert done.stderr.count(f"(cut after {most} tokens") == 3
+
+
+@pytest.mark.slow
+def test_an_answer_longer_than_the_context_loses_its_beginning(tiny_bundle, tiny_model):
+    context = tiny_model.architecture.context
+    for given, most in ((context + 100, context + 100), (-1, context)):
+        done = chat(tiny_bundle, "-n", str(given), "--ignore-eos", input="One?\nTwo?\n")
+        assert done.returncode == 0, done.stderr
+        assert "the beginning of this answer is forgotten)" in done.stderr
+        assert "the oldest turn is forgotten)" in done.stderr
+        assert done.stderr.count(f"(cut after {most} tokens") == 2

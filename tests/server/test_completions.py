@@ -86,6 +86,28 @@ def test_logprobs_of_completions(client, model):
     assert [o for chunk in chunks for o in chunk.choices[0].logprobs.text_offset] == found.text_offset
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_parts_of_characters(client, model, stream):
+    """Each has a name of its own, and the place of its character in the text."""
+    text = "The sea 🐙🌊 is é."
+    ids = model.encode(text)
+    options = {"model": "kvq-books", "prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 5, "echo": True}
+    if stream:
+        found = [c.choices[0].logprobs for c in client.completions.create(**options, stream=True)]
+        found = [each for each in found if each]
+    else:
+        found = [client.completions.create(**options).choices[0].logprobs]
+    tokens = [token for each in found for token in each.tokens]
+    places = [place for each in found for place in each.text_offset]
+    raw = [bytes.fromhex(t[6:].replace("\\x", "")) if t.startswith("bytes:") else t.encode() for t in tokens]
+    assert b"".join(raw[: len(ids)]).decode() == text
+    assert any(token.startswith("bytes:\\x") for token in tokens)
+    for at, place in enumerate(places[: len(ids)]):
+        assert place == len(b"".join(raw[:at]).decode(errors="ignore"))
+    for each in found:
+        assert all(len(top) >= 5 for top in each.top_logprobs if top)  # none is lost by another of the same name
+
+
 def test_what_ran_is_reported(client):
     done = client.completions.create(model="kvq-books", prompt=LONG * 2, extra_body={"policy": "int4"})
     assert done.kvq["policy"] == "int4"

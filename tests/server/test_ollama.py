@@ -71,6 +71,36 @@ def test_a_format_is_kept_to(asking):
     assert any_object.response.startswith("{")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_of_tokens_is_the_one_they_took(asking, stream):
+    """From which clients reckon tokens a second: of a short prompt's answer the tokens take most of the time."""
+    options = {"num_predict": 100, "temperature": 1.5, "seed": 3}
+    said = asking.generate(model="kvq-books", prompt="It was late", raw=True, options=options, stream=stream)
+    done = list(said)[-1] if stream else said
+    assert done.eval_count == 100
+    assert done.eval_duration > done.total_duration / 4
+    assert done.prompt_eval_duration + done.eval_duration == done.total_duration
+
+
+def test_vectors_are_those_of_the_library(asking, model):
+    texts = ["The ship sailed over the sea.", "Nobody spoke."]
+    found = asking.embed(model="kvq-books:latest", input=texts)
+    for vector, text in zip(found.embeddings, texts, strict=True):
+        assert vector == pytest.approx(model.embed(text).tolist(), abs=1e-6)
+    assert found.prompt_eval_count == sum(len(model.encode(text)) for text in texts)
+    assert asking.embed(model="kvq-books", input=texts[0]).embeddings == found.embeddings[:1]
+    assert asking.embeddings(model="kvq-books", prompt=texts[1]).embedding == found.embeddings[1]
+
+
+@pytest.mark.slow
+def test_the_end_of_a_text_too_long_for_a_vector_goes_unless_the_request_says_otherwise(asking, model):
+    words = "word " * (model.architecture.context + 100)
+    found = asking.embed(model="kvq-books", input=words)
+    assert found.prompt_eval_count == model.architecture.context
+    with pytest.raises(ollama.ResponseError, match="shorten"):
+        asking.embed(model="kvq-books", input=words, truncate=False)
+
+
 def test_what_there_is(asking):
     (listed,) = asking.list().models
     assert listed.model == "kvq-books"
@@ -83,6 +113,10 @@ def test_what_there_is(asking):
     ("path", "change", "status", "words"),
     [
         ("/api/chat", {"model": "other"}, 404, "no model 'other'"),
+        ("/api/pull", {}, 404, "/api/embed, /api/embeddings, /api/generate"),
+        ("/api/embed", {"input": "a", "dimensions": 8}, 400, "dimensions is not supported"),
+        ("/api/embed", {"model": "other", "input": "a"}, 404, "no model 'other'"),
+        ("/api/embeddings", {"input": "a"}, 400, "prompt must be"),
         ("/api/chat", {"options": {"temprature": 1}}, 400, "options.temprature"),
         ("/api/chat", {"options": {"mirostat": 2}}, 400, "options.mirostat is not supported"),
         ("/api/chat", {"options": {"num_predict": "x"}}, 400, "num_predict must be"),

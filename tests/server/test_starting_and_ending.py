@@ -106,3 +106,14 @@ def test_a_request_has_its_time():
         if answer.status_code != 200:  # a fast machine is done in time
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
         assert time.monotonic() - begun < 120
+
+
+@pytest.mark.slow
+def test_a_model_is_served_by_the_name_that_kvq_list_has(tiny_bundle, tmp_path):
+    """Which need not be the bundle's own."""
+    home = {"KVQ_HOME": str(tmp_path)}
+    assert kvq("name", tiny_bundle, "other", env=home).returncode == 0
+    with served("-m", "other", env=home) as server:
+        assert [card.id for card in server.client().models.list().data] == ["other"]
+        done = server.client().completions.create(model="other", prompt="A", max_tokens=2)
+        assert done.model == "other"

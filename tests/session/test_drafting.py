@@ -16,6 +16,7 @@ from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafted import Drafted
 from kvq.runtime.session.generation import events
 from kvq.runtime.session.pace import Pace
+from tests.tools.packages import needs
 from tests.tools.sessions import IDS
 
 TEXT = "The captain looked at the sea. Nobody spoke, and the boats lay still. "
@@ -101,7 +102,7 @@ def test_the_text_is_the_same_whatever_chooses_it(options, embedded, monkeypatch
     ids=str,
 )  # fmt: skip
 def test_a_text_keeps_to_its_grammar_with_drafts_too(structure, embedded, eager):
-    pytest.importorskip("llguidance")
+    needs("llguidance")
     found = []
     for draft in ("auto", "off"):
         session = embedded.session()

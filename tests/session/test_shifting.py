@@ -15,6 +15,7 @@ from kvq.runtime.session.adjusting import Adjustment
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import events
 from kvq.runtime.session.shifting import Kept, TurnShift, of_messages, sliding
+from tests.tools.packages import needs
 from tests.tools.sessions import CONTEXT, IDS, greedy
 
 SINK = 4
@@ -115,7 +116,7 @@ def test_a_stop_text_is_found_across_it(tiny_model):
 
 @pytest.mark.slow
 def test_structured_output_holds_across_it(tiny_model):
-    pytest.importorskip("llguidance")
+    needs("llguidance")
     session = tiny_model.session("int8")
     options = {"max_tokens": None, "temperature": 1.0, "seed": 3, "context_shift": True, "regex": "(a[bc]){180}"}
     responses = list(session.generate(IDS[:150], **options))

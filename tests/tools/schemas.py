@@ -92,6 +92,7 @@ SCHEMAS: dict[str, Any] = {
     "event": record(title=SHORT, starts={"type": "string", "format": "date-time"}, tags=array({"enum": ["work", "home"]}, 0, 2), where={"anyOf": [NULL, SHORT]}),
     "quiz": record(question=SHORT, options=array(SHORT, 2, 3), answer={"type": "integer", "minimum": 0, "maximum": 2}),
     "extraction": record(entities=array(record(text=SHORT, label={"enum": ["PER", "ORG", "LOC"]}), 0, 2)),
+    "film": record(title=SHORT, year={"type": "integer", "minimum": 1888, "maximum": 2100}, genres=array({"enum": ["drama", "comedy", "horror"]}, 1, 2)),
     "plan": record(steps=array(record(tool={"enum": ["search", "read"]}, argument=SHORT), 1, 2), done=BOOLEAN),
 }  # fmt: skip
 
