@@ -34,10 +34,14 @@ class Controller(nn.Module):
         hidden: width of both hidden layers.
         classes: outputs.
         table: rows of a table of learned numbers per token id, and how many of them; None has none.
+        dropout: share of inputs and hidden units that are left out while it is trained.
     """
 
-    def __init__(self, features: int, hidden: int, classes: int, table: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, features: int, hidden: int, classes: int, table: tuple[int, int] | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.table = nn.Embedding(*table) if table else None
         if self.table is not None:
             nn.init.normal_(self.table.weight, std=0.01)
@@ -68,8 +72,9 @@ class Controller(nn.Module):
         x = (features - self.mean) * self.scale
         if self.table is not None:
             x = torch.cat([x, self.table(ids)], 1)
-        for layer in self.layers[:-1]:
-            x = torch.relu(layer(x))
+        x = self.dropout(x)
+        first, second = self.layers[:-1]
+        x = torch.relu(second(self.dropout(torch.relu(first(x)))))
         return self.last(x)
 
 

@@ -76,6 +76,7 @@ class Recipe:
             nothing, and are most of a controller's bytes.
         epochs, patience: most passes over the samples; stop after so many without a better validation loss.
         batch, rate, decay: tokens a step, AdamW's learning rate and weight decay.
+        dropout: share of the inputs and hidden units of `adaptive` that a training step leaves out.
         seed: of everything drawn.
     """
 
@@ -91,6 +92,7 @@ class Recipe:
     batch: int = 1024
     rate: float = 2e-3
     decay: float = 1e-4
+    dropout: float = 0.2
     seed: int = 0
     paper: PaperSettings = PaperSettings()
 
@@ -162,7 +164,7 @@ def fit(
     damage = samples.damage(classes)
     hidden = recipe.paper.hidden if paper else recipe.hidden
     table = (vocab, recipe.table) if recipe.table and recipe.feature_set != "paper" else None
-    net = Controller(features.shape[1], hidden, len(classes), table)
+    net = Controller(features.shape[1], hidden, len(classes), table, 0.0 if paper else recipe.dropout)
     train, valid = _split(samples, recipe.seed)
     net.normalise(features[train])
     loss_of = _paper_loss(damage, train, recipe) if paper else _damage_loss(net, damage, train)
@@ -174,6 +176,7 @@ def fit(
     for epoch in range(recipe.epochs):
         order = rows[torch.randperm(len(rows))]
         total, batches = 0.0, order.split(recipe.batch)
+        net.train()
         for part in batches:
             # A few steps of warm-up, then a straight line down to 2 %.
             share = min(1.0, (step + 1) / 50) * max(0.02, 1 - step / steps)
@@ -186,6 +189,7 @@ def fit(
             optimizer.step()
             total += float(loss.detach())
             step += 1
+        net.eval()
         with torch.inference_mode():
             validation = float(loss_of(net(x[held_out], ids[held_out]), held_out))
         curve.append({"epoch": epoch + 1, "train": total / len(batches), "valid": validation})
