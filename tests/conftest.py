@@ -16,7 +16,7 @@ from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.real import real_bundle, real_home  # noqa: F401 # fixtures for all tests
 
 # Where a landing is decided, the same examples every time; everywhere else, new ones every run.
-hypothesis.settings.register_profile("ci", derandomize=True)
+hypothesis.settings.register_profile("ci", derandomize=True, max_examples=50)
 if os.environ.get("CI") or os.environ.get("KVQ_CI"):
     hypothesis.settings.load_profile("ci")
 
