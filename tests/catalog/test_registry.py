@@ -44,7 +44,7 @@ def entry(**changes):
         ([entry(name="a/b")], "name is"),
         ([entry(name=1)], "name is 1"),
         ([entry(sources=[])], "no sources"),
-        ([entry(sources="hub")], "no sources"),
+        ([entry(sources="hub")], "sources of a is 'hub'"),
         ([entry(sources=[{}])], "neither pip nor hub"),
         ([entry(sources=[{"url": "http://a"}])], "neither pip nor hub"),
         ([entry(sources=[{"hub": "a/b", "pip": "a==1"}])], "neither pip nor hub"),
@@ -55,8 +55,8 @@ def entry(**changes):
         ([entry(shape=[30, 576, 49152])], "shape of a is ["),
         ([entry(shape={"layers": 30, "hidden": 576})], "vocab is missing"),
         ([entry(shape={"layers": 0, "hidden": 576, "vocab": 9})], "layers of a is 0"),
-        (["a"], "'a' is no entry"),
-        ("a", "'a' is no entry"),
+        (["a"], "an entry is 'a'"),
+        ("a", "models is 'a'"),
         *[
             ([entry(sources=[GOOD_WHEEL | change])], f"{next(iter(change))} of a is")
             for change in (

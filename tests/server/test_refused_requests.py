@@ -214,7 +214,7 @@ def test_paths_and_methods(server):
     assert server.get("/v1/nothing").status_code == 404
     assert server.get("/v1/completions").status_code == 405
     assert server.post("/v1/moderations", {}).json()["error"]["type"] == "not_found_error"
-    assert server.post("/api/embed", {}).json() == {"error": "no such path; the API is under /v1"}
+    assert "of ollama's API there are /api/chat, " in server.post("/api/pull", {}).json()["error"]
 
 
 def test_a_wrong_model_is_not_found(client):
