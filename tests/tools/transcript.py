@@ -22,8 +22,8 @@ HEAD = """\
 Every command here was run by `python -m tests.tools.transcript`, which writes this page, in an environment with the
 extras `export`, `schema` and `server` and the packages `openai` and `ollama`; tests run them again: those of kvq-books,
 the model that comes with kvq, `tests/docs/test_transcript.py`, those of SmolLM2-135M-Instruct
-`tests/real/test_transcript.py`. What a command says on stderr stands with the rest. Texts and times are of one machine,
-which did other work.
+`tests/real/test_transcript.py`. What a command says on stderr stands with the rest. Texts and times are of one machine
+of two cores.
 """
 INSTALL = """
 ## Installed
