@@ -33,12 +33,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"{name!r:.60} comes twice")
             seen.add(name)
     for text in (*found, *(value for value in found.values() if isinstance(value, str))):
-        if len(text) > limits.TEXT or not _encodable(text):
+        if len(text) > limits.TEXT or not encodable(text):
             raise ValueError(f"text {text!r:.60} is too long, or no text")
     return found
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
     """Whether it holds no half of a surrogate pair, which JSON can name and UTF-8 cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -80,7 +80,7 @@ def number(value: Any, what: str, most: float) -> float:
 
 def text(value: Any, what: str, most: int = limits.NAME, printable: bool = True) -> str:
     """A text of some characters, which can be shown in a terminal unless it need not be."""
-    if type(value) is not str or len(value) > most or not _encodable(value) or (printable and not value.isprintable()):
+    if type(value) is not str or len(value) > most or not encodable(value) or (printable and not value.isprintable()):
         raise ValueError(f"{what} is {value!r:.60}")
     return value
 

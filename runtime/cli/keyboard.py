@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
+from kvq.runtime.bundle.fields import encodable
 from kvq.runtime.catalog.home import home
 from kvq.runtime.files import atomic_file, read_regular
-from kvq.runtime.server.fields import encodable
 
 HISTORY = "history"  # in KVQ_HOME
 MOST_LINES = 1000  # of the history

@@ -114,8 +114,3 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a JSON value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def encodable(text: str) -> bool:
-    """Whether UTF-8 can encode a text: JSON can hold lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

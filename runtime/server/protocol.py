@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvq.runtime.bundle.fields import encodable
 from kvq.runtime.errors import RequestError
-from kvq.runtime.server.fields import Fields, encodable, is_integer, is_number
+from kvq.runtime.server.fields import Fields, is_integer, is_number
 from kvq.runtime.server.messages import parse_messages
 from kvq.runtime.server.structured import parse_structure
 from kvq.runtime.server.tooling import Tools, parse_tools

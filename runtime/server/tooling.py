@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from kvq.runtime.bundle.fields import encodable
 from kvq.runtime.errors import RequestError
-from kvq.runtime.server.fields import Fields, encodable
+from kvq.runtime.server.fields import Fields
 from kvq.runtime.text.tools import NAME, Tool
 
 MOST_TOOLS = 128
