@@ -139,7 +139,7 @@ class Conversation:
         return Document(joined(self.document.text, text), self.document.start, self.document.pending)
 
     @named_keywords(ReplyOptions)
-    def reply(self, text: str, **options: Unpack[ReplyOptions]) -> Iterator[Response]:
+    def reply(self, text: str, **options: Unpack[ReplyOptions]) -> Generator[Response, None, None]:
         """Answer a question; yields a `Response` per token. Leave the loop to stop: what was said so far stays.
 
         Args:
@@ -180,7 +180,7 @@ class Conversation:
         return self._reply({"role": "user", "content": question}, turn, feed, responses, cancelled, progress)
 
     @named_keywords(GenerationOptions)
-    def resume(self, **options: Unpack[GenerationOptions]) -> Iterator[Response]:
+    def resume(self, **options: Unpack[GenerationOptions]) -> Generator[Response, None, None]:
         """Go on with a reply that was cut; yields as `reply`, whose options it takes.
 
         Raises:
@@ -219,7 +219,7 @@ class Conversation:
         responses: Iterator[Response],
         cancelled: Callable[[], bool] | None,
         progress: Progress | None,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         session = self.session
         self._cut(feed.length, feed.pending)
         if feed.rewritten:
@@ -275,7 +275,7 @@ class Conversation:
             self._cut(turn.start or 0, pending)
         self._remember()
 
-    def regenerate(self, **options: Unpack[ReplyOptions]) -> Iterator[Response]:
+    def regenerate(self, **options: Unpack[ReplyOptions]) -> Generator[Response, None, None]:
         """Take back the last reply and answer its question again; yields as `reply`, whose options it takes.
 
         Raises:
