@@ -2,15 +2,19 @@
 
 Both compute the same from the same weights; which one runs is a matter of the machine, so a bundle does not say it. A
 graph is rewritten in memory, after it was checked; no file has a Product.
+
+Where blocks of weights have offsets, three more nodes add what those come to, and a Product takes the place of all:
+Gemm(ReduceSum(Reshape(x)), offsets, MatMulNBits(x)).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 from kvq.runtime.bundle.manifest import WEIGHTS
-from kvq.runtime.bundle.onnx_file import NODE, OPSET, OPSETS, GraphReader, Node, Region
+from kvq.runtime.bundle.onnx_file import NODE, OPSET, OPSETS, VALUE_INFO, GraphReader, Node, Region
 from kvq.runtime.bundle.wire import DELIMITED, VARINT, field, fields, read, varint
 
 DOMAIN, PRODUCT, MATMUL = "kvq", "Product", "com.microsoft::MatMulNBits"
@@ -18,7 +22,8 @@ FILES = frozenset((WEIGHTS,))
 INT8_ACTIVATIONS = 4  # accuracy level
 # Field numbers of onnx.proto.
 MODEL_GRAPH, MODEL_OPSET, GRAPH_NODE, GRAPH_INITIALIZER = 7, 8, 1, 5
-NODE_INPUT, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 4, 5, 7
+GRAPH_OUTPUT = 12
+NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TYPE, TYPE_INT = 1, 3, 20, 2
 
 
@@ -27,7 +32,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         n, k, bits, block: rows, columns, bits of a code, weights that share a scale.
-        codes, scales, zeros: of the parts; zeros None: there are none.
+        codes, scales, zeros, offsets: of the parts; zeros or offsets None: there are none.
     """
 
     n: int
@@ -37,6 +42,7 @@ class Matrix(NamedTuple):
     codes: Region
     scales: Region
     zeros: Region | None
+    offsets: Region | None = None
 
 
 Attributes = dict[str, int]
@@ -83,23 +89,80 @@ def rows_alike(graph: bytes) -> bool:
     return True
 
 
+class _Nodes:
+    """The nodes of a graph by their places in its message, and who reads what.
+
+    Args:
+        parts: of the message.
+        regions: of its constants.
+    """
+
+    def __init__(self, parts: list[tuple[int, int, bytes]], regions: dict[str, Region | None]) -> None:
+        reader = GraphReader()
+        self.at = {i: reader.node(read(part[2], NODE), FILES) for i, part in enumerate(parts) if part[0] == GRAPH_NODE}
+        self._regions = regions
+        self._made_by = {name: i for i, node in self.at.items() for name in node.outputs}
+        self._readers = Counter(name for node in self.at.values() for name in node.inputs)
+        self._readers.update(read(part[2], VALUE_INFO)["name"] for part in parts if part[0] == GRAPH_OUTPUT)
+
+    def product(self, i: int) -> tuple[list[int], Matrix] | None:
+        """Of a product that node i yields: its MatMulNBits, the other nodes that it takes, and its matrix."""
+        node = self.at[i]
+        if node.operator == MATMUL:
+            found = _matrix(node, self._regions)
+            return ([i], found) if found else None
+        if node.operator != "Gemm" or len(node.inputs) < 3 or not node.attributes.get("transB"):
+            return None
+        totals, offsets, product = node.inputs
+        at, summed, region = self._maker(product, MATMUL), self._maker(totals, "ReduceSum"), self._regions.get(offsets)
+        cut = None if summed is None else self._maker(self.at[summed].inputs[0], "Reshape")
+        if at is None or summed is None or cut is None or region is None or self._readers[product] > 1:
+            return None
+        found = _matrix(self.at[at], self._regions)
+        if found is None or self.at[cut].inputs[0] != self.at[at].inputs[0]:
+            return None
+        return [at, summed, cut], found._replace(offsets=region)
+
+    def _maker(self, name: str, operator: str) -> int | None:
+        place = self._made_by.get(name)
+        return place if place in self.at and self.at[place].operator == operator else None
+
+    def become_product(self, i: int, places: list[int]) -> set[int]:
+        """Let node i take over what those in `places` do for it; returns those that nobody needs any more."""
+        x = self.at[places[0]].inputs[0]
+        self._readers.subtract(self.at[i].inputs)
+        self._readers[x] += 1
+        self.at[i] = self.at[i]._replace(operator=f"{DOMAIN}::{PRODUCT}", inputs=[x])
+        dropped = set()
+        for place in places:
+            if place != i and not any(self._readers[name] for name in self.at[place].outputs):
+                self._readers.subtract(self.at.pop(place).inputs)
+                dropped.add(place)
+        return dropped
+
+    def uses(self, name: str) -> bool:
+        """Whether a node or the graph's outcome reads a value."""
+        return self._readers[name] > 0
+
+
 def _graph(graph: bytes, take: Callable[[Matrix], Attributes | None]) -> bytes:
     reader, parts = GraphReader(), list(fields(graph))
     tensors = [reader.tensor(content, FILES) for number, _, content in parts if number == GRAPH_INITIALIZER]
-    regions = {tensor.name: tensor.region for tensor in tensors}
-    used: set[str] = set()
-    for i, (number, wire, content) in enumerate(parts):
-        if number != GRAPH_NODE:
-            continue
-        node = reader.node(read(content, NODE), FILES)
-        matrix = _matrix(node, regions) if node.operator == MATMUL else None
-        attributes = take(matrix) if matrix else None
-        if attributes is None:
-            used.update(node.inputs)
-        else:
-            parts[i] = number, wire, _product(content, attributes)
+    nodes = _Nodes(parts, {tensor.name: tensor.region for tensor in tensors})
+    left_out: set[int] = set()
+    for i in sorted(nodes.at, reverse=True):  # what adds to a product stands behind it
+        found = nodes.product(i) if i in nodes.at else None
+        attributes = take(found[1]) if found else None
+        if found and attributes is not None:
+            product = _product(parts[found[0][0]][2], attributes, nodes.at[i].outputs[0])
+            left_out |= nodes.become_product(i, found[0])
+            parts[i] = GRAPH_NODE, parts[i][1], product
     names = iter(tensor.name for tensor in tensors)
-    kept = (part for part in parts if part[0] != GRAPH_INITIALIZER or next(names) in used)
+    kept = (
+        part
+        for i, part in enumerate(parts)
+        if i not in left_out and (part[0] != GRAPH_INITIALIZER or nodes.uses(next(names)))
+    )
     return b"".join(field(*part) for part in kept)
 
 
@@ -115,12 +178,13 @@ def _matrix(node: Node, regions: dict[str, Region | None]) -> Matrix | None:
     return Matrix(n, k, bits, block, codes, scales, zeros[0] if zeros else None)
 
 
-def _product(node: bytes, attributes: Attributes) -> bytes:
-    """A MatMulNBits as a Product: its first input, its output and its name."""
-    kept, inputs = [], 0
+def _product(node: bytes, attributes: Attributes, output: str) -> bytes:
+    """A MatMulNBits as a Product: its first input and its name, under the name of an output."""
+    kept, inputs = [field(NODE_OUTPUT, DELIMITED, output.encode())], 0
     for number, wire, content in fields(node):
         inputs += number == NODE_INPUT
-        if number not in (NODE_OPERATOR, NODE_DOMAIN, NODE_ATTRIBUTE) and (number != NODE_INPUT or inputs == 1):
+        gone = (NODE_OUTPUT, NODE_OPERATOR, NODE_DOMAIN, NODE_ATTRIBUTE)
+        if number not in gone and (number != NODE_INPUT or inputs == 1):
             kept.append(field(number, wire, content))
     names = ((NODE_OPERATOR, PRODUCT), (NODE_DOMAIN, DOMAIN))
     kept += [field(number, DELIMITED, name.encode()) for number, name in names]

@@ -38,7 +38,7 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     def take(matrix: Matrix) -> Attributes | None:
         if not packs(matrix.bits, matrix.block, matrix.zeros is not None):
             return None
-        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block))
+        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, matrix.offsets is not None))
         filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
         return {"matrix": packed[-1].address, "kernel": kernel}
 
@@ -58,7 +58,8 @@ def _fill(packed: PackedMatrix, file: Path, matrix: Matrix, kernel: int) -> None
         codes = _rows(file, matrix.codes, np.uint8, of_codes, part)
         scales = _rows(file, matrix.scales, np.float32, of_scales, part)
         zeros = None if matrix.zeros is None else _rows(file, matrix.zeros, np.uint8, of_zeros, part)
-        packed.fill(kernel, codes, scales, zeros, first)
+        offsets = None if matrix.offsets is None else _rows(file, matrix.offsets, np.float32, of_scales, part)
+        packed.fill(kernel, codes, scales, zeros, first, offsets)
 
 
 def _rows(file: Path, region: Region, dtype: Any, shape: tuple[int, ...], rows: slice) -> np.ndarray:

@@ -211,5 +211,5 @@ int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to)
     if (refused) return refused;
     const int same = from->n == to->n && from->k == to->k && from->bits == to->bits && from->block == to->block;
     if (!same) return KVQ_MISFIT_SHAPE;
-    return from->bits == 4 && !to->zeros ? KVQ_NO_DATA : 0;
+    return (from->bits == 4 && !to->zeros) || !from->offsets != !to->offsets ? KVQ_NO_DATA : 0;
 }

@@ -53,6 +53,7 @@ typedef struct {
     int8_t *codes;  /* [blocks, rows, block] */
     float *scales;  /* [blocks, rows] */
     int32_t *sums;  /* [blocks, rows]: of the codes */
+    float *totals;  /* [blocks, rows]: of the values; null where no offsets want them */
     size_t rows;
 } kvq_byte_rows;
 

@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 15 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 16 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -138,10 +138,12 @@ typedef struct {
 } kvq_rows;
 
 /* A matrix of quantized weights [n, k]. The weight at k of row n is the scale of its block of k times its code less 128, or,
- * with 4 bits, less the block's zero point.
+ * with 4 bits, less the block's zero point; and the block's offset more, where there are offsets.
  *
  * As MatMulNBits of onnxruntime has it (com.microsoft, version 1): codes uint8 [n, blocks, block * bits / 8], of 4 bits the
  * first one low in its byte; scales [n, blocks]; zeros [n, (blocks + 1) / 2], 4 bits each, the first one low, or null: 8.
+ * offsets [n, blocks], or null: none. What a row's values sum up to in a block is multiplied with its offset as it is, not
+ * rounded to bytes.
  *
  * Packed, which kvq_pack makes of it for a kernel: panels of KVQ_PANEL rows, of the last one those that are too many with
  * scales of 0. A word holds four neighbours of a row, so that a register holds those of neighbouring rows:
@@ -149,11 +151,13 @@ typedef struct {
  *         [panels, blocks, block / 8, KVQ_PANEL] words whose bytes have codes of a block's first half low, of its second
  *         half high
  *   scales [panels, blocks, KVQ_PANEL]
- *   zeros [panels, blocks, KVQ_PANEL] bytes; of 4 bits alone */
+ *   zeros [panels, blocks, KVQ_PANEL] bytes; of 4 bits alone
+ *   offsets [panels, blocks, KVQ_PANEL], or null */
 typedef struct {
     uint8_t *codes;
     float *scales;
     uint8_t *zeros;
+    float *offsets;
     int32_t n, k, blocks; /* blocks: k in whole blocks; codes of the last one that are too many have no meaning */
     int32_t bits, block;  /* 4 or 8; KVQ_LEAST_BLOCK to KVQ_MOST_BLOCK, a power of two */
 } kvq_matrix;

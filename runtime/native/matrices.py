@@ -33,27 +33,35 @@ class PackedMatrix:
     Args:
         n, k: rows and columns.
         bits, block: of a code; weights that share a scale.
+        offsets: whether every block has one.
 
     Attributes:
         address: of its kvq_matrix, for as long as this object lives.
-        shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits.
+        shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits. Offsets are as scales.
     """
 
-    def __init__(self, n: int, k: int, bits: int, block: int) -> None:
+    def __init__(self, n: int, k: int, bits: int, block: int, offsets: bool = False) -> None:
         blocks, width, panels = -(-k // block), block * bits // 8, -(-n // PANEL)
         self.shapes = (n, blocks, width), (n, blocks), (n, -(-blocks // 2))
-        sizes = [panels * blocks * PANEL * each for each in (width, 4, bits == 4)]
+        sizes = [panels * blocks * PANEL * each for each in (width, 4, 4 * offsets, bits == 4)]
         memory = hugepages.block(sum(sizes))
-        codes, scales, zeros = np.split(memory, np.cumsum(sizes)[:-1])
+        codes, scales, shifts, zeros = np.split(memory, np.cumsum(sizes)[:-1])
         self._codes = codes.reshape(panels, -1)
         self._scales = scales.view(np.float32).reshape(panels, -1)
         self._zeros = zeros.reshape(panels, -1)
+        self._offsets = shifts.view(np.float32).reshape(panels, -1) if offsets else None
         self._numbers = (k, blocks, bits, block)
-        self._matrix = self._described(n, self._codes, self._scales, self._zeros)
+        self._matrix = self._described(n, self._codes, self._scales, self._zeros, self._offsets)
         self.address = ctypes.addressof(self._matrix)
 
     def fill(
-        self, kernel: int, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None, first: int = 0
+        self,
+        kernel: int,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | None = None,
+        first: int = 0,
+        offsets: np.ndarray | None = None,
     ) -> None:
         """Pack some rows for a kernel; of the last ones `first` + their number may be none of PANEL.
 
@@ -63,12 +71,14 @@ class PackedMatrix:
             scales: float32.
             zeros: zero points of 4-bit codes, uint8; None is 8 each.
             first: of the rows, a multiple of PANEL.
+            offsets: float32 [rows, blocks], what the weights of a block are more; given if the matrix has them.
 
         Raises:
             BackendError: numbers that the library does not take.
         """
-        given = self._described(len(codes), codes, scales, zeros)
-        into = (array[first // PANEL :] for array in (self._codes, self._scales, self._zeros))
+        given = self._described(len(codes), codes, scales, zeros, offsets)
+        arrays = (self._codes, self._scales, self._zeros, self._offsets)
+        into = (None if array is None else array[first // PANEL :] for array in arrays)
         check(load().kvq_pack(kernel, ctypes.byref(given), ctypes.byref(self._described(len(codes), *into))))
 
     def _described(self, n: int, *arrays: np.ndarray | None) -> Matrix:

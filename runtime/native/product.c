@@ -59,6 +59,7 @@ int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
             pack_block(from, flip, from->codes + (source * blocks + b) * block_bytes,
                        (uint32_t *)(to->codes + block * block_bytes * KVQ_PANEL) + lane);
             to->scales[block * KVQ_PANEL + lane] = row < n ? from->scales[row * blocks + b] : 0;
+            if (from->offsets) to->offsets[block * KVQ_PANEL + lane] = row < n ? from->offsets[row * blocks + b] : 0;
             if (from->bits == 8) continue;
             const uint8_t *zeros = from->zeros ? from->zeros + source * ((blocks + 1) / 2) : NULL;
             to->zeros[block * KVQ_PANEL + lane] = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
@@ -80,6 +81,7 @@ int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t
         t.rows.codes = kvq_part(memory, &used, rows * blocks * matrix->block);
         t.rows.scales = kvq_part(memory, &used, sizeof(float) * rows * blocks);
         t.rows.sums = kvq_part(memory, &used, sizeof(int32_t) * rows * blocks);
+        if (matrix->offsets) t.rows.totals = kvq_part(memory, &used, sizeof(float) * rows * blocks);
         if (!filled && !(memory = malloc(used))) return KVQ_NO_MEMORY;
     }
     const size_t parts = (rows + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;

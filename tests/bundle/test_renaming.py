@@ -111,6 +111,57 @@ def test_weights_that_another_operator_uses_stay():
     assert [entry.domain for entry in model.opset_import].count("kvq") == 1
 
 
+def offset_nodes(x: str, prefix: str, output: str, of: str | None = None) -> list[onnx.NodeProto]:
+    """A product of blocks that have offsets; `of`: the value whose blocks are summed up, x if none is given."""
+    return [
+        helper.make_node("Reshape", [of or x, "cut"], [f"{output}.blocks"]),
+        helper.make_node("ReduceSum", [f"{output}.blocks", "last"], [f"{output}.totals"], keepdims=0),
+        product(x, prefix, f"{output}.product"),
+        helper.make_node("Gemm", [f"{output}.totals", f"{prefix}.offsets", f"{output}.product"], [output], transB=1),
+    ]
+
+
+def offset_weights(prefix: str, offset: int) -> list[TensorProto]:
+    inline = [("cut", [-1, 2, 32]), ("last", [-1])]
+    constants = [onnx.numpy_helper.from_array(np.array(numbers, np.int64), name) for name, numbers in inline]
+    return [*weights(prefix, offset), stored(f"{prefix}.offsets", FLOAT, (32, 2), offset + 2048, 256), *constants]
+
+
+def test_what_offsets_add_is_part_of_a_product():
+    seen: list[Matrix] = []
+    data = model_of(offset_nodes("x", "w", "y"), offset_weights("w", 4096))
+    model = onnx.load_from_string(with_products(data, lambda matrix: seen.append(matrix) or take_all(matrix)))
+    (node,) = model.graph.node
+    assert (node.op_type, list(node.input), list(node.output)) == ("Product", ["x"], ["y"])
+    assert not model.graph.initializer
+    assert seen == [Matrix(32, 64, 4, 32, Region(4096, 1024), Region(5120, 256), None, Region(6144, 256))]
+    assert with_products(data, lambda matrix: None) is data
+
+
+@pytest.mark.parametrize("case", ["sums of another value", "a product that is read twice", "offsets inside the graph"])
+def test_other_sums_stay(case):
+    """The product alone is taken then; the Gemm adds to it as before."""
+    nodes, constants = offset_nodes("x", "w", "y"), offset_weights("w", 4096)
+    if case == "sums of another value":
+        nodes = [helper.make_node("Abs", ["x"], ["other"]), *offset_nodes("x", "w", "y", of="other")]
+    elif case == "a product that is read twice":
+        nodes += [helper.make_node("Add", ["y", "y.product"], ["sum"])]
+    else:
+        constants[2] = onnx.numpy_helper.from_array(np.ones((32, 2), np.float32), "w.offsets")
+    model = onnx.load_from_string(with_products(model_of(nodes, constants), take_all))
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds == [node.op_type.replace("MatMulNBits", "Product") for node in nodes]
+    assert {"w.offsets", "cut", "last"} <= {tensor.name for tensor in model.graph.initializer}
+
+
+def test_sums_that_somebody_else_reads_stay():
+    nodes = [*offset_nodes("x", "w", "y"), helper.make_node("Gemm", ["y.totals", "w.offsets"], ["z"], transB=1)]
+    nodes += [helper.make_node("Add", ["y", "z"], ["sum"])]
+    model = onnx.load_from_string(with_products(model_of(nodes, offset_weights("w", 4096)), take_all))
+    assert [node.op_type for node in model.graph.node] == ["Reshape", "ReduceSum", "Product", "Gemm", "Add"]
+    assert {tensor.name for tensor in model.graph.initializer} == {"w.offsets", "cut", "last"}
+
+
 def test_no_file_may_have_a_product():
     data = with_products(model_of([product("x", "w", "y")], weights("w", 4096)), take_all)
     with pytest.raises(BundleError, match="Product"):

@@ -1,4 +1,7 @@
-"""The native library's products beside MatMulNBits of ONNX Runtime, whose rounding of activations is the same."""
+"""The native library's products beside MatMulNBits of ONNX Runtime, whose rounding of activations is the same.
+
+Forms of weights: (bits, whether blocks have zero points, whether they have offsets).
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,22 @@ KERNELS = st.sampled_from(sorted(library.kernels().items()))
 
 
 class Weights:
-    """Random codes, scales and, of 4 bits, zero points or none, as a bundle holds them."""
+    """Random codes, scales and, of 4 bits, zero points or none, as a bundle holds them; offsets or none."""
 
-    def __init__(self, random, n, k, bits, block, zeros):
+    def __init__(self, random, n, k, bits, block, zeros=False, offsets=False):
         blocks = -(-k // block)
         self.k, self.n, self.bits, self.block = k, n, bits, block
         self.codes = random.integers(0, 256, (n, blocks, block * bits // 8), dtype=np.uint8)
         self.scales = random.uniform(0.5, 2, (n, blocks)).astype(np.float32)
         self.zeros = random.integers(0, 256, (n, -(-blocks // 2)), dtype=np.uint8) if zeros else None
+        self.offsets = random.uniform(-9, 9, (n, blocks)).astype(np.float32) if offsets else None
 
     @property
     def parts(self):
         return [part for part in (self.codes, self.scales, self.zeros) if part is not None]
 
     def floats(self, less=1):
-        """The weights, float64 [n, k]; with `less` -1 zero points are added to the codes instead."""
+        """The weights but their offsets, float64 [n, k]; with `less` -1 zero points are added to the codes instead."""
         codes = self.codes
         if self.bits == 4:
             codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
@@ -72,12 +76,22 @@ def matmul_nbits(weights, x):
     return session_of(node, *zip(names, weights.parts, strict=True)).run(None, {"x": x})[0]
 
 
+def of_offsets(weights, x, change=lambda values: values):
+    """What offsets add: totals of blocks of a row times them, float64 [rows, n]; `change` is applied to all factors."""
+    if weights.offsets is None:
+        return np.zeros((len(x), weights.n))
+    blocks = weights.offsets.shape[1]
+    padded = np.zeros((len(x), blocks * weights.block))
+    padded[:, : weights.k] = change(x)
+    return padded.reshape(len(x), blocks, -1).sum(axis=-1) @ change(weights.offsets.astype(np.float64)).T
+
+
 class Product:
     """The library's product with packed weights."""
 
     def __init__(self, weights, kernel):
-        self._packed = PackedMatrix(weights.n, weights.k, weights.bits, weights.block)
-        self._packed.fill(kernel, weights.codes, weights.scales, weights.zeros)
+        self._packed = PackedMatrix(weights.n, weights.k, weights.bits, weights.block, weights.offsets is not None)
+        self._packed.fill(kernel, weights.codes, weights.scales, weights.zeros, offsets=weights.offsets)
         numbers = {"matrix": self._packed.address, "kernel": kernel}
         self._session = session_of(helper.make_node("Product", ["x"], ["out"], domain="kvq", **numbers))
 
@@ -85,20 +99,21 @@ class Product:
         return self._session.run(None, {"x": x})[0]
 
 
+FORMS = ((8, False, False), (4, False, False), (4, True, False), (4, False, True), (4, True, True), (8, False, True))
 shapes = st.tuples(
-    st.integers(1, 100), st.integers(1, 600), st.sampled_from([(8, False), (4, False), (4, True)]),
-    st.sampled_from([32, 64, 128, 256]),
-)  # fmt: skip
+    st.integers(1, 100), st.integers(1, 600), st.sampled_from(FORMS), st.sampled_from([32, 64, 128, 256])
+)
 
 
 @given(shapes, st.integers(1, 70), KERNELS, st.integers(0, 2**32 - 1))
 @examples(60)
 def test_products_are_those_of_onnxruntime(shape, rows, kernel, seed):
-    (n, k, (bits, zeros), block), random = shape, np.random.default_rng(seed)
-    weights = Weights(random, n, k, bits, block, zeros)
+    (n, k, (bits, *parts), block), random = shape, np.random.default_rng(seed)
+    weights = Weights(random, n, k, bits, block, *parts)
     x = (random.standard_normal((rows, k)) * np.exp(2 * random.standard_normal((rows, 1)))).astype(np.float32)
-    out, expected = Product(weights, kernel[1])(x), matmul_nbits(weights, x)
+    out, expected = Product(weights, kernel[1])(x), matmul_nbits(weights, x) + of_offsets(weights, x)
     size = np.abs(x).astype(np.float64) @ weights.floats(less=-1).T  # of what onnxruntime adds: codes and zero points
+    size += of_offsets(weights, x, np.abs)
     assert out.shape == (rows, n)
     assert (np.abs(out - expected) <= TOLERANCE * size + 1e-30).all()
 
@@ -106,8 +121,8 @@ def test_products_are_those_of_onnxruntime(shape, rows, kernel, seed):
 @given(shapes, st.integers(2, 230), KERNELS, st.integers(0, 2**32 - 1))
 @examples(40)
 def test_a_row_does_not_depend_on_the_rows_beside_it(shape, rows, kernel, seed):
-    (n, k, (bits, zeros), block), random = shape, np.random.default_rng(seed)
-    product = Product(Weights(random, n, k, bits, block, zeros), kernel[1])
+    (n, k, (bits, *parts), block), random = shape, np.random.default_rng(seed)
+    product = Product(Weights(random, n, k, bits, block, *parts), kernel[1])
     x = random.standard_normal((rows, k)).astype(np.float32)
     whole = product(x)
     first = int(random.integers(rows))
@@ -116,15 +131,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(shape, rows, kernel, seed):
     np.testing.assert_array_equal(product(x[first : first + 1]), whole[first : first + 1])
 
 
-@given(st.sampled_from([(8, False), (4, True)]), KERNELS, st.integers(0, 2**32 - 1))
+@given(st.sampled_from(FORMS), KERNELS, st.sampled_from([32, 64]), st.integers(0, 2**32 - 1))
 @examples(20)
-def test_whole_numbers_are_multiplied_exactly(form, kernel, seed):
-    (bits, zeros), random = form, np.random.default_rng(seed)
-    weights = Weights(random, 37, 200, bits, 64, zeros)
+def test_whole_numbers_are_multiplied_exactly(form, kernel, block, seed):
+    (bits, *parts), random = form, np.random.default_rng(seed)
+    weights = Weights(random, 37, 200, bits, block, *parts)
     weights.scales[...] = 1
+    if weights.offsets is not None:
+        np.rint(weights.offsets, out=weights.offsets)
     x = random.integers(-127, 128, (9, 200)).astype(np.float32)
-    x[:, ::64] = 127  # so that a step is 1
-    np.testing.assert_array_equal(Product(weights, kernel[1])(x), x.astype(np.float64) @ weights.floats().T)
+    x[:, ::block] = 127  # so that a step is 1
+    expected = x.astype(np.float64) @ weights.floats().T + of_offsets(weights, x)
+    np.testing.assert_array_equal(Product(weights, kernel[1])(x), expected)
 
 
 @pytest.mark.parametrize("kernel", library.kernels().values(), ids=library.kernels())
@@ -151,13 +169,15 @@ def test_rows_of_zeros_and_of_next_to_nothing_yield_zeros(kernel):
 @examples(20)
 def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed):
     random = np.random.default_rng(seed)
-    weights, x = Weights(random, n, 96, 4, 32, True), random.standard_normal((2, 96)).astype(np.float32)
+    weights, x = Weights(random, n, 96, 4, 32, True, True), random.standard_normal((2, 96)).astype(np.float32)
     expected, product = Product(weights, kernel[1])(x), Product(weights, kernel[1])
-    for array in (product._packed._codes, product._packed._scales, product._packed._zeros):
+    packed = product._packed
+    for array in (packed._codes, packed._scales, packed._zeros, packed._offsets):
         array[...] = 255 if array.dtype == np.uint8 else np.nan
     for first in range(0, n, step := panels * PANEL):
-        parts = (weights.codes[first : first + step], weights.scales[first : first + step])
-        product._packed.fill(kernel[1], *parts, weights.zeros[first : first + step], first=first)
+        arrays = (weights.codes, weights.scales, weights.zeros, weights.offsets)
+        codes, scales, zeros, offsets = (array[first : first + step] for array in arrays)
+        packed.fill(kernel[1], codes, scales, zeros, first, offsets)
     np.testing.assert_array_equal(product(x), expected)
 
 
@@ -171,6 +191,14 @@ def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block):
     else:
         with pytest.raises(BackendError):
             packed.fill(0, codes, scales)
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_offsets_are_given_where_a_matrix_has_them_and_nowhere_else(has):
+    packed = PackedMatrix(3, 64, 4, 32, offsets=has)
+    codes, scales = np.zeros(packed.shapes[0], np.uint8), np.zeros(packed.shapes[1], np.float32)
+    with pytest.raises(BackendError):
+        packed.fill(0, codes, scales, offsets=None if has else scales)
 
 
 def test_plain_c_leaves_products_to_onnxruntime():

@@ -1,7 +1,8 @@
 /* Rows times the transpose of a packed matrix of 8- or 4-bit weights, by integer dot products: the rows are bytes too.
  *
  * The sum over a block is a whole number. The product adds such sums, each times both its scales, block after block,
- * however many rows there are, so that no row depends on its neighbours. */
+ * however many rows there are, so that no row depends on its neighbours. What a block's zero point or the kernel's offset
+ * makes of every code is taken off the sum: that many times the sum of the row's own codes. */
 #ifndef KVQ_MATRIX_H
 #define KVQ_MATRIX_H
 
@@ -82,7 +83,9 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
         const float inverse = largest > 1e-36f ? 127 / largest : 0; /* below, it would be infinite */
         const float magic = 12582912.0f;                            /* 1.5 * 2^23: adding it rounds to a whole number */
         vi sum = {0};
+        vf total = splat(0);
         for (int i = 0; i < block; i += LANES) {
+            if (to->totals) total += load_f(in + i);
             vf scaled = load_f(in + i) * inverse;
             ROUNDED(scaled); /* before the sum: together they would round once, and to another code */
             const vi code = (vi)(scaled + magic) - (vi)splat(magic);
@@ -92,75 +95,99 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
         }
         to->scales[b * to->rows + row] = largest / 127;
         UNROLL
-        for (int step = 1; step < LANES; step *= 2) sum += (vi)swap_lanes((vf)sum, step);
+        for (int step = 1; step < LANES; step *= 2) sum += (vi)swap_lanes((vf)sum, step), total += swap_lanes(total, step);
         to->sums[b * to->rows + row] = sum[0];
+        if (to->totals) to->totals[b * to->rows + row] = total[0];
     }
 }
 
-/* A panel's block of 4-bit weights. */
+/* A block of a part's panels. */
 typedef struct {
-    const uint32_t *words;
-    const uint8_t *zeros;
-} nibbles;
+    const uint32_t *words[PART_PANELS]; /* the weights as they are packed */
+    const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: 4-bit ones where `multiply_by` was asked to expand them */
+    const uint8_t *zeros[PART_PANELS];  /* of 4 bits; null of 8 */
+    const float *scales[PART_PANELS], *offsets[PART_PANELS];
+} part_block;
 
-/* Its zero points, of the columns in vector v. */
-INLINE vi zeros_of(const nibbles *from, int v) {
+/* The same of some rows. */
+typedef struct {
+    const int8_t *codes; /* [rows, block] */
+    const float *scales;
+    const int32_t *sums;
+    const float *totals;
+} row_blocks;
+
+INLINE row_blocks rows_of(const kvq_matrix *m, const kvq_byte_rows *of, size_t b, size_t row) {
+    const size_t at = b * of->rows + row;
+    return (row_blocks){of->codes + at * m->block, of->scales + at, of->sums + at, of->totals ? of->totals + at : NULL};
+}
+
+/* Codes of 4 bits in a byte each: to [block / 4, KVQ_PANEL]. */
+static void expand_nibbles(const uint32_t *words, int block, uint32_t *to) {
+    const size_t half = (size_t)block / 8 * KVQ_PANEL;
+    for (size_t i = 0; i < half; i += LANES) {
+        const vu word = load_u(words + i), low = word & 0x0f0f0f0fu, high = word >> 4 & 0x0f0f0f0fu;
+        memcpy(to + i, &low, sizeof low);
+        memcpy(to + half + i, &high, sizeof high);
+    }
+}
+
+/* Place of vector v of a part within its panel's arrays [.., KVQ_PANEL]. */
+#define PANEL_OF(v) ((v) / PANEL_VECTORS)
+#define LANE_OF(v) ((v) % PANEL_VECTORS * LANES)
+
+/* What every code of a block counts too much, of the columns in vector v. */
+INLINE vi surplus(const part_block *t, int nibbles, int v) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    if (!nibbles) return weight_offset - (vi){0};
     bytes zeros;
-    memcpy(&zeros, from->zeros + v * LANES, sizeof zeros);
+    memcpy(&zeros, t->zeros[PANEL_OF(v)] + LANE_OF(v), sizeof zeros);
     return __builtin_convertvector(zeros, vi);
 }
 
-/* As a block of 8 bits: to [block / 4, KVQ_PANEL]. */
-static void expand_nibbles(const nibbles *from, int block, uint32_t *to) {
-    typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        const bytes less = (bytes)((vu)((zeros_of(from, v) - weight_offset) & 0xff) * 0x01010101u);
-        for (int w = 0; w < block / 8; w++) {
-            const vu word = load_u(from->words + (size_t)w * KVQ_PANEL + v * LANES);
-            const bytes low = (bytes)(word & 0x0f0f0f0fu) - less, high = (bytes)(word >> 4 & 0x0f0f0f0fu) - less;
-            memcpy(to + (size_t)w * KVQ_PANEL + v * LANES, &low, sizeof low);
-            memcpy(to + (size_t)(w + block / 8) * KVQ_PANEL + v * LANES, &high, sizeof high);
-        }
-    }
+/* out + a block's sum with both its scales, and the row's total with the offset if there is one. */
+INLINE vf add_block(vf out, vi dot, vf weight, float scale, const float *offset, float total) {
+    out += to_float(dot) * (weight * scale);
+    return offset ? out + load_f(offset) * total : out;
 }
 
-/* A block of a part's panels: its weights and their scales. */
-typedef struct {
-    const uint32_t *words[PART_PANELS];
-    const float *scales[PART_PANELS];
-} part_block;
-
-/* A block of so many rows at once: sums [rows, PART_COLUMNS] grow. */
-INLINE void product_part(int rows, const part_block *t, const int8_t *x, int block, const float *scales,
-                         const int32_t *sums, float *out) {
+/* A block of so many rows at once: out [rows, PART_COLUMNS] grows. The first three are constants where it is used. */
+INLINE void product_part(int rows, int nibbles, int with_offsets, const part_block *t, const row_blocks *x, size_t row, int block,
+                         float *out) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
     const int chains = rows * PART_VECTORS < 8 ? CHAINS : 1;
+    const int words = nibbles ? block / 8 : block / 4, at_once = nibbles ? 2 : chains;
     vi dots[PART_ROWS * PART_VECTORS > 8 ? PART_ROWS : 8][PART_VECTORS];
     UNROLL
-    for (int r = 0; r < rows; r++) {
+    for (int v = 0; v < PART_VECTORS; v++) {
+        const vi less = surplus(t, nibbles, v);
         UNROLL
-        for (int v = 0; v < PART_VECTORS; v++) {
-            dots[r][v] = -weight_offset * sums[r] - (vi){0};
+        for (int r = 0; r < rows; r++) {
+            dots[r][v] = -x->sums[row + r] * less;
             if (chains > 1) dots[rows + r][v] = (vi){0};
         }
     }
-    for (int g = 0; g < block / 4; g += chains) {
+    for (int g = 0; g < words; g += nibbles ? 1 : chains) {
+        vu word[PART_VECTORS];
         UNROLL
-        for (int c = 0; c < chains; c++) {
+        for (int c = 0; c < at_once; c++) { /* of nibbles first the low ones */
             vu codes[PART_VECTORS];
             UNROLL
             for (int v = 0; v < PART_VECTORS; v++) {
-                const size_t at = (size_t)(g + c) * KVQ_PANEL + v % PANEL_VECTORS * LANES;
-                codes[v] = load_u(t->words[v / PANEL_VECTORS] + at);
+                const size_t at = (size_t)(nibbles ? g : g + c) * KVQ_PANEL + LANE_OF(v);
+                if (!nibbles || !c) word[v] = load_u(t->words[PANEL_OF(v)] + at);
+                codes[v] = !nibbles ? word[v] : (c ? word[v] >> 4 : word[v]) & 0x0f0f0f0fu;
             }
+            const int8_t *four_of = x->codes + row * block + 4 * (nibbles ? g + c * (block / 8) : g + c);
             UNROLL
             for (int r = 0; r < rows; r++) {
                 uint32_t four;
-                memcpy(&four, x + r * block + 4 * (g + c), sizeof four);
+                memcpy(&four, four_of + r * block, sizeof four);
                 UNROLL
-                for (int v = 0; v < PART_VECTORS; v++)
-                    dots[c * rows + r][v] = dot_words(dots[c * rows + r][v], codes[v], four - (vu){0});
+                for (int v = 0; v < PART_VECTORS; v++) {
+                    vi *dot = dots[(chains > 1 ? c * rows : 0) + r] + v;
+                    *dot = dot_words(*dot, codes[v], four - (vu){0});
+                }
             }
         }
     }
@@ -169,33 +196,40 @@ INLINE void product_part(int rows, const part_block *t, const int8_t *x, int blo
         UNROLL
         for (int v = 0; v < PART_VECTORS; v++) {
             float *at = out + r * PART_COLUMNS + v * LANES;
-            const vf weight = load_f(t->scales[v / PANEL_VECTORS] + v % PANEL_VECTORS * LANES);
+            const vf weight = load_f(t->scales[PANEL_OF(v)] + LANE_OF(v));
+            const float *offset = with_offsets ? t->offsets[PANEL_OF(v)] + LANE_OF(v) : NULL;
             const vi dot = chains > 1 ? dots[r][v] + dots[rows + r][v] : dots[r][v];
-            store_f(at, load_f(at) + to_float(dot) * (weight * scales[r]));
+            store_f(at, add_block(load_f(at), dot, weight, x->scales[row + r], offset, with_offsets ? x->totals[row + r] : 0));
         }
     }
 }
 
-/* The same for any number of rows from `row` on. */
-static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
-                         size_t rows, float *out) {
-    const int8_t *x = of->codes + (b * of->rows + row) * m->block;
-    const float *scales = of->scales + b * of->rows + row;
-    const int32_t *sums = of->sums + b * of->rows + row;
+INLINE void product_rows_of(int nibbles, int with_offsets, const kvq_matrix *m, const part_block *t, const row_blocks *x,
+                            size_t rows, float *out) {
     size_t r = 0;
-#define TILES(n)                        \
-    for (; r + n <= rows; r += n)       \
-    product_part(n, t, x + r * m->block, m->block, scales + r, sums + r, out + r * PART_COLUMNS)
+#define TILES(n)                    \
+    for (; r + n <= rows; r += n) \
+    product_part(n, nibbles, with_offsets, t, x, r, m->block, out + r * PART_COLUMNS)
     TILES(PART_ROWS);
     TILES(4);
     TILES(1);
 #undef TILES
 }
 
+/* The same for any number of rows from `row` on. */
+static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
+                         size_t rows, float *out) {
+    const row_blocks x = rows_of(m, of, b, row);
+    if (m->bits == 8 && !m->offsets) product_rows_of(0, 0, m, t, &x, rows, out);
+    else if (m->bits == 8) product_rows_of(0, 1, m, t, &x, rows, out);
+    else if (!m->offsets) product_rows_of(1, 0, m, t, &x, rows, out);
+    else product_rows_of(1, 1, m, t, &x, rows, out);
+}
+
 typedef void (*multiply_rows)(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
                               size_t rows, float *out);
 
-INLINE void multiply_by(multiply_rows multiply_rows, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel,
+INLINE void multiply_by(multiply_rows multiply_rows, int expands, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel,
                         size_t first, size_t rows, float *out) {
     uint32_t expanded[PART_PANELS][KVQ_MOST_BLOCK / 4 * KVQ_PANEL] __attribute__((aligned(64)));
     float sums[PRODUCT_MOST_ROWS * PART_COLUMNS] __attribute__((aligned(64)));
@@ -205,10 +239,13 @@ INLINE void multiply_by(multiply_rows multiply_rows, const kvq_matrix *m, const 
         part_block t;
         for (size_t p = 0; p < PART_PANELS; p++) {
             const size_t own = panel + p < panels ? panel + p : panel, at = own * m->blocks + b;
-            const uint32_t *words = (const uint32_t *)(m->codes + at * block_bytes);
-            t.words[p] = m->bits == 8 ? words : expanded[p];
+            t.words[p] = t.bytes[p] = (const uint32_t *)(m->codes + at * block_bytes);
             t.scales[p] = m->scales + at * KVQ_PANEL;
-            if (m->bits == 4) expand_nibbles(&(nibbles){words, m->zeros + at * KVQ_PANEL}, m->block, expanded[p]);
+            t.zeros[p] = m->bits == 4 ? m->zeros + at * KVQ_PANEL : NULL;
+            t.offsets[p] = m->offsets ? m->offsets + at * KVQ_PANEL : NULL;
+            if (!expands || m->bits == 8) continue;
+            expand_nibbles(t.words[p], m->block, expanded[p]);
+            t.bytes[p] = expanded[p];
         }
         multiply_rows(m, &t, of, b, first, rows, sums);
     }
@@ -222,7 +259,7 @@ INLINE void multiply_by(multiply_rows multiply_rows, const kvq_matrix *m, const 
 }
 
 static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
-    multiply_by(product_rows, m, of, panel, first, rows, out);
+    multiply_by(product_rows, 0, m, of, panel, first, rows, out);
 }
 
 #endif

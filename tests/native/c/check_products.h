@@ -5,7 +5,7 @@
 
 #include "check_refusals.h"
 
-/* The weight at column k of a row, as MatMulNBits defines it. */
+/* The weight at column k of a row, as MatMulNBits defines it: its offset is not in it. */
 static double weight_of(const kvq_matrix *m, int row, int k) {
     const int b = k / m->block, i = k % m->block;
     const size_t block = (size_t)row * m->blocks + b;
@@ -26,23 +26,29 @@ static double stepped(const kvq_matrix *m, const float *x, int k) {
     return (double)code * (largest / 127);
 }
 
-static void free_matrix(kvq_matrix *m) { free(m->codes), free(m->scales), free(m->zeros); }
-
-/* Arrays of exactly their size for so many rows. */
-static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros) {
-    const int blocks = (k + block - 1) / block;
-    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(sizeof(float) * rows * blocks),
-                        zeros ? exactly(zeros) : NULL, n, k, blocks, bits, block};
+static double offset_of(const kvq_matrix *m, int row, int k) {
+    return m->offsets ? m->offsets[(size_t)row * m->blocks + k / m->block] : 0;
 }
 
-static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int rows) {
+static void free_matrix(kvq_matrix *m) { free(m->codes), free(m->scales), free(m->zeros), free(m->offsets); }
+
+/* Arrays of exactly their size for so many rows. */
+static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros, int offsets) {
+    const int blocks = (k + block - 1) / block;
+    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(sizeof(float) * rows * blocks),
+                        zeros ? exactly(zeros) : NULL, offsets ? exactly(sizeof(float) * rows * blocks) : NULL,
+                        n, k, blocks, bits, block};
+}
+
+static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int with_offsets, int rows) {
     const size_t blocks = (k + block - 1) / block, padded = (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL;
-    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0);
-    kvq_matrix to = matrix_of(n, k, bits, block, padded, bits == 4 ? padded * blocks : 0);
+    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0, with_offsets);
+    kvq_matrix to = matrix_of(n, k, bits, block, padded, bits == 4 ? padded * blocks : 0, with_offsets);
     float *x = exactly(sizeof(float) * rows * k), *out = exactly(sizeof(float) * rows * n);
     float *alone = exactly(sizeof(float) * n);
     for (size_t i = 0; i < n * blocks * block * bits / 8; i++) from.codes[i] = (uint8_t)random_bits();
     for (size_t i = 0; i < n * blocks; i++) from.scales[i] = (float)uniform(1e-4, 1e-2);
+    for (size_t i = 0; with_offsets && i < n * blocks; i++) from.offsets[i] = (float)uniform(-1, 1);
     for (size_t i = 0; with_zeros && i < n * ((blocks + 1) / 2); i++) from.zeros[i] = (uint8_t)random_bits();
     for (int i = 0; i < rows * k; i++) x[i] = (float)(uniform(-1, 1) * (below(50) ? 1 : 40));
     if (kvq_pack(kernel, &from, &to)) fail("a matrix [%d, %d] of %d bits in blocks of %d is refused", n, k, bits, block);
@@ -52,7 +58,8 @@ static void check_product(int kernel, int n, int k, int bits, int block, int wit
             double wanted = 0, size = 0;
             for (int i = 0; i < k; i++) {
                 const double term = weight_of(&from, c, i) * stepped(&from, x + r * k, i);
-                wanted += term, size += fabs(term);
+                const double more = offset_of(&from, c, i) * x[r * k + i];
+                wanted += term + more, size += fabs(term) + fabs(more);
             }
             const double error = fabs(out[r * n + c] - wanted);
             if (!(error <= 1e-6 * size + 1e-30))
@@ -76,7 +83,7 @@ static const misfit MATRICES[] = {
 };
 
 static void check_refused_matrices(void) {
-    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0), to = matrix_of(16, 64, 8, 32, 16, 0);
+    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0, 0), to = matrix_of(16, 64, 8, 32, 16, 0, 0);
     memset(from.codes, 128, 16 * 64);
     memset(from.scales, 0, sizeof(float) * 32);
     expect_error("a matrix that fits", 0, kvq_pack(0, &from, &to), 0);
@@ -99,6 +106,11 @@ static void check_refused_matrices(void) {
     from.bits = to.bits = 4;
     expect_error("zero points", 0, kvq_pack(0, &from, &to), KVQ_NO_DATA);
     from.bits = to.bits = 8;
+    for (int side = 0; side < 2; side++) {
+        kvq_matrix left = from, right = to;
+        *(side ? &left.offsets : &right.offsets) = from.scales;
+        expect_error("offsets of one side", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
+    }
     free_matrix(&from), free_matrix(&to);
 }
 
@@ -107,12 +119,12 @@ static void check_products(int quick) {
     for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
         if (!kvq_kernel_available(kernel)) continue;
         for (int i = 0; i < LENGTH(BLOCKS); i++)
-            for (int kind = 0; kind < 3; kind++) {
-                const int bits = kind ? 4 : 8, zeros = kind == 2;
-                check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, 1 + below(quick ? 20 : 60));
-                check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, 33);
+            for (int kind = 0; kind < 6; kind++) {
+                const int bits = kind % 3 ? 4 : 8, zeros = kind % 3 == 2, offsets = kind > 2, rows = 1 + below(quick ? 20 : 60);
+                check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, offsets, rows);
+                check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, offsets, 33);
             }
-        if (!quick) check_product(kernel, 40, 576, 8, 64, 0, PRODUCT_MOST_ROWS + 7);
+        if (!quick) check_product(kernel, 40, 576, 8, 64, 0, 0, PRODUCT_MOST_ROWS + 7);
     }
 }
 
