@@ -94,7 +94,8 @@ def _dequantized(graph: onnx.GraphProto, hidden: int) -> dict[str, np.ndarray]:
         found[name] = matrix.dequantize()
         taken = next((makers.get(node.input[0]) for node in graph.node if f"{name}.codes" in node.input[1:2]), None)
         before = makers.get(taken.input[0]) if taken is not None and taken.op_type == "Reshape" else None
-        if before is not None and before.op_type == "MatMul":  # what it is multiplied with is rotated, block by block
+        # What it is multiplied with is rotated, block by block; unless these are values that are rotated as they come.
+        if before is not None and before.op_type == "MatMul" and before.input[1] != "rotation":
             rotation = found[before.input[1]].astype(np.float64)
             found[name] = rotate_inputs(found[name].astype(np.float64), rotation).astype(np.float32)
     return found
