@@ -9,7 +9,7 @@ import numpy as np
 
 from kvq.exporter.architectures import Model, describe
 from kvq.exporter.sources import open_source
-from kvq.exporter.sources.base import Blocks, Source
+from kvq.exporter.sources.base import BlockForm, Blocks, Source
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import CheckpointError, TokenizerError
 from kvq.runtime.text.tokenizer import load_tokenizer
@@ -51,17 +51,27 @@ class Checkpoint:
         return np.concatenate([self.tensor(name) for name in names])
 
     def stacked_blocks(self, names: list[str]) -> Blocks | None:
-        """Matrices concatenated along the first axis, in blocks as the source holds them; None if it does not."""
+        """Matrices concatenated along the first axis, in blocks as the source holds them.
+
+        None if it does not, or if some are of 4 bits with minima and others of 8 bits: no form holds both.
+        """
         found = [self._blocks(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         if len(parts) < len(names):
             return None
         for name, blocks in zip(names, parts, strict=True):
             self._finite(name, blocks.scales)
-        bits, block = max(part.bits for part in parts), min(part.block for part in parts)
-        parts = [part.as_form(bits, block) for part in parts]
+        bits, blocks, minima = zip(*(part.form for part in parts), strict=True)
+        form = BlockForm(max(bits), min(blocks), any(minima))
+        if form.minima and min(bits) != form.bits:
+            return None
+        parts = [part.as_form(form) for part in parts]
         return Blocks(
-            np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]), bits, block
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            form.bits,
+            form.block,
+            np.concatenate([part.minima for part in parts if part.minima is not None]) if form.minima else None,
         )
 
     def _blocks(self, name: str) -> Blocks | None:

@@ -328,7 +328,7 @@ def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> boo
     """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
     attends = [layer.attend for layer in checkpoint.model.layers]
     names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
-    return carried_over(checkpoint, weights, activations, names)
+    return all(carried_over(checkpoint, weights, activations, [name]) for name in names)
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -80,7 +80,7 @@ class Twin:
             if node.attributes["rotate"] == 1:  # of queries and keys only: that of the values is in the weights
                 self._unrotate(node, rotation, matrices, arrays)
         self._matrices = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
-        taken = {name for node in (*self._decoder, *self._head) if node.kind not in PRODUCTS for name in node.inputs}
+        taken = {name for node in (*self._decoder, *self._head) for name in _without_matrix(node)}
         # Sizes and places, which are of 64 bits, are taken as numbers.
         self._constants = {
             name: array.tolist() if array.dtype == np.int64 else torch.from_numpy(array)
@@ -166,13 +166,19 @@ class Twin:
         """The node of the decoder that yields a value."""
         return next(node for node in self._decoder if name in node.outputs)
 
+    def _input(self, name: str, values: dict[str, Any]) -> Any:
+        """What a node takes under a name."""
+        return values[name] if name in values else self._constants[name]
+
     def _run(self, nodes: list[Node], values: dict[str, Any], attention: Callable[..., Tensor]) -> None:
         """Run nodes on `values`, which takes what they yield and loses what none takes any more."""
         for node in nodes:
             if node.kind in PRODUCTS:
                 found: Any = linear(values[node.inputs[0]], self._matrices[node.inputs[1]])
+                if node.kind == "Gemm" and len(node.inputs) > 2:
+                    found = found + self._input(node.inputs[2], values)
             else:
-                inputs = [values[name] if name in values else self._constants[name] for name in node.inputs]
+                inputs = [self._input(name, values) for name in node.inputs]
                 operator = attention if node.kind == "Attention" else OPERATORS[node.kind]
                 found = operator(node, *inputs)
             values.update(zip(node.outputs, found if len(node.outputs) > 1 else (found,), strict=True))
@@ -202,6 +208,13 @@ def _read(bundle: Bundle, name: str, arrays: dict[str, np.ndarray]) -> list[Node
         done = [taken for taken in dict.fromkeys(node.input) if last[taken] == at]
         nodes.append(Node(node.op_type, list(node.input), list(node.output), attributes, done))
     return nodes
+
+
+def _without_matrix(node: Node) -> list[str]:
+    """What a node takes, but for the matrix of a product and its parts."""
+    if node.kind not in PRODUCTS:
+        return node.inputs
+    return [node.inputs[0], *(node.inputs[2:] if node.kind == "Gemm" else [])]
 
 
 def _matrix(node: Node, arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -282,6 +295,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Identity": lambda node, x: x,
     "MatMul": lambda node, x, y: (x.double() @ y.double()).float(),  # rotates rows: what they are is rounded once
     "Mul": lambda node, x, y: x * y,
+    "ReduceSum": lambda node, x, axes: x.sum(axes, keepdim=bool(node.attributes["keepdims"])),
     "Reshape": lambda node, x, shape: x.reshape([n or x.shape[at] for at, n in enumerate(shape)]),
     "SimplifiedLayerNormalization": lambda node, x, gain: _norm(x, gain, node.attributes["epsilon"]),
     "Sin": lambda node, x: x.sin(),

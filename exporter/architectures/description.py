@@ -8,7 +8,7 @@ whatever else runs a model reads the graphs: so a layer is described in the file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,7 @@ class Adapted:
         """The same of a matrix in blocks."""
         if self.offset:
             raise ValueError("blocks have no offset")
-        blocks = replace(blocks, scales=blocks.scales * np.float32(self.factor))
+        blocks = blocks.times(self.factor)
         return blocks if self.order is None else blocks.rows(self.order)
 
 

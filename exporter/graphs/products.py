@@ -88,7 +88,8 @@ class Products:
         matrix.read = True
         if not matrix.bits:
             return graph.op("Gemm", x, graph.stored(matrix.name), transB=1)
-        return graph.op(
+        sums = self._sums(graph, x, matrix) if matrix.offsets else ""
+        product = graph.op(
             "MatMulNBits",
             x,
             *map(graph.stored, matrix.parts),
@@ -99,6 +100,12 @@ class Products:
             block_size=matrix.block,
             accuracy_level=ACCURACY_LEVEL[self._activations],
         )
+        return graph.op("Gemm", sums, graph.stored(matrix.offsets), product, transB=1) if sums else product
+
+    def _sums(self, graph: Graph, x: str, matrix: StoredMatrix) -> str:
+        """Sums of x [tokens, k] in the blocks of a matrix that has whole ones, [tokens, k // block]."""
+        blocks = graph.op("Reshape", x, graph.constant([-1, matrix.k // matrix.block, matrix.block]))
+        return graph.op("ReduceSum", blocks, graph.constant([-1]), keepdims=0)
 
     def _two_byte_product(self, graph: Graph, x: str, matrix: StoredMatrix) -> str:
         """`_product` with x as the sum of two rows of int8: what one byte holds of it, and the rest.

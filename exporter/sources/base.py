@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,34 +19,83 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 LONGEST_TEXT = 512
 
 
+class BlockForm(NamedTuple):
+    """How a file holds a matrix in blocks.
+
+    bits: of a code, 4 or 8.
+    block: elements a scale.
+    minima: whether a block has a minimum; of 4 bits only.
+    """
+
+    bits: int
+    block: int
+    minima: bool = False
+
+
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [n, k] in blocks along k that its file holds in a form MatMulNBits multiplies as it is.
+    """A matrix [n, k] in blocks along k that its file holds in a form that is multiplied as it is.
 
-    weight = (code - 2^(bits - 1)) * scale, exactly.
+    weight = (code - 2^(bits - 1)) * scale, exactly; of blocks with minima code * scale + minimum.
 
     Attributes:
         codes: uint8 [n, k], each below 2^bits.
         scales: float32 [n, k // block].
-        bits: 4 or 8.
+        bits: 4 or 8; 4 where there are minima.
         block: elements a scale.
+        minima: float32 [n, k // block]; None where there are none.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     bits: int
     block: int
+    minima: np.ndarray | None = None
+
+    @property
+    def form(self) -> BlockForm:
+        """How they are held."""
+        return BlockForm(self.bits, self.block, self.minima is not None)
+
+    @property
+    def middle(self) -> int:
+        """The code of zero where there are no minima."""
+        return 1 << (self.bits - 1)
+
+    def dequantize(self) -> np.ndarray:
+        """The matrix, float32 [n, k]."""
+        codes = self.codes.reshape(*self.scales.shape, self.block).astype(np.float32)
+        if self.minima is None:
+            weights = (codes - np.float32(self.middle)) * self.scales[..., None]
+        else:
+            weights = codes * self.scales[..., None] + self.minima[..., None]
+        return weights.reshape(self.codes.shape)
 
     def rows(self, order: np.ndarray) -> Blocks:
         """The same rows in another order, int [n]."""
-        return replace(self, codes=self.codes[order], scales=self.scales[order])
+        minima = None if self.minima is None else self.minima[order]
+        return replace(self, codes=self.codes[order], scales=self.scales[order], minima=minima)
 
-    def as_form(self, bits: int, block: int) -> Blocks:
-        """The same weights in codes of more bits and blocks that divide the present ones."""
-        codes = self.codes
-        if bits != self.bits:
-            codes = codes + np.uint8((1 << (bits - 1)) - (1 << (self.bits - 1)))
-        return Blocks(codes, np.repeat(self.scales, self.block // block, axis=1), bits, block)
+    def times(self, factor: float) -> Blocks:
+        """The same weights times a factor."""
+        minima = None if self.minima is None else self.minima * np.float32(factor)
+        return replace(self, scales=self.scales * np.float32(factor), minima=minima)
+
+    def as_form(self, form: BlockForm) -> Blocks:
+        """The same weights in codes of no fewer bits, blocks that divide the present ones, and minima if asked for.
+
+        Raises:
+            ValueError: minima in codes of more bits, or that the form leaves out.
+        """
+        if (self.minima is not None or form.minima) and (form.bits != self.bits or not form.minima):
+            raise ValueError("minima stay, in codes of as many bits")
+        codes, minima = self.codes, self.minima
+        if form.bits != self.bits:
+            codes = codes + np.uint8((1 << (form.bits - 1)) - self.middle)
+        if form.minima and minima is None:
+            minima = np.float32(-self.middle) * self.scales
+        scales, minima = (x if x is None else np.repeat(x, self.block // form.block, 1) for x in (self.scales, minima))
+        return Blocks(codes, scales, form.bits, form.block, minima)
 
 
 class Source(ABC):
@@ -77,8 +126,8 @@ class Source(ABC):
             CheckpointError: its data cannot be read.
         """
 
-    def block_bits(self, name: str) -> int | None:
-        """Bits of the codes of `blocks(name)`, without reading them; None where there are no such blocks."""
+    def block_form(self, name: str) -> BlockForm | None:
+        """Form of `blocks(name)`, without reading them; None where there are no such blocks."""
         return None
 
     def blocks(self, name: str) -> Blocks | None:

@@ -14,7 +14,17 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from kvq.exporter.architectures import ARCHITECTURES, what_is_missing
-from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Blocks, Source, positive, positive_number, short
+from kvq.exporter.sources.base import (
+    LONGEST_TEXT,
+    SPECIAL_TOKENS,
+    BlockForm,
+    Blocks,
+    Source,
+    positive,
+    positive_number,
+    short,
+)
+from kvq.exporter.sources.gguf_blocks import EXACT, decoded_blocks
 from kvq.exporter.sources.gguf_header import Tensor, read_header
 from kvq.exporter.sources.gguf_rope import FACTORS, rope_fields
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
@@ -25,8 +35,6 @@ TYPES = FLOATS | {
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
 }  # fmt: skip
-# Types without a minimum, which MatMulNBits can multiply: bits of its codes, elements a scale.
-EXACT = {Type.Q4_0: (4, 32), Type.Q5_0: (8, 32), Type.Q8_0: (8, 32), Type.Q6_K: (8, 16)}
 SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 # Configuration: key after the architecture's name -> (field of config.json, type, whether it must be there).
 CONFIG = {
@@ -212,27 +220,17 @@ class GgufFile(Source):
             )
         return self._decoded(tensor, name)
 
-    def block_bits(self, name: str) -> int | None:
+    def block_form(self, name: str) -> BlockForm | None:
         tensor = self._tensors[name]
-        return EXACT[tensor.type][0] if tensor.type in EXACT and len(tensor.shape) == 2 else None
+        return EXACT.get(tensor.type) if len(tensor.shape) == 2 else None
 
     def blocks(self, name: str) -> Blocks | None:
-        if self.block_bits(name) is None:
+        if self.block_form(name) is None:
             return None
         tensor = self._tensors[name]
-        bits, block = EXACT[tensor.type]
-        n, k = tensor.shape
-        values = self._decoded(tensor, name).reshape(n, k // block, block)
-        with np.errstate(all="ignore"):
-            scales = _scales(self._raw(tensor), tensor.type).reshape(n, k // block)
-            codes = np.where(scales[..., None] == 0, 0, np.rint(values / scales[..., None]))
-            exact = codes * scales[..., None] == values
-        zero = 1 << (bits - 1)
-        if not exact.all() or codes.min() < -zero or codes.max() >= zero:
-            return None  # scales that are no number, which whoever reads the values refuses
-        found = Blocks((codes + zero).astype(np.uint8).reshape(n, k), scales, bits, block)
-        order = self._row_order(name, n)
-        return found if order is None else found.rows(order)
+        found = decoded_blocks(self._raw(tensor), tensor.type, self._decoded(tensor, name))
+        order = self._row_order(name, tensor.shape[0])
+        return found if found is None or order is None else found.rows(order)
 
     def _row_order(self, name: str, rows: int) -> np.ndarray | None:
         """Where rows of queries and keys stand: GGUF interleaves the halves of a head for its rotary embedding."""
@@ -290,13 +288,3 @@ class GgufFile(Source):
 def _layer(name: str) -> int:
     """Number of the layer that a parameter belongs to."""
     return int(name.split(".")[2])
-
-
-def _scales(raw: np.ndarray, type_: Type) -> np.ndarray:
-    """Scale of every block of an exact type, float32 [blocks], as `dequantize` multiplies with it."""
-    if type_ is Type.Q6_K:  # 16 scales of 8 bits and a half that all of them are multiplied with
-        parts = raw.reshape(-1, 210)
-        whole = np.ascontiguousarray(parts[:, 208:]).view("<f2").astype(np.float32)
-        return (whole * np.ascontiguousarray(parts[:, 192:208]).view(np.int8).astype(np.float32)).ravel()
-    nbytes = {Type.Q4_0: 18, Type.Q5_0: 22, Type.Q8_0: 34}[type_]
-    return np.ascontiguousarray(raw.reshape(-1, nbytes)[:, :2]).view("<f2").astype(np.float32).ravel()

@@ -42,7 +42,9 @@ class StoredMatrix:
 
     `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
     source holds the same numbers. `turn` is the size of the blocks along k that are rotated by a Hadamard matrix, as
-    what it is multiplied with has to be; 0: none are. `parts` are a quantized one's tensors in the operator's order.
+    what it is multiplied with has to be; 0: none are. `parts` are a quantized one's tensors in the operator's order;
+    `offsets`, float32 [n, k // block], is what is added to its blocks' weights, and is multiplied on its own: its name,
+    empty where there are none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class StoredMatrix:
     exact: bool
     turn: int = 0
     parts: tuple[str, ...] = ()
+    offsets: str = ""
     read: bool = False
 
 
@@ -61,14 +64,17 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     """Whether matrices keep the blocks that their source holds.
 
     With activations of 8 bits only those of 4 bits do, for their size: of 8 bits, blocks of our own lose less, rotated,
-    than the activations do in front of blocks that are not.
+    than the activations do in front of blocks that are not. Blocks with minima do where the result has 4 bits.
     """
-    tables = (checkpoint.model.embedding, checkpoint.model.head)
-    most = (HEAD_BITS if names[0] in tables else LAYER_BITS)[weights]
-    held = [checkpoint.source.block_bits(name) for name in names]
-    if weights == "mixed" or not most or any(bits is None or bits > most for bits in held):
+    table = names[0] in (checkpoint.model.embedding, checkpoint.model.head)
+    most = (HEAD_BITS if table else LAYER_BITS)[weights]
+    held = [form for form in map(checkpoint.source.block_form, names) if form is not None]
+    if weights == "mixed" or len(held) < len(names) or any(form.bits > most for form in held):
         return False
-    return activations == "fp32" or (weights == "auto" and names[0] not in tables and max(filter(None, held)) == 4)
+    bits = max(form.bits for form in held) if weights == "auto" and not table else most
+    if bits != 4 and any(form.minima for form in held):
+        return False
+    return activations == "fp32" or (weights == "auto" and bits == 4)
 
 
 class Matrices:
@@ -152,10 +158,10 @@ class Matrices:
             turn = activation_block(k) if turns else 0
             matrix = rotate_inputs(matrix, hadamard(turn)) if turn else matrix
             quantized = self._quantized(name, matrix, bits)
-        parts = {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.packed_zeros}
-        held = {part: array for part, array in parts.items() if array is not None}
+        held = quantized.tensors
+        names = {part: f"{name}.{part}" for part in held}
         for part, array in held.items():
-            self._file.add(f"{name}.{part}", array)
+            self._file.add(names[part], array)
         self._stored[name] = StoredMatrix(
             name,
             n=len(quantized.codes),
@@ -165,7 +171,8 @@ class Matrices:
             nbytes=sum(array.nbytes for array in held.values()),
             exact=exact,
             turn=turn,
-            parts=tuple(f"{name}.{part}" for part in held),
+            offsets=names.pop("offsets", ""),
+            parts=tuple(names.values()),
         )
         return self._stored[name]
 
@@ -183,4 +190,4 @@ class Matrices:
         if blocks is None:
             return None
         keeps = self._weights == "auto" and parts[0] not in self._tables  # looked up in 8 bits
-        return packed(blocks if keeps else blocks.as_form(bits, blocks.block))
+        return packed(blocks if keeps else blocks.as_form(blocks.form._replace(bits=bits)))

@@ -4,6 +4,9 @@ A row of a matrix [n, k] is cut into blocks; each block has one float32 scale an
 weight = (code - zero) * scale. Of 8 bits the zero point is in the middle; of 4 bits it is a code of the block's own, as
 16 levels around the middle of the codes would leave some of them out. Contract:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+
+Blocks of a source that have minima are no such grid. What is missing is the same for all weights of a block, its
+offset, and is multiplied with the sum of what the block is multiplied with, beside the operator.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class QuantizedMatrix(NamedTuple):
     codes: uint8 [n, blocks, block * bits // 8]; for 4 bits the even element is in the low half.
     scales: float32 [n, blocks].
     zeros: uint8 [n, blocks], codes of zero; None where all are 2^(bits - 1).
+    offsets: float32 [n, blocks] that are added to a block's weights; None where there are none.
     """
 
     codes: np.ndarray
@@ -36,6 +40,7 @@ class QuantizedMatrix(NamedTuple):
     block: int
     k: int
     zeros: np.ndarray | None = None
+    offsets: np.ndarray | None = None
 
     @property
     def packed_zeros(self) -> np.ndarray | None:
@@ -46,10 +51,18 @@ class QuantizedMatrix(NamedTuple):
         even[:, : self.zeros.shape[1]] = self.zeros
         return _packed(even, 4)
 
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What there is of it, as it is stored: the operator's inputs in their order, and offsets."""
+        parts = {"codes": self.codes, "scales": self.scales, "zeros": self.packed_zeros, "offsets": self.offsets}
+        return {part: array for part, array in parts.items() if array is not None}
+
     def dequantize(self) -> np.ndarray:
         """The matrix that is really multiplied with, float32 [n, k]."""
         zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[..., None].astype(np.float32)
         weights = (_unpacked(self.codes, self.bits).astype(np.float32) - zeros) * self.scales[..., None]
+        if self.offsets is not None:
+            weights += self.offsets[..., None]
         return weights.reshape(len(self.codes), -1)[:, : self.k]
 
 
@@ -59,10 +72,15 @@ def unpacked_zeros(packed_zeros: np.ndarray, blocks: int, bits: int) -> np.ndarr
 
 
 def packed(blocks: Blocks) -> QuantizedMatrix:
-    """Blocks of a source in the operator's layout, unchanged."""
+    """Blocks of a source in the operator's layout, unchanged.
+
+    An offset is the weight of the middle code, so weights of blocks with minima are off by its rounding to float32 at
+    most: by nothing where it has none, as that of a half and 8 times another of its magnitude has.
+    """
     n, k = blocks.codes.shape
     codes = blocks.codes.reshape(n, -1, blocks.block)
-    return QuantizedMatrix(_packed(codes, blocks.bits), blocks.scales, blocks.bits, blocks.block, k)
+    offsets = None if blocks.minima is None else blocks.minima + np.float32(blocks.middle) * blocks.scales
+    return QuantizedMatrix(_packed(codes, blocks.bits), blocks.scales, blocks.bits, blocks.block, k, offsets=offsets)
 
 
 def _packed(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -24,9 +24,10 @@ def _gemm(inputs: list[Value], attributes: Attributes, outputs: int) -> list[Sha
         raise Misfit("not rows times a matrix of weights that lies across")
     if fixed(rows[1]) != matrix[1]:
         raise Misfit(f"{rows[1]} columns, weights for {matrix[1]}")
-    if len(inputs) == 3:
+    shape = rows[0], matrix[0]
+    if len(inputs) == 3 and (inputs[2].stored or inputs[2].shape != shape):  # no sum with another product
         _want(inputs[2], "its biases", (matrix[0],))
-    return [(rows[0], matrix[0])]
+    return [shape]
 
 
 def _matmul(inputs: list[Value], attributes: Attributes, outputs: int) -> list[Shape]:

@@ -17,6 +17,8 @@ import kvq
 from kvq.composition import open_bundle
 from kvq.exporter.export import export
 from kvq.runtime.errors import BundleError, KvqError, PolicyError
+from tests.tools.checkpoints import TINY, save_checkpoint
+from tests.tools.gguf_files import write_gguf
 from tests.tools.work import bounded_work
 
 try:
@@ -76,6 +78,20 @@ def int4_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """The tiny bundle with quantized weights and the head that takes two bytes a value. Read only."""
     out = tmp_path_factory.mktemp("int4") / "bundle"
     return export(str(tiny_checkpoint), out, weights="int4", activations="int16-head", block=32, compensate=False).path
+
+
+@pytest.fixture(scope="session")
+def minima_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a GGUF file whose blocks have minima, rows of 64 and 96. Read only."""
+    folder, fields = tmp_path_factory.mktemp("minima"), {"num_hidden_layers": 2, "intermediate_size": 96}
+    checkpoint = save_checkpoint(folder / "checkpoint", TINY | fields, tokenizer=False)
+    return export(write_gguf(folder / "m.gguf", checkpoint, "Q4_1"), folder / "bundle").path
+
+
+@pytest.fixture
+def minima(minima_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of that bundle."""
+    return Path(shutil.copytree(minima_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from onnx import numpy_helper
@@ -19,6 +21,7 @@ from tests.attacks.graphs import (
     Model,
     attribute,
     model,
+    node,
     nodes,
     numbers,
     replace,
@@ -48,6 +51,54 @@ def zero_points(*shape: int, dtype=np.uint8) -> Attack:
 def index_by_position(found: Model) -> None:
     entry = nodes(found, "Gather")[0]
     entry.input[1] = "positions"
+
+
+def offsets(*shape: int, dtype=np.float32) -> Attack:
+    """Other offsets for the first product, of a matrix [64, 64] whose offsets are [64, 2]."""
+
+    def attack(found: Model) -> None:
+        found.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, dtype), "others"))
+        replace(found, nodes(found, GEMM)[0], 1, "others")
+
+    return attack
+
+
+def summand(*shape: int, dtype=np.float32) -> Attack:
+    """A constant in the place of the product, [tokens, 192], that the second product of sums is added to."""
+
+    def attack(found: Model) -> None:
+        found.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, dtype), "others"))
+        nodes(found, GEMM)[1].input[2] = "others"
+
+    return attack
+
+
+def sums(found: Model, at: int, shape: list[int]) -> None:
+    """Another shape for the values that are summed first."""
+    entry = next(n for n in found.graph.node if nodes(found, "ReduceSum")[0].input[0] in n.output)
+    found.graph.initializer.append(numpy_helper.from_array(np.array(shape), "others"))
+    replace(found, entry, at, "others")
+
+
+def added(name: Callable[[Model], str]) -> Attack:
+    """Another value in the place of the product that the first product of sums is added to."""
+
+    def attack(found: Model) -> None:
+        nodes(found, GEMM)[0].input[2] = name(found)
+
+    return attack
+
+
+def one_column(found: Model) -> str:
+    """Sums of whole rows, [tokens, 1], made in front of the first product of sums."""
+    entry = nodes(found, GEMM)[0]
+    found.graph.initializer.append(numpy_helper.from_array(np.array([1]), "last"))
+    made = node("ReduceSum", "residual last", "column", keepdims=1)
+    kept = list(found.graph.node)
+    at = kept.index(entry)
+    del found.graph.node[:]
+    found.graph.node.extend([*kept[:at], made, *kept[at:]])
+    return "column"
 
 
 ATTACKS: dict[str, tuple[str, Attack, str]] = {
@@ -114,6 +165,71 @@ ATTACKS: dict[str, tuple[str, Attack, str]] = {
     "zero points of floats": ("int4", model(SEGMENT, zero_points(64, 1, dtype=np.float32)), "its zero points"),
     "five inputs": ("int4", model(SEGMENT, extra_input(NBITS, "residual")), "MatMulNBits .*5 inputs"),
     "an input left out": ("int4", model(SEGMENT, extra_input(NBITS, "")), "'' is used before it is defined"),
+    # Products of sums beside those of quantized matrices
+    "offsets of more blocks": ("minima", model(SEGMENT, offsets(64, 3)), "Gemm .*2 columns, weights for 3"),
+    "offsets of fewer blocks": ("minima", model(SEGMENT, offsets(64, 1)), "Gemm .*2 columns, weights for 1"),
+    "offsets of more rows": ("minima", model(SEGMENT, offsets(65, 2)), "Gemm .*its biases are no constant .*65"),
+    "offsets of fewer rows": ("minima", model(SEGMENT, offsets(1, 2)), "Gemm .*its biases are no constant .*1,"),
+    "offsets of a list": ("minima", model(SEGMENT, offsets(128)), "Gemm .*lies across"),
+    "offsets of blocks of blocks": ("minima", model(SEGMENT, offsets(64, 2, 1)), "Gemm .*lies across"),
+    "offsets of whole numbers": ("minima", model(SEGMENT, offsets(64, 2, dtype=np.uint8)), "Gemm .*not float32"),
+    "offsets of values": (
+        "minima",
+        model(SEGMENT, lambda m: replace(m, nodes(m, GEMM)[0], 1, "residual")),
+        "Gemm .*lies across",
+    ),
+    "offsets turned": ("minima", model(SEGMENT, attribute(GEMM, "transB", 0)), "Gemm .*lies across"),
+    "a product times 2": ("minima", model(SEGMENT, attribute(GEMM, "beta", 2.0)), "Gemm .*attributes"),
+    "sums times 2": ("minima", model(SEGMENT, attribute(GEMM, "alpha", 2.0)), "Gemm .*attributes"),
+    "four inputs": ("minima", model(SEGMENT, extra_input(GEMM, "residual")), "Gemm .*4 inputs"),
+    "a product of another matrix": (
+        "minima",
+        model(SEGMENT, lambda m: replace(m, nodes(m, GEMM)[1], 2, nodes(m, NBITS)[0].output[0])),
+        "Gemm .*its biases are no constant",
+    ),
+    "a product of a later matrix": (
+        "minima",
+        model(SEGMENT, added(lambda m: nodes(m, NBITS)[1].output[0])),
+        "is used before it is defined",
+    ),
+    "sums added to themselves": (
+        "minima",
+        model(SEGMENT, added(lambda m: nodes(m, GEMM)[0].input[0])),
+        "Gemm .*its biases are no constant",
+    ),
+    "a column added": ("minima", model(SEGMENT, added(one_column)), "Gemm .*its biases are no constant"),
+    "blocks added": (
+        "minima",
+        model(SEGMENT, added(lambda m: nodes(m, "ReduceSum")[0].input[0])),
+        "Gemm .*its biases are no constant",
+    ),
+    "a row of a constant added": ("minima", model(SEGMENT, summand(1, 192)), "Gemm .*its biases are no constant"),
+    "rows of a constant added": ("minima", model(SEGMENT, summand(5, 192)), "Gemm .*its biases are no constant"),
+    "a number added": ("minima", model(SEGMENT, summand()), "Gemm .*its biases are no constant"),
+    "whole numbers added": ("minima", model(SEGMENT, summand(192, dtype=np.int64)), "Gemm .*not float32|too long"),
+    "sums of half blocks": (
+        "minima",
+        model(SEGMENT, lambda m: sums(m, 1, [-1, 4, 16])),
+        "Gemm .*4 columns, weights for 2",
+    ),
+    "sums of tokens": ("minima", model(SEGMENT, numbers("ReduceSum", 1, [0])), "ReduceSum .*it cuts or joins tokens"),
+    "sums of blocks": (
+        "minima",
+        model(SEGMENT, numbers("ReduceSum", 1, [1])),
+        "Gemm .*32 columns, weights for 2",
+    ),
+    "sums along two axes": ("minima", model(SEGMENT, numbers("ReduceSum", 1, [1, 2])), "ReduceSum .*2 axes"),
+    "sums along a value": (
+        "minima",
+        model(SEGMENT, lambda m: replace(m, nodes(m, "ReduceSum")[0], 1, "residual")),
+        "ReduceSum .*is not a constant",
+    ),
+    "sums that stay": ("minima", model(SEGMENT, attribute("ReduceSum", "keepdims", 1)), "Gemm .*lies across"),
+    "sums of blocks of many tokens": (
+        "minima",
+        model(SEGMENT, lambda m: sums(m, 1, [-1, 4, 32])),
+        "Gemm .*4 columns, weights for 2|does not have the shape",
+    ),
     # Tables
     "rows by position": ("fp32", model(FIRST, index_by_position), "Gather .*by ids of tokens"),
     "rows of values": (

@@ -72,6 +72,23 @@ def test_a_norm_of_heads(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isfinite(logits(bundle)).all()
 
 
+def test_a_product_added_to_another_value(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual stream as the third input of a product, instead of a sum after it."""
+    monkeypatch.setenv("KVQ_BACKEND", "numpy")
+    plain = logits(bundle)
+
+    def change(model: onnx.ModelProto) -> None:
+        total = next(node for node in model.graph.node if node.op_type == "Add")
+        product = next(node for node in model.graph.node if node.output[0] == total.input[1])
+        assert (total.input[0], product.op_type) == ("residual", "Gemm")
+        product.input.append("residual")
+        product.output[0] = total.output[0]
+        model.graph.node.remove(total)
+
+    rewritten(bundle, "segment_001.onnx", change)
+    np.testing.assert_allclose(logits(bundle), plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_zero_points_of_quantized_weights(flat: bool, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The middle of the codes, said instead of left out: the same logits."""

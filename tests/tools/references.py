@@ -88,12 +88,14 @@ def _dequantized(graph: onnx.GraphProto, hidden: int) -> dict[str, np.ndarray]:
     for name in [name.removesuffix(".codes") for name in found if name.endswith(".codes")]:
         codes, scales = found.pop(f"{name}.codes"), found.pop(f"{name}.scales")
         of = {"bits": 8, "block_size": codes.shape[2], "K": hidden} | products.get(f"{name}.codes", {})
-        zeros = found.pop(f"{name}.zeros", None)
+        zeros, offsets = found.pop(f"{name}.zeros", None), found.pop(f"{name}.offsets", None)
         zeros = None if zeros is None else unpacked_zeros(zeros, scales.shape[1], of["bits"])
-        found[name] = QuantizedMatrix(codes, scales, of["bits"], of["block_size"], of["K"], zeros).dequantize()
+        matrix = QuantizedMatrix(codes, scales, of["bits"], of["block_size"], of["K"], zeros, offsets)
+        found[name] = matrix.dequantize()
         taken = next((makers.get(node.input[0]) for node in graph.node if f"{name}.codes" in node.input[1:2]), None)
         before = makers.get(taken.input[0]) if taken is not None and taken.op_type == "Reshape" else None
-        if before is not None and before.op_type == "MatMul":  # what it is multiplied with is rotated, block by block
+        # What it is multiplied with is rotated, block by block; unless these are values that are rotated as they come.
+        if before is not None and before.op_type == "MatMul" and before.input[1] != "rotation":
             rotation = found[before.input[1]].astype(np.float64)
             found[name] = rotate_inputs(found[name].astype(np.float64), rotation).astype(np.float32)
     return found
