@@ -38,7 +38,8 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     def take(matrix: Matrix) -> Attributes | None:
         if not packs(matrix.bits, matrix.block, matrix.zeros is not None):
             return None
-        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, matrix.offsets is not None))
+        has = (part is not None for part in (matrix.zeros, matrix.offsets))
+        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, *has))
         filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
         return {"matrix": packed[-1].address, "kernel": kernel}
 

@@ -52,7 +52,7 @@ typedef struct {
 typedef struct {
     int8_t *codes;  /* [blocks, rows, block] */
     float *scales;  /* [blocks, rows] */
-    int32_t *sums;  /* [blocks, rows]: of the codes */
+    int32_t *sums;  /* [blocks, rows]: of the codes; times what each code of the weights counts too much if that is one number */
     float *totals;  /* [blocks, rows]: of the values; null where no offsets want them */
     size_t rows;
 } kvq_byte_rows;

@@ -151,7 +151,7 @@ typedef struct {
  *         [panels, blocks, block / 8, KVQ_PANEL] words whose bytes have codes of a block's first half low, of its second
  *         half high
  *   scales [panels, blocks, KVQ_PANEL]
- *   zeros [panels, blocks, KVQ_PANEL] bytes; of 4 bits alone
+ *   zeros [panels, blocks, KVQ_PANEL] bytes, or null: 8
  *   offsets [panels, blocks, KVQ_PANEL], or null */
 typedef struct {
     uint8_t *codes;

@@ -33,22 +33,22 @@ class PackedMatrix:
     Args:
         n, k: rows and columns.
         bits, block: of a code; weights that share a scale.
-        offsets: whether every block has one.
+        zeros, offsets: whether blocks have zero points, offsets.
 
     Attributes:
         address: of its kvq_matrix, for as long as this object lives.
         shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits. Offsets are as scales.
     """
 
-    def __init__(self, n: int, k: int, bits: int, block: int, offsets: bool = False) -> None:
+    def __init__(self, n: int, k: int, bits: int, block: int, zeros: bool = False, offsets: bool = False) -> None:
         blocks, width, panels = -(-k // block), block * bits // 8, -(-n // PANEL)
         self.shapes = (n, blocks, width), (n, blocks), (n, -(-blocks // 2))
-        sizes = [panels * blocks * PANEL * each for each in (width, 4, 4 * offsets, bits == 4)]
+        sizes = [panels * blocks * PANEL * each for each in (width, 4, 4 * offsets, zeros)]
         memory = hugepages.block(sum(sizes))
-        codes, scales, shifts, zeros = np.split(memory, np.cumsum(sizes)[:-1])
+        codes, scales, shifts, points = np.split(memory, np.cumsum(sizes)[:-1])
         self._codes = codes.reshape(panels, -1)
         self._scales = scales.view(np.float32).reshape(panels, -1)
-        self._zeros = zeros.reshape(panels, -1)
+        self._zeros = points.reshape(panels, -1) if zeros else None
         self._offsets = shifts.view(np.float32).reshape(panels, -1) if offsets else None
         self._numbers = (k, blocks, bits, block)
         self._matrix = self._described(n, self._codes, self._scales, self._zeros, self._offsets)
@@ -69,7 +69,7 @@ class PackedMatrix:
             kernel: index of the instruction set, see `kvq.runtime.native.library.kernels`.
             codes: uint8, as `shapes` says, of these rows.
             scales: float32.
-            zeros: zero points of 4-bit codes, uint8; None is 8 each.
+            zeros: zero points of 4-bit codes, uint8; given if the matrix has them.
             first: of the rows, a multiple of PANEL.
             offsets: float32 [rows, blocks], what the weights of a block are more; given if the matrix has them.
 

@@ -60,9 +60,8 @@ int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
                        (uint32_t *)(to->codes + block * block_bytes * KVQ_PANEL) + lane);
             to->scales[block * KVQ_PANEL + lane] = row < n ? from->scales[row * blocks + b] : 0;
             if (from->offsets) to->offsets[block * KVQ_PANEL + lane] = row < n ? from->offsets[row * blocks + b] : 0;
-            if (from->bits == 8) continue;
-            const uint8_t *zeros = from->zeros ? from->zeros + source * ((blocks + 1) / 2) : NULL;
-            to->zeros[block * KVQ_PANEL + lane] = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
+            if (!from->zeros) continue;
+            to->zeros[block * KVQ_PANEL + lane] = from->zeros[source * ((blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15;
         }
     }
     return 0;

@@ -38,6 +38,10 @@ class Weights:
         self.offsets = random.uniform(-9, 9, (n, blocks)).astype(np.float32) if offsets else None
 
     @property
+    def has(self):
+        return [part is not None for part in (self.zeros, self.offsets)]
+
+    @property
     def parts(self):
         return [part for part in (self.codes, self.scales, self.zeros) if part is not None]
 
@@ -90,7 +94,7 @@ class Product:
     """The library's product with packed weights."""
 
     def __init__(self, weights, kernel):
-        self._packed = PackedMatrix(weights.n, weights.k, weights.bits, weights.block, weights.offsets is not None)
+        self._packed = PackedMatrix(weights.n, weights.k, weights.bits, weights.block, *weights.has)
         self._packed.fill(kernel, weights.codes, weights.scales, weights.zeros, offsets=weights.offsets)
         numbers = {"matrix": self._packed.address, "kernel": kernel}
         self._session = session_of(helper.make_node("Product", ["x"], ["out"], domain="kvq", **numbers))

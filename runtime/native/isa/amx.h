@@ -29,24 +29,23 @@ USES_TILES static void open_tiles(void) { open_tiles_of(TILE_BYTES); }
 
 /* TILE_SIDE rows of a part, from `row` on, whose dot products are there: out [TILE_SIDE, PART_COLUMNS] grows, as in
  * product_part. */
-INLINE void add_tiles(int nibbles, int with_offsets, const int32_t dots[2][TILE_SIDE][LANES], const part_block *t,
+INLINE void add_tiles(form form, const int32_t dots[2][TILE_SIDE][LANES], const part_block *t,
                       const row_blocks *x, size_t row, float *out) {
     for (int p = 0; p < 2; p++) {
         const vf weight = load_f(t->scales[p]);
-        const vi less = surplus(t, nibbles, p);
         for (int r = 0; r < TILE_SIDE; r++) {
-            const vi dot = (vi)load_u((const uint32_t *)dots[p][r]) - x->sums[row + r] * less;
+            const vi dot = (vi)load_u((const uint32_t *)dots[p][r]) - surplus(t, form, p, x->sums[row + r]);
             float *at = out + r * PART_COLUMNS + p * LANES;
-            store_f(at, add_block(load_f(at), dot, weight, x->scales[row + r], with_offsets ? t->offsets[p] : NULL,
-                                  with_offsets ? x->totals[row + r] : 0));
+            store_f(at, add_block(load_f(at), dot, weight, x->scales[row + r], form.offsets ? t->offsets[p] : NULL,
+                                  form.offsets ? x->totals[row + r] : 0));
         }
     }
 }
 
 /* As product_rows. A row of a tile is what a block has of a row, or, of weights, a panel's words of a place: blocks of 64 are a
  * tile, larger ones several, and of 32 half of one; what is left over goes without. */
-USES_TILES INLINE void product_tiles_of(int nibbles, int with_offsets, const kvq_matrix *m, const part_block *t,
-                                        const kvq_byte_rows *of, size_t b, size_t row, size_t rows, float *out) {
+USES_TILES INLINE void product_tiles_of(form form, const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b,
+                                        size_t row, size_t rows, float *out) {
     int32_t dots[4][TILE_SIDE][LANES] __attribute__((aligned(64)));
     const size_t stride = m->block;
     const row_blocks of_rows = rows_of(m, of, b, row);
@@ -71,7 +70,7 @@ USES_TILES INLINE void product_tiles_of(int nibbles, int with_offsets, const kvq
         }
         _tile_stored(0, dots[0], TILE_BYTES);
         _tile_stored(1, dots[1], TILE_BYTES);
-        add_tiles(nibbles, with_offsets, dots, t, &of_rows, r, out + r * PART_COLUMNS);
+        add_tiles(form, dots, t, &of_rows, r, out + r * PART_COLUMNS);
         if (!both) {
             r += TILE_SIDE;
             break;
@@ -79,17 +78,14 @@ USES_TILES INLINE void product_tiles_of(int nibbles, int with_offsets, const kvq
         _tile_stored(2, dots[2], TILE_BYTES);
         _tile_stored(3, dots[3], TILE_BYTES);
         const size_t next = r + TILE_SIDE;
-        add_tiles(nibbles, with_offsets, dots + 2, t, &of_rows, next, out + next * PART_COLUMNS);
+        add_tiles(form, dots + 2, t, &of_rows, next, out + next * PART_COLUMNS);
     }
     if (r < rows) product_rows(m, t, of, b, row + r, rows - r, out + r * PART_COLUMNS);
 }
 
 USES_TILES static void product_tiles(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
                                      size_t rows, float *out) {
-    if (m->bits == 8 && !m->offsets) product_tiles_of(0, 0, m, t, of, b, row, rows, out);
-    else if (m->bits == 8) product_tiles_of(0, 1, m, t, of, b, row, rows, out);
-    else if (!m->offsets) product_tiles_of(1, 0, m, t, of, b, row, rows, out);
-    else product_tiles_of(1, 1, m, t, of, b, row, rows, out);
+    FOR_FORM(m, product_tiles_of, m, t, of, b, row, rows, out);
 }
 
 USES_TILES static void multiply_tiles(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows,

@@ -32,9 +32,10 @@ enum { own_products = 0 };
 #endif
 
 #ifdef DOT_KERNEL
-enum { weight_offset = dot_offset_INT8 };
+/* Where codes are the unsigned side of a dot product, its sums of four fit without saturation whatever they are. */
+enum { weight_offset = dot_offset_INT8, high_in_place = dot_offset_INT8 > 0 };
 #else
-enum { weight_offset = 0 };
+enum { weight_offset = 0, high_in_place = 0 };
 #ifndef dot_words
 /* sum + the dot product of the four signed bytes of each lane */
 INLINE vi dot_words_plain(vi sum, vu codes, vu query) {
@@ -45,6 +46,8 @@ INLINE vi dot_words_plain(vi sum, vu codes, vu query) {
 #define dot_words dot_words_plain
 #endif
 #endif
+
+enum { MIDDLE = 8 }; /* the zero point of 4 bits where a block has none of its own */
 
 /* A register whose content is rounded: the compiler cannot make one operation of what comes before and after. */
 #if defined(__x86_64__)
@@ -96,16 +99,21 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
         to->scales[b * to->rows + row] = largest / 127;
         UNROLL
         for (int step = 1; step < LANES; step *= 2) sum += (vi)swap_lanes((vf)sum, step), total += swap_lanes(total, step);
-        to->sums[b * to->rows + row] = sum[0];
+        to->sums[b * to->rows + row] = m->zeros ? sum[0] : sum[0] * (m->bits == 4 ? MIDDLE : weight_offset);
         if (to->totals) to->totals[b * to->rows + row] = total[0];
     }
 }
+
+/* What a matrix has: codes of 4 bits, zero points, offsets. */
+typedef struct {
+    int nibbles, zeros, offsets;
+} form;
 
 /* A block of a part's panels. */
 typedef struct {
     const uint32_t *words[PART_PANELS]; /* the weights as they are packed */
     const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: 4-bit ones where `multiply_by` was asked to expand them */
-    const uint8_t *zeros[PART_PANELS];  /* of 4 bits; null of 8 */
+    const uint8_t *zeros[PART_PANELS];  /* null where there are none */
     const float *scales[PART_PANELS], *offsets[PART_PANELS];
 } part_block;
 
@@ -136,49 +144,52 @@ static void expand_nibbles(const uint32_t *words, int block, uint32_t *to) {
 #define PANEL_OF(v) ((v) / PANEL_VECTORS)
 #define LANE_OF(v) ((v) % PANEL_VECTORS * LANES)
 
-/* What every code of a block counts too much, of the columns in vector v. */
-INLINE vi surplus(const part_block *t, int nibbles, int v) {
+/* What the codes of a block count too much in the columns of vector v, by the sum of a row's. */
+INLINE vi surplus(const part_block *t, form form, int v, int32_t sum) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    if (!nibbles) return weight_offset - (vi){0};
+    if (!form.zeros) return sum - (vi){0};
     bytes zeros;
     memcpy(&zeros, t->zeros[PANEL_OF(v)] + LANE_OF(v), sizeof zeros);
-    return __builtin_convertvector(zeros, vi);
+    return __builtin_convertvector(zeros, vi) * sum;
 }
 
-/* out + a block's sum with both its scales, and the row's total with the offset if there is one. */
-INLINE vf add_block(vf out, vi dot, vf weight, float scale, const float *offset, float total) {
-    out += to_float(dot) * (weight * scale);
-    return offset ? out + load_f(offset) * total : out;
+/* sum + a block's dot product with both its scales, and the row's total with the offset if there is one. */
+INLINE vf add_block(vf sum, vi dot, vf weight, float scale, const float *offset, float total) {
+    sum += to_float(dot) * (weight * scale);
+    return offset ? sum + load_f(offset) * total : sum;
 }
 
-/* A block of so many rows at once: out [rows, PART_COLUMNS] grows. The first three are constants where it is used. */
-INLINE void product_part(int rows, int nibbles, int with_offsets, const part_block *t, const row_blocks *x, size_t row, int block,
-                         float *out) {
+/* A block of so many rows at once, from `row` on: sum [rows][PART_VECTORS] grows. Rows and form are constants where it is
+ * used. */
+INLINE void product_block_of(int rows, form form, const part_block *t, const row_blocks *x, size_t row, int block,
+                             vf sum[][PART_VECTORS]) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
     const int chains = rows * PART_VECTORS < 8 ? CHAINS : 1;
-    const int words = nibbles ? block / 8 : block / 4, at_once = nibbles ? 2 : chains;
+    const int words = form.nibbles ? block / 8 : block / 4, at_once = form.nibbles ? 2 : chains;
+    const int in_place = high_in_place && chains > 1; /* high halves count 16 times, in a chain of their own */
     vi dots[PART_ROWS * PART_VECTORS > 8 ? PART_ROWS : 8][PART_VECTORS];
     UNROLL
     for (int v = 0; v < PART_VECTORS; v++) {
-        const vi less = surplus(t, nibbles, v);
         UNROLL
         for (int r = 0; r < rows; r++) {
-            dots[r][v] = -x->sums[row + r] * less;
+            dots[r][v] = (vi){0};
             if (chains > 1) dots[rows + r][v] = (vi){0};
         }
     }
-    for (int g = 0; g < words; g += nibbles ? 1 : chains) {
+    for (int g = 0; g < words; g += form.nibbles ? 1 : chains) {
         vu word[PART_VECTORS];
         UNROLL
         for (int c = 0; c < at_once; c++) { /* of nibbles first the low ones */
             vu codes[PART_VECTORS];
             UNROLL
             for (int v = 0; v < PART_VECTORS; v++) {
-                const size_t at = (size_t)(nibbles ? g : g + c) * KVQ_PANEL + LANE_OF(v);
-                if (!nibbles || !c) word[v] = load_u(t->words[PANEL_OF(v)] + at);
-                codes[v] = !nibbles ? word[v] : (c ? word[v] >> 4 : word[v]) & 0x0f0f0f0fu;
+                const size_t at = (size_t)(form.nibbles ? g : g + c) * KVQ_PANEL + LANE_OF(v);
+                if (!form.nibbles || !c) word[v] = load_u(t->words[PANEL_OF(v)] + at);
+                if (!form.nibbles) codes[v] = word[v];
+                else if (!c) codes[v] = word[v] & 0x0f0f0f0fu;
+                else codes[v] = in_place ? word[v] & 0xf0f0f0f0u : word[v] >> 4 & 0x0f0f0f0fu;
             }
-            const int8_t *four_of = x->codes + row * block + 4 * (nibbles ? g + c * (block / 8) : g + c);
+            const int8_t *four_of = x->codes + row * block + 4 * (form.nibbles ? g + c * (block / 8) : g + c);
             UNROLL
             for (int r = 0; r < rows; r++) {
                 uint32_t four;
@@ -195,35 +206,79 @@ INLINE void product_part(int rows, int nibbles, int with_offsets, const part_blo
     for (int r = 0; r < rows; r++) {
         UNROLL
         for (int v = 0; v < PART_VECTORS; v++) {
-            float *at = out + r * PART_COLUMNS + v * LANES;
             const vf weight = load_f(t->scales[PANEL_OF(v)] + LANE_OF(v));
-            const float *offset = with_offsets ? t->offsets[PANEL_OF(v)] + LANE_OF(v) : NULL;
-            const vi dot = chains > 1 ? dots[r][v] + dots[rows + r][v] : dots[r][v];
-            store_f(at, add_block(load_f(at), dot, weight, x->scales[row + r], offset, with_offsets ? x->totals[row + r] : 0));
+            const float *offset = form.offsets ? t->offsets[PANEL_OF(v)] + LANE_OF(v) : NULL;
+            vi dot = dots[r][v] - surplus(t, form, v, x->sums[row + r]);
+            if (chains > 1) dot += form.nibbles && in_place ? dots[rows + r][v] >> 4 : dots[rows + r][v];
+            sum[r][v] = add_block(sum[r][v], dot, weight, x->scales[row + r], offset, offset ? x->totals[row + r] : 0);
         }
     }
 }
 
-INLINE void product_rows_of(int nibbles, int with_offsets, const kvq_matrix *m, const part_block *t, const row_blocks *x,
+/* The same for sums in memory, out [rows, PART_COLUMNS]. */
+INLINE void product_part(int rows, form form, const part_block *t, const row_blocks *x, size_t row, int block, float *out) {
+    vf sum[PART_ROWS][PART_VECTORS];
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < PART_VECTORS; v++) sum[r][v] = load_f(out + r * PART_COLUMNS + v * LANES);
+    }
+    product_block_of(rows, form, t, x, row, block, sum);
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int v = 0; v < PART_VECTORS; v++) store_f(out + r * PART_COLUMNS + v * LANES, sum[r][v]);
+    }
+}
+
+/* The same for any number of rows from `row` on. */
+INLINE void product_rows_of(form form, const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
                             size_t rows, float *out) {
+    const row_blocks x = rows_of(m, of, b, row);
     size_t r = 0;
-#define TILES(n)                    \
-    for (; r + n <= rows; r += n) \
-    product_part(n, nibbles, with_offsets, t, x, r, m->block, out + r * PART_COLUMNS)
+#define TILES(n) for (; r + n <= rows; r += n) product_part(n, form, t, &x, r, m->block, out + r * PART_COLUMNS)
     TILES(PART_ROWS);
     TILES(4);
     TILES(1);
 #undef TILES
 }
 
-/* The same for any number of rows from `row` on. */
-static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
-                         size_t rows, float *out) {
-    const row_blocks x = rows_of(m, of, b, row);
-    if (m->bits == 8 && !m->offsets) product_rows_of(0, 0, m, t, &x, rows, out);
-    else if (m->bits == 8) product_rows_of(0, 1, m, t, &x, rows, out);
-    else if (!m->offsets) product_rows_of(1, 0, m, t, &x, rows, out);
-    else product_rows_of(1, 1, m, t, &x, rows, out);
+/* A function with the form of its matrix as a constant: call(form, ...) for whichever it is. */
+#define FOR_FORM(m, call, ...)                                                       \
+    do {                                                                             \
+        if ((m)->bits == 8 && !(m)->offsets) call((form){0, 0, 0}, __VA_ARGS__);     \
+        else if ((m)->bits == 8) call((form){0, 0, 1}, __VA_ARGS__);                 \
+        else if ((m)->zeros && !(m)->offsets) call((form){1, 1, 0}, __VA_ARGS__);    \
+        else if ((m)->zeros) call((form){1, 1, 1}, __VA_ARGS__);                     \
+        else if ((m)->offsets) call((form){1, 0, 1}, __VA_ARGS__);                   \
+        else call((form){1, 0, 0}, __VA_ARGS__);                                     \
+    } while (0)
+
+static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row, size_t rows,
+                         float *out) {
+    FOR_FORM(m, product_rows_of, m, t, of, b, row, rows, out);
+}
+
+/* Block b of a part's panels, from `panel` on; of a part that has too many, one of them twice. */
+INLINE part_block part_of(const kvq_matrix *m, size_t panel, int b) {
+    const size_t panels = ((size_t)m->n + KVQ_PANEL - 1) / KVQ_PANEL, block_bytes = KVQ_PANEL * m->block * m->bits / 8;
+    part_block t;
+    for (size_t p = 0; p < PART_PANELS; p++) {
+        const size_t own = panel + p < panels ? panel + p : panel, at = own * m->blocks + b;
+        t.words[p] = t.bytes[p] = (const uint32_t *)(m->codes + at * block_bytes);
+        t.scales[p] = m->scales + at * KVQ_PANEL;
+        t.zeros[p] = m->zeros ? m->zeros + at * KVQ_PANEL : NULL;
+        t.offsets[p] = m->offsets ? m->offsets + at * KVQ_PANEL : NULL;
+    }
+    return t;
+}
+
+/* Sums [rows, PART_COLUMNS] of a part to their columns. */
+static void put_part(const kvq_matrix *m, size_t panel, size_t first, size_t rows, const float *sums, float *out) {
+    const size_t column = panel * KVQ_PANEL, left = m->n - column;
+    for (size_t r = 0; r < rows; r++)
+        memcpy(out + (first + r) * m->n + column, sums + r * PART_COLUMNS,
+               sizeof(float) * (left < PART_COLUMNS ? left : PART_COLUMNS));
 }
 
 typedef void (*multiply_rows)(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
@@ -233,33 +288,34 @@ INLINE void multiply_by(multiply_rows multiply_rows, int expands, const kvq_matr
                         size_t first, size_t rows, float *out) {
     uint32_t expanded[PART_PANELS][KVQ_MOST_BLOCK / 4 * KVQ_PANEL] __attribute__((aligned(64)));
     float sums[PRODUCT_MOST_ROWS * PART_COLUMNS] __attribute__((aligned(64)));
-    const size_t panels = ((size_t)m->n + KVQ_PANEL - 1) / KVQ_PANEL, block_bytes = KVQ_PANEL * m->block * m->bits / 8;
     memset(sums, 0, sizeof(float) * rows * PART_COLUMNS);
     for (int b = 0; b < m->blocks; b++) {
-        part_block t;
-        for (size_t p = 0; p < PART_PANELS; p++) {
-            const size_t own = panel + p < panels ? panel + p : panel, at = own * m->blocks + b;
-            t.words[p] = t.bytes[p] = (const uint32_t *)(m->codes + at * block_bytes);
-            t.scales[p] = m->scales + at * KVQ_PANEL;
-            t.zeros[p] = m->bits == 4 ? m->zeros + at * KVQ_PANEL : NULL;
-            t.offsets[p] = m->offsets ? m->offsets + at * KVQ_PANEL : NULL;
-            if (!expands || m->bits == 8) continue;
+        part_block t = part_of(m, panel, b);
+        for (int p = 0; expands && m->bits == 4 && p < PART_PANELS; p++) {
             expand_nibbles(t.words[p], m->block, expanded[p]);
             t.bytes[p] = expanded[p];
         }
         multiply_rows(m, &t, of, b, first, rows, sums);
     }
-    const size_t column = panel * KVQ_PANEL, left = m->n - column;
-    for (size_t r = 0; r < rows; r++) {
-        float *to = out + (first + r) * m->n + column;
-        const float *from = sums + r * PART_COLUMNS;
-        if (left < PART_COLUMNS) memcpy(to, from, sizeof(float) * left);
-        else memcpy(to, from, sizeof(float) * PART_COLUMNS);
+    put_part(m, panel, first, rows, sums, out);
+}
+
+/* One row, whose sums stay in registers. */
+INLINE void multiply_one_of(form form, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, float *out) {
+    vf sum[1][PART_VECTORS] = {{{0}}};
+    for (int b = 0; b < m->blocks; b++) {
+        const part_block t = part_of(m, panel, b);
+        const row_blocks x = rows_of(m, of, b, first);
+        product_block_of(1, form, &t, &x, 0, m->block, sum);
     }
+    float sums[PART_COLUMNS];
+    for (int v = 0; v < PART_VECTORS; v++) store_f(sums + v * LANES, sum[0][v]);
+    put_part(m, panel, first, 1, sums, out);
 }
 
 static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
-    multiply_by(product_rows, 0, m, of, panel, first, rows, out);
+    if (rows == 1) FOR_FORM(m, multiply_one_of, m, of, panel, first, out);
+    else multiply_by(product_rows, 0, m, of, panel, first, rows, out);
 }
 
 #endif

@@ -43,7 +43,7 @@ static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size
 static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int with_offsets, int rows) {
     const size_t blocks = (k + block - 1) / block, padded = (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL;
     kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0, with_offsets);
-    kvq_matrix to = matrix_of(n, k, bits, block, padded, bits == 4 ? padded * blocks : 0, with_offsets);
+    kvq_matrix to = matrix_of(n, k, bits, block, padded, with_zeros ? padded * blocks : 0, with_offsets);
     float *x = exactly(sizeof(float) * rows * k), *out = exactly(sizeof(float) * rows * n);
     float *alone = exactly(sizeof(float) * n);
     for (size_t i = 0; i < n * blocks * block * bits / 8; i++) from.codes[i] = (uint8_t)random_bits();
@@ -103,13 +103,17 @@ static void check_refused_matrices(void) {
         else *(side / 2 ? &left.scales : &right.scales) = NULL;
         expect_error("an address", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
     }
-    from.bits = to.bits = 4;
-    expect_error("zero points", 0, kvq_pack(0, &from, &to), KVQ_NO_DATA);
-    from.bits = to.bits = 8;
     for (int side = 0; side < 2; side++) {
         kvq_matrix left = from, right = to;
         *(side ? &left.offsets : &right.offsets) = from.scales;
         expect_error("offsets of one side", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
+        left = from, right = to;
+        left.bits = right.bits = 4;
+        *(side ? &left.zeros : &right.zeros) = from.codes;
+        expect_error("zero points of one side", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
+        left.zeros = right.zeros = from.codes;
+        left.bits = right.bits = 8;
+        expect_error("zero points of 8 bits", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
     }
     free_matrix(&from), free_matrix(&to);
 }
