@@ -61,10 +61,11 @@ class Checkpoint:
             return None
         for name, blocks in zip(names, parts, strict=True):
             self._finite(name, blocks.scales)
-        bits, blocks, minima = zip(*(part.form for part in parts), strict=True)
-        form = BlockForm(max(bits), min(blocks), any(minima))
-        if form.minima and min(bits) != form.bits:
+        forms = [part.form for part in parts]
+        bits, minima = {form.bits for form in forms}, any(form.minima for form in forms)
+        if minima and len(bits) > 1:
             return None
+        form = BlockForm(max(bits), min(form.block for form in forms), minima)
         parts = [part.as_form(form) for part in parts]
         return Blocks(
             np.concatenate([part.codes for part in parts]),

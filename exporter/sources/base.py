@@ -94,8 +94,9 @@ class Blocks:
             codes = codes + np.uint8((1 << (form.bits - 1)) - self.middle)
         if form.minima and minima is None:
             minima = np.float32(-self.middle) * self.scales
-        scales, minima = (x if x is None else np.repeat(x, self.block // form.block, 1) for x in (self.scales, minima))
-        return Blocks(codes, scales, form.bits, form.block, minima)
+        times = self.block // form.block
+        minima = None if minima is None else np.repeat(minima, times, axis=1)
+        return Blocks(codes, np.repeat(self.scales, times, axis=1), form.bits, form.block, minima)
 
 
 class Source(ABC):
