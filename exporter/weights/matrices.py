@@ -16,10 +16,11 @@ from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
 
 # Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is;
-# "auto" leaves that in its own bits and takes 8 for the rest; of "mixed" a plan says which matrices take fewer.
-LAYER_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 4, "mixed": 8}
+# "auto" and "source" leave that in its own bits and take 8 for the rest; of "mixed" a plan says which matrices take fewer.
+LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 4, "mixed": 8}
+KEEPING = ("auto", "source")
 # The head decides between tokens directly: 4 bits there cost more than they save.
-HEAD_BITS = {"fp32": 0, "auto": 8, "int8": 8, "int4": 8, "mixed": 8}
+HEAD_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 8, "mixed": 8}
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -64,17 +65,18 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     """Whether matrices keep the blocks that their source holds.
 
     With activations of 8 bits only those of 4 bits do, for their size: of 8 bits, blocks of our own lose less, rotated,
-    than the activations do in front of blocks that are not. Blocks with minima do where the result has 4 bits.
+    than the activations do in front of blocks that are not. Blocks with minima do where the result has 4 bits and "source"
+    asks for them: they take less memory than 8 bits, but a prompt longer.
     """
     table = names[0] in (checkpoint.model.embedding, checkpoint.model.head)
     most = (HEAD_BITS if table else LAYER_BITS)[weights]
     held = [form for form in map(checkpoint.source.block_form, names) if form is not None]
     if weights == "mixed" or len(held) < len(names) or any(form.bits > most for form in held):
         return False
-    bits = max(form.bits for form in held) if weights == "auto" and not table else most
-    if bits != 4 and any(form.minima for form in held):
+    bits = max(form.bits for form in held) if weights in KEEPING and not table else most
+    if any(form.minima for form in held) and (bits != 4 or (weights != "source" and activations != "fp32")):
         return False
-    return activations == "fp32" or (weights == "auto" and bits == 4)
+    return activations == "fp32" or (weights in KEEPING and bits == 4)
 
 
 class Matrices:
@@ -189,5 +191,5 @@ class Matrices:
         blocks = self._checkpoint.stacked_blocks(parts)
         if blocks is None:
             return None
-        keeps = self._weights == "auto" and parts[0] not in self._tables  # looked up in 8 bits
+        keeps = self._weights in KEEPING and parts[0] not in self._tables  # looked up in 8 bits
         return packed(blocks if keeps else blocks.as_form(blocks.form._replace(bits=bits)))

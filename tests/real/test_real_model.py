@@ -97,7 +97,7 @@ def divergence(model: Model, twin: LlamaForCausalLM, texts: list[list[int]]) -> 
 
 
 def test_the_default_import_is_the_model(model: Model, real_home: Path, tmp_path: Path) -> None:
-    """Against the file's own weights: a table in 8 bits costs little, and activations in 8 bits little more."""
+    """Against the file's own weights in transformers: 8 bits cost little, and their activations little more."""
     wheel = next(iter(real_home.glob("**/*.gguf")), None) or _gguf(tmp_path)
     everything = export(load_checkpoint(wheel), tmp_path / "fp32", weights="fp32", center=False).path
     twin = effective_model(Bundle(everything))

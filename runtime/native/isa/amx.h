@@ -29,15 +29,22 @@ USES_TILES static void open_tiles(void) { open_tiles_of(TILE_BYTES); }
 
 /* TILE_SIDE rows of a part, from `row` on, whose dot products are there: out [TILE_SIDE, PART_COLUMNS] grows, as in
  * product_part. */
-INLINE void add_tiles(form form, const int32_t dots[2][TILE_SIDE][LANES], const part_block *t,
-                      const row_blocks *x, size_t row, float *out) {
+INLINE void add_tiles(form form, const int32_t dots[2][TILE_SIDE][LANES], const part_block *t, const row_blocks *x, size_t row,
+                      float *out) {
+    const float *scales = x->scales + row, *totals = form.offsets ? x->totals + row : NULL;
+    const int32_t *sums = x->sums + row;
+    vf weight[2], offset[2];
     for (int p = 0; p < 2; p++) {
-        const vf weight = load_f(t->scales[p]);
-        for (int r = 0; r < TILE_SIDE; r++) {
-            const vi dot = (vi)load_u((const uint32_t *)dots[p][r]) - surplus(t, form, p, x->sums[row + r]);
-            float *at = out + r * PART_COLUMNS + p * LANES;
-            store_f(at, add_block(load_f(at), dot, weight, x->scales[row + r], form.offsets ? t->offsets[p] : NULL,
-                                  form.offsets ? x->totals[row + r] : 0));
+        weight[p] = load_f(t->scales[p]);
+        offset[p] = form.offsets ? load_f(t->offsets[p]) : splat(0);
+    }
+    for (int r = 0; r < TILE_SIDE; r++, out += PART_COLUMNS) {
+        const vi less = sums[r] * (form.zeros ? weight_offset : 1) - (vi){0}; /* as expand_nibbles has them */
+        UNROLL
+        for (int p = 0; p < 2; p++) {
+            const vi dot = (vi)load_u((const uint32_t *)dots[p][r]) - less;
+            const vf sum = add_block(load_f(out + p * LANES), dot, weight[p], scales[r]);
+            store_f(out + p * LANES, form.offsets ? sum + offset[p] * totals[r] : sum);
         }
     }
 }

@@ -130,34 +130,39 @@ INLINE row_blocks rows_of(const kvq_matrix *m, const kvq_byte_rows *of, size_t b
     return (row_blocks){of->codes + at * m->block, of->scales + at, of->sums + at, of->totals ? of->totals + at : NULL};
 }
 
-/* Codes of 4 bits in a byte each: to [block / 4, KVQ_PANEL]. */
-static void expand_nibbles(const uint32_t *words, int block, uint32_t *to) {
-    const size_t half = (size_t)block / 8 * KVQ_PANEL;
-    for (size_t i = 0; i < half; i += LANES) {
-        const vu word = load_u(words + i), low = word & 0x0f0f0f0fu, high = word >> 4 & 0x0f0f0f0fu;
-        memcpy(to + i, &low, sizeof low);
-        memcpy(to + half + i, &high, sizeof high);
-    }
-}
-
 /* Place of vector v of a part within its panel's arrays [.., KVQ_PANEL]. */
 #define PANEL_OF(v) ((v) / PANEL_VECTORS)
 #define LANE_OF(v) ((v) % PANEL_VECTORS * LANES)
 
-/* What the codes of a block count too much in the columns of vector v, by the sum of a row's. */
-INLINE vi surplus(const part_block *t, form form, int v, int32_t sum) {
+/* Zero points of a block in the columns of vector v, if it has any. */
+INLINE vi zeros_of(const part_block *t, form form, int v) {
     typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    if (!form.zeros) return sum - (vi){0};
-    bytes zeros;
-    memcpy(&zeros, t->zeros[PANEL_OF(v)] + LANE_OF(v), sizeof zeros);
-    return __builtin_convertvector(zeros, vi) * sum;
+    bytes zeros = {0};
+    if (form.zeros) memcpy(&zeros, t->zeros[PANEL_OF(v)] + LANE_OF(v), sizeof zeros);
+    return __builtin_convertvector(zeros, vi);
 }
 
-/* sum + a block's dot product with both its scales, and the row's total with the offset if there is one. */
-INLINE vf add_block(vf sum, vi dot, vf weight, float scale, const float *offset, float total) {
-    sum += to_float(dot) * (weight * scale);
-    return offset ? sum + load_f(offset) * total : sum;
+/* Codes of 4 bits in a byte each, to [block / 4, KVQ_PANEL]: as they are, or, where a block has zero points, as 8-bit ones. */
+static void expand_nibbles(const part_block *t, int p, int block, uint32_t *to) {
+    typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+    const form form = {1, t->zeros[p] != NULL, 0};
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+        const vi zeros = form.zeros ? zeros_of(t, form, p * PANEL_VECTORS + v) - weight_offset : (vi){0};
+        const bytes less = (bytes)((vu)(zeros & 0xff) * 0x01010101u);
+        for (int w = 0; w < block / 8; w++) {
+            const vu word = load_u(t->words[p] + (size_t)w * KVQ_PANEL + v * LANES);
+            const bytes low = (bytes)(word & 0x0f0f0f0fu) - less, high = (bytes)(word >> 4 & 0x0f0f0f0fu) - less;
+            memcpy(to + (size_t)w * KVQ_PANEL + v * LANES, &low, sizeof low);
+            memcpy(to + (size_t)(w + block / 8) * KVQ_PANEL + v * LANES, &high, sizeof high);
+        }
+    }
 }
+
+/* What codes of a block count too much, by the sum of a row's. */
+INLINE vi surplus(form form, vi zeros, int32_t sum) { return form.zeros ? zeros * sum : sum - (vi){0}; }
+
+/* sum + a block's dot product times both its scales. */
+INLINE vf add_block(vf sum, vi dot, vf weight, float scale) { return sum + to_float(dot) * (weight * scale); }
 
 /* A block of so many rows at once, from `row` on: sum [rows][PART_VECTORS] grows. Rows and form are constants where it is
  * used. */
@@ -203,14 +208,16 @@ INLINE void product_block_of(int rows, form form, const part_block *t, const row
         }
     }
     UNROLL
-    for (int r = 0; r < rows; r++) {
+    for (int v = 0; v < PART_VECTORS; v++) {
+        const vf weight = load_f(t->scales[PANEL_OF(v)] + LANE_OF(v));
+        const vf offset = form.offsets ? load_f(t->offsets[PANEL_OF(v)] + LANE_OF(v)) : splat(0);
+        const vi zeros = zeros_of(t, form, v);
         UNROLL
-        for (int v = 0; v < PART_VECTORS; v++) {
-            const vf weight = load_f(t->scales[PANEL_OF(v)] + LANE_OF(v));
-            const float *offset = form.offsets ? t->offsets[PANEL_OF(v)] + LANE_OF(v) : NULL;
-            vi dot = dots[r][v] - surplus(t, form, v, x->sums[row + r]);
+        for (int r = 0; r < rows; r++) {
+            vi dot = dots[r][v] - surplus(form, zeros, x->sums[row + r]);
             if (chains > 1) dot += form.nibbles && in_place ? dots[rows + r][v] >> 4 : dots[rows + r][v];
-            sum[r][v] = add_block(sum[r][v], dot, weight, x->scales[row + r], offset, offset ? x->totals[row + r] : 0);
+            sum[r][v] = add_block(sum[r][v], dot, weight, x->scales[row + r]);
+            if (form.offsets) sum[r][v] += offset * x->totals[row + r];
         }
     }
 }
@@ -273,12 +280,25 @@ INLINE part_block part_of(const kvq_matrix *m, size_t panel, int b) {
     return t;
 }
 
+/* Ask for the same block of the next part, which the same thread mostly takes: a panel is a few kilobytes, too short for the
+ * processor to foresee. */
+INLINE void expect_part(const kvq_matrix *m, const part_block *t) {
+    const size_t block_bytes = KVQ_PANEL * m->block * m->bits / 8, ahead = PART_PANELS * (size_t)m->blocks;
+    for (size_t p = 0; p < PART_PANELS; p++) {
+        prefetch((const char *)t->words[p] + ahead * block_bytes, (int)block_bytes);
+        prefetch((const char *)(t->scales[p] + ahead * KVQ_PANEL), sizeof(float) * KVQ_PANEL);
+        if (m->offsets) prefetch((const char *)(t->offsets[p] + ahead * KVQ_PANEL), sizeof(float) * KVQ_PANEL);
+    }
+}
+
 /* Sums [rows, PART_COLUMNS] of a part to their columns. */
 static void put_part(const kvq_matrix *m, size_t panel, size_t first, size_t rows, const float *sums, float *out) {
-    const size_t column = panel * KVQ_PANEL, left = m->n - column;
-    for (size_t r = 0; r < rows; r++)
-        memcpy(out + (first + r) * m->n + column, sums + r * PART_COLUMNS,
-               sizeof(float) * (left < PART_COLUMNS ? left : PART_COLUMNS));
+    const size_t column = panel * KVQ_PANEL, n = m->n, left = n - column;
+    float *to = out + first * n + column;
+    for (size_t r = 0; r < rows; r++, to += n, sums += PART_COLUMNS) {
+        if (left < PART_COLUMNS) memcpy(to, sums, sizeof(float) * left);
+        else memcpy(to, sums, sizeof(float) * PART_COLUMNS);
+    }
 }
 
 typedef void (*multiply_rows)(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
@@ -291,8 +311,9 @@ INLINE void multiply_by(multiply_rows multiply_rows, int expands, const kvq_matr
     memset(sums, 0, sizeof(float) * rows * PART_COLUMNS);
     for (int b = 0; b < m->blocks; b++) {
         part_block t = part_of(m, panel, b);
+        expect_part(m, &t);
         for (int p = 0; expands && m->bits == 4 && p < PART_PANELS; p++) {
-            expand_nibbles(t.words[p], m->block, expanded[p]);
+            expand_nibbles(&t, p, m->block, expanded[p]);
             t.bytes[p] = expanded[p];
         }
         multiply_rows(m, &t, of, b, first, rows, sums);
@@ -306,6 +327,7 @@ INLINE void multiply_one_of(form form, const kvq_matrix *m, const kvq_byte_rows 
     for (int b = 0; b < m->blocks; b++) {
         const part_block t = part_of(m, panel, b);
         const row_blocks x = rows_of(m, of, b, first);
+        expect_part(m, &t);
         product_block_of(1, form, &t, &x, 0, m->block, sum);
     }
     float sums[PART_COLUMNS];
