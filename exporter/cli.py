@@ -47,9 +47,9 @@ class Weights(click.ParamType):
     default="auto",
     show_default=True,
     help="Of the layers' weights: auto leaves blocks of the source that are multiplied as they are and takes 8 bits"
-    " for the rest; source does so with blocks that have a minimum too (Q4_1, Q4_K), which takes less memory and a longer"
-    " time for a prompt; a number from 4 to 8 is bits a weight on average: 4 for the matrices where that is measured to do"
-    " least damage, 8 for the others. Embedding and head take 8 bits when not fp32.",
+    " for the rest; source leaves those with a minimum too (Q4_1, Q4_K), which takes less memory, and longer for a"
+    " prompt; a number from 4 to 8 is bits a weight on average: 4 for the matrices where that is measured to do least"
+    " damage, 8 for the others. Embedding and head take 8 bits when not fp32.",
 )
 @click.option(
     "--activations",

@@ -15,8 +15,8 @@ from kvq.exporter.weights.compensate import quantize_compensated
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
 
-# Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is;
-# "auto" and "source" leave that in its own bits and take 8 for the rest; of "mixed" a plan says which matrices take fewer.
+# Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is, by
+# "auto" and "source" in its own bits, and the rest takes 8; of "mixed" a plan says which matrices take fewer.
 LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 4, "mixed": 8}
 KEEPING = ("auto", "source")
 # The head decides between tokens directly: 4 bits there cost more than they save.
@@ -65,8 +65,8 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     """Whether matrices keep the blocks that their source holds.
 
     With activations of 8 bits only those of 4 bits do, for their size: of 8 bits, blocks of our own lose less, rotated,
-    than the activations do in front of blocks that are not. Blocks with minima do where the result has 4 bits and "source"
-    asks for them: they take less memory than 8 bits, but a prompt longer.
+    than the activations do in front of blocks that are not. Blocks with minima do where the result has 4 bits and
+    "source" asks for them: they take less memory than 8 bits, but a prompt longer.
     """
     table = names[0] in (checkpoint.model.embedding, checkpoint.model.head)
     most = (HEAD_BITS if table else LAYER_BITS)[weights]
