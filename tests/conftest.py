@@ -29,8 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the first case of every test that is not slow")
 
 
+# Files that take minutes: they begin first, so that none of two processes waits for the other one at the end.
+LONGEST = (
+    "native/test_native_c.py",
+    "real/test_real_model.py",
+    "house/test_adding.py",
+    "exporter/test_families.py",
+    "policy/test_budget.py",
+    "exporter/test_few_bits.py",
+    "bench/test_decode.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, leave out slow tests and all cases of a test but its first."""
+    """The longest files first; with `--quick`, leave out slow tests and all cases of a test but its first."""
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if not config.getoption("--quick"):
         return
     first: dict[str, pytest.Item] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from typing import Any
 
 import pytest
@@ -127,7 +128,8 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 3])
-def test_every_line_has_its_answer_and_the_next_one_too(tiny_model, tmp_path, parallel):
+def test_every_line_has_its_answer_and_the_next_one_too(tiny_model, tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # no place where others leave files, which would be logged
     lines = {name: line | {"custom_id": name} for name, line in LINES.items()}
     lines |= {name: chat() | {"custom_id": name} for name in [*NAMES, "the last one"]}
     source, target, told = tmp_path / "in.jsonl", tmp_path / "out.jsonl", []

@@ -61,12 +61,12 @@ def optimal_brain_surgeon(matrix: np.ndarray, bits: int, block: int, moments: np
 
 @given(
     n=st.integers(1, 20),
-    k=st.sampled_from([16, 31, 64, 100, 150]),
+    k=st.sampled_from([16, 31, 64, 100]),
     block=st.sampled_from([16, 32, 64]),
     bits=st.sampled_from([4, 8]),
     seed=st.integers(0, 2**32 - 1),
 )
-@examples(25)
+@examples(15)
 def test_errors_are_made_up_for_as_the_formulas_say(n: int, k: int, block: int, bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     matrix, moments = rng.standard_normal((n, k)).astype(np.float32), random_moments(rng, k)

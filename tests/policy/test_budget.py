@@ -76,7 +76,7 @@ def spend(budget, policy, length, cuts, recent, sink):
     sink=st.sampled_from([0, 0, 4]),
 )
 @example(0, 600, 9.0, 0.0, [], False, 0, 0)  # all tokens score alike: no price leads to 9 bits
-@examples(200)
+@examples(100)
 def test_a_budget_of_bits_is_never_exceeded_and_is_used(seed, length, kv_bits, spread, cuts, singles, recent, sink):
     policy = Scores(seed, spread, curve_seed=seed + 1)
     budget = Budget(policy, GEOMETRY, CONTEXT, recent, sink, kv_bits=kv_bits)
