@@ -85,7 +85,7 @@ def minima_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a GGUF file whose blocks have minima, rows of 64 and 96. Read only."""
     folder, fields = tmp_path_factory.mktemp("minima"), {"num_hidden_layers": 2, "intermediate_size": 96}
     checkpoint = save_checkpoint(folder / "checkpoint", TINY | fields, tokenizer=False)
-    return export(write_gguf(folder / "m.gguf", checkpoint, "Q4_1"), folder / "bundle").path
+    return export(write_gguf(folder / "m.gguf", checkpoint, "Q4_1"), folder / "bundle", weights="source").path
 
 
 @pytest.fixture
