@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvq.controller.evaluation.filler import Filler
-from kvq.runtime.errors import CalibrationError
+from kvq.runtime.errors import CalibrationError, ContextError
 
 THINGS = (
     "access code", "locker number", "phone extension", "invoice number", "badge number", "ticket number",
@@ -96,14 +96,20 @@ def haystack(
             pieces.insert(round(depth * count), sentence + " ")
         return Haystack(kind, "".join(pieces).rstrip(), questions)
 
+    def fits(count: int) -> bool:
+        try:
+            return length(of(count)) <= tokens
+        except ContextError:  # far more than the model has room for, so that it is not encoded at all
+            return False
+
     low, high = 0, len(sentences)
-    if length(of(high)) <= tokens:
+    if fits(high):
         raise CalibrationError(
             f"{filler.name} is too short to fill {tokens} tokens; give a longer one with --text, or fewer --tokens"
         )
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if length(of(middle)) <= tokens else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     if low < depths:
         raise CalibrationError(
             f"{tokens} tokens are too few for the {len(planted)} sentences of {kind} with {depths} depths among filler;"

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 
 from kvq.controller.evaluation.filler import Filler
-from kvq.controller.evaluation.haystack import HOPS, KINDS, MOST
+from kvq.controller.evaluation.haystack import HOPS, KINDS, MOST, haystack
 from kvq.controller.evaluation.needle import answers, documents, longest, measure, prompts
 from kvq.controller.evaluation.scoring import score_answer
 from kvq.exporter.calibration import calibration_text
-from kvq.runtime.errors import CalibrationError
+from kvq.runtime.errors import CalibrationError, ContextError
 from tests.tools.chats import chat_bundle
 from tests.tools.checkpoints import small_tokenizer
 from tests.tools.command_line import assert_one_line_error, kvq
@@ -42,6 +43,21 @@ def test_documents_are_as_long_as_asked_for_and_answer_every_question_once(kind,
                 assert f"{question.begun} {question.answer}." in document.text
             places = [document.text.index(question.answer) / len(document.text) for question in document.questions]
             assert np.allclose(places, [question.depth for question in document.questions], atol=0.25)
+
+
+def test_what_is_too_long_to_be_encoded_at_all_is_cut_like_any_other(embedded):
+    """Filler is far longer than what is asked for at first: more than a model encodes, if that is its whole context."""
+
+    def length(document):
+        if len(document.text) > 4000:
+            raise ContextError("far more than there is room for")
+        return longest(embedded, document)
+
+    found, wanted = (
+        haystack("single", 3, 600, Filler(), np.random.default_rng(0), of)
+        for of in (length, partial(longest, embedded))
+    )
+    assert found.text == wanted.text
 
 
 @pytest.mark.slow
