@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kvq.runtime.kv.pages import PAGE_TOKENS, Page
@@ -59,18 +61,14 @@ class Bucket:
                 self.pages.append(self.ahead.pop(0))
         return self.pages[-1]
 
-    def place(self, n: int) -> tuple[Page, int]:
-        """Page and slot that the n-th of the tokens to come will have, from 0; there has to be room for it."""
-        pages = [*self.pages[-1:], *self.ahead]
-        n += self.pages[-1].count if self.pages else 0
-        for page in pages:
-            if n < page.capacity:
-                return page, n
-            n -= page.capacity
-        raise IndexError(f"{self.pair} has no room for so many tokens; reserve it")
+    def places(self) -> Iterator[tuple[Page, int]]:
+        """Page and slot that each of the tokens to come will have, as far as there is room: see `reserve`."""
+        for page in (*self.pages[-1:], *self.ahead):
+            for slot in range(page.count, page.capacity):
+                yield page, slot
 
     def count_in(self, position: int) -> None:
-        """Count the next token, whose vectors somebody else writes where `place` said."""
+        """Count the next token, whose vectors somebody else writes where `places` said."""
         page = self.open_page()
         page.positions[page.count] = position
         page.count += 1

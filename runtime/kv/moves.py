@@ -83,15 +83,14 @@ def plan(
         gone: what they drive out, see `leaving`.
         bucket_of: the bucket of a pair.
     """
-    for pair, count in Counter(gone).items():  # a page that grows is another one: first all room, then the places
+    counts = Counter(gone)
+    for pair, count in counts.items():  # a page that grows is another one: first all room, then the places
         bucket_of(pair).reserve(count)
-    moves, stays, before = [], tokens - len(gone), Counter[Pair]()
-    for i in range(tokens):
-        page, page_slot = None, 0
-        if i >= stays:
-            pair = gone[i - stays]
-            page, page_slot = bucket_of(pair).place(before[pair])
-            page.positions[page_slot] = length + i - window.capacity  # a stepwise pass looks at it before it is counted
-            before[pair] += 1
-        moves.append(Move((length + i) % window.capacity, page, page_slot))
+    places = {pair: bucket_of(pair).places() for pair in counts}
+    stays, capacity = tokens - len(gone), window.capacity
+    moves = [Move((length + i) % capacity, None, 0) for i in range(stays)]
+    for at, pair in enumerate(gone, length + stays):
+        page, page_slot = next(places[pair])
+        page.positions[page_slot] = at - capacity  # a stepwise pass looks at it before it is counted
+        moves.append(Move(at % capacity, page, page_slot))
     return moves

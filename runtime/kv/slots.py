@@ -101,11 +101,9 @@ class Slots:
     def addresses_of(self, row: int) -> tuple[int, int]:
         """Of the first code and scale of a layer, the `row`-th one."""
         group, part = divmod(row, self.sharing)
-        codes, scales = self.codes[group], self.scales[group]
-        words = self.codes.shape[-3] if self.tiled else self.codes.shape[-2]
-        skipped = part * self.capacity
-        code_bytes = skipped * WORD_BYTES * (1 if self.tiled else words)
-        return codes.ctypes.data + code_bytes, scales.ctypes.data + skipped * scales.shape[-1] * scales.itemsize
+        (codes, scales), skipped = self.addresses, part * self.capacity
+        codes += group * self.codes.strides[0] + skipped * WORD_BYTES * (1 if self.tiled else self.codes.shape[-2])
+        return codes, scales + group * self.scales.strides[0] + skipped * self.scales.shape[-1] * self.scales.itemsize
 
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of what the layers part, part + sharing, ... have of codes and scales; [layers / sharing, ...]."""

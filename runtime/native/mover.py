@@ -55,7 +55,7 @@ class NativeMover:
         self._point_at(keys, values)
         self._move.reach = 0.0 if codecs.turns is None else codecs.turns.reach
         precisions = window.geometry.precisions
-        if not window.capacity or not self._fit or not all(self._known.issuperset(precisions(pair)) for pair in gone):
+        if not window.capacity or not self._fit or not all(self._known.issuperset(precisions(pair)) for pair in set(gone)):
             return False
         return bool(check(self._library.kvq_movable(self._move)))
 

@@ -44,11 +44,9 @@ class MovedTurns:
     def write(self, to: Moves, codecs: CodecSet, moves: Sequence[Move]) -> None:
         """Have `to` point at it; valid until the next call."""
         turns = codecs.turns
-        places = [
-            int(page.positions[slot])
-            for _, page, slot in moves
-            if page is not None and any(codecs.turns_of(id_) is not None for id_ in _key_precisions(page))
-        ]
+        pages = {id(page): page for _, page, _ in moves if page is not None and turns is not None}
+        turned = {id_ for id_, page in pages.items() if any(map(codecs.turns_of, _key_precisions(page)))}
+        places = [int(page.positions[slot]) for _, page, slot in moves if page is not None and id(page) in turned]
         if turns is None or not places:
             to.turned, to.first_block, to.turn_blocks = None, 0, 0
             return
