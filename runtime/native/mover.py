@@ -54,8 +54,8 @@ class NativeMover:
         """See `Mover`; of `gone` it takes the precisions that the library knows."""
         self._point_at(keys, values)
         self._move.reach = 0.0 if codecs.turns is None else codecs.turns.reach
-        precisions = window.geometry.precisions
-        if not window.capacity or not self._fit or not all(self._known.issuperset(precisions(pair)) for pair in set(gone)):
+        found = {precision for pair in set(gone) for precision in window.geometry.precisions(pair)}
+        if not window.capacity or not self._fit or not self._known.issuperset(found):
             return False
         return bool(check(self._library.kvq_movable(self._move)))
 
