@@ -119,7 +119,9 @@ class _Nodes:
         if at is None or summed is None or cut is None or region is None or self._readers[product] > 1:
             return None
         found = _matrix(self.at[at], self._regions)
-        if found is None or self.at[cut].inputs[0] != self.at[at].inputs[0]:
+        if found is None or found.bits != 4 or found.zeros is not None:  # the library has no others with offsets
+            return None
+        if self.at[cut].inputs[0] != self.at[at].inputs[0]:
             return None
         return [at, summed, cut], found._replace(offsets=region)
 

@@ -41,6 +41,7 @@ class Engine:
         self._segments: list[NamedSession] = []
         self._others: dict[tuple[str, int | None], NamedSession] = {}
         self._alike: dict[str, bool] = {}  # graphs with products of the library: see `rows_alike`
+        self._spared: dict[str, int] = {}  # bytes of weights that these hold less of than the file
 
     @property
     def segments(self) -> list[NamedSession]:
@@ -69,6 +70,11 @@ class Engine:
         manifest = self._bundle.manifest
         return all(self._alike.get(name, False) for name in (manifest.decoder, manifest.head))
 
+    @property
+    def decode_weight_nbytes(self) -> int:
+        """Bytes of weights that a decode step reads, as decoder and head are loaded."""
+        return self._bundle.manifest.decode_weight_nbytes - sum(self._spared.values())
+
     def _other(self, name: str, library: Path | None, kernel: int | None) -> NamedSession:
         with self._lock:
             if (name, kernel) not in self._others:
@@ -92,6 +98,7 @@ class Engine:
                 if kernel is not None:
                     graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
                     self._alike[name] = rows_alike(graph)
+                    self._spared[name] = sum(matrix.spared for matrix in kept)
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]
             return NamedSession(name, session, kept)

@@ -36,10 +36,11 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:
-        if not packs(matrix.bits, matrix.block, matrix.zeros is not None):
+        has = [part is not None for part in (matrix.zeros, matrix.offsets)]
+        if not packs(matrix.bits, matrix.block, *has):
             return None
-        has = (part is not None for part in (matrix.zeros, matrix.offsets))
-        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, *has))
+        halves = _halves(matrix, folder / WEIGHTS)
+        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, *has, halves))
         filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
         return {"matrix": packed[-1].address, "kernel": kernel}
 
@@ -48,6 +49,19 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     for future in filled:
         future.result()
     return graph, packed
+
+
+def _halves(matrix: Matrix, file: Path) -> bool:
+    """Whether its offsets and the scales beside them are all halves, as a GGUF has them: half the bytes."""
+    shape = matrix.n, -(-matrix.k // matrix.block)
+    if matrix.offsets is None:
+        return False
+    for region in (matrix.scales, matrix.offsets):
+        numbers = _rows(file, region, np.float32, shape, slice(None))
+        with np.errstate(over="ignore"):
+            if not (numbers.astype(np.float16) == numbers).all():
+                return False
+    return True
 
 
 def _fill(packed: PackedMatrix, file: Path, matrix: Matrix, kernel: int) -> None:

@@ -202,7 +202,8 @@ int kvq_check_matrix(int32_t kernel, const kvq_matrix *m) {
     if (m->n < 1 || m->k < 1 || m->k > INT32_MAX - block || m->blocks != (m->k + block - 1) / block)
         return KVQ_MISFIT_SHAPE;
     if (!kvq_choose_kernel(kernel)) return KVQ_NO_KERNEL;
-    if (m->bits == 8 && m->zeros) return KVQ_MISFIT_SHAPE;
+    if (m->bits == 8 && (m->zeros || m->offsets)) return KVQ_MISFIT_SHAPE;
+    if ((m->zeros && m->offsets) || (m->halves != 0 && m->halves != 1) || (m->halves && !m->offsets)) return KVQ_MISFIT_SHAPE;
     return m->codes && m->scales ? 0 : KVQ_NO_DATA;
 }
 
@@ -210,7 +211,8 @@ int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to)
     int refused = kvq_check_matrix(kernel, from);
     if (!refused) refused = kvq_check_matrix(kernel, to);
     if (refused) return refused;
-    const int same = from->n == to->n && from->k == to->k && from->bits == to->bits && from->block == to->block;
+    const int same = from->n == to->n && from->k == to->k && from->bits == to->bits && from->block == to->block &&
+                     from->halves == to->halves;
     if (!same) return KVQ_MISFIT_SHAPE;
     return !from->zeros != !to->zeros || !from->offsets != !to->offsets ? KVQ_NO_DATA : 0;
 }

@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 16 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 17 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -142,8 +142,8 @@ typedef struct {
  *
  * As MatMulNBits of onnxruntime has it (com.microsoft, version 1): codes uint8 [n, blocks, block * bits / 8], of 4 bits the
  * first one low in its byte; scales [n, blocks]; zeros [n, (blocks + 1) / 2], 4 bits each, the first one low, or null: 8.
- * offsets [n, blocks], or null: none. What a row's values sum up to in a block is multiplied with its offset as it is, not
- * rounded to bytes.
+ * offsets [n, blocks], or null: none; only with 4 bits and without zeros. What a row's values sum up to in a block is multiplied
+ * with its offset as it is, not rounded to bytes. Scales and offsets are floats, or, where there are offsets, halves on request.
  *
  * Packed, which kvq_pack makes of it for a kernel: panels of KVQ_PANEL rows, of the last one those that are too many with
  * scales of 0. A word holds four neighbours of a row, so that a register holds those of neighbouring rows:
@@ -155,11 +155,12 @@ typedef struct {
  *   offsets [panels, blocks, KVQ_PANEL], or null */
 typedef struct {
     uint8_t *codes;
-    float *scales;
+    void *scales;
     uint8_t *zeros;
-    float *offsets;
+    void *offsets;
     int32_t n, k, blocks; /* blocks: k in whole blocks; codes of the last one that are too many have no meaning */
     int32_t bits, block;  /* 4 or 8; KVQ_LEAST_BLOCK to KVQ_MOST_BLOCK, a power of two */
+    int32_t halves;       /* 1: scales and offsets are halves; 0: floats */
 } kvq_matrix;
 #define KVQ_PANEL 16
 #define KVQ_LEAST_BLOCK 32

@@ -21,10 +21,10 @@ def multiplies(kernel: int) -> bool:
     return bool(load().kvq_kernel_products(kernel))
 
 
-def packs(bits: int, block: int, zeros: bool) -> bool:
-    """Whether the library has products with such codes, in blocks of that size, with zero points or without."""
+def packs(bits: int, block: int, zeros: bool, offsets: bool = False) -> bool:
+    """Whether the library has products with such codes, in blocks of that size, with zero points, offsets or none."""
     whole = LEAST_BLOCK <= block <= MOST_BLOCK and block & (block - 1) == 0
-    return whole and (bits == 4 or (bits == 8 and not zeros))
+    return whole and zeros + offsets <= {4: 1, 8: 0}.get(bits, -1)
 
 
 class PackedMatrix:
@@ -34,23 +34,32 @@ class PackedMatrix:
         n, k: rows and columns.
         bits, block: of a code; weights that share a scale.
         zeros, offsets: whether blocks have zero points, offsets.
+        halves: whether scales and offsets are IEEE halves, not floats; only where there are offsets.
 
     Attributes:
+        nbytes: of all it holds.
+        spared: bytes fewer than in a file, whose scales and offsets are floats.
         address: of its kvq_matrix, for as long as this object lives.
         shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits. Offsets are as scales.
     """
 
-    def __init__(self, n: int, k: int, bits: int, block: int, zeros: bool = False, offsets: bool = False) -> None:
+    def __init__(
+        self, n: int, k: int, bits: int, block: int, zeros: bool = False, offsets: bool = False, halves: bool = False
+    ) -> None:
         blocks, width, panels = -(-k // block), block * bits // 8, -(-n // PANEL)
         self.shapes = (n, blocks, width), (n, blocks), (n, -(-blocks // 2))
-        sizes = [panels * blocks * PANEL * each for each in (width, 4, 4 * offsets, zeros)]
-        memory = hugepages.block(sum(sizes))
+        self._number = np.dtype(np.float16 if halves else np.float32)
+        number = self._number.itemsize
+        sizes = [panels * blocks * PANEL * each for each in (width, number, number * offsets, zeros)]
+        self.nbytes = sum(sizes)
+        self.spared = n * blocks * (4 - number) * (1 + offsets)
+        memory = hugepages.block(self.nbytes)
         codes, scales, shifts, points = np.split(memory, np.cumsum(sizes)[:-1])
         self._codes = codes.reshape(panels, -1)
-        self._scales = scales.view(np.float32).reshape(panels, -1)
+        self._scales = scales.view(self._number).reshape(panels, -1)
         self._zeros = points.reshape(panels, -1) if zeros else None
-        self._offsets = shifts.view(np.float32).reshape(panels, -1) if offsets else None
-        self._numbers = (k, blocks, bits, block)
+        self._offsets = shifts.view(self._number).reshape(panels, -1) if offsets else None
+        self._numbers = (k, blocks, bits, block, int(halves))
         self._matrix = self._described(n, self._codes, self._scales, self._zeros, self._offsets)
         self.address = ctypes.addressof(self._matrix)
 
@@ -68,7 +77,7 @@ class PackedMatrix:
         Args:
             kernel: index of the instruction set, see `kvq.runtime.native.library.kernels`.
             codes: uint8, as `shapes` says, of these rows.
-            scales: float32.
+            scales: float32, which halves have to hold exactly where they are halves.
             zeros: zero points of 4-bit codes, uint8; given if the matrix has them.
             first: of the rows, a multiple of PANEL.
             offsets: float32 [rows, blocks], what the weights of a block are more; given if the matrix has them.
@@ -76,6 +85,8 @@ class PackedMatrix:
         Raises:
             BackendError: numbers that the library does not take.
         """
+        scales = np.ascontiguousarray(scales, self._number)
+        offsets = None if offsets is None else np.ascontiguousarray(offsets, self._number)
         given = self._described(len(codes), codes, scales, zeros, offsets)
         arrays = (self._codes, self._scales, self._zeros, self._offsets)
         into = (None if array is None else array[first // PANEL :] for array in arrays)

@@ -47,6 +47,13 @@ static void pack_block(const kvq_matrix *m, uint32_t flip, const uint8_t *from, 
     }
 }
 
+/* A scale or an offset to its place in a panel. */
+static void pack_number(const kvq_matrix *m, const void *from, size_t source, int there, void *to, size_t at) {
+    const size_t size = m->halves ? sizeof(uint16_t) : sizeof(float);
+    if (there) memcpy((char *)to + at * size, (const char *)from + source * size, size);
+    else memset((char *)to + at * size, 0, size);
+}
+
 int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
     const int refused = kvq_check_pack(kernel, from, to);
     if (refused) return refused;
@@ -58,10 +65,11 @@ int32_t kvq_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {
             const size_t block = row / KVQ_PANEL * blocks + b, lane = row % KVQ_PANEL;
             pack_block(from, flip, from->codes + (source * blocks + b) * block_bytes,
                        (uint32_t *)(to->codes + block * block_bytes * KVQ_PANEL) + lane);
-            to->scales[block * KVQ_PANEL + lane] = row < n ? from->scales[row * blocks + b] : 0;
-            if (from->offsets) to->offsets[block * KVQ_PANEL + lane] = row < n ? from->offsets[row * blocks + b] : 0;
+            const size_t at = block * KVQ_PANEL + lane;
+            pack_number(from, from->scales, row * blocks + b, row < n, to->scales, at);
+            if (from->offsets) pack_number(from, from->offsets, row * blocks + b, row < n, to->offsets, at);
             if (!from->zeros) continue;
-            to->zeros[block * KVQ_PANEL + lane] = from->zeros[source * ((blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15;
+            to->zeros[at] = from->zeros[source * ((blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15;
         }
     }
     return 0;

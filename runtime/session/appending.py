@@ -79,7 +79,7 @@ class Appending:
     @property
     def nbytes(self) -> int:
         """Bytes that a pass has to read for it: weights and its cache."""
-        return self.session.model.bundle.manifest.decode_weight_nbytes + self.session.store.used_nbytes
+        return self.session.model.engine.decode_weight_nbytes + self.session.store.used_nbytes
 
     def wants(self) -> Run:
         """What the next pass is to do for it."""
@@ -135,7 +135,7 @@ def run_pass(runner: JointRunner, appendings: Sequence[Appending]) -> list[Excep
     """
     if len({id(appending.session) for appending in appendings}) < len(appendings):
         raise PromptError("a session can be given tokens once a pass; give all of them together")
-    weights = appendings[0].session.model.bundle.manifest.decode_weight_nbytes if appendings else 0
+    weights = appendings[0].session.model.engine.decode_weight_nbytes if appendings else 0
     read = weights + sum(appending.session.store.used_nbytes for appending in appendings)
     begun = time.perf_counter()
     errors: list[Exception | None] = []

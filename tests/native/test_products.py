@@ -27,19 +27,25 @@ KERNELS = st.sampled_from(sorted(library.kernels().items()))
 
 
 class Weights:
-    """Random codes, scales and, of 4 bits, zero points or none, as a bundle holds them; offsets or none."""
+    """Random codes, scales and, of 4 bits, zero points or none, as a bundle holds them; offsets or none.
 
-    def __init__(self, random, n, k, bits, block, zeros=False, offsets=False):
+    halves: scales and offsets are numbers that halves hold.
+    """
+
+    def __init__(self, random, n, k, bits, block, zeros=False, offsets=False, halves=False):
         blocks = -(-k // block)
         self.k, self.n, self.bits, self.block = k, n, bits, block
         self.codes = random.integers(0, 256, (n, blocks, block * bits // 8), dtype=np.uint8)
         self.scales = random.uniform(0.5, 2, (n, blocks)).astype(np.float32)
         self.zeros = random.integers(0, 256, (n, -(-blocks // 2)), dtype=np.uint8) if zeros else None
         self.offsets = random.uniform(-9, 9, (n, blocks)).astype(np.float32) if offsets else None
+        self.halves = halves
+        if halves:
+            self.scales, self.offsets = (x.astype(np.float16).astype(np.float32) for x in (self.scales, self.offsets))
 
     @property
     def has(self):
-        return [part is not None for part in (self.zeros, self.offsets)]
+        return [part is not None for part in (self.zeros, self.offsets)] + [self.halves]
 
     @property
     def parts(self):
@@ -99,11 +105,16 @@ class Product:
         numbers = {"matrix": self._packed.address, "kernel": kernel}
         self._session = session_of(helper.make_node("Product", ["x"], ["out"], domain="kvq", **numbers))
 
+    @property
+    def nbytes(self):
+        return self._packed.nbytes
+
     def __call__(self, x):
         return self._session.run(None, {"x": x})[0]
 
 
-FORMS = ((8, False, False), (4, False, False), (4, True, False), (4, False, True), (4, True, True), (8, False, True))
+# bits, zero points, offsets, halves
+FORMS = ((8, False, False), (4, False, False), (4, True, False), (4, False, True), (4, False, True, True))
 shapes = st.tuples(
     st.integers(1, 100), st.integers(1, 600), st.sampled_from(FORMS), st.sampled_from([32, 64, 128, 256])
 )
@@ -169,19 +180,22 @@ def test_rows_of_zeros_and_of_next_to_nothing_yield_zeros(kernel):
     assert np.abs(out[2]).max() < 1e-30
 
 
-@given(st.integers(1, 90), st.integers(1, 4), KERNELS, st.integers(0, 2**32 - 1))
+@given(st.integers(1, 90), st.integers(1, 4), KERNELS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
 @examples(20)
-def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed):
-    random = np.random.default_rng(seed)
-    weights, x = Weights(random, n, 96, 4, 32, True, True), random.standard_normal((2, 96)).astype(np.float32)
+def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed, zeros, halves):
+    random, halves = np.random.default_rng(seed), halves and not zeros
+    weights = Weights(random, n, 96, 4, 32, zeros, not zeros, halves)
+    x = random.standard_normal((2, 96)).astype(np.float32)
     expected, product = Product(weights, kernel[1])(x), Product(weights, kernel[1])
     packed = product._packed
     for array in (packed._codes, packed._scales, packed._zeros, packed._offsets):
-        array[...] = 255 if array.dtype == np.uint8 else np.nan
+        if array is not None:
+            array[...] = 255 if array.dtype == np.uint8 else np.nan
     for first in range(0, n, step := panels * PANEL):
         arrays = (weights.codes, weights.scales, weights.zeros, weights.offsets)
-        codes, scales, zeros, offsets = (array[first : first + step] for array in arrays)
-        packed.fill(kernel[1], codes, scales, zeros, first, offsets)
+        parts = (None if array is None else array[first : first + step] for array in arrays)
+        codes, scales, points, offsets = parts
+        packed.fill(kernel[1], codes, scales, points, first, offsets)
     np.testing.assert_array_equal(product(x), expected)
 
 
@@ -195,6 +209,32 @@ def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block):
     else:
         with pytest.raises(BackendError):
             packed.fill(0, codes, scales)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("has", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_blocks_have_beside_scales_is_packed_or_refused(bits, has, halves):
+    packed = PackedMatrix(3, 64, bits, 32, *has, halves)
+    codes, scales = np.zeros(packed.shapes[0], np.uint8), np.zeros(packed.shapes[1], np.float32)
+    given = {"zeros": np.zeros(packed.shapes[2], np.uint8) if has[0] else None, "offsets": scales if has[1] else None}
+    if packs(bits, 32, *has) and has[1] >= halves:
+        packed.fill(0, codes, scales, **given)
+    else:
+        with pytest.raises(BackendError):
+            packed.fill(0, codes, scales, **given)
+
+
+@given(KERNELS, st.integers(1, 70), st.integers(0, 2**32 - 1))
+@examples(20)
+def test_halves_give_the_very_products_of_the_floats_that_they_are(kernel, rows, seed):
+    random = np.random.default_rng(seed)
+    weights = Weights(random, 50, 200, 4, 32, offsets=True, halves=True)
+    x = random.standard_normal((rows, 200)).astype(np.float32)
+    halves, weights.halves = Product(weights, kernel[1]), False
+    floats = Product(weights, kernel[1])
+    assert halves.nbytes * 6 == floats.nbytes * 5
+    np.testing.assert_array_equal(halves(x), floats(x))
 
 
 @pytest.mark.parametrize("has", [False, True])

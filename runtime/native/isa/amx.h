@@ -35,8 +35,8 @@ INLINE void add_tiles(form form, const int32_t dots[2][TILE_SIDE][LANES], const 
     const int32_t *sums = x->sums + row;
     vf weight[2], offset[2];
     for (int p = 0; p < 2; p++) {
-        weight[p] = load_f(t->scales[p]);
-        offset[p] = form.offsets ? load_f(t->offsets[p]) : splat(0);
+        weight[p] = numbers_of(form, t->scales[p], 0);
+        offset[p] = form.offsets ? numbers_of(form, t->offsets[p], 0) : splat(0);
     }
     for (int r = 0; r < TILE_SIDE; r++, out += PART_COLUMNS) {
         const vi less = sums[r] * (form.zeros ? weight_offset : 1) - (vi){0}; /* as expand_nibbles has them */

@@ -104,9 +104,9 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
     }
 }
 
-/* What a matrix has: codes of 4 bits, zero points, offsets. */
+/* What a matrix has: codes of 4 bits, zero points, offsets; and whether its scales and offsets are halves. */
 typedef struct {
-    int nibbles, zeros, offsets;
+    int nibbles, zeros, offsets, halves;
 } form;
 
 /* A block of a part's panels. */
@@ -114,8 +114,13 @@ typedef struct {
     const uint32_t *words[PART_PANELS]; /* the weights as they are packed */
     const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: 4-bit ones where `multiply_by` was asked to expand them */
     const uint8_t *zeros[PART_PANELS];  /* null where there are none */
-    const float *scales[PART_PANELS], *offsets[PART_PANELS];
+    const char *scales[PART_PANELS], *offsets[PART_PANELS];
 } part_block;
+
+/* Scales or offsets of LANES columns, from the one number `lane` on. */
+INLINE vf numbers_of(form form, const char *of, int lane) {
+    return form.halves ? load_halves((const uint16_t *)of + lane) : load_f((const float *)of + lane);
+}
 
 /* The same of some rows. */
 typedef struct {
@@ -145,7 +150,7 @@ INLINE vi zeros_of(const part_block *t, form form, int v) {
 /* Codes of 4 bits in a byte each, to [block / 4, KVQ_PANEL]: as they are, or, where a block has zero points, as 8-bit ones. */
 static void expand_nibbles(const part_block *t, int p, int block, uint32_t *to) {
     typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
-    const form form = {1, t->zeros[p] != NULL, 0};
+    const form form = {.nibbles = 1, .zeros = t->zeros[p] != NULL};
     for (int v = 0; v < PANEL_VECTORS; v++) {
         const vi zeros = form.zeros ? zeros_of(t, form, p * PANEL_VECTORS + v) - weight_offset : (vi){0};
         const bytes less = (bytes)((vu)(zeros & 0xff) * 0x01010101u);
@@ -209,8 +214,8 @@ INLINE void product_block_of(int rows, form form, const part_block *t, const row
     }
     UNROLL
     for (int v = 0; v < PART_VECTORS; v++) {
-        const vf weight = load_f(t->scales[PANEL_OF(v)] + LANE_OF(v));
-        const vf offset = form.offsets ? load_f(t->offsets[PANEL_OF(v)] + LANE_OF(v)) : splat(0);
+        const vf weight = numbers_of(form, t->scales[PANEL_OF(v)], LANE_OF(v));
+        const vf offset = form.offsets ? numbers_of(form, t->offsets[PANEL_OF(v)], LANE_OF(v)) : splat(0);
         const vi zeros = zeros_of(t, form, v);
         UNROLL
         for (int r = 0; r < rows; r++) {
@@ -253,18 +258,20 @@ INLINE void product_rows_of(form form, const kvq_matrix *m, const part_block *t,
 /* A function with the form of its matrix as a constant: call(form, ...) for whichever it is. */
 #define FOR_FORM(m, call, ...)                                                       \
     do {                                                                             \
-        if ((m)->bits == 8 && !(m)->offsets) call((form){0, 0, 0}, __VA_ARGS__);     \
-        else if ((m)->bits == 8) call((form){0, 0, 1}, __VA_ARGS__);                 \
-        else if ((m)->zeros && !(m)->offsets) call((form){1, 1, 0}, __VA_ARGS__);    \
-        else if ((m)->zeros) call((form){1, 1, 1}, __VA_ARGS__);                     \
-        else if ((m)->offsets) call((form){1, 0, 1}, __VA_ARGS__);                   \
-        else call((form){1, 0, 0}, __VA_ARGS__);                                     \
+        if ((m)->bits == 8) call((form){0, 0, 0, 0}, __VA_ARGS__);                   \
+        else if ((m)->zeros) call((form){1, 1, 0, 0}, __VA_ARGS__);                  \
+        else if ((m)->halves) call((form){1, 0, 1, 1}, __VA_ARGS__);                 \
+        else if ((m)->offsets) call((form){1, 0, 1, 0}, __VA_ARGS__);                \
+        else call((form){1, 0, 0, 0}, __VA_ARGS__);                                  \
     } while (0)
 
 static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row, size_t rows,
                          float *out) {
     FOR_FORM(m, product_rows_of, m, t, of, b, row, rows, out);
 }
+
+/* Bytes of a block's scales, or offsets, in a panel. */
+INLINE size_t panel_numbers(const kvq_matrix *m) { return KVQ_PANEL * (m->halves ? sizeof(uint16_t) : sizeof(float)); }
 
 /* Block b of a part's panels, from `panel` on; of a part that has too many, one of them twice. */
 INLINE part_block part_of(const kvq_matrix *m, size_t panel, int b) {
@@ -273,9 +280,9 @@ INLINE part_block part_of(const kvq_matrix *m, size_t panel, int b) {
     for (size_t p = 0; p < PART_PANELS; p++) {
         const size_t own = panel + p < panels ? panel + p : panel, at = own * m->blocks + b;
         t.words[p] = t.bytes[p] = (const uint32_t *)(m->codes + at * block_bytes);
-        t.scales[p] = m->scales + at * KVQ_PANEL;
+        t.scales[p] = (const char *)m->scales + at * panel_numbers(m);
         t.zeros[p] = m->zeros ? m->zeros + at * KVQ_PANEL : NULL;
-        t.offsets[p] = m->offsets ? m->offsets + at * KVQ_PANEL : NULL;
+        t.offsets[p] = m->offsets ? (const char *)m->offsets + at * panel_numbers(m) : NULL;
     }
     return t;
 }
@@ -286,8 +293,8 @@ INLINE void expect_part(const kvq_matrix *m, const part_block *t) {
     const size_t block_bytes = KVQ_PANEL * m->block * m->bits / 8, ahead = PART_PANELS * (size_t)m->blocks;
     for (size_t p = 0; p < PART_PANELS; p++) {
         prefetch((const char *)t->words[p] + ahead * block_bytes, (int)block_bytes);
-        prefetch((const char *)(t->scales[p] + ahead * KVQ_PANEL), sizeof(float) * KVQ_PANEL);
-        if (m->offsets) prefetch((const char *)(t->offsets[p] + ahead * KVQ_PANEL), sizeof(float) * KVQ_PANEL);
+        prefetch(t->scales[p] + ahead * panel_numbers(m), (int)panel_numbers(m));
+        if (m->offsets) prefetch(t->offsets[p] + ahead * panel_numbers(m), (int)panel_numbers(m));
     }
 }
 

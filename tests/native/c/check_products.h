@@ -5,11 +5,16 @@
 
 #include "check_refusals.h"
 
+/* A scale or an offset. */
+static double number_of(const kvq_matrix *m, const void *numbers, size_t at) {
+    return m->halves ? (double)half_value(((const uint16_t *)numbers)[at]) : ((const float *)numbers)[at];
+}
+
 /* The weight at column k of a row, as MatMulNBits defines it: its offset is not in it. */
 static double weight_of(const kvq_matrix *m, int row, int k) {
     const int b = k / m->block, i = k % m->block;
     const size_t block = (size_t)row * m->blocks + b;
-    const double scale = m->scales[block];
+    const double scale = number_of(m, m->scales, block);
     if (m->bits == 8) return scale * (m->codes[block * m->block + i] - 128);
     const uint8_t *zeros = m->zeros ? m->zeros + (size_t)row * ((m->blocks + 1) / 2) : NULL;
     const int zero = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
@@ -27,28 +32,34 @@ static double stepped(const kvq_matrix *m, const float *x, int k) {
 }
 
 static double offset_of(const kvq_matrix *m, int row, int k) {
-    return m->offsets ? m->offsets[(size_t)row * m->blocks + k / m->block] : 0;
+    return m->offsets ? number_of(m, m->offsets, (size_t)row * m->blocks + k / m->block) : 0;
 }
 
 static void free_matrix(kvq_matrix *m) { free(m->codes), free(m->scales), free(m->zeros), free(m->offsets); }
 
 /* Arrays of exactly their size for so many rows. */
-static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros, int offsets) {
+static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros, int offsets, int halves) {
     const int blocks = (k + block - 1) / block;
-    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(sizeof(float) * rows * blocks),
-                        zeros ? exactly(zeros) : NULL, offsets ? exactly(sizeof(float) * rows * blocks) : NULL,
-                        n, k, blocks, bits, block};
+    const size_t numbers = (halves ? sizeof(uint16_t) : sizeof(float)) * rows * blocks;
+    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(numbers), zeros ? exactly(zeros) : NULL,
+                        offsets ? exactly(numbers) : NULL, n, k, blocks, bits, block, halves};
 }
 
-static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int with_offsets, int rows) {
+static void random_number(const kvq_matrix *m, void *numbers, size_t at, double x) {
+    if (m->halves) ((uint16_t *)numbers)[at] = nearest_half(x);
+    else ((float *)numbers)[at] = (float)x;
+}
+
+static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int with_offsets, int halves,
+                          int rows) {
     const size_t blocks = (k + block - 1) / block, padded = (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL;
-    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0, with_offsets);
-    kvq_matrix to = matrix_of(n, k, bits, block, padded, with_zeros ? padded * blocks : 0, with_offsets);
+    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0, with_offsets, halves);
+    kvq_matrix to = matrix_of(n, k, bits, block, padded, with_zeros ? padded * blocks : 0, with_offsets, halves);
     float *x = exactly(sizeof(float) * rows * k), *out = exactly(sizeof(float) * rows * n);
     float *alone = exactly(sizeof(float) * n);
     for (size_t i = 0; i < n * blocks * block * bits / 8; i++) from.codes[i] = (uint8_t)random_bits();
-    for (size_t i = 0; i < n * blocks; i++) from.scales[i] = (float)uniform(1e-4, 1e-2);
-    for (size_t i = 0; with_offsets && i < n * blocks; i++) from.offsets[i] = (float)uniform(-1, 1);
+    for (size_t i = 0; i < n * blocks; i++) random_number(&from, from.scales, i, uniform(1e-4, 1e-2));
+    for (size_t i = 0; with_offsets && i < n * blocks; i++) random_number(&from, from.offsets, i, uniform(-1, 1));
     for (size_t i = 0; with_zeros && i < n * ((blocks + 1) / 2); i++) from.zeros[i] = (uint8_t)random_bits();
     for (int i = 0; i < rows * k; i++) x[i] = (float)(uniform(-1, 1) * (below(50) ? 1 : 40));
     if (kvq_pack(kernel, &from, &to)) fail("a matrix [%d, %d] of %d bits in blocks of %d is refused", n, k, bits, block);
@@ -80,10 +91,11 @@ static const misfit MATRICES[] = {
     MATRIX(blocks, 3, MISFIT_SHAPE), MATRIX(bits, 0, MISFIT_SHAPE), MATRIX(bits, 5, MISFIT_SHAPE),
     MATRIX(bits, 4, MISFIT_SHAPE), MATRIX(block, 0, MISFIT_SHAPE), MATRIX(block, 16, MISFIT_SHAPE),
     MATRIX(block, 48, MISFIT_SHAPE), MATRIX(block, 512, MISFIT_SHAPE), MATRIX(block, INT_MIN, MISFIT_SHAPE),
+    MATRIX(halves, 1, MISFIT_SHAPE), MATRIX(halves, 2, MISFIT_SHAPE), MATRIX(halves, -1, MISFIT_SHAPE),
 };
 
 static void check_refused_matrices(void) {
-    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0, 0), to = matrix_of(16, 64, 8, 32, 16, 0, 0);
+    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0, 0, 0), to = matrix_of(16, 64, 8, 32, 16, 0, 0, 0);
     memset(from.codes, 128, 16 * 64);
     memset(from.scales, 0, sizeof(float) * 32);
     expect_error("a matrix that fits", 0, kvq_pack(0, &from, &to), 0);
@@ -106,7 +118,14 @@ static void check_refused_matrices(void) {
     for (int side = 0; side < 2; side++) {
         kvq_matrix left = from, right = to;
         *(side ? &left.offsets : &right.offsets) = from.scales;
+        expect_error("offsets of 8 bits", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
+        left.bits = right.bits = 4;
         expect_error("offsets of one side", side, kvq_pack(0, &left, &right), KVQ_NO_DATA);
+        left.offsets = right.offsets = from.scales;
+        left.halves = side, right.halves = !side;
+        expect_error("halves of one side", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
+        left.halves = right.halves = 0, left.zeros = right.zeros = from.codes;
+        expect_error("zero points and offsets", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
         left = from, right = to;
         left.bits = right.bits = 4;
         *(side ? &left.zeros : &right.zeros) = from.codes;
@@ -123,12 +142,13 @@ static void check_products(int quick) {
     for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
         if (!kvq_kernel_available(kernel)) continue;
         for (int i = 0; i < LENGTH(BLOCKS); i++)
-            for (int kind = 0; kind < 6; kind++) {
-                const int bits = kind % 3 ? 4 : 8, zeros = kind % 3 == 2, offsets = kind > 2, rows = 1 + below(quick ? 20 : 60);
-                check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, offsets, rows);
-                check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, offsets, 33);
+            for (int kind = 0; kind < 5; kind++) {
+                const int bits = kind ? 4 : 8, zeros = kind == 2, offsets = kind > 2, halves = kind > 3;
+                const int rows = 1 + below(quick ? 20 : 60);
+                check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, offsets, halves, rows);
+                check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, offsets, halves, 33);
             }
-        if (!quick) check_product(kernel, 40, 576, 8, 64, 0, 0, PRODUCT_MOST_ROWS + 7);
+        if (!quick) check_product(kernel, 40, 576, 8, 64, 0, 0, 0, PRODUCT_MOST_ROWS + 7);
     }
 }
 
