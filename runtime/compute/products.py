@@ -58,8 +58,8 @@ def _halves(matrix: Matrix, file: Path) -> bool:
         return False
     for region in (matrix.scales, matrix.offsets):
         numbers = _rows(file, region, np.float32, shape, slice(None))
-        with np.errstate(over="ignore"):
-            if not (numbers.astype(np.float16) == numbers).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not (np.isfinite(numbers) & (numbers.astype(np.float16) == numbers)).all():
                 return False
     return True
 
