@@ -36,11 +36,11 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:
-        has = [part is not None for part in (matrix.zeros, matrix.offsets)]
-        if not packs(matrix.bits, matrix.block, *has):
+        zeros, offsets = (part is not None for part in (matrix.zeros, matrix.offsets))
+        if not packs(matrix.bits, matrix.block, zeros, offsets):
             return None
         halves = _halves(matrix, folder / WEIGHTS)
-        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, *has, halves))
+        packed.append(PackedMatrix(matrix.n, matrix.k, matrix.bits, matrix.block, zeros, offsets, halves))
         filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
         return {"matrix": packed[-1].address, "kernel": kernel}
 
