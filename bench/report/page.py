@@ -1,6 +1,6 @@
 """Rows of the decode benchmark as a table for a terminal, and as a page of the documentation.
 
-Speeds are given next to the fastest onnxruntime and the fastest llama.cpp arm of the same run.
+Speeds are given next to the fastest arm of each other runtime in the same run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from kvq.bench.report.plot import write_plot
 from kvq.bench.report.tables import Columns, Row, aligned, markdown, number, quartiles
 
-PEERS = {"ort-gqa": "ort-gqa-", "llama": "llama-"}  # name in headings -> how its arms begin
+# Name in headings -> how its arms begin.
+PEERS = {"ort-gqa": "ort-gqa-", "llama": "llama-", "openvino": "openvino", "genai": "genai"}
 
 INTRODUCTION = """# Performance
 
@@ -23,8 +24,8 @@ is written by `python -m kvq.bench.report` from measurements of `python -m kvq.b
 How it is measured:
 
 * All arms run the same random weights of a SmolLM's shape: int8 in blocks of 64 with int8 activations (one scale a row
-  in OpenVINO); transformers runs their float32 values. What kvq's products take is not rotated here; in
-  bundles of real models it is, for 2 % of a step.
+  in OpenVINO), in runs of kvq 0.1 int4 with embedding and head in int8; transformers runs their float32 values. What
+  kvq's products take is not rotated here; in bundles of real models it is, for 2 % of a step.
 * Each arm has a process of its own and is set up in the fastest form we found, which its settings below name. A step
   goes from a token id to the logits of the next token; sampling is left out.
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first
@@ -116,6 +117,11 @@ def _beside(rows: list[Row], peer: str, times: Callable[[Row], np.ndarray]) -> C
     return show
 
 
+def _peers(rows: list[Row]) -> list[str]:
+    """Those of `PEERS` that some rows are of."""
+    return [peer for peer, begin in PEERS.items() if any(row["arm"].startswith(begin) for row in rows)]
+
+
 def _policy(row: Row) -> str:
     """Time of a policy that looks at tokens, and its share of a step; a dash for a fixed one."""
     policy = row.get("policy_ms")
@@ -133,7 +139,7 @@ def step_table(rows: list[Row]) -> list[str]:
     columns: Columns = {
         "arm": lambda row: _group(row, row["arm"]),
         **STEP,
-        **{f"{peer} / arm": _beside(rows, peer, _step_times) for peer in PEERS},
+        **{f"{peer} / arm": _beside(rows, peer, _step_times) for peer in _peers(rows)},
         "policy / step": _policy,
         **SPEED,
         "attention / read": _attention,
@@ -147,7 +153,7 @@ def prefill_table(rows: list[Row]) -> list[str]:
     columns: Columns = {
         "arm": lambda row: _group(row, row["arm"]),
         "prefill tokens/s": lambda row: quartiles(row["context"] / _prefill_times(row), ".0f"),
-        **{f"arm / {peer}": _beside(rows, peer, _prefill_times) for peer in PEERS},
+        **{f"arm / {peer}": _beside(rows, peer, _prefill_times) for peer in _peers(rows)},
         "times": lambda row: str(len(row["prefill_seconds"])) if "prefill_seconds" in row else "-",
     }
     return markdown(columns, sorted(rows, key=lambda row: -row["prefill_tokens_per_s"]))
@@ -168,15 +174,17 @@ def page(files: list[tuple[str, list[Row]]], folder: Path) -> str:
         folder: where plots are written; their links are relative to it.
     """
     lines = [INTRODUCTION]
-    for name, rows in sorted(files, key=lambda file: file[1][0]["weight_bytes"]):  # small models first
+    small_first = sorted(files, key=lambda file: file[1][0]["weight_bytes"])
+    for name, rows in sorted(small_first, key=lambda file: file[1][0]["run"]["date"], reverse=True):
         about = rows[0]["run"]
         bandwidth, idle = (max(row[key] for row in rows) for key in ("bandwidth_gb_per_s", "idle_cpu_share"))
         write_plot(rows, folder / f"{name}.png")
         lines += [
-            f"## {rows[0]['shape']}, {rows[0]['threads']} threads",
+            f"## {rows[0]['shape']}, {rows[0]['threads']} threads, {about['date']}",
             "",
-            f"{about['cpu']}, {about['cores']} cores ({', '.join(about['instructions'])}), {about['memory_gb']} GB,"
-            f" {about['system']}; {about['date']}. Memory read at up to {bandwidth:.1f} GB/s. Idle arms took at most"
+            f"kvq {about['versions']['kvq']}; a step reads {rows[0]['weight_bytes'] / 1e6:.0f} MB of weights."
+            f" {about['cpu']}, {about['cores']} cores ({', '.join(about['instructions'])}), {about['memory_gb']} GB,"
+            f" {about['system']}. Memory read at up to {bandwidth:.1f} GB/s. Idle arms took at most"
             f" {100 * idle:.1f} % of a core.",
             "",
             f"![ms per token against cached tokens]({name}.png)",
