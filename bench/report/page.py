@@ -21,6 +21,9 @@ INTRODUCTION = """# Performance
 Time of one decode step against the number of cached tokens, kvq next to other runtimes on the same machine. This page
 is written by `python -m kvq.bench.report` from measurements of `python -m kvq.bench.decode`.
 
+The newest run comes first. Runs of kvq 0.1 have 4-bit weights, which are no longer the default: they are kept for
+shapes and lengths that were not measured again; the rest of them is in their rows, `docs/performance/`.
+
 How it is measured:
 
 * All arms run the same random weights of a SmolLM's shape: int8 in blocks of 64 with int8 activations (one scale a row
@@ -174,15 +177,17 @@ def page(files: list[tuple[str, list[Row]]], folder: Path) -> str:
         folder: where plots are written; their links are relative to it.
     """
     lines = [INTRODUCTION]
+    newest: dict[tuple[str, int, int], str] = {}  # shape, threads, context -> version of kvq
     small_first = sorted(files, key=lambda file: file[1][0]["weight_bytes"])
     for name, rows in sorted(small_first, key=lambda file: file[1][0]["run"]["date"], reverse=True):
         about = rows[0]["run"]
+        run, version = (rows[0]["shape"], rows[0]["threads"]), about["versions"]["kvq"]
         bandwidth, idle = (max(row[key] for row in rows) for key in ("bandwidth_gb_per_s", "idle_cpu_share"))
         write_plot(rows, folder / f"{name}.png")
         lines += [
-            f"## {rows[0]['shape']}, {rows[0]['threads']} threads, {about['date']}",
+            f"## {run[0]}, {run[1]} threads, kvq {version}, {about['date']}",
             "",
-            f"kvq {about['versions']['kvq']}; a step reads {rows[0]['weight_bytes'] / 1e6:.0f} MB of weights."
+            f"A step reads {rows[0]['weight_bytes'] / 1e6:.0f} MB of weights."
             f" {about['cpu']}, {about['cores']} cores ({', '.join(about['instructions'])}), {about['memory_gb']} GB,"
             f" {about['system']}. Memory read at up to {bandwidth:.1f} GB/s. Idle arms took at most"
             f" {100 * idle:.1f} % of a core.",
@@ -190,7 +195,12 @@ def page(files: list[tuple[str, list[Row]]], folder: Path) -> str:
             f"![ms per token against cached tokens]({name}.png)",
             "",
         ]
-        for context in sorted({row["context"] for row in rows}):
+        contexts = sorted({row["context"] for row in rows})
+        again = [n for n in contexts if newest.setdefault((*run, n), version) != version]
+        if again:
+            lengths = " and ".join(map(str, again))
+            lines += [f"At {lengths} tokens a newer version was measured, above; these are in {name}.json.", ""]
+        for context in [n for n in contexts if n not in again]:
             at = [row for row in rows if row["context"] == context]
             lines += [f"### {context} cached tokens", "", *step_table(at), "", *prefill_table(at), ""]
         if any(row.get("groups", 1) > 1 for row in rows):

@@ -53,6 +53,28 @@ def test_report_compares_prefill_turn_by_turn():
     assert page.prefill_table(rows)[2] == "| kvq-int4 | 6 | 2.00 | 1.00 | - |"
 
 
+def test_report_leaves_out_what_a_newer_version_measured_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "write_plot", lambda rows, file: None)
+    monkeypatch.setattr(page, "step_table", lambda rows: [f"steps {rows[0]['run']['date']}"])
+    monkeypatch.setattr(page, "prefill_table", lambda rows: [f"prompts {rows[0]['run']['date']}"])
+    row = {"arm": "kvq-int8", "shape": "tiny", "threads": 2, "weight_bytes": 1e6, "bandwidth_gb_per_s": 1.0,
+           "idle_cpu_share": 0.0, "backend": "numpy", "settings": "", "check_reference": "", "versions": {}}  # fmt: skip
+    about = {"cpu": "", "cores": 2, "instructions": [], "memory_gb": 1, "system": "", "skipped": {}}
+
+    def measured(version, date, *contexts):
+        run = about | {"date": date, "versions": {"kvq": version}}
+        return [row | {"context": context, "run": run} for context in contexts]
+
+    old = ("old", measured("0.1.0", "2026-11-26", 12, 48, 96))
+    text = page.page([old, ("new", measured("0.2.0", "2026-11-29", 12, 48))], tmp_path)
+    assert text.index("## tiny, 2 threads, kvq 0.2.0") < text.index("## tiny, 2 threads, kvq 0.1.0")
+    assert [text.count(f"### {context} cached tokens") for context in (12, 48, 96)] == [1, 1, 1]
+    assert text.count("steps 2026-11-26") == 1
+    assert "At 12 and 48 tokens a newer version was measured, above; these are in old.json." in text
+    text = page.page([old, ("again", measured("0.1.0", "2026-11-29", 12))], tmp_path)  # of one version all is shown
+    assert text.count("### 12 cached tokens") == 2
+
+
 def test_report_refuses_other_files_in_one_line(tmp_path):
     file = tmp_path / "x.json"
     for content in ("{", "[]", '{"a": 1}', '[{"arm": "kvq-fp16"}]', '[{"run": {}}]'):
