@@ -58,7 +58,7 @@ def test_report_leaves_out_what_a_newer_version_measured_again(monkeypatch, tmp_
     monkeypatch.setattr(page, "step_table", lambda rows: [f"steps {rows[0]['run']['date']}"])
     monkeypatch.setattr(page, "prefill_table", lambda rows: [f"prompts {rows[0]['run']['date']}"])
     row = {"arm": "kvq-int8", "shape": "tiny", "threads": 2, "weight_bytes": 1e6, "bandwidth_gb_per_s": 1.0,
-           "idle_cpu_share": 0.0, "backend": "numpy", "settings": "", "check_reference": "", "versions": {}}  # fmt: skip
+           "idle_cpu_share": 0.0, "backend": "", "settings": "", "check_reference": "", "versions": {}}  # fmt: skip
     about = {"cpu": "", "cores": 2, "instructions": [], "memory_gb": 1, "system": "", "skipped": {}}
 
     def measured(version, date, *contexts):
