@@ -37,7 +37,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def _arms(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| arm | bits asked | bits used | with slack | KL mean | KL p99 | same top-1 | perplexity |",
+        "| arm | bits asked | bits used | with free room | KL mean | KL p99 | same top-1 | perplexity |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: (r["bits_requested"] or 0, ORDER.index(r["arm"]))):

@@ -28,7 +28,7 @@ COMMANDS = {
     "serve": ("kvq.runtime.cli.serve:serve", "Serve the OpenAI-compatible HTTP API."),
     "batch": ("kvq.runtime.cli.batch:batch", "Answer a file of requests, each line once."),
     "inspect": ("kvq.runtime.cli.inspect:inspect", "Show a text with each token shaded by its precision."),
-    "export": ("kvq.exporter.cli:export", "Convert a Llama-architecture checkpoint to a bundle."),
+    "export": ("kvq.exporter.cli:export", "Convert a checkpoint folder or a GGUF file to a bundle."),
     "eval": ("kvq.controller.evaluation.cli:evaluate", "Measure quality through the cache."),
     "train-controller": ("kvq.controller.cli:train_controller", "Train a bundle's precision controller on a text."),
     "train-model": ("kvq.models.train:main", "Train a small model from a text corpus."),

@@ -208,7 +208,7 @@ STRUCTURE = [
 ]  # fmt: skip
 CACHE = [
     option("-p", "--policy", metavar="NAME", section="Cache", shell_complete=complete_policy,
-           help="fp16, int8, int4, int2, k8v4 (any pair of widths), mixed, random, rule, paper, adaptive or auto "
+           help="fp16, int8, int4, int3, int2, k8v4 (any pair of widths), mixed, random, rule, paper, adaptive or auto "
            f"(adaptive, or rule for a model without a controller); {DEFAULT_POLICY} if not given, auto with a budget."),
     option("--kv-bits", type=float, metavar="X", section="Cache", help="Keep the cache to X bits per value, all told."),
     option("--kv-memory", type=SIZE, metavar="SIZE", section="Cache", help="Keep it to that many bytes: 32MB, 1GB."),
