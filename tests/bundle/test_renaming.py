@@ -138,7 +138,10 @@ def test_what_offsets_add_is_part_of_a_product():
     assert with_products(data, lambda matrix: None) is data
 
 
-@pytest.mark.parametrize("case", ["sums of another value", "a product that is read twice", "offsets inside the graph"])
+@pytest.mark.parametrize(
+    "case",
+    ["sums of another value", "a product that is read twice", "offsets inside the graph", "8 bits", "zero points"],
+)
 def test_other_sums_stay(case):
     """The product alone is taken then; the Gemm adds to it as before."""
     nodes, constants = offset_nodes("x", "w", "y"), offset_weights("w", 4096)
@@ -146,6 +149,12 @@ def test_other_sums_stay(case):
         nodes = [helper.make_node("Abs", ["x"], ["other"]), *offset_nodes("x", "w", "y", of="other")]
     elif case == "a product that is read twice":
         nodes += [helper.make_node("Add", ["y", "y.product"], ["sum"])]
+    elif case == "8 bits":  # of which the library has no products with offsets
+        nodes[2] = product("x", "w", "y.product", bits=8)
+        constants[0] = stored("w.codes", UINT8, (32, 2, 32), 8192, 2048)
+    elif case == "zero points":
+        nodes[2] = product("x", "w", "y.product", zeros=True)
+        constants.append(stored("w.zeros", UINT8, (32, 1), 8192, 32))
     else:
         constants[2] = onnx.numpy_helper.from_array(np.ones((32, 2), np.float32), "w.offsets")
     model = onnx.load_from_string(with_products(model_of(nodes, constants), take_all))
