@@ -10,7 +10,7 @@ Gemm(ReduceSum(Reshape(x)), offsets, MatMulNBits(x)).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvq.runtime.bundle.manifest import WEIGHTS
@@ -23,7 +23,7 @@ INT8_ACTIVATIONS = 4  # accuracy level
 # Field numbers of onnx.proto.
 MODEL_GRAPH, MODEL_OPSET, GRAPH_NODE, GRAPH_INITIALIZER = 7, 8, 1, 5
 GRAPH_OUTPUT = 12
-NODE_INPUT, NODE_OUTPUT, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 4, 5, 7
+NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_TYPE, TYPE_INT = 1, 3, 20, 2
 
 
@@ -156,9 +156,9 @@ def _graph(graph: bytes, take: Callable[[Matrix], Attributes | None]) -> bytes:
         found = nodes.product(i) if i in nodes.at else None
         attributes = take(found[1]) if found else None
         if found and attributes is not None:
-            product = _product(parts[found[0][0]][2], attributes, nodes.at[i].outputs[0])
             left_out |= nodes.become_product(i, found[0])
-            parts[i] = GRAPH_NODE, parts[i][1], product
+            product = nodes.at[i]
+            parts[i] = GRAPH_NODE, parts[i][1], node_of(PRODUCT, product.inputs, product.outputs, attributes)
     names = iter(tensor.name for tensor in tensors)
     kept = (
         part
@@ -180,15 +180,11 @@ def _matrix(node: Node, regions: dict[str, Region | None]) -> Matrix | None:
     return Matrix(n, k, bits, block, codes, scales, zeros[0] if zeros else None)
 
 
-def _product(node: bytes, attributes: Attributes, output: str) -> bytes:
-    """A MatMulNBits as a Product: its first input and its name, under the name of an output."""
-    kept, inputs = [field(NODE_OUTPUT, DELIMITED, output.encode())], 0
-    for number, wire, content in fields(node):
-        inputs += number == NODE_INPUT
-        gone = (NODE_OUTPUT, NODE_OPERATOR, NODE_DOMAIN, NODE_ATTRIBUTE)
-        if number not in gone and (number != NODE_INPUT or inputs == 1):
-            kept.append(field(number, wire, content))
-    names = ((NODE_OPERATOR, PRODUCT), (NODE_DOMAIN, DOMAIN))
+def node_of(operator: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> bytes:
+    """A node of the library's operators, its attributes whole numbers."""
+    kept = [field(NODE_INPUT, DELIMITED, name.encode()) for name in inputs]
+    kept += [field(NODE_OUTPUT, DELIMITED, name.encode()) for name in outputs]
+    names = ((NODE_NAME, outputs[-1]), (NODE_OPERATOR, operator), (NODE_DOMAIN, DOMAIN))
     kept += [field(number, DELIMITED, name.encode()) for number, name in names]
     for name, value in attributes.items():
         attribute = ((ATTRIBUTE_INT, VARINT, varint(value)), (ATTRIBUTE_TYPE, VARINT, varint(TYPE_INT)))

@@ -98,7 +98,7 @@ class Engine:
                 if kernel is not None:
                     graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
                     self._alike[name] = rows_alike(graph)
-                    self._spared[name] = sum(matrix.spared for matrix in kept)
+                    self._spared[name] = kept.spared
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]
             return NamedSession(name, session, kept)

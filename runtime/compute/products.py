@@ -1,25 +1,46 @@
-"""Which products of a graph the native library takes, and their weights, packed for it."""
+"""Which products of a graph the native library takes, their weights, packed for it, and what it does between them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvq.runtime.bundle.chaining import ADD_NORM, SWIGLU, with_chains
 from kvq.runtime.bundle.manifest import WEIGHTS
-from kvq.runtime.bundle.onnx_file import Region
+from kvq.runtime.bundle.onnx_file import Node, Region
 from kvq.runtime.bundle.renaming import Attributes, Matrix, with_products
+from kvq.runtime.native import chains
+from kvq.runtime.native.chains import ChainStep, StepChain
 from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
 
+KINDS = {ADD_NORM: chains.ADD_NORM, SWIGLU: chains.SWIGLU}  # all others are products
 READ_BYTES = 1 << 20  # of codes at a time
 
 
-def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple[bytes, list[PackedMatrix]]:
-    """A graph whose products with quantized weights are the library's, where it has them, and what it multiplies with,
-    to be kept for as long as the graph.
+class OwnProducts(NamedTuple):
+    """What a graph refers to, to be kept for as long as that.
+
+    Attributes:
+        matrices: what it multiplies with.
+        chains: what it does between products.
+    """
+
+    matrices: list[PackedMatrix]
+    chains: list[StepChain]
+
+    @property
+    def spared(self) -> int:
+        """Bytes of weights fewer than in the file."""
+        return sum(matrix.spared for matrix in self.matrices)
+
+
+def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple[bytes, OwnProducts]:
+    """A graph whose products with quantized weights are the library's, where it has them, and what stands between.
 
     Args:
         graph: that was checked.
@@ -31,8 +52,9 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
         OSError, MemoryError: the weights cannot be read.
     """
     packed: list[PackedMatrix] = []
+    chained: list[StepChain] = []
     if not multiplies(kernel):
-        return graph, packed
+        return graph, OwnProducts(packed, chained)
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:
@@ -44,11 +66,21 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
         filled.append(pool.submit(_fill, packed[-1], folder / WEIGHTS, matrix, kernel))
         return {"matrix": packed[-1].address, "kernel": kernel}
 
+    def take_chain(nodes: Sequence[Node]) -> Attributes:
+        chained.append(StepChain([_step(node) for node in nodes], kernel, threads))
+        return {"chain": chained[-1].address}
+
     with ThreadPoolExecutor(threads) as pool:
         graph = with_products(graph, take)
     for future in filled:
         future.result()
-    return graph, packed
+    return with_chains(graph, take_chain), OwnProducts(packed, chained)
+
+
+def _step(node: Node) -> ChainStep:
+    numbers = node.attributes
+    kind = KINDS.get(node.operator, chains.PRODUCT)
+    return ChainStep(kind, numbers.get("matrix", 0), numbers.get("block", 0), numbers.get("epsilon", 0.0))
 
 
 def _halves(matrix: Matrix, file: Path) -> bool:

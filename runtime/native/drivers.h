@@ -80,4 +80,58 @@ void kvq_add_norm(int32_t kernel, const float *x, const float *y, const float *g
 int kvq_product(int32_t kernel, const kvq_matrix *matrix, const float *x, size_t rows, float *out, kvq_parallel parallel,
                 void *context);
 
+/* Rows of a residual stream to which others are added, and the norm of the sum. */
+typedef struct {
+    const float *x, *y, *gain;
+    float *sum, *normed; /* sum may be x */
+    size_t columns, block;
+    float epsilon;
+} kvq_normed_rows;
+void kvq_norm_rows(void *rows, size_t row);
+
+/* Rows [2 columns] of which the first half gates the second. */
+typedef struct {
+    const float *x;
+    float *out;
+    size_t columns, block;
+} kvq_activated_rows;
+void kvq_swiglu_rows(void *rows, size_t row);
+
+/* Whether every block of so many columns can be rotated; 0: none is. */
+int kvq_rotates(int64_t block, size_t columns);
+
+/* Columns that a chain takes, has at most, and yields; of the residual stream; and how often it adds to that. */
+typedef struct {
+    size_t in, widest, out, residual;
+    int gains;
+} kvq_chain_shape;
+/* Whether a chain fits together: its shape and 0, or an error. */
+int kvq_check_chain(const kvq_chain *chain, kvq_chain_shape *shape);
+
+typedef struct {
+    size_t rows;
+    const float *x, *residual; /* [rows, in], [rows, residual] */
+    const float *gain[KVQ_MOST_GAINS];
+    float *sum, *out;          /* the residual stream afterwards; [rows, out] */
+} kvq_chain_rows;
+/* All steps of a checked chain. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
+int kvq_run_chain(const kvq_chain *chain, const kvq_chain_shape *shape, const kvq_chain_rows *rows, kvq_parallel parallel,
+                  void *context);
+
+/* Threads that help each other until the one that came first, which leads, is done. All zero but lead, data and threads, it is
+ * given to a pool as work of as many items as there are threads; how many of them come, and when, does not matter. */
+typedef struct kvq_team {
+    void (*lead)(struct kvq_team *team, void *data);
+    void *data;
+    void (*work)(void *of, size_t i); /* at hand */
+    void *of;
+    uint64_t ticket; /* which work it is, << 32, and how many items nobody has taken */
+    uint32_t count, done;
+    uint32_t threads;
+    int led, over;
+} kvq_team;
+void kvq_join_team(void *team, size_t thread);
+/* A kvq_parallel of the leader's, its context a team. */
+void kvq_team_parallel(void *team, void (*work)(void *, size_t), size_t count, void *data);
+
 #endif

@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 17
+ABI = 18
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -87,6 +87,26 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "offsets")),
         *((name, ctypes.c_int32) for name in ("n", "k", "blocks", "bits", "block", "halves")),
+    )
+
+
+class Step(ctypes.Structure):
+    """kvq_step: what a chain does next with its rows."""
+
+    _fields_ = (
+        ("matrix", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("kind", "block")),
+        ("epsilon", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class Chain(ctypes.Structure):
+    """kvq_chain: steps between the attention of two layers."""
+
+    _fields_ = (
+        ("step", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("steps", "kernel", "threads", "unused")),
     )
 
 

@@ -169,17 +169,17 @@ INLINE vi surplus(form form, vi zeros, int32_t sum) { return form.zeros ? zeros 
 /* sum + a block's dot product times both its scales. */
 INLINE vf add_block(vf sum, vi dot, vf weight, float scale) { return sum + to_float(dot) * (weight * scale); }
 
-/* A block of so many rows at once, from `row` on: sum [rows][PART_VECTORS] grows. Rows and form are constants where it is
- * used. */
-INLINE void product_block_of(int rows, form form, const part_block *t, const row_blocks *x, size_t row, int block,
+/* A block of so many rows at once, from `row` on, and of a part's first vectors of columns: sum [rows][vectors] grows. Rows,
+ * vectors and form are constants where it is used. */
+INLINE void product_block_of(int rows, int vectors, form form, const part_block *t, const row_blocks *x, size_t row, int block,
                              vf sum[][PART_VECTORS]) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
-    const int chains = rows * PART_VECTORS < 8 ? CHAINS : 1;
+    const int chains = rows * vectors < 8 ? CHAINS : 1;
     const int words = form.nibbles ? block / 8 : block / 4, at_once = form.nibbles ? 2 : chains;
     const int in_place = high_in_place && chains > 1; /* high halves count 16 times, in a chain of their own */
     vi dots[PART_ROWS * PART_VECTORS > 8 ? PART_ROWS : 8][PART_VECTORS];
     UNROLL
-    for (int v = 0; v < PART_VECTORS; v++) {
+    for (int v = 0; v < vectors; v++) {
         UNROLL
         for (int r = 0; r < rows; r++) {
             dots[r][v] = (vi){0};
@@ -192,7 +192,7 @@ INLINE void product_block_of(int rows, form form, const part_block *t, const row
         for (int c = 0; c < at_once; c++) { /* of nibbles first the low ones */
             vu codes[PART_VECTORS];
             UNROLL
-            for (int v = 0; v < PART_VECTORS; v++) {
+            for (int v = 0; v < vectors; v++) {
                 const size_t at = (size_t)(form.nibbles ? g : g + c) * KVQ_PANEL + LANE_OF(v);
                 if (!form.nibbles || !c) word[v] = load_u(t->words[PANEL_OF(v)] + at);
                 if (!form.nibbles) codes[v] = word[v];
@@ -205,7 +205,7 @@ INLINE void product_block_of(int rows, form form, const part_block *t, const row
                 uint32_t four;
                 memcpy(&four, four_of + r * block, sizeof four);
                 UNROLL
-                for (int v = 0; v < PART_VECTORS; v++) {
+                for (int v = 0; v < vectors; v++) {
                     vi *dot = dots[(chains > 1 ? c * rows : 0) + r] + v;
                     *dot = dot_words(*dot, codes[v], four - (vu){0});
                 }
@@ -213,7 +213,7 @@ INLINE void product_block_of(int rows, form form, const part_block *t, const row
         }
     }
     UNROLL
-    for (int v = 0; v < PART_VECTORS; v++) {
+    for (int v = 0; v < vectors; v++) {
         const vf weight = numbers_of(form, t->scales[PANEL_OF(v)], LANE_OF(v));
         const vf offset = form.offsets ? numbers_of(form, t->offsets[PANEL_OF(v)], LANE_OF(v)) : splat(0);
         const vi zeros = zeros_of(t, form, v);
@@ -235,7 +235,7 @@ INLINE void product_part(int rows, form form, const part_block *t, const row_blo
         UNROLL
         for (int v = 0; v < PART_VECTORS; v++) sum[r][v] = load_f(out + r * PART_COLUMNS + v * LANES);
     }
-    product_block_of(rows, form, t, x, row, block, sum);
+    product_block_of(rows, PART_VECTORS, form, t, x, row, block, sum);
     UNROLL
     for (int r = 0; r < rows; r++) {
         UNROLL
@@ -287,8 +287,8 @@ INLINE part_block part_of(const kvq_matrix *m, size_t panel, int b) {
     return t;
 }
 
-/* Ask for the same block of the next part, which the same thread mostly takes: a panel is a few kilobytes, too short for the
- * processor to foresee. */
+/* Ask for the same block of the next part, which the same thread mostly takes: two panels of a few kilobytes each are too short
+ * for some processors to foresee. */
 INLINE void expect_part(const kvq_matrix *m, const part_block *t) {
     const size_t block_bytes = KVQ_PANEL * m->block * m->bits / 8, ahead = PART_PANELS * (size_t)m->blocks;
     for (size_t p = 0; p < PART_PANELS; p++) {
@@ -298,13 +298,14 @@ INLINE void expect_part(const kvq_matrix *m, const part_block *t) {
     }
 }
 
-/* Sums [rows, PART_COLUMNS] of a part to their columns. */
-static void put_part(const kvq_matrix *m, size_t panel, size_t first, size_t rows, const float *sums, float *out) {
+/* Sums [rows, columns] of some panels to their columns. Columns are a constant where it is used. */
+INLINE void put_part(const kvq_matrix *m, size_t panel, size_t columns, size_t first, size_t rows, const float *sums,
+                     float *out) {
     const size_t column = panel * KVQ_PANEL, n = m->n, left = n - column;
     float *to = out + first * n + column;
-    for (size_t r = 0; r < rows; r++, to += n, sums += PART_COLUMNS) {
-        if (left < PART_COLUMNS) memcpy(to, sums, sizeof(float) * left);
-        else memcpy(to, sums, sizeof(float) * PART_COLUMNS);
+    for (size_t r = 0; r < rows; r++, to += n, sums += columns) {
+        if (left < columns) memcpy(to, sums, sizeof(float) * left);
+        else memcpy(to, sums, sizeof(float) * columns);
     }
 }
 
@@ -325,23 +326,35 @@ INLINE void multiply_by(multiply_rows multiply_rows, int expands, const kvq_matr
         }
         multiply_rows(m, &t, of, b, first, rows, sums);
     }
-    put_part(m, panel, first, rows, sums, out);
+    put_part(m, panel, PART_COLUMNS, first, rows, sums, out);
 }
 
-/* One row, whose sums stay in registers. */
-INLINE void multiply_one_of(form form, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, float *out) {
+/* One row of some panels, whose sums stay in registers; asks: of `expect_part`. Panels and form are constants where it is
+ * used. */
+INLINE void multiply_panels(form form, int panels, int asks, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel,
+                            size_t row, float *out) {
+    const int vectors = panels * PANEL_VECTORS;
     vf sum[1][PART_VECTORS] = {{{0}}};
     for (int b = 0; b < m->blocks; b++) {
         const part_block t = part_of(m, panel, b);
-        const row_blocks x = rows_of(m, of, b, first);
-        expect_part(m, &t);
-        product_block_of(1, form, &t, &x, 0, m->block, sum);
+        const row_blocks x = rows_of(m, of, b, row);
+        if (asks) expect_part(m, &t);
+        product_block_of(1, vectors, form, &t, &x, 0, m->block, sum);
     }
     float sums[PART_COLUMNS];
-    for (int v = 0; v < PART_VECTORS; v++) store_f(sums + v * LANES, sum[0][v]);
-    put_part(m, panel, first, 1, sums, out);
+    for (int v = 0; v < vectors; v++) store_f(sums + v * LANES, sum[0][v]);
+    put_part(m, panel, (size_t)panels * KVQ_PANEL, row, 1, sums, out);
 }
 
+/* One row. Where a panel is one stream, it is read alone from its begin to its end, which a processor foresees; scales are a
+ * second one, zero points and offsets further ones, and then all are asked for. */
+INLINE void multiply_one_of(form form, const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, float *out) {
+    const int alone = !form.zeros && !form.offsets, panels = alone ? 1 : PART_PANELS;
+    for (size_t p = panel; p < panel + PART_PANELS && p * KVQ_PANEL < (size_t)m->n; p += panels)
+        multiply_panels(form, panels, !alone, m, of, p, first, out);
+}
+
+/* A part's columns of some rows. */
 static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
     if (rows == 1) FOR_FORM(m, multiply_one_of, m, of, panel, first, out);
     else multiply_by(product_rows, 0, m, of, panel, first, rows, out);
