@@ -26,10 +26,17 @@ from kvq.runtime.files import write_atomically
 )
 @click.option("--objective", type=click.Choice(["adaptive", "paper", "both"]), default="adaptive", show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=200_000, show_default=True, help="Samples, about.")
+@click.option(
+    "--asked",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Share of the texts that end in questions about what they say.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 @click.option("--report", **OUTPUT, help="Write settings and loss curves as JSON.")
-def train_controller(bundle, text, feature_set, objective, tokens, seed, threads, report) -> None:
+def train_controller(bundle, text, feature_set, objective, tokens, asked, seed, threads, report) -> None:
     """Train the precision controller of BUNDLE on a text and store it there.
 
     \b
@@ -46,7 +53,7 @@ def train_controller(bundle, text, feature_set, objective, tokens, seed, threads
     recipes = []
     for name in ["adaptive", "paper"] if objective == "both" else [objective]:
         default_set = {"adaptive": "extended", "paper": "paper"}[name]
-        recipe = Recipe(feature_set=feature_set or default_set, objective=name, tokens=tokens, seed=seed)
+        recipe = Recipe(feature_set=feature_set or default_set, objective=name, tokens=tokens, asked=asked, seed=seed)
         recipes.append(replace(recipe, rate=1e-3, epochs=10) if name == "paper" else recipe)
     with ExitStack() as stack:
         bar = None

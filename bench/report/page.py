@@ -185,7 +185,7 @@ def page(files: list[tuple[str, list[Row]]], folder: Path) -> str:
         bandwidth, idle = (max(row[key] for row in rows) for key in ("bandwidth_gb_per_s", "idle_cpu_share"))
         write_plot(rows, folder / f"{name}.png")
         lines += [
-            f"## {run[0]}, {run[1]} threads, kvq {version}, {about['date']}",
+            f"## {run[0]}, {run[1]} threads of {about['cpu']}, kvq {version}, {about['date']}",
             "",
             f"A step reads {rows[0]['weight_bytes'] / 1e6:.0f} MB of weights."
             f" {about['cpu']}, {about['cores']} cores ({', '.join(about['instructions'])}), {about['memory_gb']} GB,"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
-# Up to where a sentence or a line ends, with the blanks behind it; text without either is cut between words.
-PIECE = re.compile(r".{1,400}?(?:[.!?]+[\"')\]]*\s+|\n\s*|$)|.{1,400}(?:\s+|$)|.{1,400}", re.S)
+from kvq.controller.training.texts import sentences
+
 # Characters taken per token asked for: more than a token has in any language that a tokenizer was made for.
 SLICE = 12
 
@@ -72,7 +71,7 @@ class Filler:
             return _put_together(SLICE * tokens, rng)
         size = SLICE * tokens
         start = int(rng.integers(max(0, len(self.text) - size) + 1))
-        pieces = PIECE.findall(self.text[start : start + size])
+        pieces = sentences(self.text[start : start + size])
         # The first and the last one may be parts of sentences.
         return pieces[start > 0 : len(pieces) - (start + size < len(self.text))]
 

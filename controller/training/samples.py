@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvq.controller.training.asked import Encode as Conversation
+from kvq.controller.training.asked import asked
 from kvq.controller.training.damage import CLASSES, probe
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.texts import Encode, count_tokens, windows
@@ -59,6 +61,19 @@ class Samples:
         return np.stack([drawn[Pair(*pair)] for pair in classes], 1).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How many of the windows end in questions, see `kvq.controller.training.asked`.
+
+    Attributes:
+        share: of the windows, from 0 to 1.
+        encode: a conversation -> token ids.
+    """
+
+    share: float
+    encode: Conversation
+
+
 def collect(
     model: ParallelModel,
     encode: Encode,
@@ -67,6 +82,7 @@ def collect(
     seed: int,
     probes: int = 1,
     progress: Progress | None = None,
+    asking: Asking | None = None,
 ) -> Samples:
     """Samples from evenly spread windows of a text.
 
@@ -78,6 +94,7 @@ def collect(
         seed: of the drawn predictions.
         probes: draws of the damage per token.
         progress: called as work goes on.
+        asking: None: every window is a piece of the text and nothing else.
 
     Raises:
         CalibrationError: the text is shorter than one window, or gives fewer than two.
@@ -101,7 +118,10 @@ def collect(
         plan.append(min(lengths, key=lambda n: sum(p for p in plan if p == n)))
     generator = torch.Generator().manual_seed(seed)
     parts: list[Samples] = []
-    for number, ids in enumerate(windows(encode, text, plan, "the calibration text")):
+    found = windows(encode, text, plan, "the calibration text")
+    if asking:
+        found = _with_questions(found, text, asking, seed)
+    for number, ids in enumerate(found):
         if progress:
             progress(number, len(plan), "measuring damage")
         parts.append(_window(model, ids, number, generator, probes))
@@ -110,6 +130,17 @@ def collect(
         for name in Samples.__dataclass_fields__
     }
     return Samples(**stacked)
+
+
+def _with_questions(found: list[np.ndarray], text: str, asking: Asking, seed: int) -> list[np.ndarray]:
+    """The windows, a share of them replaced by others of at most their length that are asked about."""
+    rng = np.random.default_rng([seed, len(found)])
+    chosen = rng.permutation(len(found))[: round(asking.share * len(found))]
+    for number in sorted(chosen.tolist()):
+        window = asked(text, len(found[number]), asking.encode, rng)
+        if window is not None:
+            found[number] = window
+    return found
 
 
 def _window(model: ParallelModel, ids: np.ndarray, number: int, generator: torch.Generator, probes: int) -> Samples:

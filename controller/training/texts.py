@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from kvq.runtime.errors import CalibrationError
 Encode = Callable[[str], list[int]]
 # Characters taken per token asked for, at first. Where a text has more of them per token, the slice grows.
 SLICE = 8
+# Up to where a sentence or a line ends, with the blanks behind it; text without either is cut between words.
+PIECE = re.compile(r".{1,400}?(?:[.!?]+[\"')\]]*\s+|\n\s*|$)|.{1,400}(?:\s+|$)|.{1,400}", re.S)
 COUNTED = 1 << 20  # characters after which a count of tokens is an estimate
 
 
@@ -34,6 +37,11 @@ def read_text(file: Path, option: str) -> str:
     if not text.strip():
         raise CalibrationError(f"{file} has no text in it; give another with {option}")
     return text
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut into sentences and lines, with the blanks behind each: together they are the text."""
+    return PIECE.findall(text)
 
 
 def count_tokens(encode: Encode, text: str) -> int:

@@ -16,23 +16,24 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from kvq.controller.training.damage import CLASSES as MEASURED
 from kvq.controller.training.network import Controller, features_of, inputs_of, write_onnx
 from kvq.controller.training.parallel import ParallelModel
-from kvq.controller.training.samples import Progress, Samples, collect
+from kvq.controller.training.samples import Asking, Progress, Samples, collect
 from kvq.exporter.folder import replaced_folder, write_text
 from kvq.runtime.bundle.bundle import Bundle, digest
 from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.base import curve_of
 from kvq.runtime.precision.table import EXACT, named
+from kvq.runtime.session.wording import template_of, tokenizer_of
 
 # loss(outputs [rows, classes], which rows int64 [rows])
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,6 +71,7 @@ class Recipe:
         objective: "adaptive" or "paper".
         tokens: samples taken from the calibration text, about.
         probes: damage draws a token.
+        asked: share of the texts that end in questions about what they say, see `kvq.controller.training.asked`.
         default_bits: bits a value that `adaptive` spends on a stored token when no budget is given.
         hidden: width of both hidden layers.
         table: learned numbers per token id beside the extended features; 0 has none. On a real model they gain
@@ -84,6 +86,7 @@ class Recipe:
     objective: str = "adaptive"
     tokens: int = 200_000
     probes: int = 1
+    asked: float = 0.2
     default_bits: float = 3.27
     hidden: int = 64
     table: int = 0
@@ -120,7 +123,7 @@ def train_controllers(
     Args:
         bundle: folder; replaced atomically.
         text: calibration text, UTF-8; a few megabytes are good.
-        recipes: one per controller; `tokens`, `probes` and `seed` of the first decide the samples.
+        recipes: one per controller; `tokens`, `probes`, `asked` and `seed` of the first decide the samples.
         device: of torch; None takes a GPU if there is one.
         progress: called as work goes on.
 
@@ -131,14 +134,21 @@ def train_controllers(
     opened = Bundle(bundle)
     if TOKENIZER not in opened.manifest.files:
         raise CalibrationError(f"{bundle} has no tokenizer to read the calibration text with; export one with it")
-    tokenizer = Tokenizer.from_file(str(opened.path / TOKENIZER))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = tokenizer_of(opened)
+    assert tokenizer is not None
+    asking = Asking(recipes[0].asked, partial(template_of(opened, tokenizer).encode, add_generation_prompt=False))
     model = ParallelModel.load(opened, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first = recipes[0]
     begun = time.perf_counter()
     samples = collect(
-        model, lambda part: tokenizer.encode(part).ids, text, first.tokens, first.seed, first.probes, progress
+        model,
+        lambda part: tokenizer.encode(part).ids,
+        text,
+        first.tokens,
+        first.seed,
+        first.probes,
+        progress,
+        asking,
     )
     collected = time.perf_counter() - begun
     trained = []

@@ -13,12 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvq.runtime.bundle.bundle import Bundle
-from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Architecture
+from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.several import JointRunner
-from kvq.runtime.errors import BundleError, ChatTemplateError, PolicyError, PromptError, TokenizerError
+from kvq.runtime.errors import PolicyError, PromptError, TokenizerError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
@@ -29,10 +29,11 @@ from kvq.runtime.session.options import AllOptions, SessionSettings, parted
 from kvq.runtime.session.session import SINK, Session
 from kvq.runtime.session.several import Completion, complete_all
 from kvq.runtime.session.shifting import of_messages
+from kvq.runtime.session.wording import template_of, tokenizer_of
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
 from kvq.runtime.text.grammar import Grammar, Grammars, Structure
 from kvq.runtime.text.template import ChatTemplate
-from kvq.runtime.text.tokenizer import encoded, load_tokenizer
+from kvq.runtime.text.tokenizer import encoded
 
 # Makes a policy by its name: (name or policy, bundle, **options).
 PolicyMaker = Callable[..., Policy]
@@ -69,7 +70,7 @@ class Model:
         self.engine = Engine(bundle, threads)
         self._joint, self._joint_lock = JointRunner(self.engine), threading.Lock()
         self._check()
-        self.optional_tokenizer = _tokenizer(bundle)
+        self.optional_tokenizer = tokenizer_of(bundle)
 
     def __repr__(self) -> str:
         shape = self.architecture
@@ -140,17 +141,7 @@ class Model:
         Raises:
             ChatTemplateError: the bundle's template is not valid.
         """
-        manifest = self.bundle.manifest
-        tokenizer, special_tokens = self.optional_tokenizer, dict(manifest.special_tokens)
-        if tokenizer is not None and manifest.eos_token_ids and "eos_token" not in special_tokens:
-            special_tokens["eos_token"] = tokenizer.id_to_token(manifest.eos_token_ids[0]) or ""
-        source = None
-        if CHAT_TEMPLATE in manifest.files:
-            try:
-                source = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise ChatTemplateError(f"{CHAT_TEMPLATE} is not UTF-8; export the bundle again") from None
-        return ChatTemplate(source, tokenizer, special_tokens, self.architecture.context)
+        return template_of(self.bundle, self.optional_tokenizer)
 
     def grammar(self, structure: Structure) -> Grammar:
         """A structure compiled for this model, for any number of texts.
@@ -385,16 +376,3 @@ class Model:
         from kvq.runtime.session.file import read_session
 
         return read_session(self, path, policy, prefill=prefill, backend=backend, kv_bits=kv_bits, kv_memory=kv_memory)
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer | None:
-    if TOKENIZER not in bundle.manifest.files:
-        return None
-    try:
-        tokenizer = load_tokenizer((bundle.path / TOKENIZER).read_text(encoding="utf-8"))
-    except (TokenizerError, OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{TOKENIZER} cannot be read ({error}); export the bundle again") from None
-    # Left behind by training: either would change a prompt without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

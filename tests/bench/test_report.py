@@ -59,7 +59,7 @@ def test_report_leaves_out_what_a_newer_version_measured_again(monkeypatch, tmp_
     monkeypatch.setattr(page, "prefill_table", lambda rows: [f"prompts {rows[0]['run']['date']}"])
     row = {"arm": "kvq-int8", "shape": "tiny", "threads": 2, "weight_bytes": 1e6, "bandwidth_gb_per_s": 1.0,
            "idle_cpu_share": 0.0, "backend": "", "settings": "", "check_reference": "", "versions": {}}  # fmt: skip
-    about = {"cpu": "", "cores": 2, "instructions": [], "memory_gb": 1, "system": "", "skipped": {}}
+    about = {"cpu": "Some CPU", "cores": 2, "instructions": [], "memory_gb": 1, "system": "", "skipped": {}}
 
     def measured(version, date, *contexts):
         run = about | {"date": date, "versions": {"kvq": version}}
@@ -67,7 +67,8 @@ def test_report_leaves_out_what_a_newer_version_measured_again(monkeypatch, tmp_
 
     old = ("old", measured("0.1.0", "2026-11-26", 12, 48, 96))
     text = page.page([old, ("new", measured("0.2.0", "2026-11-29", 12, 48))], tmp_path)
-    assert text.index("## tiny, 2 threads, kvq 0.2.0") < text.index("## tiny, 2 threads, kvq 0.1.0")
+    new, older = (text.index(f"## tiny, 2 threads of Some CPU, kvq {version}") for version in ("0.2.0", "0.1.0"))
+    assert new < older
     assert [text.count(f"### {context} cached tokens") for context in (12, 48, 96)] == [1, 1, 1]
     assert text.count("steps 2026-11-26") == 1
     assert "At 12 and 48 tokens a newer version was measured, above; these are in old.json." in text
