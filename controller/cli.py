@@ -29,7 +29,7 @@ from kvq.runtime.files import write_atomically
 @click.option(
     "--asked",
     type=click.FloatRange(0, 1),
-    default=0.2,
+    default=0.5,
     show_default=True,
     help="Share of the texts that end in questions about what they say.",
 )

@@ -86,7 +86,7 @@ class Recipe:
     objective: str = "adaptive"
     tokens: int = 200_000
     probes: int = 1
-    asked: float = 0.2
+    asked: float = 0.5
     default_bits: float = 3.27
     hidden: int = 64
     table: int = 0
