@@ -19,7 +19,7 @@ from kvq.runtime.errors import ContextError
 Messages = Sequence[dict[str, str]]
 Encode = Callable[[Messages], list[int]]
 TOKENS_A_RECORD = 128  # of the window, for each record; its sentence, question and answer take about 45 of them
-CHARACTERS = 6  # of text drawn for each token, at first: more than most have
+CHARACTERS = 6  # of text drawn for each token: more than most have
 
 SYLLABLES = (
     "ba", "bel", "cor", "da", "den", "el", "fa", "gor", "ha", "il", "ja", "kar", "la", "lo", "mar", "mi", "na", "nor",

@@ -29,7 +29,7 @@ from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import Asking, Progress, Samples, collect
 from kvq.exporter.folder import replaced_folder, write_text
 from kvq.runtime.bundle.bundle import Bundle, digest
-from kvq.runtime.bundle.manifest import MANIFEST, TOKENIZER
+from kvq.runtime.bundle.manifest import MANIFEST
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.policy.base import curve_of
 from kvq.runtime.precision.table import EXACT, named
@@ -130,15 +130,16 @@ def train_controllers(
     Raises:
         BundleError: unreadable.
         CalibrationError: the text is too short, or the bundle has no tokenizer to read it with.
+        ChatTemplateError: its chat template fails at the conversations about the text.
     """
     opened = Bundle(bundle)
-    if TOKENIZER not in opened.manifest.files:
-        raise CalibrationError(f"{bundle} has no tokenizer to read the calibration text with; export one with it")
     tokenizer = tokenizer_of(opened)
-    assert tokenizer is not None
-    asking = Asking(recipes[0].asked, partial(template_of(opened, tokenizer).encode, add_generation_prompt=False))
+    if tokenizer is None:
+        raise CalibrationError(f"{bundle} has no tokenizer to read the calibration text with; export one with it")
+    first, asking = recipes[0], None
+    if first.asked:  # without questions no chat template is looked at
+        asking = Asking(first.asked, partial(template_of(opened, tokenizer).encode, add_generation_prompt=False))
     model = ParallelModel.load(opened, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    first = recipes[0]
     begun = time.perf_counter()
     samples = collect(
         model,

@@ -7,23 +7,22 @@ does all of it, in a step with threads that stay together. A graph is rewritten 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvq.runtime.bundle.onnx_file import NODE, VALUE_INFO, GraphReader, Node
+from kvq.runtime.bundle.onnx_file import GraphReader, Node
 from kvq.runtime.bundle.renaming import (
     DOMAIN,
     FILES,
     GRAPH_INITIALIZER,
     GRAPH_NODE,
-    GRAPH_OUTPUT,
     MODEL_GRAPH,
     PRODUCT,
     Attributes,
+    GraphNodes,
     node_of,
 )
-from kvq.runtime.bundle.wire import field, fields, read
+from kvq.runtime.bundle.wire import field, fields
 
 CHAIN = "Chain"
 PRODUCTS, ADD_NORM, SWIGLU = (f"{DOMAIN}::{name}" for name in (PRODUCT, "AddNorm", "SwiGLU"))
@@ -54,32 +53,28 @@ def with_chains(graph: bytes, take: Take) -> bytes:
     )
 
 
-class _Followers:
-    """The nodes of a graph by their places in its message, and who reads what."""
+class _Followers(GraphNodes):
+    """Nodes that chains are found among.
+
+    Args:
+        parts: of the graph's message.
+    """
 
     def __init__(self, parts: list[tuple[int, int, bytes]]) -> None:
+        super().__init__(parts)
         reader = GraphReader()
-        self.at = {i: reader.node(read(part[2], NODE), FILES) for i, part in enumerate(parts) if part[0] == GRAPH_NODE}
         self._constants = {reader.tensor(part[2], FILES).name for part in parts if part[0] == GRAPH_INITIALIZER}
-        self._made_at = {name: i for i, node in self.at.items() for name in node.outputs}
-        self._readers = defaultdict[str, list[int]](list)
-        for i, node in self.at.items():
-            for name in node.inputs:
-                self._readers[name].append(i)
-        for part in parts:
-            if part[0] == GRAPH_OUTPUT:
-                self._readers[read(part[2], VALUE_INFO)["name"]].append(len(parts))
 
     def run(self, first: int) -> _Run | None:
         """What a Product begins."""
         places, residual, left, gains = [first], "", "", list[str]()
         out = self.at[first].outputs[0]
-        while len(readers := self._readers[out]) == 1 and readers[0] in self.at:
+        while len(readers := self.readers[out]) == 1 and readers[0] in self.at:
             node = self.at[readers[0]]
             if node.operator == ADD_NORM:
                 stream, added, gain = node.inputs
                 fits = added == out != stream and gain in self._constants and len(gains) < MOST_GAINS
-                if not fits or not (self._goes_on(left, stream) if gains else self._made_at.get(stream, -1) < first):
+                if not fits or not (self._goes_on(left, stream) if gains else self.made_at.get(stream, -1) < first):
                     break
                 residual, left = residual or stream, node.outputs[0]
                 gains.append(gain)
@@ -88,12 +83,12 @@ class _Followers:
             places.append(readers[0])
             out = node.outputs[-1]
         # What else reads the residual stream has to come behind all of it.
-        if not gains or any(i < places[-1] for i in self._readers[left]):
+        if not gains or any(i < places[-1] for i in self.readers[left]):
             return None
         return _Run(places, residual, left, gains)
 
     def _goes_on(self, left: str, stream: str) -> bool:
-        return left == stream and len(self._readers[left]) == 1
+        return left == stream and len(self.readers[left]) == 1
 
 
 def _graph(graph: bytes, take: Take) -> bytes:

@@ -9,7 +9,7 @@ Gemm(ReduceSum(Reshape(x)), offsets, MatMulNBits(x)).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -89,8 +89,33 @@ def rows_alike(graph: bytes) -> bool:
     return True
 
 
-class _Nodes:
-    """The nodes of a graph by their places in its message, and who reads what.
+class GraphNodes:
+    """The nodes of a graph by their places in its message, and who makes and reads what.
+
+    Args:
+        parts: of the message.
+
+    Attributes:
+        at: node by place.
+        made_at: place by the name of what a node yields.
+        readers: places by the name of what nodes read, of what the graph yields also one behind all of them.
+    """
+
+    def __init__(self, parts: list[tuple[int, int, bytes]]) -> None:
+        reader = GraphReader()
+        self.at = {i: reader.node(read(part[2], NODE), FILES) for i, part in enumerate(parts) if part[0] == GRAPH_NODE}
+        self.made_at = {name: i for i, node in self.at.items() for name in node.outputs}
+        self.readers = defaultdict[str, list[int]](list)
+        for i, node in self.at.items():
+            for name in node.inputs:
+                self.readers[name].append(i)
+        for part in parts:
+            if part[0] == GRAPH_OUTPUT:
+                self.readers[read(part[2], VALUE_INFO)["name"]].append(len(parts))
+
+
+class _Nodes(GraphNodes):
+    """Nodes that products are found among.
 
     Args:
         parts: of the message.
@@ -98,12 +123,9 @@ class _Nodes:
     """
 
     def __init__(self, parts: list[tuple[int, int, bytes]], regions: dict[str, Region | None]) -> None:
-        reader = GraphReader()
-        self.at = {i: reader.node(read(part[2], NODE), FILES) for i, part in enumerate(parts) if part[0] == GRAPH_NODE}
+        super().__init__(parts)
         self._regions = regions
-        self._made_by = {name: i for i, node in self.at.items() for name in node.outputs}
-        self._readers = Counter(name for node in self.at.values() for name in node.inputs)
-        self._readers.update(read(part[2], VALUE_INFO)["name"] for part in parts if part[0] == GRAPH_OUTPUT)
+        self._reads = Counter({name: len(places) for name, places in self.readers.items()})  # fewer as nodes go
 
     def product(self, i: int) -> tuple[list[int], Matrix] | None:
         """Of a product that node i yields: its MatMulNBits, the other nodes that it takes, and its matrix."""
@@ -116,7 +138,7 @@ class _Nodes:
         totals, offsets, product = node.inputs
         at, summed, region = self._maker(product, MATMUL), self._maker(totals, "ReduceSum"), self._regions.get(offsets)
         cut = None if summed is None else self._maker(self.at[summed].inputs[0], "Reshape")
-        if at is None or summed is None or cut is None or region is None or self._readers[product] > 1:
+        if at is None or summed is None or cut is None or region is None or self._reads[product] > 1:
             return None
         found = _matrix(self.at[at], self._regions)
         if found is None or found.bits != 4 or found.zeros is not None:  # the library has no others with offsets
@@ -126,25 +148,25 @@ class _Nodes:
         return [at, summed, cut], found._replace(offsets=region)
 
     def _maker(self, name: str, operator: str) -> int | None:
-        place = self._made_by.get(name)
+        place = self.made_at.get(name)
         return place if place in self.at and self.at[place].operator == operator else None
 
     def become_product(self, i: int, places: list[int]) -> set[int]:
         """Let node i take over what those in `places` do for it; returns those that nobody needs any more."""
         x = self.at[places[0]].inputs[0]
-        self._readers.subtract(self.at[i].inputs)
-        self._readers[x] += 1
+        self._reads.subtract(self.at[i].inputs)
+        self._reads[x] += 1
         self.at[i] = self.at[i]._replace(operator=f"{DOMAIN}::{PRODUCT}", inputs=[x])
         dropped = set()
         for place in places:
-            if place != i and not any(self._readers[name] for name in self.at[place].outputs):
-                self._readers.subtract(self.at.pop(place).inputs)
+            if place != i and not any(self._reads[name] for name in self.at[place].outputs):
+                self._reads.subtract(self.at.pop(place).inputs)
                 dropped.add(place)
         return dropped
 
     def uses(self, name: str) -> bool:
         """Whether a node or the graph's outcome reads a value."""
-        return self._readers[name] > 0
+        return self._reads[name] > 0
 
 
 def _graph(graph: bytes, take: Callable[[Matrix], Attributes | None]) -> bytes:

@@ -28,6 +28,7 @@ from tests.tools.checkpoints import TINY
 from tests.tools.packages import needs
 
 torch = needs("torch")
+from kvq.controller.training import train
 from kvq.controller.training.network import features_of
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import collect
@@ -331,6 +332,13 @@ def test_any_text_that_is_long_enough_trains_a_controller(text, tiny_bundle, tmp
     session = model.session("adaptive", recent=2, kv_bits=8)
     session.append(model.encode(text[:400])[:100])
     assert session.store.used_nbytes <= session.chooser.budget.allowed(session.store.length)
+
+
+def test_without_questions_no_chat_template_is_looked_at(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "template_of", pytest.fail)
+    path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    (report,) = train_controllers(path, TEXT, [Recipe(tokens=600, epochs=1, asked=0)])
+    assert report.recipe["asked"] == 0
 
 
 def test_too_short_a_text_is_refused(tiny_bundle):
