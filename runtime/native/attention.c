@@ -123,6 +123,13 @@ static void prepare_work(void *data, size_t token) {
     for (int h = 0; h < pass->kv_heads; h++) kvq_keep_token(n->task, h, (int)token);
 }
 
+/* Whether keys of a page are stored less what turns, of a layer's own pass. */
+static int any_turned(const kvq_pass *pass) {
+    for (int p = 0; p < pass->pages; p++)
+        if (kvq_turned(pass->page[p].key_precision)) return 1;
+    return 0;
+}
+
 static kvq_task task_of(const kvq_pass *pass, int32_t layer, const kvq_rows *rows) {
     return (kvq_task){
         .pass = pass,
@@ -131,7 +138,7 @@ static kvq_task task_of(const kvq_pass *pass, int32_t layer, const kvq_rows *row
         .layer = layer,
         .group = pass->heads / pass->kv_heads,
         .window = pass->windows ? pass->windows[layer] : 0,
-        .turns = pass->turns && pass->turns->which[layer] >= 0 ? pass->turns : NULL,
+        .turns = pass->turns && pass->turns->which[layer] >= 0 && any_turned(pass) ? pass->turns : NULL,
         .padded_dim = (pass->head_dim + 15) / 16 * 16,
         .softmax_scale = 1 / sqrtf((float)pass->head_dim),
     };

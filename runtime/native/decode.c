@@ -57,12 +57,12 @@ static void prepare_head(const decode_step *s, int kv_head) {
         task->kernel->prepare(s->prepare, 0, key, key + 1);
     }
     kvq_keep_token(task, kv_head, 0);
-    for (int h = first; h < end; h++) {
+    for (int h = first; h < end; h++)
         task->kernel->query(task, s->widths, h, s->query + (size_t)h * task->padded_dim, s->integer + h,
                             s->words + (size_t)h * integer_words_all(pass->head_dim));
-        if (task->turns)
-            task->kernel->turn(task, h, first_turn(task), end_turn(task, 1), s->turned + (size_t)h * task->turns->blocks);
-    }
+    if (task->turns)
+        task->kernel->turn(task, kv_head, first_turn(task), end_turn(task, 1),
+                           s->turned + (size_t)first * task->turns->blocks);
 }
 
 /* Returns when a KV head is prepared; by this thread, if no other one has begun. */

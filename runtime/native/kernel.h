@@ -41,7 +41,7 @@ typedef struct {
 /* A query head as integers, for dot products with packed keys: query = scale * ((part 0 * 254 + part 1) * 254 + part 2),
  * each part in [-127, 127]. That is nearly 24 bits, as good as float: scores may be large, and what counts in a softmax
  * is their absolute error. */
-#define QUERY_PARTS 3
+#define QUERY_PARTS 2
 #define QUERY_BASE 254
 typedef struct {
     float scale;
@@ -70,8 +70,9 @@ typedef struct {
     size_t (*rows_bytes)(const kvq_task *task, int tokens, int room);
     void (*query)(const kvq_task *task, unsigned widths, int head, float *query, kvq_integer_query *integer,
                   int32_t *words); /* of one new token; the last three are those of this head */
-    /* products [blocks of turns] of a query head, prepared, with what keys of the blocks [first, end) are stored less */
-    void (*turn)(const kvq_task *task, int head, int first, int end, float *products);
+    /* products [group, blocks of turns] of a KV head's query heads, prepared, with what keys of the blocks [first, end) are
+     * stored less */
+    void (*turn)(const kvq_task *task, int kv_head, int first, int end, float *products);
     void (*merge)(const kvq_task *task, int head);
     int (*prefill)(const kvq_task *task, size_t i); /* item: one KV head x one block of query rows; 0 or
                                                      * NO_MEMORY */

@@ -137,14 +137,13 @@ static int plan_block(row_block *b) {
 
 static void make_queries(const row_block *b, int t) {
     const kvq_task *task = b->of + t;
-    for (int h = 0; h < task->pass->heads; h++) {
+    for (int h = 0; h < task->pass->heads; h++)
         task->kernel->query(task, b->widths, h, (float *)task->query + (size_t)h * task->padded_dim,
                             (kvq_integer_query *)task->integer + h,
                             (int32_t *)task->words + (size_t)h * integer_words_all(task->pass->head_dim));
-        if (task->turns)
-            task->kernel->turn(task, h, first_turn(task), end_turn(task, 1),
-                               (float *)task->turned + (size_t)h * task->turns->blocks);
-    }
+    for (int h = 0; task->turns && h < task->pass->kv_heads; h++)
+        task->kernel->turn(task, h, first_turn(task), end_turn(task, 1),
+                           (float *)task->turned + (size_t)h * task->group * task->turns->blocks);
 }
 
 /* All keys or values of a KV head go their way, and the window is kept as each token finds it. */

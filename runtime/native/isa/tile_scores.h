@@ -59,33 +59,23 @@ USES_TILES INLINE void scores_together(int precision, some_rows *s, int p, int m
     const kvq_task *task = s->task;
     const kvq_page *first = page_of(s, 0, p);
     const int words = words_per_vector(precision, task->pass->head_dim), part = s->blocks * SUMS;
-    const uint16_t *scales = first->key_scales + s->vector_row * first->capacity + first->begin;
     gather_queries(s, precision);
     for (int slot = 0; slot < most; slot += TILE) {
         key_bytes(precision, key_tile(first, s->vector_row, words, slot / TILE), words, s->key);
         dot_keys(s);
-        const vf scale = load_halves(scales + slot);
-        const int turned = kvq_turned(precision) && task->turns;
-        int32_t block[TILE];
-        int low = 0, high = 0, whole = 0; /* blocks of a tile that is full for a token are so for all to whom it is full */
         for (int t = 0; t < s->tokens; t++) {
             if (slot >= s->slots[t]) continue;
             const kvq_page *page = page_of(s, t, p);
             const int32_t *dots = s->product + t * s->heads * LANES;
-            const int full = !page->first && page->begin + slot + TILE <= page->count;
-            float *to = scores_of(s, t) + (s->at[t] + slot) * s->heads;
+            vf acc[DECODE_HEADS][SCORE_VECTORS];
             for (int g = 0; g < s->heads; g++, dots += LANES) {
                 const uint32_t *from = (const uint32_t *)dots;
-                const vi sum[QUERY_PARTS] = {(vi)load_u(from), (vi)load_u(from + part), (vi)load_u(from + 2 * part)};
-                vf score = whole_score(precision, 0, task[t].integer + s->head + g, sum) * scale;
-                __asm__("" : "+v"(score)); /* rounded before anything is added to it */
-                store_f(to + g * TILE, score);
+                const vi sum[QUERY_PARTS] = {(vi)load_u(from), (vi)load_u(from + part)};
+                acc[g][0] = whole_score(precision, 0, task[t].integer + s->head + g, sum);
             }
-            if (turned && !(full && whole) && tile_blocks(task + t, page, page->begin + slot, block, &low, &high)) whole = full;
-            if (turned) add_products(s->heads, task->turns, products_of(task + t, s->head), block, low, high, to);
-            if (!full) hide_empty(page, slot, s->heads, to);
-            vf *top = s->top + t * s->heads;
-            for (int g = 0; g < s->heads; g++) top[g] = max_f(top[g], load_f(to + g * TILE));
+            const page_keys of = keys_of(precision, task + t, page, s->vector_row, s->head);
+            end_tile(precision, s->heads, &of, slot, acc, 0, scores_of(s, t) + (s->at[t] + slot) * s->heads,
+                     s->top + t * s->heads);
         }
     }
 }

@@ -97,68 +97,109 @@ INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint3
 }
 #endif
 
-/* -FLT_MAX in those slots of a tile, which begins at slot t, that hold no token: scores [heads, TILE]. */
-INLINE void hide_empty(const kvq_page *page, int t, int heads, float *scores) {
-    for (int s = 0; s < TILE; s++)
-        if (!holds_token(page, page->begin + t + s))
-            for (int g = 0; g < heads; g++) scores[g * TILE + s] = -FLT_MAX;
+/* Whether all slots of a tile of a page, which begins at a slot of its arrays, hold tokens. */
+INLINE int is_full(const kvq_page *page, int slot) {
+    return slot + TILE <= (page->count == page->period || !page->first ? page->count : 0);
 }
 
-/* Scores of a few tiles from slot t of a page on; `top` are the largest ones so far, lane by lane. */
-INLINE void few_scores(int precision, int heads, int tiles, const kvq_task *task, const kvq_page *page, size_t vector_row,
-                       int head, int t, int slots, const float *query, float *scores, vf *top) {
-    const int words = words_per_vector(precision, task->pass->head_dim);
-    const uint16_t *scales = page->key_scales + vector_row * page->capacity + page->begin;
-    const uint32_t *tile = key_tile(page, vector_row, words, t / TILE);
+/* -FLT_MAX in those of LANES slots that hold no token. */
+NOINLINE vf hide_empty(const kvq_page *page, int slot, vf score) {
+    for (int i = 0; i < LANES; i++)
+        if (!holds_token(page, slot + i)) score[i] = -FLT_MAX;
+    return score;
+}
+
+/* The keys of a page, and what some query heads from `head` on bring to them. */
+typedef struct {
+    const kvq_task *task;
+    const kvq_page *page;
+    int head, words;
+    const uint32_t *keys;   /* the first tile */
+    const uint16_t *scales; /* of the first slot */
+    const float *query;
+    const int32_t *parts;   /* of the first head, see integer_words */
+    int stride;             /* to the next one's */
+} page_keys;
+
+INLINE page_keys keys_of(int precision, const kvq_task *task, const kvq_page *page, size_t vector_row, int head) {
+    const int d = task->pass->head_dim, words = words_per_vector(precision, d), stride = integer_words_all(d);
+    return (page_keys){
+        .task = task,
+        .page = page,
+        .head = head,
+        .words = words,
+        .keys = key_tile(page, vector_row, words, 0),
+        .scales = page->key_scales + vector_row * page->capacity + page->begin,
+        .query = task->query + (size_t)head * task->padded_dim,
+        .parts = parts_of(precision) ? task->words + (size_t)head * stride + integer_words_start(precision, d) : NULL,
+        .stride = stride,
+    };
+}
+
+/* The scores of a tile from slot t of a page on, from acc, which are without the keys' scales, to [heads, TILE]; `top` are
+ * the largest ones so far, lane by lane. */
+INLINE void end_tile(int precision, int heads, const page_keys *of, int t, const vf acc[][SCORE_VECTORS], int at, float *scores,
+                     vf *top) {
+    const kvq_task *task = of->task;
+    const int first = of->page->begin + t, full = is_full(of->page, first);
+    const float *products = NULL;
+    int low = 0, high = 0;
+    if (page_turns(task, of->page) && tile_blocks(task, of->page, first, &low, &high)) products = products_of(task, of->head);
+    for (int v = 0; v < TILE_VECTORS; v++) {
+        const int slot = first + v * LANES;
+        const vf scale = has_scale(precision) ? load_halves(of->scales + t + v * LANES) : splat(1);
+        const vi own = products ? slot_blocks(of->page, slot, low, high) : (vi){0};
+        UNROLL
+        for (int g = 0; g < heads; g++) {
+            vf score = rounded(acc[g][at + v] * scale);
+            if (products) {
+                const int blocks = task->turns->blocks;
+                score += slot_products(products + (size_t)g * blocks, blocks, own, low, high);
+            }
+            if (!full) score = hide_empty(of->page, slot, score);
+            store_f(scores + g * TILE + v * LANES, score);
+            top[g] = max_f(top[g], score);
+        }
+    }
+}
+
+/* Scores of a few tiles from slot t of a page on, to those of the page; `top` as in end_tile. */
+INLINE void few_scores(int precision, int heads, int tiles, const page_keys *of, int t, float *scores, vf *top) {
+    const uint32_t *tile = of->keys + (size_t)t * of->words;
     vf acc[DECODE_HEADS][SCORE_VECTORS];
 #ifdef DOT_KERNEL
     if (parts_of(precision)) {
-        const int d = task->pass->head_dim, stride = integer_words_all(d);
-        const int32_t *parts = task->words + (size_t)head * stride + integer_words_start(precision, d);
-        tile_scores_integer(precision, heads, tiles, tile, words, task->integer + head, parts, stride, acc);
+        tile_scores_integer(precision, heads, tiles, tile, of->words, of->task->integer + of->head, of->parts, of->stride, acc);
     } else
 #endif
 #ifdef HALF_REGISTERS
     if (precision == KVQ_HALF) {
-        half_tile_scores(heads, tile, words, query, acc);
+        half_tile_scores(heads, tile, of->words, of->query, acc);
     } else
 #endif
-        tile_scores(precision, heads, tile, words, query, task->padded_dim, acc);
-    for (int v = 0; v < tiles * TILE_VECTORS; v++) {
-        vf scale = splat(1);
-        if (has_scale(precision)) scale = load_halves(scales + t + v * LANES);
-        float *to = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
-        for (int g = 0; g < heads; g++) store_f(to + g * TILE, acc[g][v] * scale);
-    }
-    if (kvq_turned(precision) && task->turns)
-        for (int s = t; s < t + tiles * TILE; s += TILE)
-            add_turned(heads, task, page, head, page->begin + s, scores + (size_t)s * heads);
-    if (page->first || t + tiles * TILE == slots)
-        for (int s = t; s < t + tiles * TILE; s += TILE) hide_empty(page, s, heads, scores + s * heads);
-    for (int v = 0; v < tiles * TILE_VECTORS; v++)
-        for (int g = 0; g < heads; g++) {
-            const float *from = scores + (t + v / TILE_VECTORS * TILE) * heads + v % TILE_VECTORS * LANES;
-            top[g] = max_f(top[g], load_f(from + g * TILE));
-        }
+        tile_scores(precision, heads, tile, of->words, of->query, of->task->padded_dim, acc);
+    UNROLL
+    for (int i = 0; i < tiles; i++)
+        end_tile(precision, heads, of, t + i * TILE, acc, i * TILE_VECTORS, scores + (t + i * TILE) * heads, top);
 }
 
 /* Scores of `heads` query heads over a page. `next` is what is read after it. */
 INLINE void page_scores(int precision, int heads, const kvq_task *task, const kvq_page *page, size_t vector_row, int head,
                         int slots, float *scores, vf *top, const char *next) {
-    const int words = words_per_vector(precision, task->pass->head_dim), most = DOT_TILES > 1 && parts_of(precision) ? DOT_TILES : 1;
-    const float *query = task->query + (size_t)head * task->padded_dim;
+    page_keys of = keys_of(precision, task, page, vector_row, head);
+    const int most = DOT_TILES > 1 && parts_of(precision) ? DOT_TILES : 1;
 #ifdef HALF_REGISTERS
     float pairs[DECODE_HEADS * (MOST_CHANNELS + 2 * LANES)];
-    if (precision == KVQ_HALF) pair_channels(heads, query, task->padded_dim, words, pairs), query = pairs;
+    if (precision == KVQ_HALF) pair_channels(heads, of.query, task->padded_dim, of.words, pairs), of.query = pairs;
 #endif
     int t = 0;
     for (; t + most * TILE <= slots; t += most * TILE) {
-        prefetch(next + (size_t)t * words * 4, most * words * TILE * 4);
-        few_scores(precision, heads, most, task, page, vector_row, head, t, slots, query, scores, top);
+        prefetch(next + (size_t)t * of.words * 4, most * of.words * TILE * 4);
+        few_scores(precision, heads, most, &of, t, scores, top);
     }
     if (most == 1 || t == slots) return;
-    prefetch(next + (size_t)t * words * 4, words * TILE * 4);
-    few_scores(precision, heads, 1, task, page, vector_row, head, t, slots, query, scores, top);
+    prefetch(next + (size_t)t * of.words * 4, of.words * TILE * 4);
+    few_scores(precision, heads, 1, &of, t, scores, top);
 }
 
 /* A function for each precision and number of heads: both are constants in it. */

@@ -10,15 +10,9 @@
 /* Blocks that are worked on together: in whole registers, and KVQ_TURN_BLOCKS are so many times them. */
 #define BLOCK_VECTORS 4
 
-/* The products of a query head, prepared and scaled, with the means of the blocks [first, end), rounded outwards; 0 for all
- * others. What a block gets does not depend on how many there are. */
-static void turned_products(const kvq_task *task, int head, int first, int end, float *products) {
-    const kvq_turns *turns = task->turns;
-    const int d = task->pass->head_dim, rows = turns->rows, blocks = turns->blocks, step = BLOCK_VECTORS * LANES;
-    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + head / task->group;
-    const float *across = turns->across + vector_row * d * rows, *query = task->query + (size_t)head * task->padded_dim;
-    const float *waves = turns->waves + (size_t)turns->which[task->layer] * rows * blocks;
-    float factor[KVQ_TURN_MOST_ROWS];
+/* The products of a query with the vectors of a KV head: factor [rows]. */
+INLINE void turn_factors(const kvq_turns *turns, const float *across, const float *query, int d, float *factor) {
+    const int rows = turns->rows;
     for (int r = 0; r < rows; r += 16) {
         vf sum[16 / LANES];
         for (int v = 0; v < 16 / LANES; v++) sum[v] = splat(0);
@@ -26,12 +20,44 @@ static void turned_products(const kvq_task *task, int head, int first, int end, 
             for (int v = 0; v < 16 / LANES; v++) sum[v] += load_f(across + (size_t)c * rows + r + v * LANES) * query[c];
         for (int v = 0; v < 16 / LANES; v++) store_f(factor + r + v * LANES, sum[v]);
     }
+}
+
+/* turned_products of `heads` query heads of a KV head, which share what they read of the waves. */
+INLINE void turn_heads(int heads, const kvq_task *task, int head, int first, int end, float *products) {
+    const kvq_turns *turns = task->turns;
+    const int d = task->pass->head_dim, rows = turns->rows, blocks = turns->blocks, step = BLOCK_VECTORS * LANES;
+    const size_t vector_row = (size_t)task->layer * task->pass->kv_heads + head / task->group;
+    const float *across = turns->across + vector_row * d * rows;
+    const float *waves = turns->waves + (size_t)turns->which[task->layer] * rows * blocks;
+    float factor[DECODE_HEADS][KVQ_TURN_MOST_ROWS];
+    for (int g = 0; g < heads; g++)
+        turn_factors(turns, across, task->query + (size_t)(head + g) * task->padded_dim, d, factor[g]);
     for (int b = 0; b < blocks; b += step) {
-        vf sum[BLOCK_VECTORS];
-        for (int v = 0; v < BLOCK_VECTORS; v++) sum[v] = splat(0);
+        vf sum[DECODE_HEADS][BLOCK_VECTORS];
+        for (int g = 0; g < heads; g++)
+            for (int v = 0; v < BLOCK_VECTORS; v++) sum[g][v] = splat(0);
         for (int r = 0; b < end && b + step > first && r < rows; r++)
-            for (int v = 0; v < BLOCK_VECTORS; v++) sum[v] += load_f(waves + (size_t)r * blocks + b + v * LANES) * factor[r];
-        for (int v = 0; v < BLOCK_VECTORS; v++) store_f(products + b + v * LANES, sum[v]);
+            for (int v = 0; v < BLOCK_VECTORS; v++) {
+                const vf wave = load_f(waves + (size_t)r * blocks + b + v * LANES);
+                for (int g = 0; g < heads; g++) sum[g][v] += wave * factor[g][r];
+            }
+        for (int g = 0; g < heads; g++)
+            for (int v = 0; v < BLOCK_VECTORS; v++) store_f(products + (size_t)g * blocks + b + v * LANES, sum[g][v]);
+    }
+}
+
+/* The products of a KV head's query heads, prepared and scaled, with the means of the blocks [first, end), rounded outwards;
+ * 0 for all others: products [group, blocks]. What a block gets does not depend on how many there are. */
+static void turned_products(const kvq_task *task, int kv_head, int first, int end, float *products) {
+    const size_t blocks = task->turns->blocks;
+    for (int g = 0; g < task->group; g += DECODE_HEADS) {
+        const int head = kv_head * task->group + g;
+        switch (task->group - g) {
+        case 1: turn_heads(1, task, head, first, end, products + g * blocks); break;
+        case 2: turn_heads(2, task, head, first, end, products + g * blocks); break;
+        case 3: turn_heads(3, task, head, first, end, products + g * blocks); break;
+        default: turn_heads(DECODE_HEADS, task, head, first, end, products + g * blocks);
+        }
     }
 }
 
@@ -49,42 +75,45 @@ static void turned_mean(const kvq_task *task, size_t vector_row, int block, floa
     }
 }
 
-/* The blocks of the tokens in a tile of a page from slot `first` of its arrays on; a slot without a token has that of one
- * with. Returns the number of tokens, whose blocks are ascending from `low` to `high`. */
-INLINE int tile_blocks(const kvq_task *task, const kvq_page *page, int first, int32_t *block, int *low, int *high) {
+/* The first and the last block of the tokens in a tile of a page from slot `first` of its arrays on. Returns their number. */
+INLINE int tile_blocks(const kvq_task *task, const kvq_page *page, int first, int *low, int *high) {
     const int behind = page->first + page->count, begin = first > page->first ? first : page->first;
     const int end = first + TILE < behind ? first + TILE : behind, last = task->turns->blocks - 1;
     if (begin >= end) return 0;
-    for (int s = 0; s < TILE; s++) {
-        const int slot = first + s < begin ? begin : first + s < end ? first + s : end - 1;
-        const uint32_t own = (uint32_t)page->positions[slot] / KVQ_TURN_BLOCK;
-        block[s] = own > (uint32_t)last ? last : (int32_t)own;
-    }
-    *low = block[0], *high = block[TILE - 1];
+    *low = page->positions[begin] / KVQ_TURN_BLOCK, *high = page->positions[end - 1] / KVQ_TURN_BLOCK;
+    if (*low > last) *low = last;
+    if (*high > last) *high = last;
     return end - begin;
 }
 
-INLINE vi load_i(const int32_t *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+/* The blocks of LANES slots of a tile, ascending; a slot without a token has that of one with. */
+INLINE vi slot_blocks(const kvq_page *page, int slot, int low, int high) {
+    vu position;
+    memcpy(&position, page->positions + slot, sizeof position);
+    vi block = (vi)(position / KVQ_TURN_BLOCK);
+    block = select_i(block < low, (vi){0} + low, block);
+    return select_i(block > high, (vi){0} + high, block);
+}
 
-#define FEW_BLOCKS 4 /* of a tile, that are gone through one by one */
+#define NEAR_BLOCKS (4 * LANES) /* of a tile, that are found register by register */
 
-/* Scores [heads, TILE] get the products [heads, blocks of turns] with the means of their blocks, see tile_blocks. */
-INLINE void add_products(int heads, const kvq_turns *turns, const float *products, const int32_t *block, int low, int high,
-                         float *scores) {
-    const size_t blocks = turns->blocks;
-    if (high - low >= FEW_BLOCKS) {
-        for (int g = 0; g < heads; g++)
-            for (int s = 0; s < TILE; s++) scores[g * TILE + s] += products[g * blocks + block[s]];
-        return;
+/* Of blocks that are farther apart; a function of its own, so that lanes are taken apart only where it is called. */
+NOINLINE vf far_products(const float *products, vi own) {
+    vf found;
+    for (int i = 0; i < LANES; i++) found[i] = products[own[i]];
+    return found;
+}
+
+/* What those slots get of a query head's products with the means of all blocks. */
+INLINE vf slot_products(const float *products, int blocks, vi own, int low, int high) {
+    if (high - low >= NEAR_BLOCKS) return far_products(products, own);
+    vf found = splat(0);
+    for (int b = low; b <= high; b += LANES) {
+        const int from = b + LANES <= blocks ? b : blocks - LANES;
+        const vf near = take_lanes(load_f(products + from), own - from);
+        found = b == low ? near : select_f(own >= b, near, found);
     }
-    for (int v = 0; v < TILE; v += LANES) {
-        const vi own = load_i(block + v);
-        for (int g = 0; g < heads; g++) {
-            vf more = splat(products[g * blocks + low]);
-            for (int b = low + 1; b <= high; b++) more = select_f(own >= b, splat(products[g * blocks + b]), more);
-            store_f(scores + g * TILE + v, load_f(scores + g * TILE + v) + more);
-        }
-    }
+    return found;
 }
 
 /* The products with a query head and those behind it. */
@@ -92,26 +121,18 @@ INLINE const float *products_of(const kvq_task *task, int head) {
     return task->turned + (size_t)(head - task->first_kv_head * task->group) * task->turns->blocks;
 }
 
-/* Scores [heads, TILE] of a tile of a page get the products with the means of their blocks. */
-INLINE void add_turned(int heads, const kvq_task *task, const kvq_page *page, int head, int first, float *scores) {
-    int32_t block[TILE];
-    int low, high;
-    if (!tile_blocks(task, page, first, block, &low, &high)) return;
-    add_products(heads, task->turns, products_of(task, head), block, low, high, scores);
-}
-
 /* A tile of expanded keys [head_dim, KEY_BLOCK] gets the means of their blocks. */
 INLINE void add_means(const kvq_task *task, const kvq_page *page, size_t vector_row, int first, float *keys) {
     const int d = task->pass->head_dim;
-    int32_t block[TILE];
     float mean[MOST_CHANNELS];
-    int low, high;
-    if (!tile_blocks(task, page, first, block, &low, &high)) return;
+    int low, high, before = -1;
+    if (!tile_blocks(task, page, first, &low, &high)) return;
     for (int s = 0; s < TILE; s++) {
-        if (s && block[s] == block[s - 1]) continue;
-        turned_mean(task, vector_row, block[s], mean);
+        const int block = slot_blocks(page, first + s / LANES * LANES, low, high)[s % LANES];
+        if (block == before) continue;
+        turned_mean(task, vector_row, before = block, mean);
         for (int v = 0; v < TILE; v += LANES) {
-            const vi own = load_i(block + v) == block[s];
+            const vi own = slot_blocks(page, first + v, low, high) == block;
             for (int c = 0; c < d; c++) {
                 float *at = keys + c * KEY_BLOCK + v;
                 store_f(at, load_f(at) + select_f(own, splat(mean[c]), splat(0)));

@@ -23,7 +23,8 @@ INLINE vu load_u(const uint32_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store_f(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-INLINE vf select_f(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vi select_i(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
+INLINE vf select_f(vi mask, vf a, vf b) { return (vf)select_i(mask, (vi)a, (vi)b); }
 #ifndef max_f
 INLINE vf max_plain(vf a, vf b) { return select_f(a > b, a, b); }
 #define max_f max_plain
@@ -46,6 +47,29 @@ INLINE vf swap_lanes(vf x, int step) {
 #else
     return __builtin_shuffle(x, lane_numbers() ^ step);
 #endif
+}
+
+/* Lane lane[i] of x in lane i. */
+INLINE vf take_lanes(vf x, vi lane) {
+#if defined(__clang__)
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = x[lane[i] & (LANES - 1)];
+    return y;
+#else
+    return __builtin_shuffle(x, lane);
+#endif
+}
+
+/* x, rounded before anything is added to it: products are not fused with sums across this. */
+INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
 }
 
 INLINE float sum_lanes(vf x) {
