@@ -92,8 +92,10 @@ typedef struct {
     int own_products;  /* see kvq_kernel_products */
     int weight_offset; /* what the bytes of 8-bit weights are more than the weights, see kvq_matrix */
     void (*move)(const kvq_move *move);
-    /* token t's key or value of one layer and KV head, number `row` of all vectors, goes its way */
-    void (*move_row)(const kvq_move *move, int of_keys, size_t row, int t);
+    /* keys or values of one layer and KV head, number `row` of all vectors: those whom the tokens [first, first + count), no
+     * more than the window has slots, drive out of it go to their pages; token t takes its slot */
+    void (*leave_rows)(const kvq_move *move, int of_keys, size_t row, int first, int count);
+    void (*enter_row)(const kvq_move *move, int of_keys, size_t row, int t);
     int (*within)(const float *x, size_t count, float limit); /* whether all are from -limit to limit: 1 or 0 */
     int (*encode)(int precision, const float *x, size_t vectors, int head_dim, const uint16_t *feedback, size_t each,
                   uint32_t *words, uint16_t *scales);

@@ -155,11 +155,13 @@ static void move_head(const row_block *b, int of_keys, int kv_head) {
     const size_t row = (size_t)b->task->layer * pass->kv_heads + kv_head;
     const uint32_t *codes = (of_keys ? window->keys : window->values) + row * words;
     const uint16_t *scales = (of_keys ? window->key_scales : window->value_scales) + row * slots;
+    const int left = pass->tokens - 1 - b->first, moving = b->tokens < left ? b->tokens : left; /* not the pass's last token */
+    b->task->kernel->leave_rows(move, of_keys, row, b->first, moving);
     for (int t = 0; t < b->tokens; t++) {
         const size_t to = (size_t)t * pass->kv_heads + kv_head;
         memcpy(b->window[of_keys] + to * words, codes, sizeof *codes * words);
         memcpy(b->window_scale[of_keys] + to * slots, scales, sizeof *scales * slots);
-        if (b->first + t + 1 < pass->tokens) b->task->kernel->move_row(move, of_keys, row, b->first + t);
+        if (t < moving) b->task->kernel->enter_row(move, of_keys, row, b->first + t);
     }
 }
 

@@ -1,5 +1,5 @@
 /* Everything a kernel consists of, compiled by its file for one instruction set. */
-#include "encode.h"
+#include "fed_lanes.h"
 #include "matrix.h"
 #include "move.h"
 #include "norm.h"
@@ -31,6 +31,7 @@
                                .weight_offset = weight_offset,     \
                                .own_products = own_products,       \
                                .move = move_tokens,                \
-                               .move_row = move_row,               \
+                               .leave_rows = leave_rows,           \
+                               .enter_row = enter_row,             \
                                .within = within,                   \
                                .encode = encode_vectors}

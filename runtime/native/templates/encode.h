@@ -5,9 +5,8 @@
 #include <float.h>
 #include <math.h>
 
+#include "books.h"
 #include "decode.h"
-
-#define ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to a whole number, ties to even */
 
 /* The least half that is no less than x >= 0; -1 when there is none. */
 static int half_above(float x) {
@@ -43,141 +42,6 @@ INLINE vi quantized(vf x, float scale, float top) {
     q = select_f(q > top, splat(top), q);
     q = select_f(q < -top - 1, splat(-top - 1), q);
     return __builtin_convertvector(q, vi);
-}
-
-/* Of magnitudes of at most 2^16; sums over 1,024 channels fit. */
-INLINE int64_t sum_of_squares(const int32_t *magnitude, int padded) {
-    vi high = {0}, mixed = {0}, low = {0}; /* of halves, since a square takes 33 bits */
-    for (int c = 0; c < padded; c += LANES) {
-        const vi m = (vi)load_u((const uint32_t *)magnitude + c), h = m >> 8, l = m & 255;
-        high += h * h, mixed += h * l, low += l * l;
-    }
-    return ((int64_t)sum_whole(high) << 16) + ((int64_t)sum_whole(mixed) << 9) + sum_whole(low);
-}
-
-/* The positive half of a codebook's levels: `count` whole numbers, `parts` of which make 1, and the scale that a fit begins
- * with, in root mean squares. */
-typedef struct {
-    int count, parts, level[8];
-    double first;
-} book_levels;
-static const book_levels BOOK2 = {2, 3, {3, 10}, 0.4528};
-static const book_levels BOOK3 = {4, 1, {3, 9, 16, 26}, 0.08302};
-static const book_levels BOOK4 = {8, 1, {4, 13, 22, 31, 41, 53, 68, 90}, 0.03030};
-
-/* Four fifths of the way from the least-squares scale of some codes to the unbiased one, but not too large. */
-INLINE double stored_scale(const book_levels *book, double scale, int64_t products, int64_t total) {
-    const double most_gain = 1.5, unbiased = products > 0 ? (double)(book->parts * total) / (double)products : 0;
-    const double stored = (scale + 4 * unbiased) / 5, largest = most_gain * scale;
-    return stored < largest ? stored : largest;
-}
-
-/* x with 13 significant bits, towards 0. */
-INLINE float short_float(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits &= 0xfffff800;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-/* x or, where `negative` has all bits, -x. */
-INLINE float with_sign(float x, int negative) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits ^= (uint32_t)negative & 0x80000000u;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-/* Codes of whole numbers, channel by channel: what rounding one does wrong is taken from those behind it, as much as
- * feedback [head_dim, head_dim] says. Returns the scale to store. rest: the numbers as floats [padded], changed. Signs are
- * bits here, not branches, which nobody could foretell. */
-INLINE double fed_back(const book_levels *book, const uint16_t *feedback, const int32_t *whole, int head_dim, int64_t total,
-                       float scale, float *rest, uint32_t *code) {
-    const int count = book->count;
-    int64_t products = 0, squares = 0;
-    float border[8], value[8];
-    const float unit = short_float(scale / (float)book->parts); /* products of these are exact, fused or not */
-    for (int k = 0; k < count; k++) value[k] = unit * (float)book->level[k];
-    for (int k = 0; k + 1 < count; k++) border[k] = unit * ((float)(book->level[k] + book->level[k + 1]) / 2);
-    float now = rest[0];
-    for (int i = 0; i < head_dim; i++) {
-        const uint16_t *row = feedback + (size_t)i * head_dim;
-        const int last = i + 1 == head_dim;
-        /* Of the next channel: read before it is written, so that it need not be waited for. */
-        const float next = last ? 0 : rest[i + 1], share = last ? 0 : half_scalar(row[i + 1]), size = fabsf(now);
-        const int negative = -(now < 0); /* all bits or none */
-        int rank = 0;
-        UNROLL
-        for (int k = 0; k + 1 < count; k++) rank += size > border[k];
-        const float error = short_float(now - with_sign(value[rank], negative));
-        now = next - error * share;
-        int c = (i + 1) / LANES * LANES; /* channels that are done may change: nobody looks at them again */
-        for (; c + LANES <= head_dim; c += LANES)
-            store_f(rest + c, load_f(rest + c) - error * load_halves(row + c));
-        for (c = c > i ? c : i + 1; c < head_dim; c++) rest[c] -= error * half_scalar(row[c]);
-        const int level = (book->level[rank] ^ negative) - negative;
-        products += (int64_t)whole[i] * level;
-        squares += level * level;
-        code[i] = (uint32_t)(count + (rank ^ negative));
-    }
-    return stored_scale(book, (double)(book->parts * (products > 0 ? products : 0)) / (double)squares, products, total);
-}
-
-/* A codebook: codes of the least-squares fit, and the stored scale, in float64 from whole numbers. */
-INLINE float codebook_fit(const book_levels *book, const float *x, const uint16_t *feedback, int padded, int head_dim,
-                          float peak, uint32_t *code) {
-    const double one = 65536;
-    const int count = book->count;
-    int32_t magnitude[MOST_CHANNELS], most[8]; /* most[k]: largest magnitude that is no more than level k */
-    int64_t products = 0;
-    for (int c = 0; c < padded; c += LANES) {
-        vf unit = peak > 0 ? load_f(x + c) / peak : splat(0);
-        vf whole = unit * 65536.0f + ROUND_MAGIC - ROUND_MAGIC;
-        vi m = __builtin_convertvector((vf)((vu)whole & 0x7fffffff), vi);
-        memcpy(magnitude + c, &m, sizeof m);
-    }
-    const int64_t total = sum_of_squares(magnitude, padded);
-    double scale = book->first * sqrt((double)total / head_dim);
-    for (int round = 0; round < 3; round++) {
-        vi product = {0}, square = {0};
-        for (int k = 0; k + 1 < count; k++) { /* magnitude > limit, in whole numbers */
-            const float border = (float)((book->level[k] + book->level[k + 1]) / (2.0 * book->parts));
-            const double limit = scale * (double)border;
-            most[k] = limit >= one ? (int32_t)one : (int32_t)limit;
-        }
-        for (int c = 0; c < padded; c += LANES) {
-            const vi m = (vi)load_u((const uint32_t *)magnitude + c);
-            vi level = book->level[0] - (vi){0};
-            UNROLL
-            for (int k = 0; k + 1 < count; k++) level += (m > most[k]) & (book->level[k + 1] - book->level[k]);
-            product += m * level;
-            square += level * level;
-        }
-        products = sum_wide(product);
-        const int64_t beyond = (int64_t)(padded - head_dim) * book->level[0] * book->level[0]; /* of no channel */
-        scale = (double)(book->parts * products) / (double)(sum_whole(square) - beyond);
-    }
-    for (int c = 0; c < padded; c += LANES) {
-        const vi m = (vi)load_u((const uint32_t *)magnitude + c), positive = load_f(x + c) >= 0;
-        vi rank = {0};
-        UNROLL
-        for (int k = 0; k + 1 < count; k++) rank += (m > most[k]) & 1;
-        const vi level = count - 1 - rank + (positive & (2 * rank + 1));
-        memcpy(code + c, &level, sizeof level);
-    }
-    scale = stored_scale(book, scale, products, total);
-    if (feedback) {
-        float rest[MOST_CHANNELS];
-        for (int c = 0; c < padded; c += LANES) {
-            const vi negative = load_f(x + c) < 0, whole = ((vi)load_u((const uint32_t *)magnitude + c) ^ negative) - negative;
-            memcpy(magnitude + c, &whole, sizeof whole);
-            store_f(rest + c, __builtin_convertvector(whole, vf));
-        }
-        scale = fed_back(book, feedback, magnitude, head_dim, total, (float)scale, rest, code);
-    }
-    return (float)(scale * (double)(peak / 65536.0f));
 }
 
 /* The largest magnitude, or NaN where there is one: as integers, where NaN is larger than all. */
@@ -318,23 +182,13 @@ INLINE int encode_vector(int precision, const float *x, const uint16_t *feedback
     return 0;
 }
 
-/* feedback, each: see kvq_encode. */
-static int encode_vectors(int precision, const float *x, size_t vectors, int head_dim, const uint16_t *feedback, size_t each,
-                          uint32_t *words, uint16_t *scales) {
-    const int padded = (head_dim + 15) / 16 * 16, count = words_per_vector(precision, head_dim);
-    float vector[MOST_CHANNELS];
-    memset(vector + head_dim, 0, sizeof(float) * (padded - head_dim));
-    for (size_t i = 0; i < vectors; i++) {
-        int status = KVQ_UNKNOWN_PRECISION;
-        memcpy(vector, x + i * head_dim, sizeof(float) * head_dim);
-        uint32_t *to = words + i * count;
-        const uint16_t *fed = feedback ? feedback + i / each * head_dim * head_dim : NULL;
-        FOR_WIDTH(precision, status = head_dim == 64
-                                          ? encode_vector(PRECISION, vector, fed, 64, 64, to, scales + i)
-                                          : encode_vector(PRECISION, vector, fed, padded, head_dim, to, scales + i))
-        if (status) return status;
-    }
-    return 0;
+/* As encode_vector, of a precision that is not a constant. */
+INLINE int encode_any(int precision, const float *x, const uint16_t *feedback, int head_dim, uint32_t *words, uint16_t *scale) {
+    const int padded = (head_dim + 15) / 16 * 16;
+    int status = KVQ_UNKNOWN_PRECISION;
+    FOR_WIDTH(precision, status = head_dim == 64 ? encode_vector(PRECISION, x, feedback, 64, 64, words, scale)
+                                                 : encode_vector(PRECISION, x, feedback, padded, head_dim, words, scale))
+    return status;
 }
 
 #endif

@@ -2,7 +2,7 @@
 #ifndef KVQ_MOVE_H
 #define KVQ_MOVE_H
 
-#include "encode.h"
+#include "fed_lanes.h"
 
 /* The codes of one token in a row of a page: words `step` apart from `first` on, and their scale. The arrays are the
  * store's own, which is the one that asks for the change. */
@@ -42,49 +42,82 @@ static void read_window(slot_codes from, int precision, float *x) {
         for (int j = 0; j < n; j++) x[i * n + j] = (float)(int16_t)(words[j] >> 16 * i) * scale;
 }
 
-/* One vector, whose values are storable as kvq_movable has it. In a pass nobody has looked yet: there a value that is
- * refused, as the store will do it when the pass is over, leaves zeros. */
-INLINE void encode_storable(int precision, const float *x, int head_dim, const uint16_t *feedback, uint32_t *words,
-                            uint16_t *scale) {
-    if (!encode_vectors(precision, x, 1, head_dim, feedback, 1, words, scale)) return;
-    memset(words, 0, sizeof *words * words_per_vector(precision, head_dim));
-    *scale = 0;
+/* What a vector becomes that is refused, as the store will do it when the pass is over: in a pass nobody has looked yet whether
+ * values are storable, as kvq_movable has it. */
+INLINE void zeros_if_refused(const one_vector *v, int head_dim) {
+    if (!v->status) return;
+    memset(v->words, 0, sizeof *v->words * words_per_vector(v->precision, head_dim));
+    *v->scale = 0;
 }
 
-/* Token t's key or value of one layer and KV head, number `row` of all vectors, takes its slot of the window.
- * of_keys is a constant wherever this is inlined. */
-INLINE void move_vector(const kvq_move *move, int of_keys, size_t row, int t) {
-    const int d = move->head_dim;
-    const float *new = (of_keys ? move->keys : move->values) + (row * move->tokens + t) * d;
-    const kvq_move_step *step = move->step + t;
-    const slot_codes held = slot_at(move->window, of_keys, row, step->window_slot, d);
-    const int kept_at = move->window->key_precision; /* its values too */
-    float x[MOST_CHANNELS];
-    uint32_t words[MOST_WORDS];
-    uint16_t scale = 0;
-    if (step->page >= 0) {
+/* Those whom the tokens [first, first + count), at most LANES, drive out of the window go to their pages, all before one of the
+ * tokens takes its slot: keys or values of one layer and KV head, number `row` of all vectors. of_keys is a constant wherever
+ * this is inlined. */
+INLINE void leave_window(const kvq_move *move, int of_keys, size_t row, int first, int count) {
+    const int d = move->head_dim, padded = (d + 15) / 16 * 16;
+    float x[LANES][MOST_CHANNELS];
+    uint32_t words[LANES][MOST_WORDS];
+    uint16_t scale[LANES];
+    one_vector leaving[LANES];
+    slot_codes place[LANES];
+    int n = 0;
+    for (int t = first; t < first + count; t++) {
+        const kvq_move_step *step = move->step + t;
+        if (step->page < 0) continue;
         const kvq_page *page = move->page + step->page;
         const int precision = of_keys ? page->key_precision : page->value_precision;
-        read_window(held, kept_at, x);
+        read_window(slot_at(move->window, of_keys, row, step->window_slot, d), move->window->key_precision, x[n]);
+        memset(x[n] + d, 0, sizeof(float) * (padded - d));
         if (of_keys && move->turned && kvq_turned(precision)) {
             const int block = page->positions[step->page_slot] / KVQ_TURN_BLOCK - move->first_block;
             const float *turned = move->turned + (row * move->turn_blocks + block) * d;
-            __asm__ volatile("" : : "r"(x) : "memory"); /* the product is rounded by itself, as in numpy */
-            for (int c = 0; c < d; c++) x[c] -= turned[c];
+            __asm__ volatile("" : : "r"(x[n]) : "memory"); /* the product is rounded by itself, as in numpy */
+            for (int c = 0; c < d; c++) x[n][c] -= turned[c];
         }
-        const uint16_t *feedback = of_keys && move->feedback ? move->feedback + row * d * d : NULL;
-        encode_storable(precision, x, d, feedback, words, &scale);
-        put(slot_at(page, of_keys, row, step->page_slot, d), words, scale, precision);
+        scale[n] = 0;
+        place[n] = slot_at(page, of_keys, row, step->page_slot, d);
+        leaving[n] = (one_vector){precision, x[n], words[n], scale + n, 0};
+        n++;
     }
-    encode_storable(kept_at, new, d, NULL, words, &scale);
-    put(held, words, scale, kept_at);
+    encode_together(leaving, n, of_keys && move->feedback ? move->feedback + row * d * d : NULL, d);
+    for (int i = 0; i < n; i++) {
+        zeros_if_refused(leaving + i, d);
+        put(place[i], words[i], scale[i], leaving[i].precision);
+    }
 }
 
-static void move_value(const kvq_move *move, size_t row, int t) { move_vector(move, 0, row, t); }
-static void move_key(const kvq_move *move, size_t row, int t) { move_vector(move, 1, row, t); }
+/* Token t takes its slot. */
+INLINE void enter_window(const kvq_move *move, int of_keys, size_t row, int t) {
+    const int d = move->head_dim, padded = (d + 15) / 16 * 16, kept_at = move->window->key_precision; /* its values too */
+    float x[MOST_CHANNELS];
+    uint32_t words[MOST_WORDS];
+    uint16_t scale = 0;
+    memcpy(x, (of_keys ? move->keys : move->values) + (row * move->tokens + t) * d, sizeof(float) * d);
+    memset(x + d, 0, sizeof(float) * (padded - d));
+    one_vector v = {kept_at, x, words, &scale, 0};
+    v.status = encode_any(kept_at, x, NULL, d, words, &scale);
+    zeros_if_refused(&v, d);
+    put(slot_at(move->window, of_keys, row, move->step[t].window_slot, d), words, scale, kept_at);
+}
 
-static void move_row(const kvq_move *move, int of_keys, size_t row, int t) {
-    (of_keys ? move_key : move_value)(move, row, t);
+static void leave_rows(const kvq_move *move, int of_keys, size_t row, int first, int count) {
+    const int most = move->window->period < LANES ? move->window->period : LANES; /* whose slots differ */
+    for (int t = first; t < first + count; t += most) {
+        const int some = first + count - t < most ? first + count - t : most;
+        if (of_keys) leave_window(move, 1, row, t, some);
+        else leave_window(move, 0, row, t, some);
+    }
+}
+static void enter_row(const kvq_move *move, int of_keys, size_t row, int t) { enter_window(move, of_keys, row, t); }
+
+/* Tokens in their order, those that leave as many at a time as have slots of their own. */
+static void move_row(const kvq_move *move, int of_keys, size_t row) {
+    const int most = move->window->period < LANES ? move->window->period : LANES;
+    for (int t = 0; t < move->tokens; t += most) {
+        const int some = move->tokens - t < most ? move->tokens - t : most;
+        leave_rows(move, of_keys, row, t, some);
+        for (int i = t; i < t + some; i++) enter_row(move, of_keys, row, i);
+    }
 }
 
 /* A key's words lie a cache line apart and were last used a whole forward pass ago. */
@@ -110,7 +143,7 @@ static void move_tokens(const kvq_move *move) {
                 if (first->page >= 0) expect(slot_at(move->page + first->page, of_keys, i + 1, first->page_slot, d));
                 if (of_keys && move->feedback && first->page >= 0) expect_feedback(move, i + 1);
             }
-            for (int t = 0; t < move->tokens; t++) move_row(move, of_keys, i, t);
+            move_row(move, of_keys, i);
         }
 }
 

@@ -86,7 +86,7 @@ INLINE int tile_blocks(const kvq_task *task, const kvq_page *page, int first, in
     return end - begin;
 }
 
-/* The blocks of LANES slots of a tile, ascending; a slot without a token has that of one with. */
+/* The blocks of LANES slots of a tile; those without a token have any from low to high. */
 INLINE vi slot_blocks(const kvq_page *page, int slot, int low, int high) {
     vu position;
     memcpy(&position, page->positions + slot, sizeof position);
@@ -126,8 +126,8 @@ INLINE void add_means(const kvq_task *task, const kvq_page *page, size_t vector_
     const int d = task->pass->head_dim;
     float mean[MOST_CHANNELS];
     int low, high, before = -1;
-    if (!tile_blocks(task, page, first, &low, &high)) return;
-    for (int s = 0; s < TILE; s++) {
+    const int tokens = tile_blocks(task, page, first, &low, &high), begin = page->first > first ? page->first - first : 0;
+    for (int s = begin; s < begin + tokens; s++) { /* only those: the blocks of other slots may be any */
         const int block = slot_blocks(page, first + s / LANES * LANES, low, high)[s % LANES];
         if (block == before) continue;
         turned_mean(task, vector_row, before = block, mean);
