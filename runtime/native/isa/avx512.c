@@ -12,6 +12,12 @@ INLINE vu avx512_shuffle(const uint8_t *bytes, vu x) {
 }
 #define shuffle_bytes avx512_shuffle
 
+/* As one instruction. */
+INLINE vu avx512_choose(uint32_t mask, vu a, vu b) {
+    return (vu)_mm512_ternarylogic_epi32(_mm512_set1_epi32((int)mask), (__m512i)a, (__m512i)b, 0xca);
+}
+#define choose_bits avx512_choose
+
 INLINE vf avx512_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #define max_f avx512_max
 

@@ -90,9 +90,9 @@ INLINE __m512i signed_codes_CODEBOOK4(__m512i bytes, __m512i high, int s) {
 }
 INLINE __m512i signed_codes_CODEBOOK3(__m512i bytes, __m512i high, int s) {
     const __m512i levels = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)CODEBOOK3_BOOK.whole));
-    __m512i code = _mm512_and_si512(_mm512_srli_epi16(bytes, 2 * s), _mm512_set1_epi8(3));
-    __m512i top = s < 2 ? _mm512_slli_epi16(high, 2 - s) : _mm512_srli_epi16(high, s - 2);
-    return _mm512_shuffle_epi8(levels, _mm512_or_si512(code, _mm512_and_si512(top, _mm512_set1_epi8(4))));
+    __m512i low = _mm512_srli_epi16(bytes, 2 * s), top = s < 2 ? _mm512_slli_epi16(high, 2 - s) : _mm512_srli_epi16(high, s - 2);
+    __m512i code = (__m512i)choose_bits(0x03030303u, (vu)low, (vu)top);
+    return _mm512_shuffle_epi8(levels, _mm512_and_si512(code, _mm512_set1_epi8(7)));
 }
 INLINE __m512i signed_codes_CODEBOOK(__m512i bytes, __m512i high, int s) {
     (void)high;

@@ -102,11 +102,17 @@ INLINE int is_full(const kvq_page *page, int slot) {
     return slot + TILE <= (page->count == page->period || !page->first ? page->count : 0);
 }
 
-/* -FLT_MAX in those of LANES slots that hold no token. */
-NOINLINE vf hide_empty(const kvq_page *page, int slot, vf score) {
+/* -FLT_MAX in those of LANES slots of a window that hold no token: where its tokens begin somewhere else than at slot 0. */
+NOINLINE vf hide_empty_of_ring(const kvq_page *page, int slot, vf score) {
     for (int i = 0; i < LANES; i++)
         if (!holds_token(page, slot + i)) score[i] = -FLT_MAX;
     return score;
+}
+
+/* The same of any page. */
+INLINE vf hide_empty(const kvq_page *page, int slot, vf score) {
+    if (page->first) return hide_empty_of_ring(page, slot, score);
+    return select_f(lane_numbers() + slot < page->count, score, splat(-FLT_MAX));
 }
 
 /* The keys of a page, and what some query heads from `head` on bring to them. */
