@@ -38,11 +38,11 @@ typedef struct {
     float pad;
 } kvq_partial; /* followed by the weighted values, float [padded_dim] */
 
-/* A query head as integers, for dot products with packed keys: query = scale * ((part 0 * 254 + part 1) * 254 + part 2),
- * each part in [-127, 127]. That is nearly 24 bits, as good as float: scores may be large, and what counts in a softmax
- * is their absolute error. */
+/* A query head as integers, for dot products with packed keys: query = scale * (part 0 * 254 + part 1), each part in
+ * [-127, 127]. What that rounds is a two-hundredth of what keys of 8 bits do, in the same scores. */
 #define QUERY_PARTS 2
 #define QUERY_BASE 254
+#define QUERY_UNIT QUERY_BASE /* of part 0 */
 typedef struct {
     float scale;
     int32_t sums[QUERY_PARTS]; /* over all channels: unsigned codes are offset */

@@ -30,7 +30,7 @@ INLINE void integer_rows(int precision, int d, const int32_t *part, int32_t *to)
 /* A query q [padded] as integers, in the words for every precision that occurs, see kvq_key_widths. */
 INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kvq_integer_query *integer,
                           int32_t *words) {
-    const float largest = 127 * QUERY_BASE, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+    const float largest = 127 * QUERY_UNIT, magic = 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
     int32_t parts[QUERY_PARTS][MOST_CHANNELS + 32];
     vf top = splat(0);
     for (int c = 0; c < padded; c += LANES) top = max_f(top, (vf)((vu)load_f(q + c) & 0x7fffffff));
@@ -39,7 +39,7 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
     vi sums[QUERY_PARTS] = {{0}};
     for (int c = 0; c < padded; c += LANES) {
         vf rest = load_f(q + c) * inverse;
-        float unit = QUERY_BASE;
+        float unit = QUERY_UNIT;
         for (int part = 0; part < QUERY_PARTS; part++, unit /= QUERY_BASE) {
             vf whole = rest / unit + magic - magic;
             whole = select_f(whole < 127, select_f(whole > -127, whole, splat(-127)), splat(127)); /* a NaN too */
