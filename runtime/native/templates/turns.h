@@ -75,14 +75,18 @@ static void turned_mean(const kvq_task *task, size_t vector_row, int block, floa
     }
 }
 
+/* The block of a slot's token; one of those that there are, whatever its position is. */
+INLINE int block_of(const kvq_turns *turns, const kvq_page *page, int slot) {
+    const uint32_t own = (uint32_t)page->positions[slot] / KVQ_TURN_BLOCK, last = (uint32_t)turns->blocks - 1;
+    return (int)(own > last ? last : own);
+}
+
 /* The first and the last block of the tokens in a tile of a page from slot `first` of its arrays on. Returns their number. */
 INLINE int tile_blocks(const kvq_task *task, const kvq_page *page, int first, int *low, int *high) {
     const int behind = page->first + page->count, begin = first > page->first ? first : page->first;
-    const int end = first + TILE < behind ? first + TILE : behind, last = task->turns->blocks - 1;
+    const int end = first + TILE < behind ? first + TILE : behind;
     if (begin >= end) return 0;
-    *low = page->positions[begin] / KVQ_TURN_BLOCK, *high = page->positions[end - 1] / KVQ_TURN_BLOCK;
-    if (*low > last) *low = last;
-    if (*high > last) *high = last;
+    *low = block_of(task->turns, page, begin), *high = block_of(task->turns, page, end - 1);
     return end - begin;
 }
 
