@@ -142,8 +142,8 @@ INLINE page_keys keys_of(int precision, const kvq_task *task, const kvq_page *pa
     };
 }
 
-/* The scores of a tile from slot t of a page on, from acc, which are without the keys' scales, to [heads, TILE]; `top` are
- * the largest ones so far, lane by lane. */
+/* The scores of a tile from slot t of a page on, from acc, which are without the keys' scales and have the tile's first vector at
+ * `at`, to [heads, TILE]; `top` are the largest ones so far, lane by lane. */
 INLINE void end_tile(int precision, int heads, const page_keys *of, int t, const vf acc[][SCORE_VECTORS], int at, float *scores,
                      vf *top) {
     const kvq_task *task = of->task;
