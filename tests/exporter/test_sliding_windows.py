@@ -173,7 +173,7 @@ def test_caches_of_few_bits_are_numpy_s(name: str, policy: str, place: Path) -> 
             sessions.append(np.concatenate(logits))
         # A value that rounds the other way changes all that follows, so the two are near, not equal.
         near, far = np.abs(sessions[0] - sessions[1]).mean(), np.abs(sessions[0] - of.logits).mean()
-        assert near <= 0.25 * far + 1e-5
+        assert near <= 0.4 * far + 1e-5
         assert 0 < far < (0.05 if policy == "int8" else 0.6) * np.abs(of.logits).mean()
 
 
