@@ -100,19 +100,19 @@ INLINE void enter_window(const kvq_move *move, int of_keys, size_t row, int t) {
     put(slot_at(move->window, of_keys, row, move->step[t].window_slot, d), words, scale, kept_at);
 }
 
+/* The same of any number of tokens whose slots differ. */
 static void leave_rows(const kvq_move *move, int of_keys, size_t row, int first, int count) {
-    const int most = move->window->period < LANES ? move->window->period : LANES; /* whose slots differ */
-    for (int t = first; t < first + count; t += most) {
-        const int some = first + count - t < most ? first + count - t : most;
+    for (int t = first, end = first + count; t < end; t += LANES) {
+        const int some = end - t < LANES ? end - t : LANES;
         if (of_keys) leave_window(move, 1, row, t, some);
         else leave_window(move, 0, row, t, some);
     }
 }
 static void enter_row(const kvq_move *move, int of_keys, size_t row, int t) { enter_window(move, of_keys, row, t); }
 
-/* Tokens in their order, those that leave as many at a time as have slots of their own. */
+/* Tokens in their order, as many at a time as the window has slots. */
 static void move_row(const kvq_move *move, int of_keys, size_t row) {
-    const int most = move->window->period < LANES ? move->window->period : LANES;
+    const int most = move->window->period;
     for (int t = 0; t < move->tokens; t += most) {
         const int some = move->tokens - t < most ? move->tokens - t : most;
         leave_rows(move, of_keys, row, t, some);
