@@ -235,14 +235,16 @@ static inline void *kvq_part(char *base, size_t *used, size_t bytes) {
     return at;
 }
 
-/* Every instruction set that a machine of this kind may have; each is a file of isa/. */
+/* Every instruction set that a machine of this kind may have; each is a file of isa/. Whether it has it: available.c. */
 extern const kvq_kernel kvq_kernel_plain;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const kvq_kernel kvq_kernel_avx2, kvq_kernel_avxvnni, kvq_kernel_avx512, kvq_kernel_amx;
+int kvq_has_avx2(void), kvq_has_avxvnni(void), kvq_has_avx512(void), kvq_has_amx(void);
 /* Where the compiler and the system know tiles: a process has to ask Linux for them. */
 #define KVQ_AMX (defined(__linux__) && (__clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)))
 #elif defined(__aarch64__)
 extern const kvq_kernel kvq_kernel_neon, kvq_kernel_dotprod;
+int kvq_has_dotprod(void);
 #endif
 
 #endif

@@ -28,7 +28,7 @@ from tests.tools.kvdata import (
 STORE_LENGTHS = (*ODD_COUNTS, 300)
 # Of the largest value. Where scores are taken by integer dot products queries are rounded to 16 bits, and weights of
 # values, which adds a noise of 1.6e-5 of an output's root mean square.
-TOLERANCE, ROUNDED_TOLERANCE = 1e-5, dict.fromkeys(("avx512", "amx", "avxvnni", "dotprod"), 1.2e-4)
+TOLERANCE, ROUNDED_TOLERANCE = 1e-5, dict.fromkeys(("avx512", "amx", "avxvnni", "avx2", "dotprod"), 1.2e-4)
 
 every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
 

@@ -122,9 +122,9 @@ def test_a_backend_is_one_file(tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the example is of x86-64")
-def test_an_instruction_set_is_one_file_and_three_names(tmp_path, tiny_bundle):
+def test_an_instruction_set_is_one_file_and_four_names(tmp_path, tiny_bundle):
     tree = tree_with(tmp_path / "tree", "runtime/native/isa/sse4.c")
-    for file in ("setup.py", "runtime/native/kernel.h", "runtime/native/attention.c"):
+    for file in ("setup.py", "runtime/native/available.c", "runtime/native/kernel.h", "runtime/native/attention.c"):
         edit(tree, file)
     (tree / "runtime" / "native" / "libkvq.so").unlink()
     python(tree, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "built", KVQ_REQUIRE_NATIVE="1")

@@ -36,7 +36,7 @@ from tests.tools.kvdata import (
 
 # Of the largest output; both sides are single precision. Where scores are taken by integer dot products queries are
 # rounded to 16 bits, and weights of values, which adds a noise of 1.6e-5 of the root mean square.
-TOLERANCE, ROUNDED_TOLERANCE = 3e-5, dict.fromkeys(("avx512", "amx", "avxvnni", "dotprod"), 1.2e-4)
+TOLERANCE, ROUNDED_TOLERANCE = 3e-5, dict.fromkeys(("avx512", "amx", "avxvnni", "avx2", "dotprod"), 1.2e-4)
 HEAD_DIMS = (8, 16, 24, 40, 64, 80, 96, 128, 256)
 COUNTS = (0, 1, 7, 15, 16, 17, 63, 64, 65, 130)
 

@@ -3,10 +3,6 @@
 #define KVQ_AMX_H
 
 #if KVQ_AMX
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #define USES_TILES __attribute__((target("amx-tile,amx-int8")))
 enum { TILE_SIDE = 16, TILE_BYTES = 64 }; /* rows, and bytes of a row: as large as tiles are */
 
@@ -118,21 +114,7 @@ USES_TILES static void multiply_tiles(const kvq_matrix *m, const kvq_byte_rows *
 
 #include "tile_rows.h"
 
-/* The system has to be asked before a process may use them; it then may in all its threads. Asked once: the instruction
- * that says what a processor has takes a virtual machine 20 microseconds. */
-static int has_amx(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
-    static int known; /* 1: it has not, 2: it has */
-    int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
-    if (!found) {
-        unsigned a, b, c, d;
-        const int has = has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_TILE && d & AMX_INT8;
-        found = has && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 2 : 1;
-        __atomic_store_n(&known, found, __ATOMIC_RELAXED);
-    }
-    return found == 2;
-}
-KERNEL_WITH(kvq_kernel_amx, "amx", has_amx, 1, multiply_tiles, rows_by_tiles, rows_bytes);
+KERNEL_WITH(kvq_kernel_amx, "amx", kvq_has_amx, 1, multiply_tiles, rows_by_tiles, rows_bytes);
 #endif
 
 #endif

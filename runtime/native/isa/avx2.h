@@ -23,13 +23,11 @@ INLINE vf avx2_level2(vu x) {
 }
 #define level2 avx2_level2
 
-INLINE vf avx2_lookup(const codebook *book, int n, vu x) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book->level), (__m256i)x); /* by the three low bits */
-    if (n == 8) return (vf)low;
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book->level + 8), (__m256i)x);
-    return (vf)_mm256_blendv_ps(low, high, (__m256)(x << 28)); /* by the fourth */
+INLINE vu avx2_shuffle(const uint8_t *bytes, vu x) {
+    const __m128i table = _mm_loadu_si128((const __m128i *)bytes);
+    return (vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)x);
 }
-#define lookup avx2_lookup
+#define shuffle_bytes avx2_shuffle
 
 INLINE vf avx2_spread(const float *p, int tokens) {
     const int shift = tokens == 2 ? 2 : tokens == 4 ? 1 : 0; /* lane i takes p[i >> shift] */

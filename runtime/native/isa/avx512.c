@@ -68,7 +68,8 @@ INLINE vf avx512_exp(vf x) {
 #define exp_f avx512_exp
 
 #include "../templates/vector.h"
-#include "vnni.h"
+#define DOT_KERNEL
+#include "dot_codes.h"
 INLINE vu dot_codes_CODEBOOK(vw word, int s) {
     return (vu)_mm512_shuffle_epi8(_mm512_set1_epi32(CODEBOOK_THIRDS), (__m512i)CODEBOOK_CODES(word, s));
 }
@@ -81,11 +82,6 @@ INLINE vi dot(vi sum, vu codes, int32_t query) { return dot_words(sum, codes, (v
 #include "dot_values.h"
 #include "../templates/body.h"
 
-static int has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-KERNEL(kvq_kernel_avx512, "avx512", has_avx512, 1);
+KERNEL(kvq_kernel_avx512, "avx512", kvq_has_avx512, 1);
 #include "amx.h"
 #endif

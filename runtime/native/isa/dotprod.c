@@ -35,14 +35,5 @@ INLINE vi dot_words(vi sum, vu codes, vu query) {
 INLINE vi dot(vi sum, vu codes, int32_t query) { return dot_words(sum, codes, (vu)vdupq_n_s32(query)); }
 #include "../templates/body.h"
 
-#if defined(__APPLE__)
-static int has_dotprod(void) { return 1; }
-#elif defined(__linux__)
-#include <sys/auxv.h>
-#define HWCAP_DOT_PRODUCT (1 << 20) /* HWCAP_ASIMDDP of asm/hwcap.h */
-static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_DOT_PRODUCT) != 0; }
-#else
-static int has_dotprod(void) { return 0; }
-#endif
-KERNEL(kvq_kernel_dotprod, "dotprod", has_dotprod, 1);
+KERNEL(kvq_kernel_dotprod, "dotprod", kvq_has_dotprod, 1);
 #endif

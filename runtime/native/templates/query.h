@@ -11,16 +11,36 @@
 /* The rows of integer words are short: four at a time. */
 typedef int32_t v4 __attribute__((vector_size(16)));
 
-/* Words for one precision from the parts of a query, see integer_words. */
-INLINE void integer_rows(int precision, int d, const int32_t *part, int32_t *to) {
+#ifdef PAIR_KERNEL
+/* A query's parts become one number of 16 bits; in the place of each part are words of two such: of channels whose codes are
+ * bytes 0 and 2 of a word, and of those of bytes 1 and 3. */
+enum { PLACES = 2, PLACE_BITS = 16 };
+#define FIRST_PLACE(part) (part)
+#else
+enum { PLACES = 4, PLACE_BITS = 8 };
+#define FIRST_PLACE(part) 0
+#endif
+
+#ifdef PAIR_KERNEL
+/* A query's parts become one number of 16 bits; in the place of each part are words of two such: of channels whose codes are
+ * bytes 0 and 2 of a word, and of those of bytes 1 and 3. */
+enum { NUMBERS = 2, PAIRED = 1 };
+#else
+enum { NUMBERS = 4, PAIRED = 0 };
+#endif
+enum { NUMBER_BITS = 32 / NUMBERS, NUMBER_MASK = (1 << NUMBER_BITS) - 1 }; /* of a word */
+
+/* Words for one precision from a part of a query, see integer_words, or from all of it for those codes whose first is byte
+ * number `first`. */
+INLINE void integer_rows(int precision, int d, int first, const int32_t *part, int32_t *to) {
     const int steps = 8 / low_bits_of(precision), n = low_words_of(precision, words_per_vector(precision, d));
     for (int s = 0; s < steps; s++, to += n)
         for (int j = 0; j < n; j += 4) {
             v4 word = {0};
-            for (int b = 0; b < 4; b++) {
+            for (int i = 0; i < NUMBERS; i++) {
                 v4 x;
-                memcpy(&x, part + (b * steps + s) * n + j, sizeof x);
-                word |= (x & 255) << (8 * b);
+                memcpy(&x, part + ((first + i * (4 / NUMBERS)) * steps + s) * n + j, sizeof x);
+                word |= (x & NUMBER_MASK) << (NUMBER_BITS * i);
             }
             if (j + 4 <= n) memcpy(to + j, &word, sizeof word);
             else memcpy(to + j, &word, sizeof(int32_t) * (n - j));
@@ -54,10 +74,13 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
         integer->sums[part] = sum_whole(sums[part]);
         memset(parts[part] + padded, 0, sizeof(int32_t) * 16);
     }
+    for (int c = 0; PAIRED && c < padded; c++) parts[0][c] = parts[0][c] * QUERY_BASE + parts[1][c];
+    if (PAIRED) integer->sums[0] = integer->sums[0] * QUERY_BASE + integer->sums[1];
     for (int part = 0; part < QUERY_PARTS; part++) {
 #define ROWS(name, id, bits, scale, products, with)            \
     KVQ_IF_WHOLE(products, if (widths >> NUMBER_##name & 1) \
-        integer_rows(id, d, parts[part], words + integer_words_start(id, d) + part * integer_words(id, d));)
+        integer_rows(id, d, PAIRED ? part : 0, parts[PAIRED ? 0 : part],                                    \
+                     words + integer_words_start(id, d) + part * integer_words(id, d));)
         KVQ_WIDTHS(ROWS, )
 #undef ROWS
     }

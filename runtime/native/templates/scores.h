@@ -32,11 +32,16 @@ INLINE void tile_scores(int precision, int heads, const uint32_t *tile, int word
     }
 }
 
-#ifdef DOT_KERNEL
-/* An instruction set with integer dot products defines DOT_KERNEL, and
- *   dot(sum, codes, query)     sum + the products of the four bytes of each lane with those of query
+#if defined(DOT_KERNEL) || defined(PAIR_KERNEL)
+/* An instruction set with integer products of codes defines
  *   dot_codes_<name>(word, s)  step s of each word as four bytes, dot_offset_<name> more than their levels (or parts of
- *                              levels), for every precision that such products take */
+ *                              levels), for every precision that such products take
+ * and DOT_KERNEL, where they are of bytes,
+ *   dot(sum, codes, query)     sum + the products of the four bytes of each lane with those of query
+ * or PAIR_KERNEL, where they are of numbers of 16 bits, see integer_pairs,
+ *   pair_codes(codes, part)    bytes 0 and 2 of each lane, or 1 and 3, widened
+ *   pair(sum, codes, query)    sum + the products of the two numbers of each lane with those of query */
+#define INTEGER_SCORES
 INLINE vu dot_codes(int precision, vw word, int s) {
     switch (precision) {
 #define DOT_CODES(name, id, bits, scale, products, with) KVQ_IF_WHOLE(products, case id: return dot_codes_##name(word, s);)
@@ -54,10 +59,19 @@ INLINE int32_t dot_offset(int precision) {
     }
 }
 
+/* sum + what a part of a query comes to with a tile's codes. */
+INLINE vi dot_part(vi sum, vu codes, int part, int32_t query) {
+#ifdef PAIR_KERNEL
+    return pair(sum, pair_codes(codes, part), query);
+#else
+    return (void)part, dot(sum, codes, query);
+#endif
+}
+
 /* Scores before the keys' scales, from what the parts of a query come to with a tile's codes, `offset` more than levels. */
 INLINE vf whole_score(int precision, int32_t offset, const kvq_integer_query *integer, const vi *sum) {
     vf total = splat(0);
-    for (int part = 0; part < QUERY_PARTS; part++)
+    for (int part = 0; part < QUERY_SUMS; part++)
         total = total * QUERY_BASE + to_float(sum[part] - offset * integer->sums[part]);
     return total * (integer->scale * (1.0f / parts_of(precision)));
 }
@@ -67,9 +81,9 @@ INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint3
                                 const kvq_integer_query *integer, const int32_t *query, int stride,
                                 vf acc[][SCORE_VECTORS]) {
     const int steps = 8 / low_bits_of(precision), vectors = tiles * TILE_VECTORS, low = low_words_of(precision, words);
-    vi sum[DECODE_HEADS][QUERY_PARTS][SCORE_VECTORS];
+    vi sum[DECODE_HEADS][QUERY_SUMS][SCORE_VECTORS];
     for (int g = 0; g < heads; g++)
-        for (int part = 0; part < QUERY_PARTS; part++)
+        for (int part = 0; part < QUERY_SUMS; part++)
             for (int v = 0; v < vectors; v++) sum[g][part][v] = (vi){0};
     for (int j = 0; j < low; j++) {
         vw word[SCORE_VECTORS];
@@ -84,14 +98,15 @@ INLINE void tile_scores_integer(int precision, int heads, int tiles, const uint3
             for (int g = 0; g < heads; g++)
                 for (int part = 0; part < QUERY_PARTS; part++) {
                     const int32_t q = query[g * stride + (part * steps + s) * low + j];
-                    for (int v = 0; v < vectors; v++) sum[g][part][v] = dot(sum[g][part][v], codes[v], q);
+                    vi *own = sum[g][part % QUERY_SUMS];
+                    for (int v = 0; v < vectors; v++) own[v] = dot_part(own[v], codes[v], part, q);
                 }
         }
     }
     for (int g = 0; g < heads; g++)
         for (int v = 0; v < vectors; v++) {
-            vi parts[QUERY_PARTS];
-            for (int part = 0; part < QUERY_PARTS; part++) parts[part] = sum[g][part][v];
+            vi parts[QUERY_SUMS];
+            for (int part = 0; part < QUERY_SUMS; part++) parts[part] = sum[g][part][v];
             acc[g][v] = whole_score(precision, dot_offset(precision), integer + g, parts);
         }
 }
@@ -173,8 +188,8 @@ INLINE void end_tile(int precision, int heads, const page_keys *of, int t, const
 INLINE void few_scores(int precision, int heads, int tiles, const page_keys *of, int t, float *scores, vf *top) {
     const uint32_t *tile = of->keys + (size_t)t * of->words;
     vf acc[DECODE_HEADS][SCORE_VECTORS];
-#ifdef DOT_KERNEL
-    if (parts_of(precision)) {
+#ifdef INTEGER_SCORES
+    if (parts_of(precision) && of->task->pass->head_dim <= MOST_INTEGER) {
         tile_scores_integer(precision, heads, tiles, tile, of->words, of->task->integer + of->head, of->parts, of->stride, acc);
     } else
 #endif

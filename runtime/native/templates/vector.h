@@ -4,6 +4,7 @@
  *   half_to_float(x)      vu -> vf: the low halves of the lanes
  *   level4(x), level2(x)  vu -> vf: the levels of the codes in the low bits of the lanes; other bits may be set
  *   lookup(book, n, x)    vu -> vf: the levels of a codebook of n = 8 or 16 by the low 3 or 4 bits; others may be set
+ *   shuffle_bytes(bytes, x)  those of 16 bytes by the bytes of x, each below 16: what takes the place of lookup, if it is not there
  *   exp_f(x)              e^x for x <= 0
  *   max_f(a, b)           a > b ? a : b
  *   spread(p, tokens)     p[0] in the first LANES / tokens lanes, p[1] in the next, ...; may read p[0..LANES)
@@ -130,7 +131,7 @@ INLINE vf spread_plain(const float *p, int tokens) {
 #define spread spread_plain
 #endif
 
-#ifndef lookup
+#if !defined(lookup) && !defined(shuffle_bytes)
 INLINE vf lookup_plain(const codebook *book, int n, vu x) {
     vf y = {0};
     for (int i = 0; i < LANES; i++) y[i] = book->level[x[i] & (n - 1)];
@@ -184,11 +185,28 @@ INLINE vf level_HALF(vw word, int i) { return half_to_float(i ? word.low >> 16 :
 INLINE vf level_WINDOW(vw word, int i) { return to_float(i ? (vi)word.low >> 16 : (vi)(word.low << 16) >> 16); }
 INLINE vf level_INT8(vw word, int i) { return to_float((vi)(word.low << (24 - 8 * i)) >> 24); }
 INLINE vf level_INT4(vw word, int i) { return level4(word.low >> (4 * i)); }
+#ifdef lookup
 INLINE vf level_CODEBOOK4(vw word, int i) { return lookup(&CODEBOOK4_BOOK, 16, word.low >> (4 * i)); }
 INLINE vf level_CODEBOOK3(vw word, int i) {
     return lookup(&CODEBOOK3_BOOK, 8, ((word.low >> (2 * i)) & 3) | ((word.high >> high_bit_of(i)) & 1) << 2);
 }
+#else /* codes of all four bytes at once: who takes one of each byte looks up once, see code_number */
+INLINE vf level_CODEBOOK4(vw word, int i) {
+    const vu levels = shuffle_bytes((const uint8_t *)CODEBOOK4_BOOK.whole, word.low >> (4 * (i % 2)) & 0x0f0f0f0fu);
+    return level_INT8((vw){.low = levels}, i / 2);
+}
+INLINE vf level_CODEBOOK3(vw word, int i) {
+    const vu low = word.low >> (2 * (i % 4)) & 0x03030303u, high = (word.high >> (i % 4) & 0x01010101u) << 2;
+    return level_INT8((vw){.low = shuffle_bytes((const uint8_t *)CODEBOOK3_BOOK.whole, low | high)}, i / 4);
+}
+#endif
 INLINE vf level_CODEBOOK(vw word, int i) { return level2(word.low >> (2 * i)); }
+
+/* Codes of a word in the order of their steps, those of the four bytes together: the number of the one in place n. */
+INLINE int code_number(int precision, int n) {
+    const int steps = 8 / low_bits_of(precision);
+    return steps > 1 ? n % 4 * steps + n / 4 : n;
+}
 
 /* The same by its id. precision and i are constants wherever this is inlined. */
 INLINE vf level(int precision, vw word, int i) {

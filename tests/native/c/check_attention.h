@@ -17,7 +17,7 @@
 
 /* Whether a kernel takes scores by integer dot products. */
 static int has_whole_queries(const char *kernel) {
-    const char *const those[] = {"avx512", "amx", "avxvnni", "dotprod"};
+    const char *const those[] = {"avx512", "amx", "avxvnni", "avx2", "dotprod"};
     for (size_t i = 0; i < sizeof those / sizeof *those; i++)
         if (!strcmp(kernel, those[i])) return 1;
     return 0;

@@ -1,8 +1,7 @@
-/* What integer dot products of x86 (VNNI) have in common: the codes are their unsigned side. */
-#ifndef KVQ_VNNI_H
-#define KVQ_VNNI_H
+/* Codes as integer products of x86 take them: unsigned bytes. */
+#ifndef KVQ_DOT_CODES_H
+#define KVQ_DOT_CODES_H
 
-#define DOT_KERNEL
 enum {
     dot_offset_INT8 = 128,
     dot_offset_INT4 = 8,
