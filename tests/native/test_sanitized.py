@@ -1,0 +1,88 @@
+"""The native library under the address and undefined-behaviour sanitizers: alone, and in a process of kvq."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.native.test_native_c import CC, ROOT, compiled_check, host_kernels, kernel_lines, need
+
+pytestmark = pytest.mark.slow
+
+# -O0: the sanitizers' checks take a minute to optimize, and see more of the code where nothing is left out.
+SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    need(CC)
+    return compiled_check(tmp_path_factory.mktemp("sanitized"), CC, host_kernels(), *SANITIZED)
+
+
+def test_no_kernel_reads_beyond_a_page_or_does_the_undefined(check):
+    assert "attentions" in kernel_lines(check, "quick")["plain"]
+
+
+def test_queries_that_are_tiny_or_not_finite_do_nothing_undefined(check):
+    kernel_lines(check, "odd")
+
+
+USED = """
+import sys
+import numpy as np
+import kvq
+
+bundle, scratch = sys.argv[1:]
+model = kvq.load(bundle)
+rng = np.random.default_rng(5)
+ids = rng.integers(0, model.architecture.vocab, 700)
+for policy, options in (("mixed", {}), ("k3v2", {"prefill": "stepwise"}), ("rule", {"kv_bits": 3.5}), ("int8", {})):
+    session = model.session(policy, recent=8, **options)
+    session.append(ids[:300])
+    for token in ids[300:330]:
+        session.append([token])
+    fork = session.fork()
+    fork.trim(140)
+    model.step([(session, ids[330:331]), (fork, ids[330:333])])
+    model.step([(session, ids[331:400]), (fork, ids[333:334]), (model.session("int4"), ids[:9])])
+    session.save(scratch + "/session.kvq")
+    loaded = model.load_session(scratch + "/session.kvq")
+    np.testing.assert_array_equal(loaded.append(ids[400:401]), session.append(ids[400:401]))
+    list(session.generate([int(each) for each in ids[401:420]], max_tokens=12))
+    stats = session.stats()
+    assert stats.backend == "native", stats
+    print(policy, stats.backend_detail)
+"""
+
+
+def test_a_process_of_kvq_runs_on_the_sanitized_library(check, tiny_bundle, tmp_path):
+    """Threads of onnxruntime in the operators, arrays of numpy under the pages."""
+    library = check.with_name("libkvq.so")
+    objects = [str(path) for path in check.parent.glob("*.o") if path.stem != "check_kernels"]
+    linked = subprocess.run(
+        [CC, *SANITIZED, "-shared", *objects, "-o", str(library), "-lm"], capture_output=True, text=True
+    )
+    assert linked.returncode == 0, linked.stderr
+    tree = tmp_path / "tree"
+    for name in ("kvq", "controller", "models", "runtime", "exporter"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "bundles"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    shutil.copy(library, tree / "runtime" / "native")
+    asked = subprocess.run([CC, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Before anything else in the process; what Python and others leave behind at the end is not ours.
+    sanitizer = {"LD_PRELOAD": str(Path(asked.stdout.strip()).resolve()), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", USED, str(tiny_bundle), str(tmp_path)],
+        cwd=tree,
+        env=os.environ | sanitizer | {"PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    assert len(done.stdout.splitlines()) == 4
