@@ -33,12 +33,14 @@ int kvq_has_amx(void) {
 }
 #endif
 
-#elif defined(__APPLE__) && defined(__aarch64__)
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
 int kvq_has_dotprod(void) { return 1; }
-#elif defined(__linux__) && defined(__aarch64__)
+#elif defined(__linux__)
 #include <sys/auxv.h>
 #define HWCAP_DOT_PRODUCT (1 << 20) /* HWCAP_ASIMDDP of asm/hwcap.h */
 int kvq_has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_DOT_PRODUCT) != 0; }
 #else
 int kvq_has_dotprod(void) { return 0; }
+#endif
 #endif

@@ -109,10 +109,10 @@ def used(folder):
         session = open_bundle(folder).session("mixed", recent=4, sink=1, backend=backend)
         session.append(np.arange(1, 91).tolist())
         assert np.isfinite(session.last_logits).all()
+        found.append(session.last_logits.copy())  # before it goes on: of two that are near, backends may say either
         session.save(folder.parent / "text.kvq")
         again = open_bundle(folder).load_session(folder.parent / "text.kvq", backend=backend)
         assert continued(again, 5) == continued(session, 5)
-        found.append(session.last_logits)
     assert np.abs(found[0] - found[1]).max() < 0.05 * np.abs(found[0]).max() + 0.1
 
 

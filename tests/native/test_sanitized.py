@@ -40,20 +40,20 @@ import kvq
 bundle, scratch = sys.argv[1:]
 model = kvq.load(bundle)
 rng = np.random.default_rng(5)
-ids = rng.integers(0, model.architecture.vocab, 700)
+ids = rng.integers(0, model.architecture.vocab, 200)
 for policy, options in (("mixed", {}), ("k3v2", {"prefill": "stepwise"}), ("rule", {"kv_bits": 3.5}), ("int8", {})):
     session = model.session(policy, recent=8, **options)
-    session.append(ids[:300])
-    for token in ids[300:330]:
+    session.append(ids[:120])
+    for token in ids[120:140]:
         session.append([token])
     fork = session.fork()
-    fork.trim(140)
-    model.step([(session, ids[330:331]), (fork, ids[330:333])])
-    model.step([(session, ids[331:400]), (fork, ids[333:334]), (model.session("int4"), ids[:9])])
+    fork.trim(60)
+    model.step([(session, ids[140:141]), (fork, ids[140:143])])
+    model.step([(session, ids[141:180]), (fork, ids[143:144]), (model.session("int4"), ids[:9])])
     session.save(scratch + "/session.kvq")
     loaded = model.load_session(scratch + "/session.kvq")
-    np.testing.assert_array_equal(loaded.append(ids[400:401]), session.append(ids[400:401]))
-    list(session.generate([int(each) for each in ids[401:420]], max_tokens=12))
+    np.testing.assert_array_equal(loaded.append(ids[180:181]), session.append(ids[180:181]))
+    list(session.generate([int(each) for each in ids[181:200]], max_tokens=12))
     stats = session.stats()
     assert stats.backend == "native", stats
     print(policy, stats.backend_detail)

@@ -1,7 +1,5 @@
 /* AVX2 with its own 8-bit dot products: recent x86-64 machines without AVX-512. */
 #if defined(__x86_64__)
-#include "avx2.h"
-
 #define DOT_KERNEL
 #include "bytes_avx2.h"
 

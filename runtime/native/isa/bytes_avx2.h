@@ -3,7 +3,6 @@
 #define KVQ_BYTES_AVX2_H
 
 #include "avx2.h"
-
 #include "../templates/vector.h"
 #include "dot_codes.h"
 

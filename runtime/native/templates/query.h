@@ -14,16 +14,6 @@ typedef int32_t v4 __attribute__((vector_size(16)));
 #ifdef PAIR_KERNEL
 /* A query's parts become one number of 16 bits; in the place of each part are words of two such: of channels whose codes are
  * bytes 0 and 2 of a word, and of those of bytes 1 and 3. */
-enum { PLACES = 2, PLACE_BITS = 16 };
-#define FIRST_PLACE(part) (part)
-#else
-enum { PLACES = 4, PLACE_BITS = 8 };
-#define FIRST_PLACE(part) 0
-#endif
-
-#ifdef PAIR_KERNEL
-/* A query's parts become one number of 16 bits; in the place of each part are words of two such: of channels whose codes are
- * bytes 0 and 2 of a word, and of those of bytes 1 and 3. */
 enum { NUMBERS = 2, PAIRED = 1 };
 #else
 enum { NUMBERS = 4, PAIRED = 0 };
@@ -77,9 +67,9 @@ INLINE void integer_query(const float *q, int padded, int d, unsigned widths, kv
     for (int c = 0; PAIRED && c < padded; c++) parts[0][c] = parts[0][c] * QUERY_BASE + parts[1][c];
     if (PAIRED) integer->sums[0] = integer->sums[0] * QUERY_BASE + integer->sums[1];
     for (int part = 0; part < QUERY_PARTS; part++) {
-#define ROWS(name, id, bits, scale, products, with)            \
-    KVQ_IF_WHOLE(products, if (widths >> NUMBER_##name & 1) \
-        integer_rows(id, d, PAIRED ? part : 0, parts[PAIRED ? 0 : part],                                    \
+#define ROWS(name, id, bits, scale, products, with)                      \
+    KVQ_IF_WHOLE(products, if (widths >> NUMBER_##name & 1)              \
+        integer_rows(id, d, PAIRED ? part : 0, parts[PAIRED ? 0 : part], \
                      words + integer_words_start(id, d) + part * integer_words(id, d));)
         KVQ_WIDTHS(ROWS, )
 #undef ROWS

@@ -38,7 +38,7 @@ INLINE void tile_scores(int precision, int heads, const uint32_t *tile, int word
  *                              levels), for every precision that such products take
  * and DOT_KERNEL, where they are of bytes,
  *   dot(sum, codes, query)     sum + the products of the four bytes of each lane with those of query
- * or PAIR_KERNEL, where they are of numbers of 16 bits, see integer_pairs,
+ * or PAIR_KERNEL, where they are of numbers of 16 bits, see integer_rows in query.h,
  *   pair_codes(codes, part)    bytes 0 and 2 of each lane, or 1 and 3, widened
  *   pair(sum, codes, query)    sum + the products of the two numbers of each lane with those of query */
 #define INTEGER_SCORES

@@ -10,20 +10,19 @@
 #define SUM_REGISTERS 24
 #else
 #define SUM_REGISTERS 12
-#define FEW_REGISTERS
 #endif
 
 /* Weights are loaded again wherever they are used: beside the sums there is no room for them, and a sum that the compiler puts
  * into memory instead makes every token wait for the one before. */
 INLINE const float *loaded_again(const float *weights) {
-#ifdef FEW_REGISTERS
+#if SUM_REGISTERS == 12
     __asm__ volatile("" : "+r"(weights)); /* volatile: else it is one for all */
 #endif
     return weights;
 }
 
-/* Words that fill whole vectors: sums of `at_once` of their codes from place `first` on, see code_number, LANES words from j on. `high`:
- * what goes with each word where codes are split, see weigh_split. */
+/* Words that fill whole vectors: sums of `at_once` of their codes from place `first` on, see code_number, LANES words from j
+ * on. `high`: what goes with each word where codes are split, see weigh_split. */
 INLINE void weigh_vectors(int precision, int heads, int at_once, int first, int j, const uint32_t *values,
                           const uint32_t *high, int words, int slots, const float *weights, float *sums, int stride,
                           const char *next) {
@@ -76,7 +75,7 @@ INLINE void weigh_parts(int precision, int heads, int at_once, int first, const 
         }
 }
 
-#ifdef FEW_REGISTERS
+#if LANES == 8
 /* The words of one token that fill half a vector, twice; where codes are split, `low` of them before those of high bits. */
 INLINE vw words_twice(int precision, const uint32_t *code, int low) {
     const vi own = lane_numbers() & (LANES / 2 - 1);
@@ -92,7 +91,7 @@ INLINE vw words_twice(int precision, const uint32_t *code, int low) {
     return word;
 }
 
-/* Words that fill half a vector of LANES = 8: its lower half takes the codes of one step, its upper half those of the next one. */
+/* Words that fill half a vector: its lower half takes the codes of one step, its upper half those of the next one. */
 INLINE void weigh_halves(int precision, int heads, int step, const uint32_t *values, int words, int slots,
                          const float *weights, float *sums, int stride, const char *next) {
     enum { BYTES = 4 };
@@ -178,8 +177,8 @@ INLINE void weigh(int precision, int heads, const uint32_t *values, int words, i
         return;
     }
 #endif
-#ifdef FEW_REGISTERS
-    if (low_bits_of(precision) < 8 && 2 * low_words_of(precision, words) == LANES && LANES == 8) {
+#if LANES == 8
+    if (low_bits_of(precision) < 8 && 2 * low_words_of(precision, words) == LANES) {
         for (int step = 0; step < 8 / low_bits_of(precision); step += 2)
             weigh_halves(precision, heads, step, values, words, slots, weights, sums, stride, next);
         return;
