@@ -92,8 +92,10 @@ INLINE int tile_blocks(const kvq_task *task, const kvq_page *page, int first, in
 
 /* The blocks of LANES slots of a tile; those without a token have any from low to high. */
 INLINE vi slot_blocks(const kvq_page *page, int slot, int low, int high) {
-    vu position;
-    memcpy(&position, page->positions + slot, sizeof position);
+    const int left = page->first + page->count - slot; /* there need not be room for a whole tile of positions */
+    vu position = {0};
+    if (left >= LANES) memcpy(&position, page->positions + slot, sizeof position);
+    else if (left > 0) memcpy(&position, page->positions + slot, sizeof *page->positions * left);
     vi block = (vi)(position / KVQ_TURN_BLOCK);
     block = select_i(block < low, (vi){0} + low, block);
     return select_i(block > high, (vi){0} + high, block);
