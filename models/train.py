@@ -74,15 +74,17 @@ def batch(ids: np.ndarray, recipe: Recipe, step: int, device: str) -> torch.Tens
 
 def _halves_are_fast(device: str) -> bool:
     """Whether matrix products in bfloat16 are: on x86 without AVX-512 they are emulated, many times slower."""
-    emulated = platform.machine() != "aarch64" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return device != "cpu" or not emulated
+    if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def make_loss(model: LlamaForCausalLM, device: str):
     """Mean next-token cross-entropy in nats over windows; matrix products in bfloat16 where that is faster."""
+    halves = _halves_are_fast(device)
 
     def loss(windows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=_halves_are_fast(device)):
+        with torch.autocast(device, torch.bfloat16, enabled=halves):
             logits = model(windows[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
