@@ -34,7 +34,7 @@ ARM = {"isa/neon.c": [], "isa/dotprod.c": ["-march=armv8.2-a+dotprod"]}
 COMMON = {
     file: []
     for file in ("attention.c", "available.c", "chain.c", "checks.c", "decode.c", "layers.c", "operators.c",
-                 "product.c", "rows.c", "stepwise.c", "team.c", "isa/plain.c")
+                 "product.c", "projected.c", "rows.c", "stepwise.c", "team.c", "isa/plain.c")
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files that take minutes: they begin first, so that none of two processes waits for the other one at the end.
 LONGEST = (
+    "native/test_sanitized.py",
     "native/test_native_c.py",
     "real/test_real_model.py",
     "house/test_adding.py",

@@ -1,4 +1,4 @@
-"""Nodes of a checked graph that follow one another, as one: Product, AddNorm and SwiGLU between two layers' attention.
+"""Nodes of a checked graph that follow one another, as one: products, norms, activations and attention of all layers.
 
 A node of a step takes a few microseconds besides its work, and so does every time that threads are asked to help. Where
 products are the native library's (`kvq.runtime.bundle.renaming`), what stands between them is as well, and one Chain
@@ -25,19 +25,18 @@ from kvq.runtime.bundle.renaming import (
 from kvq.runtime.bundle.wire import field, fields
 
 CHAIN = "Chain"
-PRODUCTS, ADD_NORM, SWIGLU = (f"{DOMAIN}::{name}" for name in (PRODUCT, "AddNorm", "SwiGLU"))
-MOST_GAINS = 2  # AddNorms of a chain
+PRODUCTS, ADD_NORM, SWIGLU, ATTENTION = (f"{DOMAIN}::{name}" for name in (PRODUCT, "AddNorm", "SwiGLU", "Attention"))
 
 Take = Callable[[Sequence[Node]], Attributes]
 
 
 class _Run(NamedTuple):
-    """Nodes that become one: their places, the residual stream that they begin with and leave, and the gains."""
+    """Nodes that become one: their places, the residual stream before and behind them, and what else they take."""
 
     places: list[int]
     residual: str
     left: str
-    gains: list[str]
+    taken: list[str]
 
 
 def with_chains(graph: bytes, take: Take) -> bytes:
@@ -67,25 +66,40 @@ class _Followers(GraphNodes):
 
     def run(self, first: int) -> _Run | None:
         """What a Product begins."""
-        places, residual, left, gains = [first], "", "", list[str]()
+        places, residual, left, taken = [first], "", "", list[str]()
         out = self.at[first].outputs[0]
+        ends = 1, 0  # how many places and taken names there are where a chain may end: not with attention
         while len(readers := self.readers[out]) == 1 and readers[0] in self.at:
             node = self.at[readers[0]]
+            if self.at[places[-1]].operator == ATTENTION and node.operator != PRODUCTS:
+                break
             if node.operator == ADD_NORM:
                 stream, added, gain = node.inputs
-                fits = added == out != stream and gain in self._constants and len(gains) < MOST_GAINS
-                if not fits or not (self._goes_on(left, stream) if gains else self.made_at.get(stream, -1) < first):
+                fits = added == out != stream and gain in self._constants
+                if not fits or not (self._goes_on(left, stream) if left else self._before(first, [stream])):
                     break
                 residual, left = residual or stream, node.outputs[0]
-                gains.append(gain)
+                taken.append(gain)
+            elif node.operator == ATTENTION:
+                qkv, *others = node.inputs
+                if qkv != out or not self._before(first, others):
+                    break
+                taken += others
             elif node.operator not in (PRODUCTS, SWIGLU):
                 break
             places.append(readers[0])
             out = node.outputs[-1]
+            if node.operator != ATTENTION:
+                ends = len(places), len(taken)
+        places, taken = places[: ends[0]], taken[: ends[1]]
         # What else reads the residual stream has to come behind all of it.
-        if not gains or any(i < places[-1] for i in self.readers[left]):
+        if not left or any(i < places[-1] for i in self.readers[left]):
             return None
-        return _Run(places, residual, left, gains)
+        return _Run(places, residual, left, taken)
+
+    def _before(self, place: int, names: Sequence[str]) -> bool:
+        """Whether all these are there before a node: constants, what the graph is given, what nodes before it yield."""
+        return all(self.made_at.get(name, -1) < place for name in names)
 
     def _goes_on(self, left: str, stream: str) -> bool:
         return left == stream and len(self.readers[left]) == 1
@@ -99,7 +113,7 @@ def _graph(graph: bytes, take: Take) -> bytes:
         if i in taken or node.operator != PRODUCTS or (run := nodes.run(i)) is None:
             continue
         last = run.places[-1]
-        inputs = [node.inputs[0], run.residual, *run.gains]
+        inputs = [node.inputs[0], run.residual, *run.taken]
         outputs = [run.left, nodes.at[last].outputs[-1]]
         attributes = take([nodes.at[place] for place in run.places])
         parts[last] = GRAPH_NODE, parts[last][1], node_of(CHAIN, inputs, outputs, attributes)

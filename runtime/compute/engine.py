@@ -14,7 +14,6 @@ from pathlib import Path
 import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
-from kvq.runtime.bundle.renaming import rows_alike
 from kvq.runtime.compute.binding import NamedSession
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.products import own_products
@@ -40,7 +39,7 @@ class Engine:
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
         self._others: dict[tuple[str, int | None], NamedSession] = {}
-        self._alike: dict[str, bool] = {}  # graphs with products of the library: see `rows_alike`
+        self._alike: dict[str, bool] = {}  # graphs with products of the library: see `OwnProducts`
         self._spared: dict[str, int] = {}  # bytes of weights that these hold less of than the file
 
     @property
@@ -97,7 +96,7 @@ class Engine:
             with hugepages.new_memory() as done:
                 if kernel is not None:
                     graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
-                    self._alike[name] = rows_alike(graph)
+                    self._alike[name] = kept.rows_alike
                     self._spared[name] = kept.spared
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvq.runtime.bundle.chaining import ADD_NORM, SWIGLU, with_chains
+from kvq.runtime.bundle.chaining import ADD_NORM, ATTENTION, SWIGLU, with_chains
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.bundle.onnx_file import Node, Region
-from kvq.runtime.bundle.renaming import Attributes, Matrix, with_products
+from kvq.runtime.bundle.renaming import Attributes, Matrix, rows_alike, with_products
 from kvq.runtime.native import chains
 from kvq.runtime.native.chains import ChainStep, StepChain
 from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
 
-KINDS = {ADD_NORM: chains.ADD_NORM, SWIGLU: chains.SWIGLU}  # all others are products
+KINDS = {ADD_NORM: chains.ADD_NORM, SWIGLU: chains.SWIGLU, ATTENTION: chains.ATTENTION}  # all others are products
 READ_BYTES = 1 << 20  # of codes at a time
 
 
@@ -27,11 +27,13 @@ class OwnProducts(NamedTuple):
 
     Attributes:
         matrices: what it multiplies with.
-        chains: what it does between products.
+        chains: what it does one after the other.
+        rows_alike: whether its products give a row the same bits among several as alone.
     """
 
     matrices: list[PackedMatrix]
     chains: list[StepChain]
+    rows_alike: bool
 
     @property
     def spared(self) -> int:
@@ -54,7 +56,7 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     packed: list[PackedMatrix] = []
     chained: list[StepChain] = []
     if not multiplies(kernel):
-        return graph, OwnProducts(packed, chained)
+        return graph, OwnProducts(packed, chained, rows_alike(graph))
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:
@@ -74,13 +76,14 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
         graph = with_products(graph, take)
     for future in filled:
         future.result()
-    return with_chains(graph, take_chain), OwnProducts(packed, chained)
+    return with_chains(graph, take_chain), OwnProducts(packed, chained, rows_alike(graph))
 
 
 def _step(node: Node) -> ChainStep:
     numbers = node.attributes
     kind = KINDS.get(node.operator, chains.PRODUCT)
-    return ChainStep(kind, numbers.get("matrix", 0), numbers.get("block", 0), numbers.get("epsilon", 0.0))
+    given = (numbers.get(name, 0) for name in ("matrix", "block", "epsilon", "layer", "rotate"))
+    return ChainStep(kind, *given, len(node.inputs) - 1 if kind == chains.ATTENTION else 0)
 
 
 def _halves(matrix: Matrix, file: Path) -> bool:

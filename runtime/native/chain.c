@@ -1,4 +1,4 @@
-/* Products, norms and activations that stand in a row between the attention of one layer and that of the next. */
+/* Products, norms, activations and attention that follow one another, of one layer or of all. */
 #include <stdlib.h>
 
 #include "drivers.h"
@@ -23,29 +23,70 @@ void kvq_swiglu_rows(void *data, size_t row) {
     if (s->block) kvq_rotate_heads(-1, out, s->columns / s->block, (int32_t)s->block);
 }
 
+/* The columns that a step makes of so many; 0: it does not fit. `next` is the step behind it, or null. */
+static size_t columns_after(const kvq_step *s, const kvq_step *next, size_t columns, kvq_chain_shape *shape) {
+    switch (s->kind) {
+    case KVQ_STEP_PRODUCT:
+        return s->matrix && (size_t)s->matrix->k == columns ? (size_t)s->matrix->n : 0;
+    case KVQ_STEP_ADD_NORM:
+        if (shape->residual && columns != shape->residual) return 0;
+        shape->residual = columns, shape->inputs++;
+        return kvq_rotates(s->block, columns) ? columns : 0;
+    case KVQ_STEP_SWIGLU:
+        return columns % 2 || !kvq_rotates(s->block, columns / 2) ? 0 : columns / 2;
+    case KVQ_STEP_ATTENTION: /* how many it yields depends on the pass: those that are wanted, which it will see */
+        if (s->layer < 0 || (s->inputs != 3 && s->inputs != 6)) return 0;
+        shape->inputs += s->inputs;
+        return next && next->kind == KVQ_STEP_PRODUCT && next->matrix ? (size_t)next->matrix->k : 0;
+    default: return 0;
+    }
+}
+
 int kvq_check_chain(const kvq_chain *chain, kvq_chain_shape *shape) {
     if (!chain || !chain->step || chain->steps < 1 || chain->step->kind != KVQ_STEP_PRODUCT || !chain->step->matrix)
         return KVQ_NO_DATA;
-    *shape = (kvq_chain_shape){.in = chain->step->matrix->k, .gains = 0};
+    *shape = (kvq_chain_shape){.in = chain->step->matrix->k};
     size_t columns = shape->in;
-    for (const kvq_step *s = chain->step; s < chain->step + chain->steps; s++) {
-        if (s->kind == KVQ_STEP_PRODUCT) {
-            const int refused = kvq_check_matrix(chain->kernel, s->matrix);
-            if (refused) return refused;
-            if ((size_t)s->matrix->k != columns) return KVQ_MISFIT_SHAPE;
-            columns = s->matrix->n;
-        } else if (s->kind == KVQ_STEP_ADD_NORM) {
-            if (shape->gains++ && columns != shape->residual) return KVQ_MISFIT_SHAPE;
-            shape->residual = columns;
-        } else if (s->kind == KVQ_STEP_SWIGLU) {
-            if (columns % 2) return KVQ_MISFIT_SHAPE;
-            columns /= 2;
-        } else return KVQ_MISFIT_SHAPE;
-        if (s->kind != KVQ_STEP_PRODUCT && !kvq_rotates(s->block, columns)) return KVQ_MISFIT_SHAPE;
+    for (int i = 0; i < chain->steps; i++) {
+        const kvq_step *s = chain->step + i;
+        const int refused = s->kind == KVQ_STEP_PRODUCT ? kvq_check_matrix(chain->kernel, s->matrix) : 0;
+        if (refused) return refused;
+        columns = columns_after(s, i + 1 < chain->steps ? s + 1 : NULL, columns, shape);
+        if (!columns) return KVQ_MISFIT_SHAPE;
         if (columns > shape->widest) shape->widest = columns;
     }
     shape->out = columns;
-    return shape->gains && shape->gains <= KVQ_MOST_GAINS ? 0 : KVQ_MISFIT_SHAPE;
+    return shape->residual ? 0 : KVQ_MISFIT_SHAPE;
+}
+
+/* What a chain has at hand. */
+typedef struct {
+    const kvq_chain *chain;
+    const kvq_chain_rows *rows;
+    const float *x, *residual;
+    size_t columns; /* of x */
+    const kvq_input *input; /* of the steps to come */
+} chain_state;
+
+/* One step, to [rows, columns]. */
+static int run_step(chain_state *c, const kvq_step *s, size_t columns, float *to, kvq_parallel parallel, void *context) {
+    const kvq_chain_rows *rows = c->rows;
+    if (s->kind == KVQ_STEP_PRODUCT) return kvq_product(c->chain->kernel, s->matrix, c->x, rows->rows, to, parallel, context);
+    if (s->kind == KVQ_STEP_ATTENTION) {
+        const kvq_projected projected = {
+            {c->x, rows->rows * c->columns}, c->input, s->inputs, s->layer, s->rotate, to, rows->rows, columns};
+        c->input += s->inputs;
+        return kvq_attend_projected(rows->pass, &projected, parallel, context);
+    }
+    if (s->kind == KVQ_STEP_SWIGLU) {
+        parallel(context, kvq_swiglu_rows, rows->rows, &(kvq_activated_rows){c->x, to, columns, s->block});
+        return 0;
+    }
+    if (c->input->count != columns) return KVQ_MISFIT_INPUT;
+    kvq_normed_rows normed = {c->residual, c->x, c->input++->data, rows->sum, to, columns, s->block, s->epsilon};
+    parallel(context, kvq_norm_rows, rows->rows, &normed);
+    c->residual = rows->sum;
+    return 0;
 }
 
 int kvq_run_chain(const kvq_chain *chain, const kvq_chain_shape *shape, const kvq_chain_rows *rows, kvq_parallel parallel,
@@ -54,24 +95,16 @@ int kvq_run_chain(const kvq_chain *chain, const kvq_chain_shape *shape, const kv
     if (!rows->rows) return 0;
     float *memory = malloc(sizeof *memory * 2 * floats);
     if (!memory) return KVQ_NO_MEMORY;
-    const float *x = rows->x, *residual = rows->residual;
-    size_t columns = shape->in;
-    int failed = 0, gain = 0;
+    chain_state c = {chain, rows, rows->x, rows->residual, shape->in, rows->input};
+    kvq_chain_shape counted = {.residual = shape->residual};
+    int failed = 0;
     for (int i = 0; i < chain->steps && !failed; i++) {
         const kvq_step *s = chain->step + i;
-        float *to = i + 1 == chain->steps ? rows->out : memory + i % 2 * floats;
-        if (s->kind == KVQ_STEP_PRODUCT) {
-            failed = kvq_product(chain->kernel, s->matrix, x, rows->rows, to, parallel, context);
-            columns = s->matrix->n;
-        } else if (s->kind == KVQ_STEP_ADD_NORM) {
-            kvq_normed_rows normed = {residual, x, rows->gain[gain++], rows->sum, to, columns, s->block, s->epsilon};
-            parallel(context, kvq_norm_rows, rows->rows, &normed);
-            residual = rows->sum;
-        } else {
-            columns /= 2;
-            parallel(context, kvq_swiglu_rows, rows->rows, &(kvq_activated_rows){x, to, columns, s->block});
-        }
-        x = to;
+        const int last = i + 1 == chain->steps;
+        const size_t columns = columns_after(s, last ? NULL : s + 1, c.columns, &counted);
+        float *to = last ? rows->out : memory + i % 2 * floats;
+        failed = run_step(&c, s, columns, to, parallel, context);
+        c.x = to, c.columns = columns;
     }
     free(memory);
     return failed;

@@ -25,6 +25,27 @@ int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to)
  * rows points; it may be null. Its head_dim is even. */
 int kvq_prepare_and_attend(const kvq_pass *pass, int32_t layer, const kvq_rows *rows, const kvq_prepare *prepare,
                            kvq_parallel parallel, void *context);
+
+/* What an operator is given: how many floats, and where. */
+typedef struct {
+    const float *data;
+    size_t count;
+} kvq_input;
+/* Errors of what operators are given, beside those of kvq.h, which are below zero. */
+enum { KVQ_MISFIT_INPUT = 1, KVQ_NO_PASS };
+/* What attention of a layer takes besides a session's pass, as its operator does. */
+typedef struct {
+    kvq_input qkv;
+    const kvq_input *input; /* cosine, sine, mean_key, and perhaps scale, axes and stretch of a kvq_key_basis */
+    int32_t inputs, layer, rotate;
+    float *out;             /* [rows, columns], which have to be [tokens, heads * head_dim] */
+    size_t rows, columns;
+} kvq_projected;
+/* Whether there is a pass, and it has that layer. */
+int kvq_has_layer(const kvq_pass *pass, int64_t layer);
+/* As kvq_attend, from what a projection yields; pass may be null. Returns 0 or an error, of kvq.h or of those above. */
+int kvq_attend_projected(const kvq_pass *pass, const kvq_projected *rows, kvq_parallel parallel, void *context);
+
 /* The row of a pass with one token, and how it is prepared; prepare may be null. */
 typedef struct {
     kvq_task task;
@@ -100,10 +121,9 @@ void kvq_swiglu_rows(void *rows, size_t row);
 /* Whether every block of so many columns can be rotated; 0: none is. */
 int kvq_rotates(int64_t block, size_t columns);
 
-/* Columns that a chain takes, has at most, and yields; of the residual stream; and how often it adds to that. */
+/* Columns that a chain takes, has at most, and yields; of the residual stream; and how many inputs its steps take besides. */
 typedef struct {
-    size_t in, widest, out, residual;
-    int gains;
+    size_t in, widest, out, residual, inputs;
 } kvq_chain_shape;
 /* Whether a chain fits together: its shape and 0, or an error. */
 int kvq_check_chain(const kvq_chain *chain, kvq_chain_shape *shape);
@@ -111,10 +131,11 @@ int kvq_check_chain(const kvq_chain *chain, kvq_chain_shape *shape);
 typedef struct {
     size_t rows;
     const float *x, *residual; /* [rows, in], [rows, residual] */
-    const float *gain[KVQ_MOST_GAINS];
+    const kvq_input *input;    /* of the steps, one after the other: gains of a norm, what attention takes */
+    const kvq_pass *pass;      /* for attention, or null */
     float *sum, *out;          /* the residual stream afterwards; [rows, out] */
 } kvq_chain_rows;
-/* All steps of a checked chain. Returns 0 or an error: NO_KERNEL, NO_MEMORY. */
+/* All steps of a checked chain. Returns 0 or an error, of kvq.h or of operators. */
 int kvq_run_chain(const kvq_chain *chain, const kvq_chain_shape *shape, const kvq_chain_rows *rows, kvq_parallel parallel,
                   void *context);
 

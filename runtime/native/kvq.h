@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 18 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 19 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -166,25 +166,25 @@ typedef struct {
 #define KVQ_LEAST_BLOCK 32
 #define KVQ_MOST_BLOCK 256
 
-/* What a chain does next with the rows that it has: times a matrix; added to the residual stream and normed, times gains; or
- * silu of the first half of the columns times the second. Of the last two every block of so many columns times the Hadamard
- * matrix, if block is not 0. */
-enum { KVQ_STEP_PRODUCT, KVQ_STEP_ADD_NORM, KVQ_STEP_SWIGLU };
+/* What a chain does next with the rows that it has: times a matrix; added to the residual stream and normed, times gains; silu
+ * of the first half of the columns times the second; or attention of a layer, over the stores of the thread's passes. Of norm
+ * and silu every block of so many columns times the Hadamard matrix, if block is not 0. */
+enum { KVQ_STEP_PRODUCT, KVQ_STEP_ADD_NORM, KVQ_STEP_SWIGLU, KVQ_STEP_ATTENTION };
 typedef struct {
-    const kvq_matrix *matrix; /* packed for the chain's kernel */
+    const kvq_matrix *matrix; /* of a product, packed for the chain's kernel */
     int32_t kind, block;
     float epsilon;
-    int32_t unused;
+    int32_t layer, rotate;    /* of attention: attributes of the operator */
+    int32_t inputs;           /* that it takes besides the rows, as the operator does: 3 or 6 */
 } kvq_step;
 
-/* Steps from the outcome of one layer's attention to what the next one's begins with. */
+/* Steps that follow one another, of one layer or of all. */
 typedef struct {
-    const kvq_step *step; /* the first is a product, and at least one adds to the residual stream */
+    const kvq_step *step; /* the first is a product, at least one adds to the residual stream, a product follows attention */
     int32_t steps, kernel;
     int32_t threads;      /* that share the work */
     int32_t unused;
 } kvq_chain;
-#define KVQ_MOST_GAINS 2 /* steps that add to the residual stream */
 
 /* Calls work(data, i) for 0 <= i < count, from whichever threads it likes, and returns when all are done. */
 typedef void (*kvq_parallel)(void *context, void (*work)(void *data, size_t i), size_t count, void *data);

@@ -13,7 +13,7 @@ from kvq.runtime.errors import BackendError, NonFiniteError
 from kvq.runtime.precision.codecs import CODECS, Codec
 from kvq.runtime.precision.codecs.base import WORD_BYTES
 
-ABI = 18
+ABI = 19
 CHUNK_SLOTS = 1024  # most slots of a row of the page table
 MOST_CHANNELS = 1024  # largest head_dim
 NO_MEMORY, REFUSED_VALUE = -1, -8  # the errors that are not the backend's
@@ -97,12 +97,12 @@ class Step(ctypes.Structure):
         ("matrix", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("kind", "block")),
         ("epsilon", ctypes.c_float),
-        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("layer", "rotate", "inputs")),
     )
 
 
 class Chain(ctypes.Structure):
-    """kvq_chain: steps between the attention of two layers."""
+    """kvq_chain: steps that follow one another."""
 
     _fields_ = (
         ("step", ctypes.c_void_p),

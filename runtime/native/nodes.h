@@ -51,7 +51,19 @@ static inline const float *input(run *r, size_t index, size_t *count) {
     return r->status ? NULL : data;
 }
 
-/* The same for an input that has to have so many. */
+static inline kvq_input input_of(run *r, size_t index) {
+    kvq_input found;
+    found.data = input(r, index, &found.count);
+    return found;
+}
+
+static inline size_t inputs_of(run *r) {
+    size_t inputs = 0;
+    if (!r->status) r->status = KernelContext_GetInputCount(r->api)(r->context, &inputs);
+    return inputs;
+}
+
+/* The same as `input` for one that has to have so many. */
 static inline const float *floats(run *r, size_t index, int64_t wanted) {
     size_t count;
     const float *data = input(r, index, &count);
@@ -116,6 +128,5 @@ static inline void run_in_team(run *r, size_t rows, int threads, led_work led) {
 OrtStatus *kvq_node_swiglu(void *state, OrtKernelContext *context);
 OrtStatus *kvq_node_add_norm(void *state, OrtKernelContext *context);
 OrtStatus *kvq_node_product(void *state, OrtKernelContext *context);
-OrtStatus *kvq_node_chain(void *state, OrtKernelContext *context);
 
 #endif

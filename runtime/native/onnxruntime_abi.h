@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ORT_API_VERSION = 23, ORT_FAIL = 1, ORT_FLOAT = 1 /* element type */ };
+enum { ORT_API_VERSION = 23, ORT_FAIL = 1, ORT_FLOAT = 1 /* element type */, ORT_VARIADIC = 2 /* input */ };
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtSessionOptions OrtSessionOptions;

@@ -31,44 +31,25 @@ int32_t kvq_set_move(const kvq_move *move) {
 
 void kvq_refused_by(int32_t error) { refused = error; }
 
-enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7, CHAIN_INPUTS_NEEDED = 3, CHAIN_INPUTS = 2 + KVQ_MOST_GAINS };
+enum { ATTENTION_INPUTS_NEEDED = 4, ATTENTION_INPUTS = 7, CHAIN_INPUTS_NEEDED = 3 };
 
-typedef struct {
-    float *x; /* [tokens, heads, head_dim] */
-    size_t heads;
-    int32_t head_dim, kernel;
-} turned_rows;
-
-static void turn_back(void *data, size_t token) {
-    const turned_rows *t = data;
-    kvq_rotate_heads(t->kernel, t->x + token * t->heads * t->head_dim, t->heads, t->head_dim);
-}
-
-/* The last inputs of Attention, if it has them. */
-static kvq_key_basis basis_of(run *r, const kvq_pass *pass) {
-    size_t inputs = 0, stretches;
-    if (!r->status) r->status = KernelContext_GetInputCount(r->api)(r->context, &inputs);
-    if (inputs != ATTENTION_INPUTS && inputs != ATTENTION_INPUTS_NEEDED) fail(r, MISFIT);
-    if (r->status || inputs == ATTENTION_INPUTS_NEEDED) return (kvq_key_basis){NULL};
-    const int64_t channels = (int64_t)pass->kv_heads * pass->head_dim;
-    kvq_key_basis basis = {.scale = floats(r, 4, channels), .stretch = input(r, 6, &stretches)};
-    basis.rank = stretches / pass->kv_heads > (size_t)pass->head_dim ? -1 : (int32_t)(stretches / pass->kv_heads);
-    if (!r->status && (basis.rank < 0 || stretches % pass->kv_heads)) fail(r, MISFIT);
-    basis.axes = floats(r, 5, channels * basis.rank);
-    return basis;
+/* What has stopped an operator that works on the thread's pass. */
+static void stopped(run *r, int error) {
+    if (error == KVQ_MISFIT_INPUT) fail(r, MISFIT);
+    else if (error != KVQ_NO_PASS) refuse(r, error);
+    else if (refused) fail(r, kvq_error_text(refused));
+    else fail(r, "kvq::Attention: no session has set a pass with this layer in this thread");
 }
 
 typedef struct {
     const kvq_pass *pass;
-    const kvq_rows *rows;
-    const kvq_prepare *prepare;
-    int32_t layer;
+    const kvq_projected *rows;
     int error;
 } attention_run;
 
 static void lead_attention(void *data, kvq_parallel parallel, void *context) {
     attention_run *a = data;
-    a->error = kvq_prepare_and_attend(a->pass, a->layer, a->rows, a->prepare, parallel, context);
+    a->error = kvq_attend_projected(a->pass, a->rows, parallel, context);
 }
 
 /* kvq::Attention: over the stores of the thread's passes.
@@ -79,46 +60,61 @@ static OrtStatus *attention(void *state, OrtKernelContext *context) {
     const node *self = state;
     const kvq_pass *pass = current_pass;
     run r = {self->api, context, NULL};
-    if (!pass || self->layer < 0 || self->layer >= pass->layers) {
-        if (refused) fail(&r, kvq_error_text(refused));
-        fail(&r, "kvq::Attention: no session has set a pass with this layer in this thread");
+    if (!kvq_has_layer(pass, self->layer)) {
+        stopped(&r, KVQ_NO_PASS);
         return r.status;
     }
-    const int64_t d = pass->head_dim, tokens = kvq_tokens_of(pass), both = pass->heads + pass->kv_heads;
-    kvq_prepare prepare = {
-        .qkv = floats(&r, 0, tokens * (both + pass->kv_heads) * d),
-        .cosine = floats(&r, 1, tokens * (d / 2)),
-        .sine = floats(&r, 2, tokens * (d / 2)),
-        .mean_key = floats(&r, 3, pass->kv_heads * d),
-        .basis = basis_of(&r, pass),
-        .heads = pass->heads,
-        .kv_heads = pass->kv_heads,
-        .head_dim = pass->head_dim,
-        .rotate = d & (d - 1) ? 0 : (int32_t)(self->rotate & (KVQ_ROTATE_KEYS | KVQ_ROTATE_VALUES)),
-        .kernel = pass->kernel,
-    };
-    float *out = output(&r, 0, tokens, pass->heads * d);
-    const int64_t prepared = kvq_prepared_heads(&prepare);
-    const int turned = prepare.rotate & KVQ_ROTATE_VALUES;
-    if (!r.status && !(prepare.out = malloc(sizeof(float) * (size_t)(tokens * prepared * d))))
-        refuse(&r, KVQ_NO_MEMORY);
+    const size_t inputs = inputs_of(&r), tokens = (size_t)kvq_tokens_of(pass), columns = (size_t)pass->heads * pass->head_dim;
+    if (!r.status && inputs != ATTENTION_INPUTS && inputs != ATTENTION_INPUTS_NEEDED) fail(&r, MISFIT);
+    kvq_input input[ATTENTION_INPUTS] = {{NULL, 0}};
+    for (size_t i = 0; i < inputs && !r.status; i++) input[i] = input_of(&r, i);
+    kvq_projected rows = {
+        input[0], input + 1, (int32_t)inputs - 1, (int32_t)self->layer, (int32_t)self->rotate, NULL, tokens, columns};
+    rows.out = output(&r, 0, (int64_t)tokens, (int64_t)columns);
     if (r.status) return r.status;
+    attention_run work = {pass, &rows, 0};
+    run_in_team(&r, tokens, pass->threads, (led_work){lead_attention, &work});
+    if (work.error) stopped(&r, work.error);
+    return r.status;
+}
 
-    const kvq_rows rows = {
-        .query = prepare.out,
-        .key = prepare.out + pass->heads * d,
-        .value = (turned ? prepare.out : prepare.qkv) + both * d,
-        .out = out,
-        .query_stride = prepared * d,
-        .key_stride = prepared * d,
-        .value_stride = (both + pass->kv_heads) * d,
-    };
-    attention_run work = {pass, &rows, &prepare, (int32_t)self->layer, 0};
-    run_in_team(&r, (size_t)tokens, pass->threads, (led_work){lead_attention, &work});
-    if (work.error) refuse(&r, work.error);
-    free(prepare.out);
-    if (turned && !r.status)
-        run_on_pool(&r, turn_back, (size_t)tokens, &(turned_rows){out, (size_t)pass->heads, pass->head_dim, pass->kernel});
+typedef struct {
+    const kvq_chain *chain;
+    const kvq_chain_shape *shape;
+    const kvq_chain_rows *rows;
+    int error;
+} chain_run;
+
+static void lead_chain(void *data, kvq_parallel parallel, void *context) {
+    chain_run *c = data;
+    c->error = kvq_run_chain(c->chain, c->shape, c->rows, parallel, context);
+}
+
+/* kvq::Chain: x [tokens, k], a residual stream [tokens, n] and what the steps take besides, one after the other: the gains [n] of
+ * each that adds to the stream, of attention what its operator takes behind qkv -> the residual stream and what the steps make of
+ * x, [tokens, n] and [tokens, m];  attribute chain, the address of a kvq_chain, which no file has: the runtime puts such nodes
+ * into a graph that it has read, see runtime/bundle/chaining.py. */
+static OrtStatus *chain(void *state, OrtKernelContext *context) {
+    const node *self = state;
+    run r = {self->api, context, NULL};
+    const kvq_chain_shape *shape = &self->shape;
+    if (inputs_of(&r) != 2 + shape->inputs) fail(&r, "kvq: an input of a step is left out, or one too many");
+    kvq_input *inputs = malloc(sizeof *inputs * shape->inputs);
+    if (!inputs) refuse(&r, KVQ_NO_MEMORY);
+    for (size_t i = 0; i < shape->inputs && !r.status; i++) inputs[i] = input_of(&r, 2 + i);
+    size_t count;
+    kvq_chain_rows rows = {.x = input(&r, 0, &count), .input = inputs, .pass = current_pass};
+    if (!r.status && count % shape->in) fail(&r, MISFIT);
+    rows.rows = count / shape->in;
+    rows.residual = floats(&r, 1, (int64_t)(rows.rows * shape->residual));
+    rows.sum = output(&r, 0, (int64_t)rows.rows, (int64_t)shape->residual);
+    rows.out = output(&r, 1, (int64_t)rows.rows, (int64_t)shape->out);
+    if (!r.status) {
+        chain_run work = {(const kvq_chain *)(uintptr_t)self->chain, shape, &rows, 0};
+        run_in_team(&r, rows.rows, work.chain->threads, (led_work){lead_chain, &work});
+        if (work.error) stopped(&r, work.error);
+    }
+    free(inputs);
     return r.status;
 }
 
@@ -161,8 +157,8 @@ static int zero(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return 0; 
 static size_t one(const OrtCustomOp *op) { (void)op; return 1; }
 static size_t two(const OrtCustomOp *op) { (void)op; return 2; }
 static size_t three(const OrtCustomOp *op) { (void)op; return 3; }
-static size_t inputs_of_chain(const OrtCustomOp *op) { (void)op; return CHAIN_INPUTS; }
-static int optional_of_chain(const OrtCustomOp *op, size_t i) { (void)op; return i >= CHAIN_INPUTS_NEEDED; }
+static int variadic_of_chain(const OrtCustomOp *op, size_t i) { (void)op; return i + 1 == CHAIN_INPUTS_NEEDED ? ORT_VARIADIC : 0; }
+static int at_least_one(const OrtCustomOp *op) { (void)op; return 1; }
 static size_t inputs_of_attention(const OrtCustomOp *op) { (void)op; return ATTENTION_INPUTS; }
 static int optional_of_attention(const OrtCustomOp *op, size_t i) { (void)op; return i >= ATTENTION_INPUTS_NEEDED; }
 
@@ -172,7 +168,8 @@ static int optional_of_attention(const OrtCustomOp *op, size_t i) { (void)op; re
         .GetInputType = float_type, .GetInputTypeCount = inputs, .GetOutputType = float_type,                          \
         .GetOutputTypeCount = outputs, .KernelDestroy = free, .GetInputCharacteristic = characteristic,          \
         .GetOutputCharacteristic = zero, .GetInputMemoryType = zero, .CreateKernelV2 = create,                   \
-        .KernelComputeV2 = run_it,                                                                               \
+        .KernelComputeV2 = run_it, .GetVariadicInputMinArity = at_least_one,                                     \
+        .GetVariadicInputHomogeneity = at_least_one,                                                             \
     }
 static const OrtCustomOp ATTENTION =
     OPERATOR(attention_name, inputs_of_attention, optional_of_attention, one, attention);
@@ -180,7 +177,7 @@ static const OrtCustomOp SWIGLU = OPERATOR(swiglu_name, one, zero, one, kvq_node
 static const OrtCustomOp ADD_NORM = OPERATOR(add_norm_name, three, zero, two, kvq_node_add_norm);
 static const OrtCustomOp MOVE = OPERATOR(move_name, one, zero, one, move);
 static const OrtCustomOp PRODUCT = OPERATOR(product_name, one, zero, one, kvq_node_product);
-static const OrtCustomOp CHAIN = OPERATOR(chain_name, inputs_of_chain, optional_of_chain, two, kvq_node_chain);
+static const OrtCustomOp CHAIN = OPERATOR(chain_name, three, variadic_of_chain, two, chain);
 
 static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **state) {
     node *self = calloc(1, sizeof *self);

@@ -1,4 +1,4 @@
-/* Nodes that see their rows one by one and no session: norms, activations, products, and chains of them. */
+/* Nodes that see their rows one by one and no session: norms, activations and products. */
 #include <stdlib.h>
 
 #include "nodes.h"
@@ -59,39 +59,5 @@ OrtStatus *kvq_node_product(void *state, OrtKernelContext *context) {
     if (r.status) return r.status;
     const int error = kvq_product((int32_t)self->kernel, m, x, rows, out, run_on_pool, &r);
     if (error) refuse(&r, error);
-    return r.status;
-}
-
-typedef struct {
-    const kvq_chain *chain;
-    const kvq_chain_shape *shape;
-    const kvq_chain_rows *rows;
-    int error;
-} chain_run;
-
-static void lead_chain(void *data, kvq_parallel parallel, void *context) {
-    chain_run *c = data;
-    c->error = kvq_run_chain(c->chain, c->shape, c->rows, parallel, context);
-}
-
-/* kvq::Chain: x [tokens, k], a residual stream [tokens, n] and the gains [n] of each step that adds to it -> the residual stream
- * and what the steps make of x, [tokens, n] and [tokens, m];  attribute chain, the address of a kvq_chain, which no file has: the
- * runtime puts such nodes into a graph that it has read, see runtime/bundle/chaining.py. */
-OrtStatus *kvq_node_chain(void *state, OrtKernelContext *context) {
-    const node *self = state;
-    run r = {self->api, context, NULL};
-    const kvq_chain_shape *shape = &self->shape;
-    size_t count;
-    kvq_chain_rows rows = {.x = input(&r, 0, &count)};
-    if (!r.status && count % shape->in) fail(&r, MISFIT);
-    rows.rows = count / shape->in;
-    rows.residual = floats(&r, 1, (int64_t)(rows.rows * shape->residual));
-    for (int g = 0; g < shape->gains; g++) rows.gain[g] = floats(&r, 2 + (size_t)g, (int64_t)shape->residual);
-    rows.sum = output(&r, 0, (int64_t)rows.rows, (int64_t)shape->residual);
-    rows.out = output(&r, 1, (int64_t)rows.rows, (int64_t)shape->out);
-    if (r.status) return r.status;
-    chain_run work = {(const kvq_chain *)(uintptr_t)self->chain, shape, &rows, 0};
-    run_in_team(&r, rows.rows, work.chain->threads, (led_work){lead_chain, &work});
-    if (work.error) refuse(&r, work.error);
     return r.status;
 }

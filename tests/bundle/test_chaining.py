@@ -70,12 +70,41 @@ def test_what_stands_between_attention_becomes_one_node():
     assert chains == [WHOLE]
 
 
-def test_a_chain_ends_where_another_operator_reads():
-    after = [node("Attention", "y g1 g1 g2", "x_"), *layer("x_", "s2", "_")]
-    nodes, chains = rewritten([*layer(), *after], "s2_ y_")
-    assert [name for name, _, _ in nodes] == ["Chain", "Attention", "Chain"]
-    assert nodes[2] == ("Chain", "x_ s2 g1 g2", "s2_ y_")
+def two_layers(attention, between=()):
+    """Two layers, the second behind these nodes."""
+    return rewritten([*layer(), *between, node("Attention", attention, "x_"), *layer("x_", "s2", "_")], "s2_ y_")
+
+
+def test_layers_become_one_node_with_the_attention_between_them():
+    nodes, chains = two_layers("y g1 g1 g2")
+    assert nodes == [("Chain", "x s g1 g2 g1 g1 g2 g1 g2", "s2_ y_")]
+    assert chains == [[*WHOLE, "Attention", *WHOLE]]
+
+
+@pytest.mark.parametrize(
+    ("attention", "between"),
+    [
+        ("g1 y y g2", ()),  # the product is no projection
+        (
+            "y angles angles g2",
+            [helper.make_node("Cos", ["s"], ["angles"])],
+        ),  # angles that come to be behind the product
+        ("turned g1 g1 g2", [helper.make_node("Cos", ["y"], ["turned"])]),
+    ],
+)
+def test_attention_of_another_kind_stays_a_node(attention, between):
+    nodes, chains = two_layers(attention, between)
+    assert [name for name, _, _ in nodes if name != "Cos"] == ["Chain", "Attention", "Chain"]
+    assert nodes[-1] == ("Chain", "x_ s2 g1 g2", "s2_ y_")
     assert chains == [WHOLE, WHOLE]
+
+
+@pytest.mark.parametrize("behind", [[], [node("SwiGLU", "x_", "a_")], [node("AddNorm", "s2 x_ g1", "s3 n3")]])
+def test_a_chain_ends_before_attention_that_no_product_follows(behind):
+    outputs = "s3 n3" if behind and behind[0].op_type == "AddNorm" else "s2 a_" if behind else "s2 x_"
+    nodes, chains = rewritten([*layer(), node("Attention", "y g1 g1 g2", "x_"), *behind], outputs)
+    assert nodes[0] == ("Chain", "x s g1 g2", "s2 y")
+    assert chains == [WHOLE]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +156,7 @@ def test_no_file_may_have_a_chain():
         check_graph(data, "decoder.onnx", {WEIGHTS})
 
 
-def test_a_quantized_model_has_a_chain_a_layer(tmp_path):
+def test_the_layers_of_a_quantized_model_are_one_chain(tmp_path):
     wide = TINY | {"hidden_size": 256, "intermediate_size": 512}  # smaller matrices are in the graph itself
     checkpoint = save_checkpoint(tmp_path / "wide", wide)
     bundle = Bundle(export(str(checkpoint), tmp_path / "bundle", weights="int8").path)
@@ -135,5 +164,6 @@ def test_a_quantized_model_has_a_chain_a_layer(tmp_path):
     graph, kept = own_products(bundle.graph(bundle.manifest.decoder), bundle.path, kernel, 1)
     operators = [each.op_type for each in onnx.load_from_string(graph).graph.node]
     own, layers = multiplies(kernel), bundle.manifest.architecture.layers
-    assert operators.count("Chain") == len(kept.chains) == own * layers
+    assert operators.count("Chain") == len(kept.chains) == own
     assert operators.count("AddNorm") == (not own) * (2 * layers - 1)
+    assert operators.count("Attention") == (not own) * layers

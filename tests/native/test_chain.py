@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq.composition import open_bundle
+from kvq.exporter.export import export
+from kvq.runtime.bundle import chaining
+from kvq.runtime.compute import products
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.native import library
-from kvq.runtime.native.chains import ADD_NORM, PRODUCT, SWIGLU, ChainStep, StepChain
-from kvq.runtime.native.matrices import PackedMatrix
+from kvq.runtime.native.chains import ADD_NORM, ATTENTION, PRODUCT, SWIGLU, ChainStep, StepChain
+from kvq.runtime.native.matrices import PackedMatrix, multiplies
+from tests.native.test_native import IDS
+from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.kvdata import examples
 
 helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
@@ -121,11 +127,16 @@ def test_many_runs_give_the_same():
         lambda steps: steps[1:],  # begins with a norm
         lambda steps: steps[:1],  # adds nothing to the stream
         lambda steps: [*steps[:2], steps[0]],  # a product of other columns
-        lambda steps: [*steps, *steps[1:2] * 2],  # more gains than there are inputs
+        lambda steps: [*steps, steps[1]],  # a norm of other columns than the stream's
         lambda steps: [steps[0], steps[1]._replace(block=48)],
         lambda steps: [steps[0], steps[1]._replace(block=-32)],
         lambda steps: [*steps[:2], steps[2]._replace(kind=7)],
         lambda steps: [*steps[:2], ChainStep(PRODUCT)],  # no matrix
+        lambda steps: [*steps, ChainStep(ATTENTION, inputs=3)],  # nobody says how many columns it yields
+        lambda steps: [*steps, ChainStep(ATTENTION, inputs=3), steps[1]],
+        lambda steps: [*steps, ChainStep(ATTENTION, inputs=4), *steps],
+        lambda steps: [*steps, ChainStep(ATTENTION, inputs=3, layer=-1), *steps],
+        lambda steps: [ChainStep(ATTENTION, inputs=3), *steps],
         lambda steps: [],
     ],
 )
@@ -136,11 +147,20 @@ def test_steps_that_do_not_fit_together_are_refused(change):
         layer.chained(1)
 
 
-def test_a_gain_that_is_left_out_is_missed():
+@pytest.mark.parametrize("gains", [["gain0"], ["gain0", "gain1", "gain1"]])
+def test_gains_have_to_be_as_many_as_norms(gains, monkeypatch):
     layer = Layer(np.random.default_rng(0), 0, 8, 64, 32, 0, 7)
-    del layer.gains["gain1"]
+    monkeypatch.setattr(Layer, "used_gains", gains)
     x, stream = (np.zeros(shape, np.float32) for shape in ((2, 32), (2, 64)))
-    with pytest.raises(Exception, match="left out"):
+    with pytest.raises(Exception, match="left out, or one too many"):
+        layer.chained(2).run(None, {"x": x, "stream": stream})
+
+
+def test_a_gain_has_the_columns_of_the_stream():
+    layer = Layer(np.random.default_rng(0), 0, 8, 64, 32, 0, 7)
+    layer.gains["gain1"] = np.ones(63, np.float32)
+    x, stream = (np.zeros(shape, np.float32) for shape in ((2, 32), (2, 64)))
+    with pytest.raises(Exception, match="does not have the shape"):
         layer.chained(2).run(None, {"x": x, "stream": stream})
 
 
@@ -150,3 +170,55 @@ def test_rows_of_other_sizes_are_refused(shapes):
     x, stream = (np.zeros(shape, np.float32) for shape in shapes)
     with pytest.raises(Exception, match="does not have the shape"):
         layer.chained(2).run(None, {"x": x, "stream": stream})
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A bundle of a small model with 8-bit weights, whose matrices are the library's."""
+    folder = tmp_path_factory.mktemp("quantized")
+    wide = TINY | {"hidden_size": 256, "intermediate_size": 512}  # smaller matrices are in the graph itself
+    return export(str(save_checkpoint(folder / "wide", wide)), folder / "bundle", weights="int8").path
+
+
+def said_by(bundle):
+    """Logits of a prompt, steps, drafts' rows and several sessions in a pass, by sessions of some policies."""
+    model, found = open_bundle(bundle, threads=2), []
+    for policy, options in (("int8", {}), ("mixed", {"prefill": "stepwise"}), ("rule", {"kv_bits": 7})):
+        session = model.session(policy, recent=8, **options)
+        found.append(session.append(IDS[:60]))
+        found += [session.append([token]) for token in IDS[60:70]]
+        fork = session.fork()
+        found += model.step([(session, IDS[70:71]), (fork, IDS[71:74])])
+        found.append(session.append(IDS[74:79]))
+        assert session.backend.name == "native"
+    return np.concatenate([np.ravel(logits) for logits in found])
+
+
+def test_a_model_says_the_same_whether_its_layers_are_one_chain_or_its_nodes(quantized, monkeypatch):
+    if not multiplies(max(library.kernels().values())):
+        pytest.skip("products of this machine are onnxruntime's")
+    whole = said_by(quantized)
+    chained = []
+
+    def without_attention(graph, take):
+        """As if attention were an operator that no chain knows."""
+        monkeypatch.setattr(chaining, "ATTENTION", "none")
+        return chaining.with_chains(graph, lambda nodes: chained.append(len(nodes)) or take(nodes))
+
+    monkeypatch.setattr(products, "with_chains", without_attention)
+    np.testing.assert_array_equal(said_by(quantized), whole)
+    assert len(chained) == TINY["num_hidden_layers"]
+    monkeypatch.setattr(products, "with_chains", lambda graph, take: graph)
+    np.testing.assert_array_equal(said_by(quantized), whole)
+
+
+def test_a_chain_with_attention_needs_a_pass(quantized):
+    session = open_bundle(quantized, threads=2).session("int8")
+    session.append(IDS[:20])
+    forward = session.backend.forward_pass(session.model.engine, 2)
+    if not multiplies(max(library.kernels().values())):
+        pytest.skip("products of this machine are onnxruntime's")
+    with pytest.raises(Exception, match="no session has set a pass"):
+        forward._graph.run()
+    forward.forward(np.array(IDS[20:22]), session.store)
+    assert np.isfinite(forward.residual).all()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,13 @@ def c_sources() -> set[str]:
     return found
 
 
-def compiled_check(folder: Path, compiler: str, kernels: str, *flags: str, link: tuple[str, ...] = ()) -> Path:
-    """check_kernels, linked with all C files of the library; `kernels` names setup.py's table of them."""
+def compiled_check(
+    folder: Path, compiler: str, kernels: str, *flags: str, link: tuple[str, ...] = (), without: Collection[str] = ()
+) -> Path:
+    """check_kernels, linked with all C files of the library; `kernels` names setup.py's table of them.
+
+    `flags` are for all files but those `without` them, which are named by their stems.
+    """
     made = recipe()
     folder.mkdir(parents=True, exist_ok=True)
     sources = {NATIVE / file: [*made["FLAGS"], *extra] for file, extra in (made["COMMON"] | made[kernels]).items()}
@@ -71,7 +77,7 @@ def compiled_check(folder: Path, compiler: str, kernels: str, *flags: str, link:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        run(compiler, *sources[source], *flags, "-c", source, "-o", target)
+        run(compiler, *sources[source], *(() if source.stem in without else flags), "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
