@@ -82,8 +82,11 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
 def _step(node: Node) -> ChainStep:
     numbers = node.attributes
     kind = KINDS.get(node.operator, chains.PRODUCT)
-    given = (numbers.get(name, 0) for name in ("matrix", "block", "epsilon", "layer", "rotate"))
-    return ChainStep(kind, *given, len(node.inputs) - 1 if kind == chains.ATTENTION else 0)
+    matrix, block, epsilon, layer, rotate = (
+        numbers.get(name, 0) for name in ("matrix", "block", "epsilon", "layer", "rotate")
+    )
+    inputs = len(node.inputs) - 1 if kind == chains.ATTENTION else 0
+    return ChainStep(kind, matrix, block, epsilon, layer, rotate, inputs)
 
 
 def _halves(matrix: Matrix, file: Path) -> bool:
