@@ -24,19 +24,16 @@ void kvq_swiglu_rows(void *data, size_t row) {
 }
 
 /* The columns that a step makes of so many; 0: it does not fit. `next` is the step behind it, or null. */
-static size_t columns_after(const kvq_step *s, const kvq_step *next, size_t columns, kvq_chain_shape *shape) {
+static size_t columns_after(const kvq_step *s, const kvq_step *next, size_t columns) {
     switch (s->kind) {
     case KVQ_STEP_PRODUCT:
         return s->matrix && (size_t)s->matrix->k == columns ? (size_t)s->matrix->n : 0;
     case KVQ_STEP_ADD_NORM:
-        if (shape->residual && columns != shape->residual) return 0;
-        shape->residual = columns, shape->inputs++;
         return kvq_rotates(s->block, columns) ? columns : 0;
     case KVQ_STEP_SWIGLU:
         return columns % 2 || !kvq_rotates(s->block, columns / 2) ? 0 : columns / 2;
     case KVQ_STEP_ATTENTION: /* how many it yields depends on the pass: those that are wanted, which it will see */
         if (s->layer < 0 || (s->inputs != 3 && s->inputs != 6)) return 0;
-        shape->inputs += s->inputs;
         return next && next->kind == KVQ_STEP_PRODUCT && next->matrix ? (size_t)next->matrix->k : 0;
     default: return 0;
     }
@@ -51,8 +48,13 @@ int kvq_check_chain(const kvq_chain *chain, kvq_chain_shape *shape) {
         const kvq_step *s = chain->step + i;
         const int refused = s->kind == KVQ_STEP_PRODUCT ? kvq_check_matrix(chain->kernel, s->matrix) : 0;
         if (refused) return refused;
-        columns = columns_after(s, i + 1 < chain->steps ? s + 1 : NULL, columns, shape);
+        columns = columns_after(s, i + 1 < chain->steps ? s + 1 : NULL, columns);
         if (!columns) return KVQ_MISFIT_SHAPE;
+        if (s->kind == KVQ_STEP_ATTENTION) shape->inputs += s->inputs;
+        if (s->kind == KVQ_STEP_ADD_NORM) {
+            if (shape->residual && columns != shape->residual) return KVQ_MISFIT_SHAPE;
+            shape->residual = columns, shape->inputs++;
+        }
         if (columns > shape->widest) shape->widest = columns;
     }
     shape->out = columns;
@@ -96,12 +98,11 @@ int kvq_run_chain(const kvq_chain *chain, const kvq_chain_shape *shape, const kv
     float *memory = malloc(sizeof *memory * 2 * floats);
     if (!memory) return KVQ_NO_MEMORY;
     chain_state c = {chain, rows, rows->x, rows->residual, shape->in, rows->input};
-    kvq_chain_shape counted = {.residual = shape->residual};
     int failed = 0;
     for (int i = 0; i < chain->steps && !failed; i++) {
         const kvq_step *s = chain->step + i;
         const int last = i + 1 == chain->steps;
-        const size_t columns = columns_after(s, last ? NULL : s + 1, c.columns, &counted);
+        const size_t columns = columns_after(s, last ? NULL : s + 1, c.columns);
         float *to = last ? rows->out : memory + i % 2 * floats;
         failed = run_step(&c, s, columns, to, parallel, context);
         c.x = to, c.columns = columns;

@@ -148,15 +148,17 @@ def _draw(scores: np.ndarray, temperature: float, point: float, top_k: int, top_
         kept = (kept.astype(np.float64) - kept.max()) / temperature
     weights = np.exp(kept)
     if limited or top_p < 1.0:
-        total = None if limited else weights.sum()
-        if total is not None:
+        total = weights.sum()
+        if not limited:
             candidates = _nucleus(weights, top_p * total)
             kept, weights = kept[candidates], weights[candidates]
         # Most likely first, ties by id, so that a seed means the same on every machine.
         order = np.lexsort((candidates, -kept))[: top_k or None]
         candidates, weights = candidates[order], weights[order]
+        if limited:
+            total = weights.sum()  # less what was as likely as the last one that is kept
         if top_p < 1.0:
-            reached = np.cumsum(weights) / (weights.sum() if total is None else total)
+            reached = np.cumsum(weights) / total
             weights = weights[: int(np.searchsorted(reached, top_p)) + 1]
     if min_p > 0.0:
         weights = np.where(weights >= min_p, weights, 0.0)  # the most likely token has weight one
