@@ -4,7 +4,8 @@
 
 A server of its own on a free loopback port; every client keeps several conversations open and takes a turn in one after
 the other, so that idle ones have to leave memory. Afterwards every response is generated once more by the library
-alone, from an empty session, and compared. Times are taken in the clients, which run on the same machine.
+alone, from an empty session, and compared; without seeds there is nothing to compare. Times are taken in the clients,
+which run on the same machine.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def pieces(connection: http.client.HTTPConnection, body: dict[str, Any]) -> Iter
 
 def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) -> None:
     """Send the request of a turn and note what comes back."""
-    body = {"messages": turn.messages, "seed": turn.seed, "max_tokens": load.max_tokens, "policy": load.policy}
+    body = {"messages": turn.messages, "max_tokens": load.max_tokens, "policy": load.policy}
+    body |= {"seed": turn.seed} if load.seeds else {}
     body |= {"temperature": TEMPERATURE, "stream": True, "stream_options": {"include_usage": True}}
     begun = last = time.perf_counter()
     for chunk in pieces(connection, body):
@@ -196,6 +198,9 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
 @click.option("--max-tokens", default=48, show_default=True, help="of a response")
 @click.option("--policy", default="k8v4", show_default=True, help="one without a budget")
 @click.option("--chunk", default=128, show_default=True, help="as of kvq serve")
+@click.option(
+    "--seeds/--no-seeds", default=True, help="without them conversations go on from answers, nothing is checked"
+)
 @click.option("--kv-memory-total", default="10MB", show_default=True)
 @click.option("--record", type=FILE, help="write the responses there and do not check them now")
 @click.option("--check", type=click.File(), help="check the responses of a --record")
@@ -210,6 +215,8 @@ def main(model, kv_memory_total, record, check, **options) -> None:
         with closing(ServerProcess(*limits, *(["-m", model] if model else []))) as server:
             done, took = run_load(server, load)
             click.echo(json.dumps(report(done, took, server.stats()), indent=1))
+        if not load.seeds:
+            return
         if record is not None:
             write_json({"load": vars(load), "turns": [vars(turn) for turn in done]}, record)
             return

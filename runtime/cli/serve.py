@@ -48,7 +48,7 @@ SESSIONS = [
     option("--session-shared", is_flag=True, section="Sessions",
            help="Keep sessions in DIR for other servers with the same one, after the end too."),
     option("--chunk", type=AT_LEAST_ONE, default=128, metavar="N", show_default=True, section="Sessions",
-           help="Tokens per prefill step; reuse begins at multiples."),
+           help="Tokens per prefill step; what can be repeated is reused at multiples."),
 ]  # fmt: skip
 LIMITS = [
     option("--concurrency", type=AT_LEAST_ONE, default=8, metavar="N", show_default=True, section="Limits",

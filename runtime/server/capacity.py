@@ -9,6 +9,7 @@ import numpy as np
 
 from kvq.runtime.kv.pages import PAGE_TOKENS, BucketBytes
 from kvq.runtime.precision.table import PROTECTED, Pair, pairs
+from kvq.runtime.session.several import alike_however_fed
 
 if TYPE_CHECKING:
     from kvq.runtime.kv.store import KVStore
@@ -23,10 +24,12 @@ class Capacity:
 
     Attributes:
         policy, budget: the session's, for others of these settings.
+        alike: what they hold does not depend on how tokens are fed, see `alike_however_fed`.
     """
 
     def __init__(self, session: Session) -> None:
         self.policy, self.budget = session.policy, session.budget
+        self.alike = alike_however_fed(session)
         store, context = session.store, session.model.architecture.context
         chosen = {Pair(int(k), int(v)) for k, v in _choices(session)}
         self._token_bytes = {pair: store.geometry.token_bytes(pair) for pair in chosen}

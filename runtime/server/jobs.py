@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kvq.runtime.server.capacity import Capacity
-from kvq.runtime.server.pool import Lease
+from kvq.runtime.server.lease import Lease
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.texts import Choice, Done
 from kvq.runtime.session.appending import Appending
@@ -79,6 +79,7 @@ class Job:
         place: how many places it takes in the queue; of a request's jobs one takes one.
         reader: told number and session of a choice after each of its tokens; what it says goes with the step.
         removed: tokens of the conversation that are not in the prompt, since they did not fit.
+        strict: its answer must not depend on what was answered before, see `pool`.
     """
 
     ids: np.ndarray
@@ -96,6 +97,7 @@ class Job:
     place: int = 1
     reader: Callable[[int, Session], dict[str, Any]] | None = None
     removed: int = 0
+    strict: bool = True
     lease: Lease | None = None
     reading: Appending | None = None
     choices: list[Choice] | None = None

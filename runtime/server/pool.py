@@ -1,16 +1,19 @@
-"""Kept sessions: prefixes of earlier prompts, in memory and on disk, within a bound of bytes.
+"""Kept sessions: prefixes of earlier prompts and answers, in memory and on disk, within a bound of bytes.
 
-What is kept are forks taken while a prompt is prefilled, at lengths that are multiples of the
-prefill chunk, and nothing else. A prompt is always prefilled in chunks that begin at these
-lengths, so such a session holds exactly what prefilling the same tokens anew would hold, and a
-response does not depend on what the server answered before. Tokens that were decoded one by one
-are never reused: in a chunk they see each other unrounded, so their stored bytes would differ.
+A request whose answer somebody may ask for again, by a seed or because nothing is drawn, is strict: its answer must not
+depend on what the server answered before. Its prompt is prefilled in chunks that begin at multiples of the chunk, and
+it goes on from exact sessions alone: forks taken at such lengths, which hold what prefilling the same tokens anew would
+hold. Tokens that were decoded one by one are not among them: in a chunk they see each other unrounded, so their stored
+bytes would differ.
+
+The answer of any other request is drawn by chance, and what differs by rounding cannot be told from that: it goes on
+from answers, too, and others need not wait for whole chunks of its prompt. Where feeding makes no difference
+(docs/stepwise.md) every session is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ import numpy as np
 
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.capacity import Capacity
+from kvq.runtime.server.lease import Lease
 from kvq.runtime.server.prefixes import Prefix, Prefixes, shared_length
 from kvq.runtime.server.protocol import Settings
 from kvq.runtime.server.shared import SharedSessions
@@ -30,38 +34,7 @@ if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
 
 MOST_SETTINGS = 64
-
-
-@dataclass(eq=False)
-class Lease:
-    """A session at work on a request.
-
-    Attributes:
-        ids: int64 [tokens], the prompt.
-        sessions: the caller's alone: the first reads the prompt, the others are forks of it, one for each choice.
-        cached: tokens of the prompt that it held from the start.
-        boundaries: lengths at which a fork is still to be kept.
-        branches: those of them up to which another prompt goes the same way and then its own.
-        most_nbytes: what its store can grow to.
-        parent: the longest kept prefix of the prompt.
-        state: bytes of the store and of its shared growing pages, when all bytes were last counted.
-    """
-
-    ids: np.ndarray
-    settings: Settings
-    capacity: Capacity
-    sessions: list[Session]
-    cached: int
-    boundaries: list[int]
-    branches: set[int]
-    most_nbytes: int
-    parent: Prefix | None
-    state: tuple[int, int] = (0, 0)
-
-    @property
-    def session(self) -> Session:
-        """The one that reads the prompt."""
-        return self.sessions[0]
+WORTH_CUTTING = 48  # tokens to be had by it: as many as stand in a window are run again
 
 
 class SessionPool:
@@ -140,7 +113,14 @@ class SessionPool:
     # -- a request's way through ------------------------------------------------------------------
 
     def begin(
-        self, ids: np.ndarray, settings: Settings, capacity: Capacity, length: int, copies: int = 1, whole: bool = False
+        self,
+        ids: np.ndarray,
+        settings: Settings,
+        capacity: Capacity,
+        length: int,
+        copies: int = 1,
+        whole: bool = False,
+        strict: bool = True,
     ) -> Lease | None:
         """A session that holds the longest kept beginning of a prompt; None if there is no room now.
 
@@ -150,44 +130,86 @@ class SessionPool:
             length: most tokens the request can come to.
             copies: how many texts go on from the prompt.
             whole: all of the prompt is to be read, for its logits.
+            strict: the answer must not depend on what was answered before.
         """
+        exact = strict or self.shared is not None  # what servers share is
         most = copies * capacity.most_nbytes(length)
         if self.limit is not None and sum(lease.most_nbytes for lease in self._leases) + most > self.limit:
             return None
         last = (len(ids) - 1) // self.chunk * self.chunk  # at least one token is left to give logits
         if self.shared is not None and not whole:
             self._fetch(self.shared, ids, settings, last)
-        common = [(prefix, prefix.shared(ids)) for prefix in self.prefixes.of(settings)]
+        common = [(prefix.shared(ids), prefix) for prefix in self.prefixes.of(settings)]
         # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
-        parted = (shared for prefix, shared in common if shared < len(prefix.tokens))
+        parted = (shared for shared, prefix in common if shared < len(prefix.tokens) and not prefix.answer)
         branch = min(max(parted, default=0) // self.chunk * self.chunk, last)
-        fitting = [prefix for prefix, shared in common if shared == len(prefix.tokens) <= last and not whole]
-        parent, session = None, None
-        for parent in sorted(fitting, key=lambda prefix: len(prefix.tokens), reverse=True):
-            session = self._fork_of(parent)
-            if session is not None:
-                self.hits += 1
-                parent.branches |= len(parent.tokens) == branch
-                break
+        parent, session = (None, None) if whole else self._go_on(ids, common, exact)
         if session is None:
             self._make_room(capacity.most_nbytes(0))
-            parent, session = None, self._new_session(settings, capacity)
+            session = self._new_session(settings, capacity)
+        if parent is not None:
+            parent.branches |= len(parent.tokens) == branch
         cached = len(session.tokens)
         boundaries = [at for at in sorted({branch, last}) if at > cached]
-        lease = Lease(ids, settings, capacity, [session], cached, boundaries, {branch}, most, parent)
+        lease = Lease(
+            ids,
+            settings,
+            capacity,
+            [session],
+            exact and not capacity.alike,
+            not cached if parent is None else parent.exact,
+            cached,
+            boundaries,
+            {branch},
+            most,
+            parent,
+        )
         self._leases.append(lease)
         self._count()
         return lease
 
-    def awaits(self, ids: np.ndarray, settings: Settings) -> bool:
+    def _go_on(
+        self, ids: np.ndarray, common: Sequence[tuple[int, Prefix]], exact: bool
+    ) -> tuple[Prefix | None, Session | None]:
+        """A fork of the kept session that has most of a prompt, and which it is; None and None if there is none.
+
+        Args:
+            ids: int64 [tokens], the prompt.
+            common: kept sessions, and how many of their tokens the prompt begins with.
+            exact: of the exact ones alone that have nothing else. Otherwise one that goes another way is cut where
+                they part, which runs the last tokens before that again; what is left is then not the kept one.
+        """
+        found = [each for each in common if each[0] == len(each[1].tokens) < len(ids) and (each[1].exact or not exact)]
+        if not exact:
+            least = max((shared for shared, _ in found), default=0) + WORTH_CUTTING
+            cuts = [(min(shared, len(ids) - 1), prefix) for shared, prefix in common if shared >= least]
+            found += [(length, prefix) for length, prefix in cuts if length < len(prefix.tokens)]
+        for length, prefix in sorted(found, key=lambda each: each[0], reverse=True):
+            session = self._fork_of(prefix)
+            if session is None:
+                continue
+            if length == len(session.tokens):
+                self.hits += 1
+                return prefix, session
+            if not session.store.least_trim:  # else all of it would run again
+                self.hits += 1
+                session.trim(length)
+                return None, session
+        return None, None
+
+    def awaits(self, ids: np.ndarray, settings: Settings, capacity: Capacity, strict: bool = True) -> bool:
         """Whether a prompt int64 [tokens] begins as one does that is being read just now, further than anything kept.
 
         Then a fork of that is kept where the two part, and it is soon there: nobody needs to read the same twice.
         """
+        exact = strict or self.shared is not None
         last = (len(ids) - 1) // self.chunk * self.chunk
-        kept = [len(prefix.tokens) for prefix in self.prefixes.of(settings) if prefix.shared(ids) == len(prefix.tokens)]
+        usable = [prefix for prefix in self.prefixes.of(settings) if prefix.exact or not exact]
+        kept = [len(prefix.tokens) for prefix in usable if prefix.shared(ids) == len(prefix.tokens)]
         for lease in self._leases:
             at = min(shared_length(lease.ids, ids) // self.chunk * self.chunk, last)
+            if exact and not (lease.exact and (lease.strict or capacity.alike)):
+                continue  # what will be kept of it is of no use here
             if lease.settings == settings and at > max([len(lease.session.tokens), *kept]):
                 if at not in lease.boundaries:
                     lease.boundaries.append(at)
@@ -253,28 +275,47 @@ class SessionPool:
         if length not in lease.boundaries:
             return
         lease.boundaries.remove(length)
-        tokens = np.asarray(lease.session.tokens, np.int64)
-        for prefix in self.prefixes.of(lease.settings):
-            if np.array_equal(prefix.tokens, tokens):
-                self.prefixes.touch(prefix)
-                prefix.branches |= length in lease.branches
-                return
-        if not self._make_room(lease.session.store.fork_nbytes):
+        branches = length in lease.branches
+        kept = self._keep(lease, lease.session, branches)
+        if kept is None:
             return
-        session = lease.session.fork()
-        session.last_logits = None  # as many bytes as some tokens, and never looked at
+        before, lease.parent = lease.parent, kept
+        while before is not None and not before.branches and before in self.prefixes:
+            self.prefixes.forget(before)
+            before = before.before
+        if self.shared is not None and kept.exact:
+            self.shared.put(lease.settings, lease.session)
+
+    def keep_answer(self, lease: Lease, session: Session) -> None:
+        """Keep a fork of one of the lease's sessions, which has come to its end, for who goes on from the answer."""
+        if lease.strict:
+            return
+        lease.loosen()
+        kept = self._keep(lease, session, branches=False)
+        if kept is not None:
+            kept.answer, kept.before = True, lease.parent
+
+    def _keep(self, lease: Lease, session: Session, branches: bool) -> Prefix | None:
+        """Keep a fork of a session; None where one is kept already, or there is no room."""
+        tokens = np.asarray(session.tokens, np.int64)
+        for prefix in self.prefixes.of(lease.settings):
+            if np.array_equal(prefix.tokens, tokens) and prefix.exact >= lease.exact:
+                self.prefixes.touch(prefix)
+                prefix.branches |= branches
+                return None
+        if not self._make_room(session.store.fork_nbytes):
+            return None
+        fork = session.fork()
+        fork.last_logits = None  # as many bytes as some tokens, and never looked at
+        fork.pending.clear()
         lease.state = (0, 0)  # its growing pages are shared now
-        kept = Prefix(lease.settings, tokens, session, session.store.nbytes, branches=length in lease.branches)
-        parent, lease.parent = lease.parent, kept
-        if parent is not None and not parent.branches and parent in self.prefixes:
-            self.prefixes.forget(parent)
+        kept = Prefix(lease.settings, tokens, fork, fork.store.nbytes, branches=branches, exact=lease.exact)
         self.prefixes.add(kept)
         self._count()
-        if self.shared is not None:
-            self.shared.put(lease.settings, session)
+        return kept
 
     def end(self, lease: Lease) -> None:
-        """The request is over; what it has appended beyond the kept lengths is forgotten."""
+        """The request is over; what it has appended beyond what is kept is forgotten."""
         self._leases.remove(lease)
 
     def close(self) -> None:

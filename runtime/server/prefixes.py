@@ -1,4 +1,4 @@
-"""Kept sessions, each of the beginning of an earlier prompt: in memory, or in a file of its own."""
+"""Kept sessions, each of the beginning of an earlier prompt or of one with its answer: in memory, or in a file."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Prefix:
         path, file_nbytes: of the file, if one was written.
         used: tick of the clock of `Prefixes` at the last use.
         branches: different texts go on from here, so a longer one does not replace it.
+        exact: it holds what prefilling its tokens anew in whole chunks would hold.
+        answer: it ends with an answer, and has the prompt in `before`, as far as that is kept.
     """
 
     settings: Settings
@@ -41,6 +43,9 @@ class Prefix:
     file_nbytes: int = 0
     used: int = 0
     branches: bool = False
+    exact: bool = True
+    answer: bool = False
+    before: Prefix | None = None
 
     def shared(self, ids: np.ndarray) -> int:
         """How many of its tokens a prompt int64 [tokens] begins with."""

@@ -16,6 +16,7 @@ from kvq.runtime.server.protocol import Generation
 from kvq.runtime.server.room import Room, chat_ids
 from kvq.runtime.session.drafting import AUTO, Draft
 from kvq.runtime.session.generation import GenerationOptions
+from kvq.runtime.session.sampling import SamplingOptions
 from kvq.runtime.text.grammar import Grammar
 from kvq.runtime.text.tools import forced_calls
 
@@ -100,6 +101,7 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
                 first=len(jobs) * request.n, alternatives=request.top_logprobs or 0,
                 scored=request.echo and request.top_logprobs is not None, silent=not tokens,
                 place=int(not jobs), reader=CacheReader() if request.token_bits else None, removed=room.removed,
+                strict=_repeatable(request.sampling),
             )
         )  # fmt: skip
     eos = () if request.ignore_eos else model.bundle.manifest.eos_token_ids
@@ -140,6 +142,11 @@ def _options(
     if grammar is not None:
         options["constraint"] = grammar.begin()
     return options
+
+
+def _repeatable(sampling: SamplingOptions) -> bool:
+    """Whether the same request is to get the same answer: a seed says how it is drawn, or nothing is drawn."""
+    return sampling.get("seed") is not None or sampling.get("temperature") == 0 or sampling.get("top_k") == 1
 
 
 def _checked(ids: list[int], model: Model, request: Generation, limits: Limits) -> np.ndarray:

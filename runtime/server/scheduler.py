@@ -14,7 +14,8 @@ import numpy as np
 
 from kvq.runtime.errors import KvqError, RequestError
 from kvq.runtime.server.jobs import Event, Job, Prompted, Step, Work
-from kvq.runtime.server.pool import Lease, SessionPool
+from kvq.runtime.server.lease import PIECE, Lease
+from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.texts import Choice, Done, Passes
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import Response, events
@@ -160,19 +161,18 @@ class Scheduler:
         ]
 
     def _prompts(self, pool: SessionPool) -> list[Work]:
-        """The next tokens of prompts, in turn, a chunk's length of them in all."""
+        """The next tokens of prompts, in turn: a chunk's length of them in all, fewer where texts wait for them."""
         work: list[Work] = []
-        room = pool.chunk
+        busy = any(job.choices for job in self._active)
+        room = min(PIECE, pool.chunk) if busy else pool.chunk
         for _ in range(len(self._active)):
             job = self._active[0]
             if job.choices is None and job.lease is not None:
                 if job.reading is None:
-                    session = job.lease.session
-                    done = len(session.tokens)
-                    chunk = job.ids[done : (done // pool.chunk + 1) * pool.chunk]
-                    job.reading = Appending(session, chunk, all_logits=job.scored)
+                    ids = job.lease.following(pool.chunk, busy)
+                    job.reading = Appending(job.lease.session, ids, all_logits=job.scored)
                 tokens = len(job.reading.next)
-                if tokens > room:
+                if work and tokens > room:
                     break  # it is the first one of the next pass
                 room -= tokens
                 work.append(Work(job, None, job.reading))
@@ -204,10 +204,12 @@ class Scheduler:
         for job in list(self._waiting):
             if len(self._active) >= self.concurrency:
                 return
-            if not job.scored and pool.awaits(job.ids, job.settings):
+            if not job.scored and pool.awaits(job.ids, job.settings, job.capacity, job.strict):
                 continue
             try:
-                job.lease = pool.begin(job.ids, job.settings, job.capacity, job.length, len(job.options), job.scored)
+                job.lease = pool.begin(
+                    job.ids, job.settings, job.capacity, job.length, len(job.options), job.scored, job.strict
+                )
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -270,14 +272,16 @@ class Scheduler:
         choice.appending = None
         response = next(choice.events)
         while not isinstance(response, Appending):
-            following = self._told(choice, response, job, lease)
+            following = self._told(choice, response, job, lease, pool)
             if following is None:
                 return
             response = following
         choice.appending = response
         pool.appended(lease)
 
-    def _told(self, choice: Choice, response: Response, job: Job, lease: Lease) -> Appending | Response | None:
+    def _told(
+        self, choice: Choice, response: Response, job: Job, lease: Lease, pool: SessionPool
+    ) -> Appending | Response | None:
         """Tell of a token; what comes after it, None for nothing."""
         logits = choice.session.last_logits  # those the token was drawn from
         alternatives = [] if logits is None else most_likely(logits, job.alternatives)
@@ -287,6 +291,7 @@ class Scheduler:
             following = next(choice.events)
         elif job.choices is not None:
             done = choice.done(lease.cached)
+            pool.keep_answer(lease, choice.session)
             job.choices.remove(choice)
             if choice.session is not lease.session:
                 lease.sessions.remove(choice.session)

@@ -42,6 +42,11 @@ def texts_at_a_time(session: Session) -> int:
     return PARALLEL if session.backend.rows_alike and session.model.engine.rows_alike else 1
 
 
+def alike_however_fed(session: Session) -> bool:
+    """Whether what a session stores and says is to the bit the same however tokens are fed, see docs/stepwise.md."""
+    return session.stepwise and session.budget is None and texts_at_a_time(session) > 1
+
+
 class _Text:
     """A prompt at work.
 
