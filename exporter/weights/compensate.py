@@ -7,12 +7,17 @@ each loses is made up for by those that are still to come, as well as they can.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 
 from kvq.exporter.weights.quantize import QuantizedMatrix, encode, from_codes, grid
+from kvq.runtime.machine.threads import available_cores
 
 # Of the mean second moment, added to each: an input that a calibration text never moves must not be left free.
 DAMPING = 0.01
+ROWS = 1024  # of a block that are worked on at a time: they stay in a core's cache
 
 
 def quantize_compensated(matrix: np.ndarray, bits: int, block: int, moments: np.ndarray) -> QuantizedMatrix:
@@ -30,21 +35,53 @@ def quantize_compensated(matrix: np.ndarray, bits: int, block: int, moments: np.
     spread = _spread(moments)
     codes = np.empty((blocks * block, n), np.uint8)
     scales, zeros = np.empty((blocks, n), np.float32), np.empty((blocks, n), np.uint8)
-    for at in range(blocks):
-        first, end = at * block, min((at + 1) * block, k)
-        scales[at], zeros[at] = grid(np.ascontiguousarray(weights[first : first + block].T), bits)
-        codes[first : first + block] = zeros[at]  # of what is padded
-        losses = np.empty((end - first, n), np.float32)
-        for column in range(first, end):
-            found = encode(weights[column], scales[at], zeros[at], bits)
-            codes[column] = found
-            lost = weights[column] - (found - zeros[at].astype(np.float32)) * scales[at]
-            lost /= spread[column, column]
-            losses[column - first] = lost
-            weights[column + 1 : end] -= spread[column, column + 1 : end, None] * lost
-        weights[end:k] -= spread[first:end, end:].T @ losses
+    losses = np.empty((block, n), np.float32)
+    rows = [slice(at, at + ROWS) for at in range(0, n, ROWS)]  # which have nothing to do with each other
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for at in range(blocks):
+            first, end = at * block, min((at + 1) * block, k)
+            lost = losses[: end - first]
+            within = partial(
+                _quantize_block, weights[first : first + block], spread[first:end, first:end], bits,
+                codes[first : first + block], scales[at], zeros[at], lost,
+            )  # fmt: skip
+            list(pool.map(within, rows))
+            weights[end:k] -= spread[first:end, end:].T @ lost
     in_blocks = np.ascontiguousarray(codes.T).reshape(n, blocks, block)
     return from_codes(in_blocks, np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T), bits, k)
+
+
+def _quantize_block(
+    weights: np.ndarray,
+    spread: np.ndarray,
+    bits: int,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    losses: np.ndarray,
+    rows: slice,
+) -> None:
+    """Quantize some rows of a block of columns; each of these makes up for those before it.
+
+    Args:
+        weights: float32 [block, n], a column a row; those beyond the columns that there are do not count.
+        spread: float32 [columns, columns], their part.
+        codes, scales, zeros: uint8 [block, n], float32 [n] and uint8 [n], to write.
+        losses: float32 [columns, n], to write: what of each column is left to those behind the block.
+        rows: which of n.
+    """
+    held = np.ascontiguousarray(weights[:, rows])
+    scale, zero = grid(np.ascontiguousarray(held.T), bits)
+    scales[rows], zeros[rows] = scale, zero
+    codes[:, rows] = zero  # of what is padded
+    middle = zero.astype(np.float32)
+    for column in range(len(spread)):
+        found = encode(held[column], scale, zero, bits)
+        codes[column, rows] = found
+        lost = held[column] - (found - middle) * scale
+        lost /= spread[column, column]
+        losses[column, rows] = lost
+        held[column + 1 : len(spread)] -= spread[column, column + 1 :, None] * lost
 
 
 def _spread(moments: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from kvq.exporter.draft import Draft, Moments, draft_of
 from kvq.exporter.export import export
 from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.rotation import hadamard, head_rotation
-from kvq.exporter.weights.compensate import DAMPING, quantize_compensated
+from kvq.exporter.weights.compensate import DAMPING, ROWS, quantize_compensated
 from kvq.exporter.weights.quantize import QuantizedMatrix, grid, quantize_matrix, unpacked_zeros
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import CheckpointError
@@ -78,6 +78,19 @@ def test_errors_are_made_up_for_as_the_formulas_say(n: int, k: int, block: int, 
     assert error(matrix, found, moments) <= 1.02 * float(
         np.einsum("ij,jk,ik->", wanted - matrix, moments, wanted - matrix)
     )
+
+
+def test_rows_have_nothing_to_do_with_each_other():
+    """However many there are at a time, and however many threads work on them."""
+    rng = np.random.default_rng(6)
+    matrix = rng.normal(size=(2 * ROWS + 5, 96)).astype(np.float32)
+    inputs = rng.normal(size=(200, 96)) @ rng.normal(size=(96, 96))
+    moments = inputs.T @ inputs
+    whole = quantize_compensated(matrix, 4, 32, moments).dequantize()
+    for rows in (slice(7), slice(ROWS - 3, ROWS + 9), slice(2 * ROWS - 1, None)):
+        # Products of other sizes sum in another order: a weight between two codes, and those behind it, may differ.
+        part = quantize_compensated(matrix[rows], 4, 32, moments).dequantize()
+        assert (whole[rows] == part).mean() > 0.9
 
 
 @pytest.mark.parametrize("bits", [4, 8])
