@@ -89,17 +89,18 @@ def _spread(moments: np.ndarray) -> np.ndarray:
     damped = np.array(moments, np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * np.trace(damped) / len(damped)
     # With J the reversal of rows and columns: M = J L L^T J, so M^-1 = U^T U with U = J L^-1 J.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    return np.ascontiguousarray(_inverse_of_lower(lower)[::-1, ::-1], np.float32)
+    return np.ascontiguousarray(_inverse_factor(damped[::-1, ::-1])[::-1, ::-1], np.float32)
 
 
-def _inverse_of_lower(lower: np.ndarray) -> np.ndarray:
-    """Inverse of a lower triangular matrix, halves at a time, so that all the work is in products."""
-    size = len(lower)
+def _inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """Inverse of the lower Cholesky factor, by halves, so that all the work is in products."""
+    size = len(matrix)
     if size <= 64:
-        return np.linalg.inv(lower)
-    half, inverse = size // 2, np.zeros_like(lower)
-    inverse[:half, :half] = _inverse_of_lower(lower[:half, :half])
-    inverse[half:, half:] = _inverse_of_lower(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ lower[half:, :half] @ inverse[:half, :half]
+        return np.linalg.inv(np.linalg.cholesky(matrix))
+    half, inverse = size // 2, np.zeros_like(matrix)
+    first = _inverse_factor(matrix[:half, :half])
+    below = matrix[half:, :half] @ first.T  # of the factor itself
+    second = _inverse_factor(matrix[half:, half:] - below @ below.T)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = -(second @ below) @ first
     return inverse
