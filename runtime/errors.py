@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 2000  # characters
+
 
 class KvqError(Exception):
-    """Base of all kvq errors; `except kvq.KvqError` catches everything a caller can cause."""
+    """Base of all kvq errors; `except kvq.KvqError` catches everything a caller can cause.
+
+    The message is one line that any terminal and any encoding can take, whatever names from a file or a request are in
+    it: what cannot be printed (escapes, marks that turn text around, lone surrogates) is written out, a line end is a
+    space.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in args))
+
+
+def one_line(text: str) -> str:
+    """A text of which every character can be printed, `LONGEST_MESSAGE` of them at most."""
+    if len(text) > LONGEST_MESSAGE:
+        text = text[: LONGEST_MESSAGE - 3] + "..."
+    if text.isprintable():
+        return text
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class BundleError(KvqError):

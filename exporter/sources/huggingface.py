@@ -138,8 +138,12 @@ class HuggingFaceFolder(Source):
                 ) from None
         template = read_json(self.path / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+            named = [
+                entry.get("template")
+                for entry in template
+                if isinstance(entry, dict) and entry.get("name") == "default"
+            ]
+            template = named[-1] if named else None
         return template if isinstance(template, str) else None
 
     def special_tokens(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import MANIFEST, Manifest
 from kvq.runtime.errors import BundleError, HubError
 from kvq.runtime.extras import install, missing
+from kvq.runtime.machine.pipes import outlasting_connections
 
 # Of a checkpoint: what the exporter reads, and nothing that could hold a pickle.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
@@ -35,7 +36,8 @@ def snapshot(reference: str, offline: bool, patterns: list[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(reference, allow_patterns=patterns, local_files_only=offline))
+        with outlasting_connections():
+            return Path(huggingface_hub.snapshot_download(reference, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # its errors share no base class, and requests' come through
         if offline:
             raise UnavailableError(f"{reference} is not in the hub's cache on this machine") from None

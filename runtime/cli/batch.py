@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import click
@@ -45,6 +45,7 @@ def batch(
       {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
        "body": {"messages": [{"role": "user", "content": "Who is Ahab?"}]}}
     """
+    from kvq.runtime.machine.pipes import outlasting_connections
     from kvq.runtime.server.batch import Answerer, Answering, Options, answer_file
     from kvq.runtime.server.protocol import Settings
 
@@ -68,8 +69,11 @@ def batch(
         return Cluster(ray, node_loader(model, threads), options, threads, log, notice)
 
     try:
-        # ray tells of lost nodes on stdout, in dozens of lines; what matters of it is logged.
-        with nullcontext() if ray is None else redirect_stdout(io.StringIO()):
+        with ExitStack() as stack:
+            if ray is not None:
+                # It tells of lost nodes on stdout, in dozens of lines; what matters of it is logged.
+                stack.enter_context(redirect_stdout(io.StringIO()))
+                stack.enter_context(outlasting_connections())
             done = answer_file(source, target, begin, options, bar)
     finally:
         bar.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 
@@ -110,10 +109,9 @@ def guarded(command: Callable[[], object]) -> None:
     A closed output pipe ends the process by SIGPIPE (141 in a shell).
     """
     from kvq.runtime.errors import BackendError, BudgetError, GrammarError, KvqError, PolicyError, SamplingError
+    from kvq.runtime.machine.pipes import end_with_a_closed_pipe
 
-    if hasattr(signal, "SIGPIPE"):
-        # `kvq-run ... | head` ends quietly, as with any Unix filter; click would exit with 1.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    end_with_a_closed_pipe()  # click would exit with 1
     _standard_streams()
     try:
         command()

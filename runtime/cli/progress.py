@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,17 @@ EVERY_S = 0.1
 LEAST_TOKENS = 256
 
 
-def drawn(done: int, total: int) -> str:
-    """A bar of `WIDTH` characters in brackets."""
-    filled = WIDTH * min(done, total) // total
-    return f"[{'#' * filled}{'-' * (WIDTH - filled)}]"
+def drawn(done: int, total: int, beside: int) -> str:
+    """A bar of `WIDTH` characters in brackets, shorter where the terminal has not that many beside so many others."""
+    columns = shutil.get_terminal_size().columns - 1  # one that is full begins a new line
+    width = max(0, min(WIDTH, columns - beside - len("[]")))
+    filled = width * min(done, total) // total
+    return f"[{'#' * filled}{'-' * (width - filled)}]"
+
+
+def fitted(text: str) -> str:
+    """As much of a line as the terminal has room for: what is beyond could not be cleared."""
+    return text[: max(1, shutil.get_terminal_size().columns - 1)]
 
 
 class Bar:
@@ -45,7 +53,8 @@ class Bar:
         if not self._shown or total <= self._least or now < self._last + EVERY_S:
             return
         self._last = now
-        text = f"{self._what} {drawn(done, total)} {done:,} of {total:,} {self._unit}"
+        behind = f" {done:,} of {total:,} {self._unit}"
+        text = fitted(f"{self._what} {drawn(done, total, len(self._what) + 1 + len(behind))}{behind}")
         sys.stderr.write("\r" + text.ljust(self._columns))
         sys.stderr.flush()
         self._columns = len(text)
@@ -88,5 +97,6 @@ def progress_line() -> Iterator[Callable[[str, int, int | None], None] | None]:
 def line(what: str, done: int, total: int | None, seconds: float) -> str:
     """What the terminal shows."""
     if total is None:
-        return f"{what}  {done / 1e6:.1f} MB written, {seconds:.0f} s"
-    return f"{what}  {drawn(done, total)}  {done / 1e6:.1f} of {total / 1e6:.1f} MB"
+        return fitted(f"{what}  {done / 1e6:.1f} MB written, {seconds:.0f} s")
+    behind = f"  {done / 1e6:.1f} of {total / 1e6:.1f} MB"
+    return fitted(f"{what}  {drawn(done, total, len(what) + 2 + len(behind))}{behind}")

@@ -127,7 +127,17 @@ def parse_response(body: dict[str, Any], defaults: Settings, kept: Kept) -> Aske
         "top_p": chat["top_p"], "text": {"format": form or {"type": "text"}}, "truncation": "disabled",
         "store": store is not False, "background": False,
     }  # fmt: skip
+    _check_text(echoed)
     return Asked(parse_generation(chat, True, defaults), messages, store is not False, echoed)
+
+
+def _check_text(echoed: dict[str, Any]) -> None:
+    """Raise RequestError for a field that cannot be sent back: lone surrogates are no text."""
+    for name, value in echoed.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{name} holds lone surrogates, which are no characters", param=name) from None
 
 
 def _input(value: Any) -> list[dict[str, Any]]:

@@ -59,13 +59,20 @@ class Capacity:
 
     def growth(self, store: KVStore, tokens: int) -> int:
         """Most bytes that appending so many tokens adds to a store and to those it shares pages with."""
+        pages = self._pages(store, tokens)
+        return store.growing_nbytes(shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
+
+    def growth_by_cutting(self, store: KVStore) -> int:
+        """Most bytes that trimming a store adds beside those it shares pages with: a page of each pair, its window."""
+        return store.fork_nbytes + store.growing_nbytes(shared=True) + self._pages(store, 2 + self._recent)
+
+    def _pages(self, store: KVStore, tokens: int) -> int:
+        """Bytes of the pages that so many tokens may begin, and of the tokens."""
         each = dict(self._token_bytes)
-        if store.bucketed < self._sink:  # sink tokens are still to leave the window
+        if store.bucketed < self._sink or tokens > 1:  # sink tokens are still to leave the window, or may have to again
             each[self._sink_pair] = self._sink_bytes
         widest = max(each.values())
-        pages = PAGE_TOKENS * (widest if tokens == 1 else sum(each.values()))
-        pages += widest * (tokens - 1)
-        return store.growing_nbytes(shared=True) + min(pages, self.most_nbytes(store.length + tokens) - store.nbytes)
+        return PAGE_TOKENS * (widest if tokens == 1 else sum(each.values())) + widest * (tokens - 1)
 
 
 def _choices(session: Session) -> np.ndarray:

@@ -6,12 +6,16 @@ import asyncio
 import base64
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from starlette.requests import Request
 
 from kvq.runtime.errors import ContextError, RequestError
+from kvq.runtime.server.events import Disconnected, until_gone
 from kvq.runtime.server.fields import Fields
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.protocol import texts_or_ids
@@ -86,7 +90,7 @@ def _refuse_dimensions(fields: Fields) -> None:
 
 
 class Embedder:
-    """Makes vectors, one text at a time, in threads beside the worker's.
+    """Makes vectors, one text at a time, in a thread of its own: who waits for it holds up nobody else.
 
     Args:
         limits: of requests.
@@ -94,53 +98,60 @@ class Embedder:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "kvq-embeddings")
         self._waiting = 0
 
-    async def answer(self, wanted: Wanted, model: Model, served: str, queue: int) -> dict[str, Any]:
-        """The body of the response.
+    async def answer(self, wanted: Wanted, model: Model, served: str, queue: int, request: Request) -> dict[str, Any]:
+        """The body of the response. Requests at once take turns, text by text.
 
         Args:
             wanted: the request.
             model, served: the loaded model and its name.
             queue: most requests that wait.
+            request: the client's; its body has been read.
 
         Raises:
             RequestError: 429 where too many wait, 503 where it takes longer than a request may.
+            Disconnected: the client is gone.
             KvqError: as `embed`.
         """
         if self._waiting > queue:
             raise RequestError("too many requests are waiting; try again in a moment", 429, "queue_full")
         self._waiting += 1
-        gone = threading.Event()
-        try:
-            return await asyncio.to_thread(self._vectors, wanted, model, served, gone)
-        finally:
-            gone.set()
-            self._waiting -= 1
-
-    def _vectors(self, wanted: Wanted, model: Model, served: str, gone: threading.Event) -> dict[str, Any]:
-        deadline, tokens = time.monotonic() + self._limits.timeout_s, 0
-        context = model.architecture.context
-        most = min(self._limits.prompt_tokens or context, context)
+        gone, deadline = threading.Event(), time.monotonic() + self._limits.timeout_s
+        watch = asyncio.ensure_future(until_gone(request, gone.set))
 
         def check(*_: int) -> None:
-            if gone.is_set() or time.monotonic() > deadline:
+            if gone.is_set():
+                raise Disconnected
+            if time.monotonic() > deadline:
                 raise RequestError("the request took too long; send fewer texts", 503, "timeout")
 
-        data = []
-        for index, each in enumerate(wanted.inputs):
-            ids = model.encode(each) if isinstance(each, str) else each
-            ids = ids[:most] if wanted.cut else ids
-            if len(ids) > most:
-                raise ContextError(f"input {index} has {len(ids)} tokens, at most {most} are possible; shorten it")
-            tokens += len(ids)
-            with self._turn:
-                check()
-                vector = embed(model, ids, check)
-            data.append({"object": "embedding", "index": index, "embedding": _encoded(vector, wanted.encoding)})
+        data, tokens, in_thread = [], 0, asyncio.get_running_loop().run_in_executor
+        try:
+            for index, each in enumerate(wanted.inputs):
+                vector, count = await in_thread(self._thread, self._vector, index, each, wanted.cut, model, check)
+                data.append({"object": "embedding", "index": index, "embedding": _encoded(vector, wanted.encoding)})
+                tokens += count
+        finally:
+            gone.set()
+            watch.cancel()
+            self._waiting -= 1
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": served, "usage": usage}
+
+    def _vector(
+        self, index: int, text: str | list[int], cut: bool, model: Model, check: Callable[..., None]
+    ) -> tuple[np.ndarray, int]:
+        """The vector of an input, and how many tokens it has; `check` is called between passes and raises to end it."""
+        check()
+        context = model.architecture.context
+        most = min(self._limits.prompt_tokens or context, context)
+        ids = model.encode(text) if isinstance(text, str) else text
+        ids = ids[:most] if cut else ids
+        if len(ids) > most:
+            raise ContextError(f"input {index} has {len(ids)} tokens, at most {most} are possible; shorten it")
+        return embed(model, ids, check), len(ids)
 
 
 def _encoded(vector: np.ndarray, encoding: str) -> Any:

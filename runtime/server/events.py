@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -20,6 +20,13 @@ class Disconnected(Exception):
     """The client has gone."""
 
 
+async def until_gone(request: Request, then: Callable[[], None]) -> None:
+    """Wait until a client goes away, whose body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    then()
+
+
 class Events:
     """The events of a request's jobs. When the client goes away, the worker drops them at its next step.
 
@@ -32,11 +39,9 @@ class Events:
 
     def __init__(self, cancelled: threading.Event, queue: asyncio.Queue[Event], texts: int, request: Request) -> None:
         self._cancelled, self._queue, self._open = cancelled, queue, texts
-        self._watch = asyncio.ensure_future(self._until_gone(request))
+        self._watch = asyncio.ensure_future(until_gone(request, self._gone))
 
-    async def _until_gone(self, request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+    def _gone(self) -> None:
         self._cancelled.set()
         self._queue.put_nowait(Disconnected())
 

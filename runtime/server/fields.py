@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from kvq.runtime.errors import RequestError
 
 MOST_NUMBER = 1e300
+MOST_NESTED = 256  # lists and objects in one another: what is echoed has to be written as JSON again
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -21,15 +23,34 @@ def parse_json(body: bytes) -> dict[str, Any]:
     def refuse(text: str) -> NoReturn:
         raise ValueError(f"{text} is not a JSON number")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text:.40} is more than a number can be")
+        return number
+
     try:
-        value = json.loads(body.decode(), parse_constant=refuse)
+        value = json.loads(body.decode(), parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise RequestError(
             f"the body is not JSON ({error!s:.100}); send an object as the API's documents describe"
         ) from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
+    if nested_deeper(value, MOST_NESTED):
+        raise RequestError(f"the body nests deeper than {MOST_NESTED} lists and objects; make it flatter")
     return value
+
+
+def nested_deeper(value: Any, most: int) -> bool:
+    """Whether a JSON value has more lists and objects in one another than `most`."""
+    level = [value]
+    for _ in range(most + 1):
+        held = [each for each in level if isinstance(each, list | dict)]
+        level = [part for each in held for part in (each.values() if isinstance(each, dict) else each)]
+        if not held:
+            return False
+    return True
 
 
 class Fields:
@@ -70,7 +91,8 @@ class Fields:
 
     def integer(self, *names: str, least: int, most: int | None = None) -> int | None:
         """An integer within bounds; 5.0 is one."""
-        what = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
+        what = "an integer" + (f" of at least {least}" if least > -(1 << 53) else "")
+        what += "" if most is None else f" and at most {most}"
         value = self.take(*names)
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)

@@ -257,12 +257,12 @@ class Information:
 
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts."""
-        return JSONResponse(await self._vectors(parse_embeddings(parse_json(await self._body(request)))))
+        return JSONResponse(await self._vectors(parse_embeddings(parse_json(await self._body(request))), request))
 
     async def ollama_embed(self, request: Request) -> Response:
         """Vectors of texts, as ollama gives them."""
         begun = time.monotonic_ns()
-        found = await self._vectors(parse_ollama_embed(parse_json(await self._body(request))))
+        found = await self._vectors(parse_ollama_embed(parse_json(await self._body(request))), request)
         return JSONResponse({
             "model": found["model"], "embeddings": [each["embedding"] for each in found["data"]],
             "total_duration": time.monotonic_ns() - begun, "load_duration": 0,
@@ -271,13 +271,13 @@ class Information:
 
     async def ollama_embedding(self, request: Request) -> Response:
         """The vector of a text, as ollama gave it before it took several."""
-        found = await self._vectors(parse_ollama_embedding(parse_json(await self._body(request))))
+        found = await self._vectors(parse_ollama_embedding(parse_json(await self._body(request))), request)
         return JSONResponse({"embedding": found["data"][0]["embedding"]})
 
-    async def _vectors(self, wanted: Wanted) -> dict[str, Any]:
+    async def _vectors(self, wanted: Wanted, request: Request) -> dict[str, Any]:
         model, _ = self.scheduler.ready()
         self.check_name(model, wanted.model)
-        return await self._embedder.answer(wanted, model, self.served(model), self.scheduler.queue)
+        return await self._embedder.answer(wanted, model, self.served(model), self.scheduler.queue, request)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""

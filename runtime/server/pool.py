@@ -143,7 +143,7 @@ class SessionPool:
         # Where an earlier prompt goes another way, both are likely to come back: a document, a system prompt.
         parted = (shared for shared, prefix in common if shared < len(prefix.tokens) and not prefix.answer)
         branch = min(max(parted, default=0) // self.chunk * self.chunk, last)
-        parent, session = (None, None) if whole else self._go_on(ids, common, exact)
+        parent, session = (None, None) if whole else self._go_on(ids, common, exact, capacity)
         if session is None:
             self._make_room(capacity.most_nbytes(0))
             session = self._new_session(settings, capacity)
@@ -169,7 +169,7 @@ class SessionPool:
         return lease
 
     def _go_on(
-        self, ids: np.ndarray, common: Sequence[tuple[int, Prefix]], exact: bool
+        self, ids: np.ndarray, common: Sequence[tuple[int, Prefix]], exact: bool, capacity: Capacity
     ) -> tuple[Prefix | None, Session | None]:
         """A fork of the kept session that has most of a prompt, and which it is; None and None if there is none.
 
@@ -191,7 +191,8 @@ class SessionPool:
             if length == len(session.tokens):
                 self.hits += 1
                 return prefix, session
-            if not session.store.least_trim:  # else all of it would run again
+            # Where the store has forgotten what an earlier end needs, all of it would run again.
+            if not session.store.least_trim and self._make_room(capacity.growth_by_cutting(session.store), prefix):
                 self.hits += 1
                 session.trim(length)
                 return None, session

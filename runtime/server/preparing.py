@@ -93,7 +93,7 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
         tokens = wanted if room.made else min(wanted, context - len(array) + 1)
         length = min(len(array) + tokens, context)
         most = most or tokens
-        texts = partial(_options, request, tokens, stop, stop_tokens, grammar, limits.draft)
+        texts = partial(_options, request, wanted, stop, stop_tokens, grammar, limits.draft)
         jobs.append(
             Job(
                 array, request.settings, pool.check(request.settings, length, request.n), length,

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from kvq.runtime.errors import ServerError
+from kvq.runtime.machine.pipes import outlasting_connections
 from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.fleet import Fleet
@@ -90,7 +91,8 @@ def serve(options: Options) -> None:
         )
         server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
     try:
-        asyncio.run(server.serve(sockets=[listener]))
+        with outlasting_connections():
+            asyncio.run(server.serve(sockets=[listener]))
     finally:
         server.scheduler.stop()
         server.scheduler.join()

@@ -54,6 +54,8 @@ def embed(
     """
     summed = _Summed(model.architecture.hidden)
     session = model.session(summed, recent=0, sink=0, prefill="chunked", backend=backend)
+    if not isinstance(text, str | Sequence | np.ndarray):
+        raise PromptError(f"give a text or token ids, got {text!r:.60}")
     ids = model.encode(text) if isinstance(text, str) else text
     if not len(ids):
         raise PromptError("the text is empty: give at least one character")

@@ -278,7 +278,7 @@ def _checked_stop(session: Session, stop: str | Sequence[str]) -> list[str]:
 
 def _several(functions: Any) -> list[Any]:
     """One function, or several, as a list."""
-    found = [functions] if callable(functions) else list(functions)
+    found = [functions] if callable(functions) else list(functions) if isinstance(functions, Iterable) else [functions]
     if not all(map(callable, found)):
         raise SamplingError("logits_processor and stopping_criteria must be functions, one or several")
     return found

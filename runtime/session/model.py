@@ -232,6 +232,8 @@ class Model:
         """
         if isinstance(prompts, str):
             raise PromptError("generate_all takes a list of prompts; generate takes one")
+        if not isinstance(prompts, Sequence):
+            raise PromptError(f"generate_all takes a list of prompts, got {prompts!r:.60}")
         settings, generation = parted(options)
         sink = settings.get("sink", SINK)
         asked = [self._asked(prompt, generation, sink) for prompt in prompts]
@@ -242,6 +244,8 @@ class Model:
         self, prompt: Prompt, generation: dict[str, Any], sink: int
     ) -> tuple[str | Sequence[int], dict[str, Any]]:
         """A prompt as text or token ids, with what ends an answer in the chat template among the options."""
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise PromptError(f"a prompt is text, token ids or messages, got {prompt!r:.60}")
         if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
             return prompt, generation  # type: ignore[return-value]
         template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]

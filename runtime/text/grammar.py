@@ -22,7 +22,7 @@ from kvq.runtime.text.schemas import held_exactly
 PACKAGE, EXTRA = "llguidance", "schema"
 # Characters, of the text that a caller gives.
 MOST = {"schema": 1 << 17, "regex": 1 << 14, "grammar": 1 << 16, "choice": 1 << 17}
-MOST_JOINED = 64  # terminals of a grammar that are joined by &: each doubles what llguidance looks through
+MOST_JOINED = 12  # terminals of a grammar that are joined by &: each may double what llguidance looks through
 # llguidance calls itself for each rule and definition that names the next one, and ends the process where the stack
 # ends. Measured: 8 kB a definition of a schema, and the shortest has 27 characters.
 STACK_NBYTES, STACK_NBYTES_A_CHARACTER = 1 << 24, 1 << 11

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from typing import Any
 
 from kvq.runtime.errors import GrammarError
@@ -9,6 +11,9 @@ from kvq.runtime.errors import GrammarError
 MOST_DEPTH = 64
 MOST_PROPERTIES = 2000  # of an object: the work grows with their square
 MOST_PATTERNS = 12  # of a schema that joins some: each doubles what llguidance looks through
+# llguidance makes a state of each remainder, and where schemas are joined or told apart of each combination of them.
+MOST_REMAINDERS = 10_000
+JOINING = frozenset(("allOf", "anyOf", "oneOf", "$ref", "not", "if"))
 # What says nothing about a value; beside anything else a reference or a choice is joined with it.
 NOTES = frozenset(("title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly",
                    "$schema", "$id", "$comment", "$defs", "definitions", "discriminator"))  # fmt: skip
@@ -36,9 +41,11 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
         depth: of where it stands.
 
     Raises:
-        GrammarError: it nests too deeply, has too many properties, or joins too many patterns.
+        GrammarError: it nests too deeply, has too many properties, joins too many patterns, or asks for multiples with
+            too many remainders.
     """
     if not depth:
+        _check_multiples(schema)
         patterns, joins = _joined(schema)
         if joins and patterns > MOST_PATTERNS:
             raise GrammarError(
@@ -72,6 +79,35 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
         else:
             found["pattern"] = pattern
     return found
+
+
+def _check_multiples(schema: Any) -> None:
+    """Raise GrammarError for too many remainders of `multipleOf`."""
+    found, joins, todo = set[int](), False, [schema]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, list):
+            todo += part
+        elif isinstance(part, dict):
+            joins |= bool(JOINING & part.keys())
+            number = part.get("multipleOf")
+            if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf:
+                found.add(_digits(number))
+            todo += [value for key, value in part.items() if key not in VALUES]
+    if (math.prod(found) if joins else sum(found)) > MOST_REMAINDERS:
+        raise GrammarError(
+            f"multipleOf asks for more than {MOST_REMAINDERS} remainders to be told apart, counted without factors of 2"
+            " and 5; take smaller numbers, or fewer of them beside allOf, anyOf, oneOf or $ref"
+        )
+
+
+def _digits(number: float) -> int:
+    """The digits of a decimal number as a whole one, without its factors of 2 and 5, which cost nothing."""
+    digits = int("".join(map(str, Decimal(str(number)).as_tuple().digits)))
+    for factor in (2, 5):
+        while digits % factor == 0:
+            digits //= factor
+    return digits
 
 
 def _joined(schema: Any) -> tuple[int, bool]:

@@ -88,6 +88,21 @@ def test_a_token_to_add_that_is_not_there_is_named(config, tmp_path):
         HuggingFaceFolder(folder, "c").tokenizer_json()
 
 
+@pytest.mark.parametrize(
+    ("templates", "wanted"),
+    [
+        ([{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}], "y"),
+        ([{"name": [], "template": "x"}, {"name": {}, "template": "x"}, 5, {"template": "x"}], None),
+        ([{"name": "default", "template": ["y"]}], None),
+        ({"default": "y"}, None),
+    ],
+)
+def test_of_several_templates_the_default_is_taken(templates, wanted, tmp_path):
+    folder = save_checkpoint(tmp_path / "c", TINY)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert HuggingFaceFolder(folder, "c").chat_template() == wanted
+
+
 def test_vocabulary_and_merges_alone_are_a_tokenizer(tmp_path):
     folder = save_checkpoint(tmp_path / "c", TINY, tokenizer=False)
     small_tokenizer().model.save(str(folder))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -112,6 +114,29 @@ def test_with_few_file_descriptors_the_server_keeps_answering(monkeypatch):
             for connection in silent:
                 connection.close()
         assert not [line for line in server.lines if "Traceback" in line or "Error" in line]
+
+
+@pytest.mark.slow
+def test_clients_that_go_away_end_no_server():
+    """At any moment, also while an answer is being written: a server is no filter that ends with its reader."""
+    body = json.dumps({"prompt": "The ship", "max_tokens": 30, "stream": True, "ignore_eos": True}).encode()
+    asked = {
+        "/v1/completions": body,
+        "/v1/embeddings": json.dumps({"input": ["word " * 500] * 20}).encode(),
+        "/tokenize": json.dumps({"content": "word " * 50_000}).encode(),
+        "/v1/chat/completions": b"{",
+    }
+    with served("--concurrency", "2", "--queue", "4") as server:
+        for turn in range(60):
+            path, body = list(asked.items())[turn % len(asked)]
+            head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            with connected(server) as connection:
+                connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                if turn % 3:  # reset at once, or a moment later, as soon as something is written
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    time.sleep(0.01 * (turn % 5))
+        assert server.get("/health").status_code == 200
+        assert server.post("/v1/completions", {"prompt": "The ship", "max_tokens": 2}).status_code == 200
 
 
 def test_how_many_connections_there_may_be():

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
+import socket
+import threading
+import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -48,3 +53,35 @@ def test_what_cannot_be_done_is_refused_by_name(server, changes, status, words):
     answer = server.post("/v1/embeddings", {"input": "a", **changes})
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
+
+
+def test_who_has_gone_away_holds_up_nobody(server):
+    """More long requests than any pool has threads, none of which anybody waits for."""
+    body = json.dumps({"input": ["word " * 1500] * 40}).encode()
+    head = "POST /v1/embeddings HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
+    for _ in range(12):
+        with socket.create_connection(("127.0.0.1", urlsplit(server.url).port)) as gone:
+            gone.sendall(head.encode() + body)
+    for _ in range(3):
+        answer = server.post("/v1/completions", {"prompt": "The ship", "max_tokens": 2})
+        assert answer.status_code == 200
+        assert server.post("/tokenize", {"content": "a"}).status_code == 200
+    (found,) = server.post("/v1/embeddings", {"input": "a"}).json()["data"]
+    assert len(found["embedding"]) > 1
+
+
+def test_requests_at_once_take_turns_text_by_text(server):
+    """A short one does not wait for all of a long one."""
+    done = []
+
+    def ask(name, texts):
+        assert server.post("/v1/embeddings", {"input": texts}).status_code == 200
+        done.append(name)
+
+    long = threading.Thread(target=ask, args=("long", ["word " * 1500] * 20))
+    long.start()
+    time.sleep(0.2)
+    ask("short", "a")
+    long.join()
+    assert done == ["short", "long"]

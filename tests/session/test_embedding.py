@@ -41,6 +41,21 @@ def test_an_empty_text_is_refused(embedded, text):
         embedded.embed(text)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, {"a": 1}, object()], ids=lambda value: type(value).__name__)
+def test_what_is_no_text_is_refused_by_name(embedded, wrong):
+    for call in (
+        embedded.embed,
+        embedded.generate,
+        embedded.generate_all,
+        lambda prompt: embedded.generate_all([prompt]),
+    ):
+        with pytest.raises(kvq.PromptError, match=r"got|empty"):
+            call(wrong)
+    for option in ("logits_processor", "stopping_criteria"):
+        with pytest.raises(kvq.SamplingError, match="must be functions"):
+            list(embedded.generate("Hi", max_tokens=1, **{option: 5}))
+
+
 def test_a_text_longer_than_the_context_is_refused(embedded):
     with pytest.raises(kvq.ContextError):
         embedded.embed([1] * (embedded.architecture.context + 1))

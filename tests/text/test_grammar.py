@@ -247,13 +247,27 @@ SEARCHED = [{"type": "string", "pattern": f"^.*[ab].{{{i}}}$"} for i in range(10
         ({"grammar": "start: T\nT: " + " & ".join(f"/.*{i}.*/" for i in range(500))}, "joins"),
         ({"grammar": "start: %json " + json.dumps({"allOf": SEARCHED})}, "patterns"),
         ({"schema": {"properties": {f"p{i}": {} for i in range(MOST_PROPERTIES + 1)}}}, "properties"),
+        ({"grammar": "start: T\nT: " + " & ".join(f"/(a|b)*a(a|b){{{i}}}/" for i in range(22))}, "joins"),
+        ({"schema": {"type": "integer", "multipleOf": 3_999_971}}, "multipleOf"),
+        ({"schema": {"anyOf": [{"type": "integer", "multipleOf": each} for each in (997, 991, 983)]}}, "multipleOf"),
+        ({"schema": {"items": {"multipleOf": 0.123456789}}}, "multipleOf"),
+        ({"grammar": 'start: %json {"type": "integer", "multipleOf": 999983}'}, "multipleOf"),
+        ({"schema": {"properties": {f"p{i}": {"multipleOf": 9001 + i} for i in range(900)}}}, "multipleOf"),
         ({"schema": {"allOf": 3, "format": "date", "pattern": "a"}}, "allOf"),
     ],
-    ids=["allOf", "references with patterns", "terminals", "a schema in a grammar", "properties", "allOf of a number"],
+    ids=["allOf", "references with patterns", "terminals", "a schema in a grammar", "properties", "some terminals",
+         "a prime", "three primes", "many digits", "a multiple in a grammar", "many multiples", "allOf of a number"],
 )  # fmt: skip
 def test_what_takes_exponential_work_is_refused_before(embedded, options, named):
     with pytest.raises(GrammarError, match=named):
         embedded.grammar(structure_of(**options))
+
+
+@pytest.mark.parametrize("multiple", [0.01, 0.25, 5, 7, 360, 1000, 1e-9, 9973])
+def test_usual_multiples_are_held_to(embedded, multiple):
+    begun = time.process_time()
+    embedded.grammar(structure_of(schema={"type": "number", "multipleOf": multiple, "minimum": 0, "maximum": 1e6}))
+    assert time.process_time() - begun < 20
 
 
 def test_patterns_beside_each_other_are_not_joined(embedded):
