@@ -367,6 +367,20 @@ def _arms(model, policies, budgets: list[float], protected: dict) -> list[tuple[
     return arms
 
 
+def _rows_of(file: Path) -> list[dict]:
+    """What `kvq eval pareto` or `needle` have written."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.ClickException(f"{file} cannot be read as JSON ({error!s:.100})") from None
+    needed = ({"arm", "context", "texts", "bits_requested", "kld_mean"}, {"kept"}, {"loglik"})
+    if isinstance(rows, list) and all(
+        isinstance(row, dict) and any(each <= row.keys() for each in needed) for row in rows
+    ):
+        return rows
+    raise click.ClickException(f"{file} has no rows of kvq eval pareto or needle; give what their --json has written")
+
+
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
@@ -374,7 +388,7 @@ def report(files, picture) -> None:
     """Markdown tables from the JSON of `kvq eval pareto` or `needle`, as in docs/quality.md."""
     from kvq.controller.evaluation.report import needle_table, plot, tables
 
-    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    rows = [row for file in files for row in _rows_of(file)]
     found = [row for row in rows if "kept" in row or "loglik" in row]
     rows = [row for row in rows if row not in found]
     click.echo("\n".join(table(part) for table, part in ((tables, rows), (needle_table, found)) if part))

@@ -277,9 +277,7 @@ class Conversation:
 
     def regenerate(self, **options: Unpack[ReplyOptions]) -> Generator[Response, None, None]:
         """Take back the last reply and answer its question again; yields as `reply`, whose options it takes.
-
-        The cache is trimmed for it (`Session.trim`): what has to stand in the window again is computed from what is
-        stored, so the reply may be another one even at temperature 0 or with the same seed.
+        Its window is computed anew from what is stored, so it may be another one even at temperature 0 or of a seed.
 
         Raises:
             PromptError: there is nothing to take back.

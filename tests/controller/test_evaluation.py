@@ -206,3 +206,14 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_work(tiny_bund
     result = CliRunner().invoke(evaluate, ["pareto", "-m", str(tiny_bundle), "--text", "text", "--json", str(out)])
     assert result.exit_code == 2
     assert "there is no folder" in result.output
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "[5]", '{"rows": []}', '[{"arm": "static", "factor": 1.2}]', '[{"texts": 3, "kld_mean": 0.1}]']
+)
+def test_a_report_of_anything_else_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    done = CliRunner().invoke(evaluate, ["report", str(tmp_path / "rows.json")])
+    assert done.exit_code == 1
+    assert "rows.json" in done.output
+    assert done.output.count("\n") == 1
