@@ -57,7 +57,7 @@ class Requests:
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            values = parse_json(line.removeprefix(codecs.BOM_UTF8))
+            values = parse_json(line.removeprefix(codecs.BOM_UTF8), echoed=False)
         except RequestError:
             raise BatchError(
                 f"{self._path} line {number} is no JSON object; write a request a line, as OpenAI's batch API has them"
@@ -185,7 +185,7 @@ class Answers:
 def _answered(line: bytes) -> tuple[str, str]:
     """custom_id and id of a line of the output; "" for what is none."""
     try:
-        values = parse_json(line)
+        values = parse_json(line, echoed=False)
     except RequestError:
         return "", ""
     custom_id, written = values.get("custom_id"), values.get("id")

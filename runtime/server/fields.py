@@ -13,8 +13,11 @@ MOST_NUMBER = 1e300
 MOST_NESTED = 256  # lists and objects in one another: what is echoed has to be written as JSON again
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes, echoed: bool = True) -> dict[str, Any]:
     """The body as a JSON object.
+
+    echoed: parts of it may be sent back, so it must be JSON again when it is written: no number that is infinite, and
+        no deeper nesting than any stack has room for.
 
     Raises:
         RequestError: it is none.
@@ -25,7 +28,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     def finite(text: str) -> float:
         number = float(text)
-        if not math.isfinite(number):
+        if echoed and not math.isfinite(number):
             raise ValueError(f"{text:.40} is more than a number can be")
         return number
 
@@ -37,7 +40,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
-    if nested_deeper(value, MOST_NESTED):
+    if echoed and nested_deeper(value, MOST_NESTED):
         raise RequestError(f"the body nests deeper than {MOST_NESTED} lists and objects; make it flatter")
     return value
 

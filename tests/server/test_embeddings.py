@@ -79,7 +79,7 @@ def test_requests_at_once_take_turns_text_by_text(server):
         assert server.post("/v1/embeddings", {"input": texts}).status_code == 200
         done.append(name)
 
-    long = threading.Thread(target=ask, args=("long", ["word " * 1500] * 20))
+    long = threading.Thread(target=ask, args=("long", ["word " * 1500] * 8))
     long.start()
     time.sleep(0.2)
     ask("short", "a")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -31,10 +33,11 @@ class Runner:
 
     def __init__(self, model, limit=None, disk=10**9, concurrency=4, waiting=64, chunk=CHUNK) -> None:
         self.log: list[str] = []
+        self._place = tempfile.TemporaryDirectory()  # where no killed server has left anything
         ready = threading.Event()
 
         def make_pool(model):
-            self.pool = SessionPool(model, limit, None, disk, chunk, None, self.log.append)
+            self.pool = SessionPool(model, limit, Path(self._place.name), disk, chunk, None, self.log.append)
             return self.pool
 
         self.scheduler = Scheduler(
@@ -103,6 +106,7 @@ class Runner:
     def close(self):
         self.scheduler.stop()
         self.scheduler.join()
+        self._place.cleanup()
 
 
 def alone(model, ids, kind=KINDS[0], tokens=8, seed=1):
