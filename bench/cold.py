@@ -40,7 +40,7 @@ def begin(run: Run, arm: str, ids: list[int]) -> tuple[float, float]:
     begun = time.perf_counter()
     with run.child(arm) as child:
         if not arm.startswith("kvq-"):
-            child.ask("describe")  # answered once the arm is made, which has imported nothing of its own
+            child.ask("made")
             begun = time.perf_counter()
         child.ask("load")
         loaded = time.perf_counter() - begun
