@@ -4,7 +4,7 @@
 
 Every arm begins anew each time, in turn with the others, its files in the system's cache. Of kvq the time runs from the
 start of the process; of a peer only from where its process has come up with kvq's own modules, which it would not need.
-`import` is what an arm takes until its model is loaded. Exit codes as those of `kvq.bench.decode`.
+`loaded` is what an arm takes until it has its model. Exit codes as those of `kvq.bench.decode`.
 """
 
 from __future__ import annotations

@@ -206,6 +206,8 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
 @click.option("--check", type=click.File(), help="check the responses of a --record")
 def main(model, kv_memory_total, record, check, **options) -> None:
     """Put load on a server, print the figures as JSON, and check every text."""
+    if record is not None and not options["seeds"]:
+        raise click.UsageError("--record keeps responses to be checked, which takes --seeds")
     if check is not None:
         saved = json.load(check)
         load, done = Load(**saved["load"]), [Turn(**turn) for turn in saved["turns"]]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvq.runtime.bundle.fields import encodable
 from kvq.runtime.errors import RequestError
 from kvq.runtime.server.fields import Fields
 from kvq.runtime.server.messages import parse_messages
@@ -134,10 +135,8 @@ def parse_response(body: dict[str, Any], defaults: Settings, kept: Kept) -> Aske
 def _check_text(echoed: dict[str, Any]) -> None:
     """Raise RequestError for a field that cannot be sent back: lone surrogates are no text."""
     for name, value in echoed.items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{name} holds lone surrogates, which are no characters", param=name) from None
+        if not encodable(json.dumps(value, ensure_ascii=False)):
+            raise RequestError(f"{name} holds lone surrogates, which are no characters", param=name)
 
 
 def _input(value: Any) -> list[dict[str, Any]]:

@@ -152,18 +152,10 @@ class SessionPool:
         cached = len(session.tokens)
         boundaries = [at for at in sorted({branch, last}) if at > cached]
         lease = Lease(
-            ids,
-            settings,
-            capacity,
-            [session],
-            exact and not capacity.alike,
-            not cached if parent is None else parent.exact,
-            cached,
-            boundaries,
-            {branch},
-            most,
-            parent,
-        )
+            ids, settings, capacity, [session], strict=exact and not capacity.alike,
+            exact=not cached if parent is None else parent.exact, cached=cached, boundaries=boundaries,
+            branches={branch}, most_nbytes=most, parent=parent,
+        )  # fmt: skip
         self._leases.append(lease)
         self._count()
         return lease
@@ -285,7 +277,7 @@ class SessionPool:
             self.prefixes.forget(before)
             before = before.before
         if self.shared is not None and kept.exact:
-            self.shared.put(lease.settings, lease.session)
+            self.shared.put(lease.settings, kept.session or lease.session)
 
     def keep_answer(self, lease: Lease, session: Session) -> None:
         """Keep a fork of one of the lease's sessions, which has come to its end, for who goes on from the answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -83,17 +84,12 @@ def held_exactly(schema: Any, depth: int = 0) -> Any:
 
 def _check_multiples(schema: Any) -> None:
     """Raise GrammarError for too many remainders of `multipleOf`."""
-    found, joins, todo = set[int](), False, [schema]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, list):
-            todo += part
-        elif isinstance(part, dict):
-            joins |= bool(JOINING & part.keys())
-            number = part.get("multipleOf")
-            if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf:
-                found.add(_digits(number))
-            todo += [value for key, value in part.items() if key not in VALUES]
+    found, joins = set[int](), False
+    for part in _objects(schema):
+        joins |= bool(JOINING & part.keys())
+        number = part.get("multipleOf")
+        if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf:
+            found.add(_digits(number))
     if (math.prod(found) if joins else sum(found)) > MOST_REMAINDERS:
         raise GrammarError(
             f"multipleOf asks for more than {MOST_REMAINDERS} remainders to be told apart, counted without factors of 2"
@@ -112,16 +108,23 @@ def _digits(number: float) -> int:
 
 def _joined(schema: Any) -> tuple[int, bool]:
     """How many patterns and formats there are in a schema, and whether it joins any schemas."""
-    patterns, joins, todo = 0, False, [schema]
+    patterns, joins = 0, False
+    for part in _objects(schema):
+        demands = part.keys() - NOTES
+        patterns += len({"pattern", "format"} & demands)
+        both = part.get("allOf")
+        several = isinstance(both, list) and len(both) > 1
+        joins |= several or bool({"allOf", "$ref", "anyOf", "oneOf"} & demands and len(demands) > 1)
+    return patterns, joins
+
+
+def _objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """All objects of a schema that are not values."""
+    todo = [schema]
     while todo:
         part = todo.pop()
         if isinstance(part, list):
             todo += part
         elif isinstance(part, dict):
-            demands = part.keys() - NOTES
-            patterns += len({"pattern", "format"} & demands)
-            both = part.get("allOf")
-            several = isinstance(both, list) and len(both) > 1
-            joins |= several or bool({"allOf", "$ref", "anyOf", "oneOf"} & demands and len(demands) > 1)
+            yield part
             todo += [value for key, value in part.items() if key not in VALUES]
-    return patterns, joins
