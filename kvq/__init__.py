@@ -60,6 +60,9 @@ if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
 import kvq.runtime.version  # noqa: E402 # found only now
+from kvq.runtime.machine import telemetry as _telemetry  # noqa: E402
+
+_telemetry.refuse()  # here, since nothing of kvq imports onnxruntime before this
 
 __version__ = kvq.runtime.version.VERSION
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -65,16 +66,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = lock(temporary)
-    # Closing the descriptor gives the lock back, so the name is dealt with before that.
-    with os.fdopen(descriptor, "wb") as file:
+    # Closing gives the lock back, so the name is dealt with before that.
+    with lock(temporary) as held, io.BufferedWriter(held) as file:
         try:
             file.truncate(0)
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -83,42 +83,43 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def lock(path: Path) -> int:
-    """Descriptor of a file, made if need be, once no other process holds it; closing it gives it back.
+def lock(path: Path) -> io.FileIO:
+    """A file, made if need be, once no other process holds it, to read and write; closing it gives it back.
 
-    The file may be renamed or removed while it is held.
+    The file may be renamed or removed while it is held. It closes when nobody refers to it any more: an interrupt
+    (Ctrl-C) at any moment leaves nothing locked.
     """
-    while (descriptor := _held(path, wait=True)) is None:
+    while (file := _held(path, wait=True)) is None:
         pass
-    return descriptor
+    return file
 
 
-def try_lock(path: Path) -> int | None:
+def try_lock(path: Path) -> io.FileIO | None:
     """As `lock`, but None where another process holds the file."""
     try:
-        while (descriptor := _held(path, wait=False)) is None:
+        while (file := _held(path, wait=False)) is None:
             pass
     except BlockingIOError:
         return None
-    return descriptor
+    return file
 
 
-def _held(path: Path, wait: bool) -> int | None:
-    """The descriptor; None where whoever held the file before us has renamed or removed the one that we opened."""
+def _held(path: Path, wait: bool) -> io.FileIO | None:
+    """The file; None where whoever held the file before us has renamed or removed the one that we opened."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o666)
+    file = io.FileIO(os.open(path, flags, 0o666), "r+b")
     try:
         if fcntl is None:
-            return descriptor
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
-            return descriptor
+            return file
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False)):
+            return file
     except FileNotFoundError:
         pass
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-    os.close(descriptor)
+    file.close()
     return None
 
 

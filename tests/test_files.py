@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from kvq.runtime.files import atomic_file, write_atomically
+from kvq.runtime import files
+from kvq.runtime.files import atomic_file, try_lock, write_atomically
 from tests.tools.tree import ROOT
 
 
@@ -40,6 +41,46 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error
         fail()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.bin"]
+
+
+def interrupted(path, event):
+    """Writes the file and is interrupted before the event-th line of what writes it; whether it came that far."""
+    left = event
+
+    def trace(frame, kind, _argument):
+        nonlocal left
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        left -= kind == "line"
+        if kind == "line" and left == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with atomic_file(path) as file:
+            file.write(b"new")
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_line_leaves_a_whole_file_and_nothing_locked(tmp_path):
+    path, event = tmp_path / "a.bin", 1
+    write_atomically(path, b"old")
+    while interrupted(path, event):
+        assert path.read_bytes() in (b"old", b"new")
+        again = try_lock(tmp_path / ".a.bin.tmp")
+        assert again is not None, f"locked for ever by an interrupt before line {event}"
+        again.close()
+        write_atomically(path, b"old")
+        assert names(tmp_path) == ["a.bin"]
+        event += 1
+    assert event > 20
+    assert path.read_bytes() == b"new"
 
 
 def test_what_a_killed_writer_left_is_taken_over(tmp_path):

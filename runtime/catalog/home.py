@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -61,15 +62,15 @@ def claimed(target: Path, notice: Callable[[str], None] | None = None) -> Iterat
     The lock is a file ``.NAME.lock`` beside it; the operating system lets go of it when a process dies.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = try_lock(_lock_file(target))
-    if descriptor is None:
+    held = try_lock(_lock_file(target))
+    if held is None:
         if notice:
             notice(f"another process is at work on {target.name}; waiting for it")
-        descriptor = lock(_lock_file(target))
+        held = lock(_lock_file(target))
     try:
         yield
     finally:
-        _unlock(target, descriptor)
+        _unlock(target, held)
 
 
 @contextmanager
@@ -126,21 +127,21 @@ def sweep(own: Path) -> None:
                 continue
             target = root / match[1]
             with contextlib.suppress(OSError):
-                descriptor = None if target == own else try_lock(_lock_file(target))
-                if path.is_dir() and (target == own or descriptor is not None):
+                held = None if target == own else try_lock(_lock_file(target))
+                if path.is_dir() and (target == own or held is not None):
                     if (path / REPLACED).is_dir() and not os.path.lexists(target):  # killed between two renames
                         (path / REPLACED).rename(target)
                     shutil.rmtree(path, ignore_errors=True)
-                if descriptor is not None:
-                    _unlock(target, descriptor)
+                if held is not None:
+                    _unlock(target, held)
 
 
 def _lock_file(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
-def _unlock(target: Path, descriptor: int) -> None:
+def _unlock(target: Path, held: io.FileIO) -> None:
     if fcntl is not None:
         with contextlib.suppress(OSError):
             _lock_file(target).unlink()
-    os.close(descriptor)
+    held.close()

@@ -1,1 +1,1 @@
-"""What the machine gives: threads, BLAS, huge pages."""
+"""What the machine gives: threads, BLAS, huge pages; what it keeps to itself."""

@@ -8,6 +8,7 @@ import threading
 import onnxruntime
 
 from kvq.runtime.errors import BackendError
+from kvq.runtime.machine import telemetry
 
 MOST_THREADS = 256  # spinning threads far beyond the cores do not come to an end
 
@@ -47,6 +48,8 @@ def configure(threads: int | None) -> int:
         if _threads is None:
             count = threads or available_cores()
             onnxruntime.set_global_thread_pool_sizes(count, 1)
+            if telemetry.refused():  # for Windows, and where an application had imported onnxruntime before kvq
+                onnxruntime.disable_telemetry_events()
             _threads = count
         if threads not in (None, _threads):
             raise BackendError(

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kvq.runtime.errors import BatchError, RequestError
 from kvq.runtime.files import sync_folder, try_lock
@@ -116,15 +116,15 @@ class Answers:
         self.marks: dict[str, str] = {}
         if (path.exists() and not path.is_file()) or requests.same_file(path):
             raise BatchError(f"{path} cannot be the output; choose a file that is not the input")
-        descriptor = try_lock(path)
-        if descriptor is None:
+        file = try_lock(path)
+        if file is None:
             raise BatchError(f"{path} is being written by another process; wait for it, or choose another file")
-        self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
+        self._file = file
         try:
             whole = self._read(requests)
             self._file.truncate(whole)
             self._file.seek(whole)
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
             sync_folder(path.absolute().parent)
         except BaseException:
             self.close()

@@ -35,7 +35,7 @@ class OwnFolder:
     def close(self) -> None:
         """Remove it with all that is in it."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -62,8 +62,6 @@ def _remove(folder: Path) -> bool:
     held = try_lock(lock)
     if held is None:  # its server lives
         return False
-    try:
+    with held:
         shutil.rmtree(folder)
-    finally:
-        os.close(held)
     return True

@@ -217,6 +217,7 @@ import sys, kvq
 model = kvq.load("kvq-books")
 session = model.session("k8v4")
 session.append(list(range(1, 400)))
+session.save(sys.argv[1])  # imports what saving needs: Python loses an interrupt that comes at the end of an import
 print("ready", flush=True)
 while True:
     session.save(sys.argv[1])

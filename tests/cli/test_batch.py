@@ -358,9 +358,9 @@ def test_a_file_that_is_no_output_of_this_input_is_left_as_it_is(content, word, 
     with pytest.raises(BatchError, match=word):
         Answers(out, requests)
     assert out.read_bytes() == content
-    descriptor = try_lock(out)
-    assert descriptor is not None  # the lock is given back
-    os.close(descriptor)
+    file = try_lock(out)
+    assert file is not None  # the lock is given back
+    file.close()
 
 
 def test_the_input_is_no_output(requests, tmp_path):
