@@ -13,7 +13,7 @@ from kvq.runtime.errors import PromptError
 
 # Of stdin that stays open without a word, before the user is told what is waited for.
 SECONDS_OF_SILENCE = 3
-EMPTY = 'the prompt is empty: give it as an argument (kvq-run "Once upon a time"), with --file, or on stdin'
+EMPTY = 'the prompt is empty: give it as an argument ("Once upon a time"), with --file, or on stdin'
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,11 +70,12 @@ class Appending:
 
     def run(self) -> np.ndarray:
         """All that is left, in passes of the session's own; returns `result`."""
-        while not self.finished:
-            begun, read = time.perf_counter(), self.nbytes
-            ids, skip, logits = self._wants()
-            self.session.step(ids, self._end, skip, logits)
-            self._passed(len(ids), time.perf_counter() - begun, read, 1)
+        with self.session.exclusive:
+            while not self.finished:
+                begun, read = time.perf_counter(), self.nbytes
+                ids, skip, logits = self._wants()
+                self.session.step(ids, self._end, skip, logits)
+                self._passed(len(ids), time.perf_counter() - begun, read, 1)
         return self.result
 
     @property
@@ -132,9 +134,18 @@ def run_pass(runner: JointRunner, appendings: Sequence[Appending]) -> list[Excep
 
     Raises:
         PromptError: two of them are of one session.
+        SessionError: another thread uses one of them; nothing was done.
     """
     if len({id(appending.session) for appending in appendings}) < len(appendings):
         raise PromptError("a session can be given tokens once a pass; give all of them together")
+    with ExitStack() as held:
+        for appending in appendings:
+            held.enter_context(appending.session.exclusive)
+        return _run_held(runner, appendings)
+
+
+def _run_held(runner: JointRunner, appendings: Sequence[Appending]) -> list[Exception | None]:
+    """`run_pass` for sessions that are held."""
     weights = appendings[0].session.model.engine.decode_weight_nbytes if appendings else 0
     read = weights + sum(appending.session.store.used_nbytes for appending in appendings)
     begun = time.perf_counter()

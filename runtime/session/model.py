@@ -18,7 +18,7 @@ from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.failures import refusal
 from kvq.runtime.compute.several import JointRunner
-from kvq.runtime.errors import PolicyError, PromptError, TokenizerError
+from kvq.runtime.errors import KvqError, PolicyError, PromptError, TokenizerError
 from kvq.runtime.keywords import named_keywords
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
@@ -27,7 +27,7 @@ from kvq.runtime.session.asynchronous import aiterate
 from kvq.runtime.session.generation import Response
 from kvq.runtime.session.options import AllOptions, SessionSettings, parted
 from kvq.runtime.session.session import SINK, Session
-from kvq.runtime.session.several import Completion, complete_all
+from kvq.runtime.session.several import Completion, complete_all, of_prompt
 from kvq.runtime.session.shifting import of_messages
 from kvq.runtime.session.wording import template_of, tokenizer_of
 from kvq.runtime.text.continuing import added_tokens, encoded_behind
@@ -236,9 +236,16 @@ class Model:
             raise PromptError(f"generate_all takes a list of prompts, got {prompts!r:.60}")
         settings, generation = parted(options)
         sink = settings.get("sink", SINK)
-        asked = [self._asked(prompt, generation, sink) for prompt in prompts]
-        ids = [self.encode(each) if isinstance(each, str) else each for each, _ in asked]
-        return complete_all(self, ids, settings, [of_one for _, of_one in asked])
+        ids: list[Sequence[int]] = []
+        options_of_each: list[dict[str, Any]] = []
+        for index, prompt in enumerate(prompts):
+            try:
+                asked, of_one = self._asked(prompt, generation, sink)
+                ids.append(self.encode(asked) if isinstance(asked, str) else asked)
+            except KvqError as error:
+                raise of_prompt(index, error) from None
+            options_of_each.append(of_one)
+        return complete_all(self, ids, settings, options_of_each)
 
     def _asked(
         self, prompt: Prompt, generation: dict[str, Any], sink: int

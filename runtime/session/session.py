@@ -21,6 +21,7 @@ from kvq.runtime.policy.chooser import Chooser
 from kvq.runtime.precision.table import PROTECTED
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import Drafter
+from kvq.runtime.session.exclusive import Exclusive
 from kvq.runtime.session.generation import GenerationOptions, Response, stream
 from kvq.runtime.session.header import MOST_TOKENS, PREFILLS
 from kvq.runtime.session.shifting import Shifts
@@ -36,8 +37,8 @@ SINK = 4  # first tokens that are protected unless told otherwise
 class Session:
     """Tokens, their cached keys and values, and the choice of their precision.
 
-    Made by `Model.session`. One thread at a time may use a session; different sessions of one
-    model are independent and may run in different threads.
+    Made by `Model.session`. One thread at a time may use a session, a second one gets a SessionError; different
+    sessions of one model are independent and may run in different threads.
 
     Args:
         model: the loaded model.
@@ -56,6 +57,7 @@ class Session:
             a budget of more than 8 bits a value, else 8.
 
     Attributes:
+        exclusive: held by the thread that changes or copies it.
         store: keys and values of the text.
         chooser: chooses the precisions of its tokens.
         tokens, pending: ids stored, and ids sampled after them but not fed to the model yet.
@@ -92,6 +94,7 @@ class Session:
             raise PolicyError(f"protect_bits must be 8 or 16, got {protect_bits!r:.60}")
         shape = model.architecture
         self.model = model
+        self.exclusive = Exclusive()
         self.metadata: dict[str, Any] = {}
         self._wanted_backend = backend
         self.backend = make_backend(backend)
@@ -296,7 +299,11 @@ class Session:
             ContextError: length is negative or beyond the cached tokens.
         """
         if not _is_integer(length) or not 0 <= length <= len(self.tokens):
-            raise ContextError(f"cannot trim to {length!r:.40} tokens, the session holds {len(self.tokens)}; give less")
+            raise ContextError(f"cannot trim to {length!r:.40} tokens; give a number from 0 to {len(self.tokens)}")
+        with self.exclusive:
+            self._trim(int(length))
+
+    def _trim(self, length: int) -> None:
         window = self.store.window
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
@@ -319,15 +326,16 @@ class Session:
         The two share the pages of the text so far, see `kv_nbytes`, and may run in different threads.
         With the same seed both continue alike.
         """
-        self._check_whole()
         twin = Session(
             self.model, self.policy, recent=self.store.window.capacity, sink=self.store.sink,
             prefill_chunk=self.prefill_chunk, prefill=self.prefill, backend=self._wanted_backend,
             protect_bits=self.store.protect_bits,
         )  # fmt: skip
         twin.chooser.budget = self.budget
-        twin.restore(self.store.fork(twin.store.codecs), list(self.tokens), list(self.pending), self.last_logits)
-        twin.metadata = copy.deepcopy(self.metadata)
+        with self.exclusive:
+            self._check_whole()
+            twin.restore(self.store.fork(twin.store.codecs), list(self.tokens), list(self.pending), self.last_logits)
+            twin.metadata = copy.deepcopy(self.metadata)
         return twin
 
     def restore(self, store: KVStore, tokens: list[int], pending: list[int], last_logits: np.ndarray | None) -> None:
@@ -362,8 +370,9 @@ class Session:
         """
         from kvq.runtime.session.file import write_session
 
-        self._check_whole()
-        write_session(self, path)
+        with self.exclusive:
+            self._check_whole()
+            write_session(self, path)
 
     def stats(self) -> Stats:
         """What ran and what it took, so far."""

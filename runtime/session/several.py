@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvq.runtime.errors import GrammarError
+from kvq.runtime.errors import GrammarError, KvqError
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.generation import Response, events
 
@@ -45,6 +45,11 @@ def texts_at_a_time(session: Session) -> int:
 def alike_however_fed(session: Session) -> bool:
     """Whether what a session stores and says is to the bit the same however tokens are fed, see docs/stepwise.md."""
     return session.stepwise and session.budget is None and texts_at_a_time(session) > 1
+
+
+def of_prompt(index: int, error: Exception) -> Exception:
+    """The error of one of several prompts, which it names: the first is number 0, as `Completion.index` has it."""
+    return type(error)(f"prompt {index}: {error}") if isinstance(error, KvqError) else error
 
 
 class _Text:
@@ -137,7 +142,7 @@ def complete_all(
                 text.passed(error)
         done = texts.pop(index)
         if done.error is not None:
-            raise done.error
+            raise of_prompt(index, done.error) from done.error.__cause__
         yield Completion(index, "".join(response.text for response in done.responses), done.responses)
 
 

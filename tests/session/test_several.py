@@ -68,6 +68,12 @@ def test_one_that_fails_is_told_in_its_place(embedded):
         next(answers)
 
 
+@pytest.mark.parametrize("wrong", ["", [99999], 5, [], [{"role": "nobody"}]], ids=str)
+def test_an_error_says_which_of_many_prompts_it_is_of(embedded, wrong):
+    with pytest.raises(kvq.KvqError, match=r"^prompt 1: "):
+        list(embedded.generate_all(["One", wrong, "Two"], max_tokens=2))
+
+
 def test_texts_ids_and_messages_can_be_mixed(embedded):
     ids = embedded.encode("The sea")
     found = [each.text for each in embedded.generate_all(["The sea", ids, MESSAGES], max_tokens=6, temperature=0)]
