@@ -39,7 +39,7 @@ class Engine:
         self.uncertainty = self._session(bundle.manifest.uncertainty)
         self._segments: list[NamedSession] = []
         self._others: dict[tuple[str, int | None], NamedSession] = {}
-        self._alike: dict[str, bool] = {}  # graphs with products of the library: see `OwnProducts`
+        self._alike: dict[tuple[str, int], bool] = {}  # graphs with products of the library: see `OwnProducts`
         self._spared: dict[str, int] = {}  # bytes of weights that these hold less of than the file
 
     @property
@@ -63,11 +63,10 @@ class Engine:
         """The head; its product is the native library's, if one is given."""
         return self._other(self._bundle.manifest.head, library, kernel)
 
-    @property
-    def rows_alike(self) -> bool:
-        """Whether decoder and head, as they are loaded, give a row the same bits among several as alone."""
+    def rows_alike(self, kernel: int) -> bool:
+        """Whether decoder and head give a row the same bits among several as alone, as they are loaded for a kernel."""
         manifest = self._bundle.manifest
-        return all(self._alike.get(name, False) for name in (manifest.decoder, manifest.head))
+        return all(self._alike.get((name, kernel), False) for name in (manifest.decoder, manifest.head))
 
     @property
     def decode_weight_nbytes(self) -> int:
@@ -96,7 +95,7 @@ class Engine:
             with hugepages.new_memory() as done:
                 if kernel is not None:
                     graph, kept = own_products(graph, self._bundle.path, kernel, self.threads)
-                    self._alike[name] = kept.rows_alike
+                    self._alike[name, kernel] = kept.rows_alike
                     self._spared[name] = kept.spared
                 session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             self.huge_nbytes += done[0]

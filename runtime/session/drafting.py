@@ -54,7 +54,7 @@ class Drafter:
             return f"{session.backend.name} attention rounds a token among several otherwise than alone"
         if session.store.recent < 1:
             return "it has no recent window"
-        if not session.model.engine.rows_alike:
+        if not session.model.engine.rows_alike(session.backend.joins[1]):
             return "the products of this bundle round a token among several otherwise than alone"
         return ""
 

@@ -39,7 +39,8 @@ class Completion:
 
 def texts_at_a_time(session: Session) -> int:
     """`PARALLEL` where a text is to the bit the same whatever texts share its passes, else 1."""
-    return PARALLEL if session.backend.rows_alike and session.model.engine.rows_alike else 1
+    backend, engine = session.backend, session.model.engine
+    return PARALLEL if backend.rows_alike and engine.rows_alike(backend.joins[1]) else 1
 
 
 def alike_however_fed(session: Session) -> bool:

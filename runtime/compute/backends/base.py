@@ -44,7 +44,7 @@ class AttentionBackend(ABC):
 
     @property
     def joins(self) -> tuple[str, int]:
-        """Sessions whose backends say the same can share a pass: name, and which form of it."""
+        """Sessions whose backends say the same can share a pass: name, and which form of it, the library's kernel."""
         return self.name, 0
 
     def joint_pass(self, engine: Engine) -> JointPass:
