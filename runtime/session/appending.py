@@ -29,7 +29,7 @@ class Appending:
         all_logits, progress: as in `Session.append`.
 
     Raises:
-        PromptError, ContextError: as `Session.append`.
+        PromptError, ContextError, SessionError: as `Session.append`.
 
     Attributes:
         done, total: tokens stored so far, and all.
@@ -43,6 +43,7 @@ class Appending:
         all_logits: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        session.check_whole()
         pending = np.asarray(session.pending, np.int64)
         new = pending[len(pending) :] if ids is None else session.checked(ids)
         self.session = session

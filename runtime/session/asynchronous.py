@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncGenerator, Iterator
 from typing import TypeVar
 
@@ -12,18 +13,34 @@ T = TypeVar("T")
 async def aiterate(responses: Iterator[T]) -> AsyncGenerator[T, None]:
     """Responses as an asynchronous generator: each token is computed in a thread, the event loop stays free.
 
-    Closing it, or cancelling the task that waits for it, ends the generation after the token at hand.
+    Closing it, or cancelling the task that waits for it, ends the generation after the token at hand: however often
+    it is cancelled, nothing computes any more when it has ended.
     """
+    loop = asyncio.get_running_loop()
     try:
         while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, responses, None))
-            try:
-                response = await asyncio.shield(step)
-            finally:
-                if not step.done():  # cancelled: a generator cannot be closed while it runs
-                    await asyncio.wait([step])
+            context = contextvars.copy_context()
+            # A future and no task: the end of a loop cancels all tasks, and a thread would go on behind a cancelled one.
+            step = loop.run_in_executor(None, context.run, next, responses, None)
+            response = await _outlasting(step)
             if response is None:
                 return
             yield response
     finally:
-        responses.close()  # type: ignore[attr-defined] # a generator
+        if (close := getattr(responses, "close", None)) is not None:
+            close()
+
+
+async def _outlasting(step: asyncio.Future[T]) -> T:
+    """Its result. Where the wait is cancelled it is waited for all the same, and then the cancellation is told."""
+    cancelled = None
+    while not step.done():
+        try:
+            await asyncio.wait([step])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not step.cancelled():
+            step.exception()  # nobody asks for it any more
+        raise cancelled
+    return step.result()

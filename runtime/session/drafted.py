@@ -80,13 +80,14 @@ class Drafted(Appending):
         return came and 0 < row < len(self.ids) and session.pending == [self.ids[row]]
 
     def run(self) -> np.ndarray:
-        begun, read = time.perf_counter(), self.nbytes
-        try:
-            seen = self._alone()
-        except BaseException:
-            self.failed()
-            raise
-        self.take(seen, begun, read, 1)
+        with self.session.exclusive:
+            begun, read = time.perf_counter(), self.nbytes
+            try:
+                seen = self._alone()
+            except BaseException:
+                self.failed()
+                raise
+            self.take(seen, begun, read, 1)
         return self.result
 
     def _alone(self) -> Seen:
@@ -123,8 +124,9 @@ class Drafted(Appending):
         if self._seen is None:
             raise RuntimeError("a drafted token is taken before its pass has run")
         session, begun = self.session, time.perf_counter()
-        session.take(_row(self._seen, self.taken), session.store.length + 1)
-        session.last_logits = logits = self.logits[self.taken].copy()
+        with session.exclusive:
+            session.take(_row(self._seen, self.taken), session.store.length + 1)
+            session.last_logits = logits = self.logits[self.taken].copy()
         session.decode_clock.add(1, seconds + time.perf_counter() - begun, read, self.sessions)
         self.taken += 1
         return logits

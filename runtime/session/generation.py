@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from kvq.runtime.errors import GrammarError, PromptError, SamplingError
+from kvq.runtime.errors import GrammarError, PromptError, SamplingError, SessionError
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import AUTO, Draft
@@ -85,11 +85,14 @@ def generate_tokens(
     elif session.last_logits is not None:
         logits = session.last_logits
     else:
-        raise PromptError("nothing to continue: the session is empty; give a prompt")
+        raise PromptError(_nothing(session))
     for said in itertools.count(1):
         token, logprob = sampler(logits, session.tokens)
         session.pending.append(token)
+        changes = session.changes
         yield token, logprob
+        if session.changes != changes or session.pending[-1:] != [token]:
+            raise SessionError("the session's text was changed while it generated; begin another generation")
         if shift is not None and session.room < 1:
             begun = begin_anew(session, shift(session.tokens + session.pending, begun, 1))
         if session.room < 0:
@@ -304,8 +307,9 @@ def _check_bias(session: Session, bias: Mapping[int, float] | None) -> None:
 def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequence[int]:
     """Token ids to append before the first sampled token."""
     if prompt is None:
+        session.check_whole()
         if not session.pending and session.last_logits is None:
-            raise PromptError("nothing to continue: the session is empty; give a prompt")
+            raise PromptError(_nothing(session))
         return ()
     if isinstance(prompt, str):
         held = session.pending or session.tokens
@@ -317,6 +321,16 @@ def _prompt_ids(session: Session, prompt: str | Sequence[int] | None) -> Sequenc
     if empty:
         raise PromptError("the prompt is empty: give some text")
     return prompt
+
+
+def _nothing(session: Session) -> str:
+    """Why there is nothing to go on from."""
+    if session.tokens:
+        return (
+            f"nothing to continue: the last append ended after {len(session.tokens)} tokens of the text; append the"
+            " rest, or trim to so many"
+        )
+    return "nothing to continue: the session is empty; give a prompt"
 
 
 def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:

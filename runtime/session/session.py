@@ -58,6 +58,7 @@ class Session:
 
     Attributes:
         exclusive: held by the thread that changes or copies it.
+        changes: of its text so far.
         store: keys and values of the text.
         chooser: chooses the precisions of its tokens.
         tokens, pending: ids stored, and ids sampled after them but not fed to the model yet.
@@ -94,7 +95,7 @@ class Session:
             raise PolicyError(f"protect_bits must be 8 or 16, got {protect_bits!r:.60}")
         shape = model.architecture
         self.model = model
-        self.exclusive = Exclusive()
+        self.exclusive, self.changes = Exclusive(), 0
         self.metadata: dict[str, Any] = {}
         self._wanted_backend = backend
         self.backend = make_backend(backend)
@@ -122,6 +123,7 @@ class Session:
         self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
         self.drafter = Drafter(self)
         self._timer: Timer | None = None
+        self._torn = False  # in the middle of a change of text and store
         self.prefill_clock, self.decode_clock, self.shifts = Clock(), Clock(), Shifts()
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
@@ -236,14 +238,20 @@ class Session:
         end: as in `step`.
         """
         chooser, timer, ids = self.chooser, self._timer, seen.ids
-        with nullcontext() if timer is None else timer("choose"):
-            chosen = chooser.choose(self.store, seen, end)
-        self.store.append(seen.keys, seen.values, chosen)
+        self._torn, self.changes = True, self.changes + 1
+        try:
+            with nullcontext() if timer is None else timer("choose"):
+                chosen = chooser.choose(self.store, seen, end)
+            self.store.append(seen.keys, seen.values, chosen)
+        except Exception:  # an interrupt is none: that may come between any two lines
+            self._torn = self.store.length != len(self.tokens)
+            raise
         self.last_logits = None  # those of an earlier token now, should a later chunk fail
         with nullcontext() if timer is None else timer("count"):
             chooser.count(ids)
         self.tokens += ids.tolist()
         del self.pending[: len(ids)]
+        self._torn = False
 
     @named_keywords(GenerationOptions)
     def generate(
@@ -301,9 +309,12 @@ class Session:
         if not _is_integer(length) or not 0 <= length <= len(self.tokens):
             raise ContextError(f"cannot trim to {length!r:.40} tokens; give a number from 0 to {len(self.tokens)}")
         with self.exclusive:
+            if length:
+                self.check_whole()
             self._trim(int(length))
 
     def _trim(self, length: int) -> None:
+        self._torn, self.changes = True, self.changes + 1
         window = self.store.window
         keep = begin = max(0, length - max(1, window.capacity))  # where the window has to start afterwards
         if self.store.length - window.count <= begin:
@@ -317,6 +328,7 @@ class Session:
         self.chooser.restart(self.tokens)
         self.drafter.forget()
         self.last_logits = None
+        self._torn = False
         if again:
             self.append(again)
 
@@ -333,7 +345,7 @@ class Session:
         )  # fmt: skip
         twin.chooser.budget = self.budget
         with self.exclusive:
-            self._check_whole()
+            self.check_whole()
             twin.restore(self.store.fork(twin.store.codecs), list(self.tokens), list(self.pending), self.last_logits)
             twin.metadata = copy.deepcopy(self.metadata)
         return twin
@@ -347,20 +359,18 @@ class Session:
             pending: ids sampled after them but not stored.
             last_logits: float32 [vocab] after the last stored token, copied; None where it is not known.
         """
-        self.store = store
+        self.store, self.changes = store, self.changes + 1
         store.choose_open = self.chooser.settle
         self.tokens, self.pending = tokens, pending
         self.last_logits = None if last_logits is None else last_logits.copy()
         self.chooser.restart(tokens)
         self.drafter.forget()
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         """Raise SessionError where an interrupted step has left text and store apart."""
-        if self.store.length != len(self.tokens):
-            raise SessionError(
-                "the session was interrupted in the middle of a step and cannot go on; make a new one, or load the last"
-                " one saved"
-            )
+        if self._torn or self.store.length != len(self.tokens):
+            told = "the session was interrupted in the middle of a step and cannot go on"
+            raise SessionError(f"{told}; make a new one, load the last one saved, or begin again after trim(0)")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
@@ -371,7 +381,7 @@ class Session:
         from kvq.runtime.session.file import write_session
 
         with self.exclusive:
-            self._check_whole()
+            self.check_whole()
             write_session(self, path)
 
     def stats(self) -> Stats:
