@@ -17,6 +17,7 @@ try:
 except ImportError:  # Windows: two processes that write the same file at once are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
+PUBLIC, PRIVATE = 0o666, 0o600  # permissions of new files, before the umask
 LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
 
 
@@ -54,8 +55,10 @@ def read_regular(path: Path, most: int, follow: bool = False) -> bytes:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], private: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write, which takes the name `path` when the block ends well and vanishes when not.
+
+    private: a new one is its user's alone to read, from its first byte on.
 
     The temporary file, ``.NAME.tmp`` in the same folder, is synchronised before the rename and the folder after
     it. Its name is always the same, so a killed writer leaves at most one behind, which the next one takes over;
@@ -67,9 +70,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     # Closing gives the lock back, so the name is dealt with before that.
-    with lock(temporary) as held, io.BufferedWriter(held) as file:
+    with lock(temporary, PRIVATE if private else PUBLIC) as held, io.BufferedWriter(held) as file:
         try:
             file.truncate(0)
+            if private:  # one that a killed writer left may be otherwise
+                os.chmod(temporary, PRIVATE)
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             yield file
@@ -83,13 +88,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def lock(path: Path) -> io.FileIO:
+def lock(path: Path, mode: int = PUBLIC) -> io.FileIO:
     """A file, made if need be, once no other process holds it, to read and write; closing it gives it back.
 
     The file may be renamed or removed while it is held. It closes when nobody refers to it any more: an interrupt
     (Ctrl-C) at any moment leaves nothing locked.
+
+    Args:
+        path: of the file.
+        mode: permissions of a new one, before the umask.
     """
-    while (file := _held(path, wait=True)) is None:
+    while (file := _held(path, wait=True, mode=mode)) is None:
         pass
     return file
 
@@ -104,10 +113,10 @@ def try_lock(path: Path) -> io.FileIO | None:
     return file
 
 
-def _held(path: Path, wait: bool) -> io.FileIO | None:
+def _held(path: Path, wait: bool, mode: int = PUBLIC) -> io.FileIO | None:
     """The file; None where whoever held the file before us has renamed or removed the one that we opened."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    file = io.FileIO(os.open(path, flags, 0o666), "r+b")
+    file = io.FileIO(os.open(path, flags, mode), "r+b")
     try:
         if fcntl is None:
             return file

@@ -118,6 +118,32 @@ def test_permissions_follow_the_umask_or_the_old_file(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+def test_a_private_file_is_never_open_to_others(tmp_path):
+    path, left = tmp_path / "a.bin", tmp_path / ".a.bin.tmp"
+    left.write_bytes(b"of a killed writer")
+    left.chmod(0o644)
+    before = os.umask(0)
+    try:
+        with atomic_file(path, private=True) as file:
+            assert left.stat().st_mode & 0o777 == 0o600
+            file.write(b"new")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)  # its user's wish
+    with atomic_file(path, private=True) as file:
+        file.write(b"newer")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_session_is_its_users_alone(tiny_model, tmp_path):
+    session = tiny_model.session()
+    session.append([1, 2])
+    session.save(tmp_path / "text.kvq")
+    assert os.name == "nt" or (tmp_path / "text.kvq").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.slow
 def test_writers_of_one_file_never_mix(tmp_path):
     path = tmp_path / "a.bin"

@@ -76,7 +76,8 @@ def chat(
     if kept is not None:
         repl.notice(kept.opened(repl.conversation.session, repl.conversation))
     try:
-        repl.interactive(first) if sys.stdin.isatty() else repl.script(first)
+        with repl.leaving:
+            repl.interactive(first) if sys.stdin.isatty() else repl.script(first)
     finally:
         if kept is not None and not isinstance(sys.exception(), KeyboardInterrupt):
             kept.close(repl.conversation.session)

@@ -131,7 +131,7 @@ class History:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = self.entries()
             if len(kept) >= MOST_LINES and self.path.stat().st_size > MOST_LINES * MOST_CHARACTERS // 2:
-                with atomic_file(self.path) as file:  # whoever is killed here has the old history
+                with atomic_file(self.path, private=True) as file:  # whoever is killed here has the old history
                     file.writelines(map(_line_of, kept[-MOST_LINES // 2 :]))
             self._append(_line_of(entry))
 

@@ -14,7 +14,7 @@ import click
 
 from kvq.runtime.cli.answers import Answer, show, why_empty
 from kvq.runtime.cli.commands import Toolbox, ToolCommand, arguments_of, response
-from kvq.runtime.cli.interrupt import Interrupt
+from kvq.runtime.cli.interrupt import Interrupt, Leaving
 from kvq.runtime.cli.keyboard import QUOTES, prepare_readline, typed
 from kvq.runtime.cli.progress import Bar
 from kvq.runtime.cli.slash import HELP, Commands
@@ -42,6 +42,7 @@ class Repl:
         history: whether what is typed is kept on disk.
         tools: commands that the model may ask for.
         attended: whether somebody is there whose Ctrl-C ends an answer alone.
+        leaving: ends the chat where the process is told to end.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Repl:
     tools: Toolbox | None = None
     conversation: Conversation = field(init=False)
     attended: bool = False
+    leaving: Leaving = field(default_factory=Leaving)
 
     def __post_init__(self) -> None:
         self._commands = Commands(self)
@@ -192,7 +194,8 @@ class Repl:
             options = {**generation, "cancelled": lambda: interrupt.asked, "progress": bar, "context_shift": True}
             if options["max_tokens"] is None:  # an answer that would never end by itself ends then
                 options["max_tokens"] = self.model.architecture.context
-            answer = show(self._making_room(question, options), bar, interrupt, strip=True)
+            with self.leaving.after(interrupt):
+                answer = show(self._making_room(question, options), bar, interrupt, strip=True)
         if answer.last is None:  # stopped while the question was read
             click.echo()
         self._say_how_it_ended(answer, interrupt.asked)

@@ -20,7 +20,7 @@ async def aiterate(responses: Iterator[T]) -> AsyncGenerator[T, None]:
     try:
         while True:
             context = contextvars.copy_context()
-            # A future and no task: the end of a loop cancels all tasks, and a thread would go on behind a cancelled one.
+            # A future and no task: a loop that ends cancels all tasks, and a thread would go on behind a cancelled one.
             step = loop.run_in_executor(None, context.run, next, responses, None)
             response = await _outlasting(step)
             if response is None:

@@ -98,7 +98,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
     if os.path.islink(path) or os.path.isdir(path):
         raise SessionError(f"{path} is a link or a folder, which a session file does not replace; give another path")
     try:
-        with atomic_file(path) as file:
+        with atomic_file(path, private=True) as file:
             file.write(start)
             for part in parts:
                 file.write(_bytes(part))
