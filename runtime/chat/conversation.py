@@ -12,7 +12,7 @@ from kvq.runtime.chat.making_room import ReplyShift, made_room
 from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_metadata, identity_of, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.keywords import named_keywords
-from kvq.runtime.session.generation import GenerationOptions, Progress, Response
+from kvq.runtime.session.generation import GenerationOptions, Progress, Response, ending_as
 from kvq.runtime.session.shifting import least_dropped
 
 if TYPE_CHECKING:
@@ -200,9 +200,7 @@ class Conversation:
         self, ids: Sequence[int] | None, progress: Progress | None, options: GenerationOptions
     ) -> Iterator[Response]:
         """As `Session.generate`; what ends a reply in the chat template ends this one too."""
-        stop, ends = options.get("stop", ()), () if options.get("ignore_eos") else self.template.stop_tokens
-        options["stop"] = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
-        options["stop_tokens"] = [*ends, *options.get("stop_tokens", ())]
+        options |= ending_as(self.template, options)  # type: ignore[typeddict-item]
         options.setdefault("max_tokens", MAX_TOKENS)
         options["progress"] = progress
         return self.session.generate(ids, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, Iterator
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ async def aiterate(responses: Iterator[T]) -> AsyncGenerator[T, None]:
         while True:
             context = contextvars.copy_context()
             # A future and no task: a loop that ends cancels all tasks, and a thread would go on behind a cancelled one.
-            step = loop.run_in_executor(None, context.run, next, responses, None)
+            step = loop.run_in_executor(None, partial(context.run, _next, responses))
             response = await _outlasting(step)
             if response is None:
                 return
@@ -29,6 +30,10 @@ async def aiterate(responses: Iterator[T]) -> AsyncGenerator[T, None]:
     finally:
         if (close := getattr(responses, "close", None)) is not None:
             close()
+
+
+def _next(responses: Iterator[T]) -> T | None:
+    return next(responses, None)
 
 
 async def _outlasting(step: asyncio.Future[T]) -> T:

@@ -40,7 +40,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import Pair
-from kvq.runtime.session.header import SessionHeader, open_session_file
+from kvq.runtime.session.header import SessionHeader, check_path, open_session_file
 from kvq.runtime.session.session import Session
 from kvq.runtime.version import VERSION
 
@@ -60,8 +60,7 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
     Raises:
         SessionError: the file cannot be written, or metadata is not made of JSON values.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise SessionError(f"a session file is named by a path, got {path!r:.60}")
+    check_path(path)
     store, manifest = session.store, session.model.bundle.manifest
     pending = session.pending if session.room >= 0 else []  # what follows a full context is never fed
     logits = None if pending else session.last_logits

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvq.runtime.text.grammar import Constraint, Structure, structure_of
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
+    from kvq.runtime.text.template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class GenerationOptions(SamplingOptions, total=False):
     """The keyword options of `stream`."""
 
     max_tokens: int | None
-    stop: str | Sequence[str]
-    stop_tokens: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_tokens: Sequence[int] | None
     ignore_eos: bool
     schema: Any
     regex: str | None
@@ -123,6 +125,15 @@ class GenerationOptions(SamplingOptions, total=False):
     top_logprobs: int
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion]
     context_shift: ContextShift
+
+
+def ending_as(template: ChatTemplate, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`stop` and `stop_tokens` of options, with what ends an answer in a chat template."""
+    stop, ends = options.get("stop") or (), () if options.get("ignore_eos") else template.stop_tokens
+    return {
+        "stop": [*template.stop, *([stop] if isinstance(stop, str) else stop)],
+        "stop_tokens": [*ends, *(options.get("stop_tokens") or ())],
+    }
 
 
 def stream(
@@ -145,8 +156,8 @@ def events(
     prompt: str | Sequence[int] | None = None,
     *,
     max_tokens: int | None = 256,
-    stop: str | Sequence[str] = (),
-    stop_tokens: Sequence[int] = (),
+    stop: str | Sequence[str] | None = (),
+    stop_tokens: Sequence[int] | None = (),
     ignore_eos: bool = False,
     schema: Any = None,
     regex: str | None = None,
@@ -268,7 +279,8 @@ def _stream(
             return
 
 
-def _checked_stop(session: Session, stop: str | Sequence[str]) -> list[str]:
+def _checked_stop(session: Session, stop: str | Sequence[str] | None) -> list[str]:
+    stop = () if stop is None else stop  # as clients of other software say that there is none
     if not isinstance(stop, str | Iterable):
         raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
     stops = [stop] if isinstance(stop, str) else list(stop)
@@ -300,7 +312,7 @@ def _check_counts(session: Session, max_tokens: int | None, top_logprobs: int) -
 
 def _check_bias(session: Session, bias: Mapping[int, float] | None) -> None:
     vocab = session.model.architecture.vocab
-    if isinstance(bias, Mapping) and (foreign := [id for id in bias if isinstance(id, int) and id >= vocab]):
+    if isinstance(bias, Mapping) and (foreign := [id for id in bias if isinstance(id, Integral) and id >= vocab]):
         raise SamplingError(f"logit_bias must be of ids in [0, {vocab}), got {foreign[0]!r:.40}")
 
 
@@ -333,11 +345,15 @@ def _nothing(session: Session) -> str:
     return "nothing to continue: the session is empty; give a prompt"
 
 
-def _stop_ids(session: Session, stop_tokens: Sequence[int], ignore_eos: bool) -> frozenset[int]:
+def _stop_ids(session: Session, stop_tokens: Sequence[int] | None, ignore_eos: bool) -> frozenset[int]:
+    stop_tokens = () if stop_tokens is None else stop_tokens
+    if not isinstance(stop_tokens, Iterable):
+        raise SamplingError(f"stop_tokens must be token ids, got {stop_tokens!r:.60}; give a list of them")
+    stop_tokens = list(stop_tokens)
     eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
     vocab = session.model.architecture.vocab
     if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in stop_tokens):
-        raise SamplingError(f"stop_tokens must be token ids, got {list(stop_tokens)!r}; give strings as stop")
+        raise SamplingError(f"stop_tokens must be token ids, got {stop_tokens!r:.60}; give strings as stop")
     if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
         raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")
     return frozenset(int(token) for token in (*stop_tokens, *eos))

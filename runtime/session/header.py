@@ -23,11 +23,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.bundle.profiles import check_profiles
 from kvq.runtime.errors import SessionError
+from kvq.runtime.files import is_path
 from kvq.runtime.kv.pages import PAGE_TOKENS
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import PROTECTED, Pair
@@ -118,6 +120,8 @@ class SessionHeader:
         Raises:
             SessionError: metadata or policy options that JSON does not give back as they are, or too much of them.
         """
+        if type(self.metadata) is not dict:
+            raise SessionError(f"metadata must be a dictionary, got {self.metadata!r:.60}; keep it under a name in one")
         for name, value in (("metadata", self.metadata), ("the policy's options", self.policy_options)):
             try:
                 same = json.loads(json.dumps(value, allow_nan=False)) == value
@@ -156,9 +160,17 @@ def open_session_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
         yield file, header
 
 
-def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise SessionError for what no session file could be named."""
     if not isinstance(path, str | os.PathLike):
         raise SessionError(f"a session file is named by a path, got {path!r:.60}")
+    text = os.fspath(path)
+    if not isinstance(text, str) or not Path(text).name or not is_path(text):
+        raise SessionError(f"{text!r:.60} is no name for a session file; give another path")
+
+
+def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    check_path(path)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         file = os.fdopen(os.open(path, flags), "rb")

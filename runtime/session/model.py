@@ -24,7 +24,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.session.appending import Appending, run_pass
 from kvq.runtime.session.asynchronous import aiterate
-from kvq.runtime.session.generation import Response
+from kvq.runtime.session.generation import Response, ending_as
 from kvq.runtime.session.options import AllOptions, SessionSettings, parted
 from kvq.runtime.session.session import SINK, Session
 from kvq.runtime.session.several import Completion, complete_all, of_prompt
@@ -199,7 +199,7 @@ class Model:
         Raises:
             KvqError: as these two, or `ChatTemplate.encode`.
         """
-        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple | np.ndarray):
             return self.generate_all(prompt, **options)
         settings, generation = parted(options)
         session = self.session(**settings)
@@ -255,13 +255,13 @@ class Model:
             raise PromptError(f"a prompt is text, token ids or messages, got {prompt!r:.60}")
         if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
             return prompt, generation  # type: ignore[return-value]
-        template, messages = self.chat_template, [message for message in prompt if isinstance(message, Mapping)]
-        stop = generation.get("stop", ())
-        ends = () if generation.get("ignore_eos") else template.stop_tokens
-        ending: dict[str, Any] = {
-            "stop": [*template.stop, *([stop] if isinstance(stop, str) else stop)],
-            "stop_tokens": [*ends, *generation.get("stop_tokens", ())],
-        }
+        messages: list[Mapping[str, Any]] = []
+        for number, message in enumerate(prompt):
+            if not isinstance(message, Mapping):
+                raise PromptError(f"message {number} must be a mapping with role and content, got {message!r:.60}")
+            messages.append(message)
+        template = self.chat_template
+        ending: dict[str, Any] = ending_as(template, generation)
         if generation.get("context_shift") is True:
             ending["context_shift"] = of_messages(messages, template.encode_for_reply, self.architecture.context, sink)
         return template.encode_for_reply(messages), generation | ending

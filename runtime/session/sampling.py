@@ -89,8 +89,9 @@ def make_sampler(
         SamplingError: an option is out of its range.
     """
     _check_options(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed)
+    temperature, top_p, min_p = float(temperature), float(top_p), float(min_p)  # of any numeric type
     stream = (secrets.randbits(64) if seed is None else int(seed)) ^ SAMPLING_STREAM
-    adjust = Adjustment(repetition_penalty, presence_penalty, frequency_penalty, logit_bias)
+    adjust = Adjustment(float(repetition_penalty), float(presence_penalty), float(frequency_penalty), logit_bias)
     room = np.empty(0, np.float32)  # of a vocabulary's size, made once
 
     def sample(logits: np.ndarray, history: Sequence[int]) -> tuple[int, float]:
@@ -144,9 +145,9 @@ def _draw(scores: np.ndarray, temperature: float, point: float, top_k: int, top_
     limited = 0 < top_k < len(scores)
     candidates = largest(scores, top_k if limited else len(scores))
     kept = scores[candidates] if limited else scores
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
+    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature sends all but the best to -inf
         kept = (kept.astype(np.float64) - kept.max()) / temperature
-    weights = np.exp(kept)
+        weights = np.exp(kept)
     if limited or top_p < 1.0:
         total = weights.sum()
         if not limited:
