@@ -89,13 +89,15 @@ def find(reference: str) -> Found:
     path = Path(reference)
     if not is_path(reference):
         raise BundleError(f"no model has such a name, of {len(reference)} characters; kvq list shows those there are")
+    hub = models() / reference if HUB_ID.fullmatch(reference) and not reference.lower().endswith(".gguf") else None
+    if hub is not None and checkpoints.usable(hub):  # what was fetched is meant, wherever the command is given
+        return Found(reference, "hub", hub)
     if reference and checkpoints.is_checkpoint(path):
         return Found(str(path.absolute()), "checkpoint", checkpoints.here(path))
     if os.path.isdir(reference):
         return Found(str(path.absolute()), "folder", path)
-    if HUB_ID.fullmatch(reference) and not reference.lower().endswith(".gguf"):
-        folder = models() / reference
-        return Found(reference, "hub", folder if checkpoints.usable(folder) else None)
+    if hub is not None:
+        return Found(reference, "hub", None)
     if reference.startswith((".", "/", "~")) or reference.lower().endswith(".gguf"):
         raise BundleError(
             f"no model {reference!r:.300}: there is no bundle, checkpoint or .gguf file of that path; check it, or make"
@@ -108,8 +110,8 @@ def locate(reference: str, *, offline: bool | None = None, notice: Callable[[str
     """Folder of the bundle that a reference names, fetched and made if need be.
 
     Args:
-        reference: in this order: a name the user gave, an embedded model, a model of the registry, a bundle folder,
-            a checkpoint folder or GGUF file, or a hub id ("owner/name") of a bundle or a checkpoint.
+        reference: in this order: a name the user gave, an embedded model, a model of the registry, a hub id
+            ("owner/name") that was fetched, a checkpoint folder or GGUF file, a bundle folder, or another hub id.
         offline: use only what is on this machine; None reads HF_HUB_OFFLINE.
         notice: told what takes time.
 
@@ -119,7 +121,7 @@ def locate(reference: str, *, offline: bool | None = None, notice: Callable[[str
         CheckpointError: the checkpoint cannot be exported.
     """
     found = find(reference)
-    if found.origin == "registry" and os.path.isdir(reference) and notice:
+    if found.origin in ("registry", "hub") and os.path.isdir(reference) and notice:
         notice(f"{reference} is the model of that name; say ./{reference} for the folder")
     if found.path is not None:
         return found.path

@@ -166,6 +166,19 @@ def test_a_folder_goes_before_a_hub_id_and_an_embedded_name_before_a_folder(hub,
     assert not hub
 
 
+def test_a_hub_model_that_was_fetched_goes_before_a_folder(hub, tmp_path, monkeypatch, tiny_bundle):
+    """What a command means does not depend on where it is given: a folder that came with a download is not taken."""
+    kept = home() / "models" / "someone" / "bundle"
+    shutil.copytree(tiny_bundle, kept)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bundle, "someone/bundle")
+    told = []
+    assert references.locate("someone/bundle", notice=told.append) == kept
+    assert told == ["someone/bundle is the model of that name; say ./someone/bundle for the folder"]
+    assert references.locate("./someone/bundle") == Path("./someone/bundle")
+    assert not hub
+
+
 @pytest.mark.parametrize("reference", ["no-such", "a/b/c", "../x/y", "/a/b", "a/.b", "-x/y", "", "a/b\n"])
 def test_what_is_no_reference_is_never_asked_of_the_hub(hub, reference):
     with pytest.raises(kvq.BundleError, match="kvq export"):
