@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator
 
 
 class Markers:
     """Finds texts that are markers, from left to right, none over another.
 
-    One regular expression of them all would be long to compile, and try each at each place; a table is asked here, for
-    each length that a marker with such a beginning has.
+    One regular expression of them all would be long to compile, and try each at each place; a sorted list is asked.
+    What stands right before a text in it begins with the longest marker that the text begins with, if there is one.
 
     Args:
         texts: the markers, none empty.
@@ -19,12 +19,17 @@ class Markers:
     """
 
     def __init__(self, texts: Collection[str], guard: str) -> None:
-        self._texts, self._guard = frozenset(texts), guard
-        lengths: dict[str, set[int]] = defaultdict(set)
-        for text in self._texts:
-            lengths[text[0]].add(len(text))
-        self._lengths = {first: sorted(each, reverse=True) for first, each in lengths.items()}
-        self._first = re.compile(f"[{''.join(map(re.escape, self._lengths))}]" if lengths else r"(?!)")
+        self._guard, self._sorted = guard, sorted(set(texts))
+        self._longest = max(map(len, self._sorted), default=0)
+        self._within: dict[str, str] = {}  # marker -> the longest other one that it begins with
+        open_ones: list[str] = [""]
+        for text in self._sorted:
+            while not text.startswith(open_ones[-1]):
+                open_ones.pop()
+            self._within[text] = open_ones[-1]
+            open_ones.append(text)
+        first = "".join(re.escape(each) for each in dict.fromkeys(text[0] for text in self._sorted))
+        self._first = re.compile(f"[{first}]" if first else r"(?!)")
 
     def found(self, text: str) -> Iterator[tuple[int, str]]:
         """Place and text of each."""
@@ -38,11 +43,11 @@ class Markers:
 
     def _at(self, text: str, begin: int) -> str:
         """The longest that begins there; empty if none does."""
-        for length in self._lengths[text[begin]]:
-            piece = text[begin : begin + length]
-            if piece in self._texts and not text.startswith(self._guard, begin + length):
-                return piece
-        return ""
+        place = bisect_right(self._sorted, text[begin : begin + self._longest])
+        marker = self._sorted[place - 1] if place else ""
+        while marker and not (text.startswith(marker, begin) and not text.startswith(self._guard, begin + len(marker))):
+            marker = self._within[marker]
+        return marker
 
     def split(self, text: str) -> list[str]:
         """Ordinary text and markers in turn, beginning and ending with ordinary text, which may be empty."""

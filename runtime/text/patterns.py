@@ -25,7 +25,7 @@ MOST = 25
 MOST_IN_ALL = 500
 # Ordinary text, on which time must grow as the text does: four times as much for four times as long.
 PROSE = (
-    "The quick brown fox jumps over the lazy dog; in 1984 it didn't, and that's all we know. \u201cWhy?\u201d she asked "
+    "The quick brown fox jumps over the lazy dog; in 1984 it didn't, and that's all we know. \u201cWhy?\u201d she said "
     "(for the 3rd time), \u2014 but he only said: it's 25.50 EUR, or so. See https://example.org/a?b=c for more!\n\n"
 )
 CODE = (

@@ -27,29 +27,17 @@ MOST_TYPES = 1 << 32  # above every number that a step may have
 
 # Part -> (the name of what a sequence holds, types of its steps).
 PARTS: dict[str, tuple[str, frozenset[str]]] = {
-    "normalizer": (
-        "normalizers",
-        frozenset(
-            "BertNormalizer ByteLevel Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace Strip"
-            " StripAccents".split()
-        ),
-    ),
-    "pre_tokenizer": (
-        "pretokenizers",
-        frozenset(
-            "BertPreTokenizer ByteLevel CharDelimiterSplit Digits FixedLength Metaspace Punctuation Split"
-            " UnicodeScripts Whitespace WhitespaceSplit".split()
-        ),
-    ),
-    "post_processor": (
-        "processors",
-        frozenset(["BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"]),
-    ),
-    "decoder": (
-        "decoders",
-        frozenset("BPEDecoder ByteFallback ByteLevel CTC Fuse Metaspace Replace Strip WordPiece".split()),
-    ),
-}
+    "normalizer": ("normalizers", frozenset({
+        "BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend",
+        "Replace", "Strip", "StripAccents"})),
+    "pre_tokenizer": ("pretokenizers", frozenset({
+        "BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength", "Metaspace", "Punctuation",
+        "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"})),
+    "post_processor": ("processors", frozenset({
+        "BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"})),
+    "decoder": ("decoders", frozenset({
+        "BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})),
+}  # fmt: skip
 SEQUENCE = "Sequence"
 
 
