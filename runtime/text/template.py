@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from kvq.runtime.errors import ChatTemplateError, PromptError, TokenizerError
 from kvq.runtime.text.continuing import added_tokens, adds_space, encoded_behind
+from kvq.runtime.text.markers import Markers
 from kvq.runtime.text.tokenizer import encoded, guarded
 from kvq.runtime.text.tools import CallFormat, call_format
 
@@ -72,9 +73,7 @@ class ChatTemplate:
         self._program = compiled(self.source)
         # All of them: a template's markers need not be flagged as special.
         self._specials = added_tokens(tokenizer) if tokenizer else {}
-        longest_first = sorted(self._specials, key=len, reverse=True)
-        any_special = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self._special = re.compile(f"({any_special})(?!{GUARD})")
+        self._special = Markers(self._specials, GUARD)
         self.stop, self.stop_tokens = self._ends()
 
     def __repr__(self) -> str:
@@ -272,7 +271,7 @@ class ChatTemplate:
     def guarded(self, text: str) -> str:
         """A message's text with `GUARD` inside every special token that it quotes."""
         clean = text.replace(GUARD, "\ufffd").replace(REPLY, "\ufffd") if text != REPLY else text
-        return self._special.sub(lambda found: found[0][:1] + GUARD + found[0][1:], clean)
+        return self._special.replaced(clean, lambda found: found[:1] + GUARD + found[1:])
 
     def _checked(self, messages: Messages) -> list[dict[str, Any]]:
         checked = []
@@ -295,9 +294,9 @@ class ChatTemplate:
         except ChatTemplateError:  # one that takes single turns only
             return [], []
         between = text.partition(REPLY)[2].partition("?")[0]
-        found = self._special.search(between)
+        found = next(self._special.found(between), None)
         if found:
-            return [], [self._specials[found[0]]]
+            return [], [self._specials[found[1]]]
         return ([between.rstrip()] if between.strip() else []), []
 
 

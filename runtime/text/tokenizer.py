@@ -6,21 +6,29 @@ The Rust library raises plain Exception, and for what it did not foresee a Panic
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from kvq.runtime.errors import ContextError, TokenizerError
-from kvq.runtime.text.patterns import wrong_pattern
+from kvq.runtime.text.steps import PARTS, kinds, normalizing_growth, wrong_steps
 
 T = TypeVar("T")
 
 MOST_TOKENIZER_BYTES = 1 << 27  # the largest published ones take 34 MB
-MOST_STEPS = 64  # normalizers, pre-tokenizers, decoders and post-processors together
-MOST_GROWTH = 1024  # characters that normalizing makes of one
-MOST_ADDED = 100_000
-MOST_ENDS = 64  # tokens that are put before and behind a text
+# Separators of values: what Python makes of a text takes memory by the value. Gemma's have 2 million.
+MOST_VALUES = 1 << 22
+# The library's time for added tokens grows with their characters, and more: 0.6 s for 32,768 of 20.
+MOST_ADDED, MOST_ADDED_CHARACTERS = 1 << 16, 1 << 20
+MOST_NORMALIZED = 1 << 22  # characters of added tokens that are looked for in normalized text
+# Vocabularies: the largest published ones have 262,144 pieces of 2 million characters, and 600,000 merges; the longest
+# pieces, of blanks, have 128 characters. A Unigram model takes time for every piece that a place of a text begins with;
+# its trainer makes pieces of at most 16. Its trie takes 300 bytes for each node.
+MOST_PIECES, MOST_CHARACTERS, MOST_MERGES, LONGEST_SPELLED = 1 << 20, 1 << 24, 1 << 21, 512
+LONGEST_OF_UNIGRAM, MOST_NODES = 64, 1 << 21
+LONGEST_AFFIX = 16  # of what a model puts before or behind pieces: "##", "</w>"
+LONGEST_WORD = 200  # characters of a word that a WordPiece model cuts, in cubic time; BERT's has 100
 # Characters that are encoded at a time, while it is found out whether a text is far too long.
 PIECE = 1 << 15
 
@@ -52,13 +60,18 @@ def load_tokenizer(text: str) -> Tokenizer:
     """
     if len(text) > MOST_TOKENIZER_BYTES:
         raise TokenizerError(f"it is longer than {MOST_TOKENIZER_BYTES} characters; use a smaller one")
+    if sum(map(text.count, ",[{")) > MOST_VALUES:
+        raise TokenizerError(f"it has more than {MOST_VALUES} values; use a smaller one")
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"it is not JSON ({error!s:.80}); use a valid one") from None
     if wrong := _wrong(document):
         raise TokenizerError(f"it {wrong}; use another")
-    return guarded(lambda: Tokenizer.from_str(text), "to load")
+    tokenizer = guarded(lambda: Tokenizer.from_str(text), "to load")
+    if wrong := _otherwise(document, tokenizer):
+        raise TokenizerError(f"it {wrong}; use another")
+    return tokenizer
 
 
 def encoded(tokenizer: Tokenizer, text: str, special: bool = False, most: int | None = None) -> list[int]:
@@ -98,72 +111,54 @@ def decoded(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool 
 # -- what it is made of -----------------------------------------------------------------------------
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key comes twice: of two the library takes another one than Python does."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
 def _wrong(document: Any) -> str:
     """What makes a tokenizer.json one that is not used; empty if nothing."""
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         return "has no model"
-    steps = [
-        step
-        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-        for step in _steps(document.get(part))
-    ]
-    if len(steps) > MOST_STEPS:
-        return f"has {len(steps)} steps, more than {MOST_STEPS}"
+    return wrong_steps(document) or _wrong_added(document) or _wrong_model(document["model"])
+
+
+def _otherwise(document: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """What the library has read as something else than was looked at; empty if nothing."""
+    for name in PARTS:
+        part = getattr(tokenizer, name)
+        if kinds(document.get(name)) != (kinds(json.loads(part.__getstate__())) if part is not None else []):
+            return f"has a {name} that is not of the type it names"
+    if type(tokenizer.model).__name__ != document["model"].get("type", "BPE"):
+        return "has a model that is not of the type it names"
+    return ""
+
+
+def _wrong_added(document: dict[str, Any]) -> str:
     added = document.get("added_tokens") or []
     if not isinstance(added, list) or len(added) > MOST_ADDED:
         return f"has no list of added tokens, or more than {MOST_ADDED}"
-    growth = 1.0
-    for step in steps:
-        pattern = step.get("pattern")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if isinstance(regex, str) and (wrong := wrong_pattern(regex)):
-            return f"has the regular expression {regex!r:.40}, which {wrong}"
-        growth *= _growth(step, pattern, regex)
-        ends = [piece for name in ("single", "pair") for piece in step.get(name) or [] if isinstance(piece, dict)]
-        tokens = step.get("special_tokens")
-        each = (
-            [len(t.get("ids") or []) for t in tokens.values() if isinstance(t, dict)]
-            if isinstance(tokens, dict)
-            else []
-        )
-        if len(ends) > MOST_ENDS or sum(each) > MOST_ENDS:
-            return f"puts more than {MOST_ENDS} tokens around a text"
-    if growth > MOST_GROWTH:
-        return f"makes more than {MOST_GROWTH} characters of one"
-    return _wrong_model(document["model"], {t.get("content") for t in added if isinstance(t, dict)})
+    total = normalized = 0
+    for token in added:
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or len(content) > LONGEST_SPELLED:
+            return f"has an added token that is none, or of more than {LONGEST_SPELLED} characters"
+        total += len(content)
+        normalized += len(content) if token.get("normalized", not token.get("special")) else 0
+    if total > MOST_ADDED_CHARACTERS:
+        return f"has added tokens of more than {MOST_ADDED_CHARACTERS} characters"
+    if normalized * normalizing_growth(document) > MOST_NORMALIZED:
+        return f"has added tokens that normalizing makes more than {MOST_NORMALIZED} characters of"
+    return ""
 
 
-def _steps(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, those of sequences one by one."""
-    if not isinstance(part, dict) or depth > 8:
-        return
-    yield part
-    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
-        inner = part.get(name)
-        for each in inner if isinstance(inner, list) else []:
-            yield from _steps(each, depth + 1)
-
-
-def _growth(step: dict[str, Any], pattern: Any, regex: Any) -> float:
-    """How many characters a step makes of one, at most, before the next one sees them."""
-    content = step.get("content")
-    if step.get("type") != "Replace" or not isinstance(content, str):
-        return 1.0
-    if isinstance(regex, str):  # it may match between any two characters
-        return 1.0 + len(content) if content else 1.0
-    found = pattern.get("String") if isinstance(pattern, dict) else None
-    return max(1.0, len(content) / max(1, len(found) if isinstance(found, str) else 1))
-
-
-def _wrong_model(model: dict[str, Any], added: set[Any]) -> str:
+def _wrong_model(model: dict[str, Any]) -> str:
     kind, vocab = model.get("type", "BPE"), model.get("vocab")
     if kind == "Unigram":
-        if not isinstance(vocab, list) or not vocab:
-            return "is a Unigram model without a vocabulary"
-        unknown = model.get("unk_id")
-        if not model.get("byte_fallback") and (type(unknown) is not int or not 0 <= unknown < len(vocab)):
-            return "is a Unigram model without an unknown token, which cannot encode every text"
-        return ""
+        return _wrong_unigram(model, vocab)
     if kind not in ("BPE", "WordPiece", "WordLevel"):
         return f"is of the model {kind!r:.40}, which is not known"
     if not isinstance(vocab, dict):
@@ -174,4 +169,51 @@ def _wrong_model(model: dict[str, Any], added: set[Any]) -> str:
         )
     if kind == "BPE" and model.get("dropout"):
         return "draws its ids (dropout)"
-    return ""
+    for name, most in (("continuing_subword_prefix", LONGEST_AFFIX), ("end_of_word_suffix", LONGEST_AFFIX),
+                       ("unk_token", LONGEST_SPELLED)):  # fmt: skip
+        if not isinstance(text := model.get(name) or "", str) or len(text) > most:
+            return f"has a {name} that is no text, or of more than {most} characters"
+    word = model.get("max_input_chars_per_word", 100)
+    if type(word) is not int or not 0 < word <= LONGEST_WORD:
+        return f"cuts words of more than {LONGEST_WORD} characters"
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or len(merges) > MOST_MERGES:
+        return f"has no list of merges, or more than {MOST_MERGES}"
+    return _wrong_pieces(vocab, len(vocab), LONGEST_SPELLED)
+
+
+def _wrong_unigram(model: dict[str, Any], vocab: Any) -> str:
+    if not isinstance(vocab, list) or not vocab:
+        return "is a Unigram model without a vocabulary"
+    unknown = model.get("unk_id")
+    if not model.get("byte_fallback") and (type(unknown) is not int or not 0 <= unknown < len(vocab)):
+        return "is a Unigram model without an unknown token, which cannot encode every text"
+    if not all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in vocab):
+        return "is a Unigram model with a piece that is none"
+    wrong = _wrong_pieces((piece for piece, _ in vocab), len(vocab), LONGEST_OF_UNIGRAM)
+    return wrong or _wrong_trie([piece for piece, _ in vocab])
+
+
+def _wrong_pieces(pieces: Iterable[str], count: int, longest: int) -> str:
+    """What is wrong with a vocabulary's pieces; empty if nothing."""
+    if count > MOST_PIECES:
+        return f"has more than {MOST_PIECES} pieces"
+    lengths = [len(piece) for piece in pieces]
+    if max(lengths, default=0) > longest:
+        return f"has a piece of more than {longest} characters"
+    return f"has pieces of more than {MOST_CHARACTERS} characters" if sum(lengths) > MOST_CHARACTERS else ""
+
+
+def _wrong_trie(pieces: list[str]) -> str:
+    """Whether the trie of pieces has too many nodes; it has one for every byte that no other piece begins with."""
+    if 4 * sum(map(len, pieces)) <= MOST_NODES:  # no character has more bytes
+        return ""
+    before, nodes = b"", 0
+    for piece in sorted(piece.encode(errors="replace") for piece in pieces):
+        shared = 0
+        for one, other in zip(before, piece, strict=False):
+            if one != other:
+                break
+            shared += 1
+        nodes, before = nodes + len(piece) - shared, piece
+    return f"has pieces whose trie has more than {MOST_NODES} nodes" if nodes > MOST_NODES else ""
