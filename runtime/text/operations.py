@@ -19,6 +19,7 @@ from jinja2.runtime import Context, Undefined
 from markupsafe import Markup
 
 from kvq.runtime.text.allowance import CHARACTERS_OF_AN_ITEM, CHARACTERS_OF_AN_OBJECT, MOST_BITS, Allowance
+from kvq.runtime.text.rewriting import COMPARED, CONCATENATED, COUNTED, HASHED, SHOWN, SLICED, SPENT
 
 FILTERS: dict[str, Any] = {**jinja_filters.FILTERS}
 TESTS: dict[str, Any] = {**jinja_tests.TESTS}
@@ -84,9 +85,11 @@ class Operations:
         found |= {name: self._deep(FILTERS[name]) for name in DEEP}
         found |= {name: self._text(FILTERS[name], most) for name, most in TEXT.items()}
         own: dict[str, Callable[..., Any]] = {
-            "compared": self.compared, "concatenated": self.joined, "counted": self.counted, "hashed": self.hashed,
-            "join": self.joined, "replace": self.replaced, "shown": self.text, "sliced": self.sliced,
-            "spent": self.spent, "sum": self.sum, "tojson": self.tojson,
+            "join": self.joined, "replace": self.replaced, "sum": self.sum, "tojson": self.tojson,
+        }  # fmt: skip
+        own |= {
+            COMPARED: self.compared, CONCATENATED: self.joined, COUNTED: self.counted, HASHED: self.hashed,
+            SHOWN: self.text, SLICED: self.sliced, SPENT: self.spent,
         }  # fmt: skip
         return found | {name: _of_context(function) for name, function in own.items()}
 

@@ -20,7 +20,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from kvq.runtime.errors import ChatTemplateError
 from kvq.runtime.text.allowance import Allowance
 from kvq.runtime.text.operations import METHODS, Operations, kind_of
-from kvq.runtime.text.rewriting import Generation, counting
+from kvq.runtime.text.rewriting import Generation, callable_by_template, counting
 
 MOST_TEMPLATE_BYTES = 1 << 17  # the longest published ones, with tools, take 30 kB
 
@@ -58,6 +58,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         return super().getitem(obj, self.operations.hashed(argument))
+
+    def call_filter(self, name: Any, *given: Any, **named: Any) -> Any:
+        """As `map` does, by what a template says."""
+        return super().call_filter(self._callable(name), *given, **named)
+
+    def call_test(self, name: Any, *given: Any, **named: Any) -> Any:
+        """As `select` and its like do, by what a template says."""
+        return super().call_test(self._callable(name), *given, **named)
+
+    def _callable(self, name: Any) -> str:
+        if not callable_by_template(name):
+            raise SecurityError("it names no filter or test by what it calls one")
+        return str(name)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.operations.before(operator, left, right)
