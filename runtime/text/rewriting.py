@@ -11,6 +11,8 @@ from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
+from kvq.runtime.text.allowance import MOST_BITS
+
 MOST_NODES = 8_000  # the longest published templates have 5,000; compiling this many takes a fifth of a second
 MOST_TOKENS = 3 * MOST_NODES  # of the source, which are counted while it is read; published ones have two for a node
 # What a template is made of. Anything else (inheritance, includes, blocks) reaches beyond it.
@@ -21,7 +23,7 @@ ALLOWED = (
     nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat,
     nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr,
 )  # fmt: skip
-# Names of what is put into the tree, as filters that no template may use: they say what is taken from an allowance. With
+# Names of what is put into the tree, as filters that no template may use: they say what an allowance loses. With
 # parentheses they are no names in a template's source, and as text (`map("(spent)")`) the environment refuses them.
 COMPARED, CONCATENATED, COUNTED, HASHED = "(compared)", "(concatenated)", "(counted)", "(hashed)"
 SHOWN, SLICED, SPENT = "(shown)", "(sliced)", "(spent)"
@@ -64,6 +66,8 @@ def counting(tree: nodes.Template) -> nodes.Template:
             raise TemplateSyntaxError(f"{type(node).__name__} is not known", node.lineno or 1)
         if isinstance(node, nodes.Filter | nodes.Test) and not callable_by_template(node.name):
             raise TemplateSyntaxError(f"no filter or test can have the name {node.name!r:.80}", node.lineno or 1)
+        if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MOST_BITS:
+            raise TemplateSyntaxError(f"an integer of more than {MOST_BITS} bits", node.lineno or 1)
     return Counting().visit(tree)
 
 
