@@ -55,25 +55,25 @@ class Allowance(threading.local):
 
     def step(self, count: int = 1) -> None:
         """Take steps from what is left."""
-        self.steps -= count
+        self.steps -= _amount(count)
         if self.steps < 0:
             raise SecurityError("it takes more steps than its messages account for")
 
     def make(self, characters: int) -> None:
         """Take the characters of a text that is about to be made."""
-        self.characters -= characters
+        self.characters -= _amount(characters)
         if self.characters < 0:
             raise SecurityError("it makes more text than its messages account for")
 
     def read(self, characters: int) -> None:
         """Take what it costs to look at so many characters."""
-        self.characters -= characters >> 3
+        self.characters -= _amount(characters) >> 3
         if self.characters < 0:
             raise SecurityError("it reads more text than its messages account for")
 
     def copy(self, items: int) -> None:
         """Take a list of so many items that are there already."""
-        self.make(CHARACTERS_OF_AN_ITEM * items)
+        self.make(CHARACTERS_OF_AN_ITEM * _amount(items))
 
     def weigh(self, *values: Any) -> Weight:
         """How large values are; each one that is looked at is taken from what is left.
@@ -110,6 +110,13 @@ class Allowance(threading.local):
         """Refuse an integer that is larger than any number has a use for."""
         if value.bit_length() > MOST_BITS:
             raise SecurityError(f"it computes with integers of more than {MOST_BITS} bits")
+
+
+def _amount(count: Any) -> int:
+    """What can be taken: nothing is ever given back."""
+    if type(count) is not int or count < 0:
+        raise SecurityError("it takes what cannot be counted")
+    return count
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -11,6 +11,8 @@ from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
+from kvq.runtime.text.allowance import MOST_BITS
+
 MOST_NODES = 8_000  # the longest published templates have 5,000; compiling this many takes a fifth of a second
 MOST_TOKENS = 3 * MOST_NODES  # of the source, which are counted while it is read; published ones have two for a node
 # What a template is made of. Anything else (inheritance, includes, blocks) reaches beyond it.
@@ -21,6 +23,10 @@ ALLOWED = (
     nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat,
     nodes.Compare, nodes.Operand, nodes.BinExpr, nodes.UnaryExpr,
 )  # fmt: skip
+# Names of what is put into the tree, as filters that no template may use: they say what an allowance loses. With
+# parentheses they are no names in a template's source, and as text (`map("(spent)")`) the environment refuses them.
+COMPARED, CONCATENATED, COUNTED, HASHED = "(compared)", "(concatenated)", "(counted)", "(hashed)"
+SHOWN, SLICED, SPENT = "(shown)", "(sliced)", "(spent)"
 # Their bodies run more than once, or later: they take their own steps.
 REPEATED = (nodes.For, nodes.Macro, nodes.CallBlock)
 CONTAINERS = (nodes.List, nodes.Tuple, nodes.Dict)
@@ -58,7 +64,19 @@ def counting(tree: nodes.Template) -> nodes.Template:
             raise TemplateSyntaxError(f"more than {MOST_NODES} expressions", node.lineno or 1)
         if not isinstance(node, ALLOWED):
             raise TemplateSyntaxError(f"{type(node).__name__} is not known", node.lineno or 1)
+        if isinstance(node, nodes.Filter | nodes.Test) and not callable_by_template(node.name):
+            raise TemplateSyntaxError(f"no filter or test can have the name {node.name!r:.80}", node.lineno or 1)
+        if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value.bit_length() > MOST_BITS:
+            raise TemplateSyntaxError(f"an integer of more than {MOST_BITS} bits", node.lineno or 1)
     return Counting().visit(tree)
+
+
+def callable_by_template(name: object) -> bool:
+    """Whether it is a name that a template may call a filter or a test by; not those that are put into the tree.
+
+    Anything else that is looked up has to be hashed, and a tuple may hold itself many times.
+    """
+    return isinstance(name, str) and not name.startswith("(")
 
 
 def walk(node: nodes.Node) -> Iterator[nodes.Node]:
@@ -105,7 +123,7 @@ class Counting(NodeTransformer):
         test = STEPS_OF_A_ROUND + (cost([node.test])[0] if node.test is not None else 0)
         body = cost(node.body)
         self.generic_visit(node)
-        node.iter = _filter(node.iter, "counted", nodes.Const(test, lineno=node.lineno))
+        node.iter = _filter(node.iter, COUNTED, nodes.Const(test, lineno=node.lineno))
         return _spending(node, body)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
@@ -123,19 +141,19 @@ class Counting(NodeTransformer):
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         """What is shown is made text (shown)."""
         self.generic_visit(node)
-        node.nodes = [part if isinstance(part, nodes.TemplateData) else _filter(part, "shown") for part in node.nodes]
+        node.nodes = [part if isinstance(part, nodes.TemplateData) else _filter(part, SHOWN) for part in node.nodes]
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         """The operator ~ (concatenated)."""
         self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), "concatenated")
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), CONCATENATED)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         """Comparisons, and `in` (compared)."""
         self.generic_visit(node)
         pairs = [part for each in node.ops for part in (nodes.Const(each.op, lineno=node.lineno), each.expr)]
-        return _filter(node.expr, "compared", *pairs)
+        return _filter(node.expr, COMPARED, *pairs)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         """Slices, which jinja2 leaves to Python (sliced)."""
@@ -143,17 +161,17 @@ class Counting(NodeTransformer):
         if not isinstance(node.arg, nodes.Slice):
             return node
         none = nodes.Const(None, lineno=node.lineno)
-        return _filter(node.node, "sliced", node.arg.start or none, node.arg.stop or none, node.arg.step or none)
+        return _filter(node.node, SLICED, node.arg.start or none, node.arg.stop or none, node.arg.step or none)
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         """Keys of dictionaries, which are hashed (hashed)."""
         self.generic_visit(node)
-        node.key = _filter(node.key, "hashed")
+        node.key = _filter(node.key, HASHED)
         return node
 
 
 def _spending(node: nodes.For | nodes.Macro | nodes.CallBlock, body: tuple[int, int]) -> nodes.Node:
     """The node, whose body takes so many steps and characters whenever it runs."""
     count, text = (nodes.Const(value, lineno=node.lineno) for value in body)
-    node.body = [nodes.ExprStmt(_filter(count, "spent", text), lineno=node.lineno), *node.body]
+    node.body = [nodes.ExprStmt(_filter(count, SPENT, text), lineno=node.lineno), *node.body]
     return node

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,10 +20,14 @@ from jinja2.utils import Cycler, Joiner, Namespace
 
 from kvq.runtime.errors import ChatTemplateError
 from kvq.runtime.text.allowance import Allowance
-from kvq.runtime.text.operations import METHODS, Operations, kind_of
-from kvq.runtime.text.rewriting import Generation, counting
+from kvq.runtime.text.methods import METHODS, kind_of
+from kvq.runtime.text.operations import Operations
+from kvq.runtime.text.rewriting import Generation, callable_by_template, counting
 
 MOST_TEMPLATE_BYTES = 1 << 17  # the longest published ones, with tools, take 30 kB
+
+STEPS_OF_A_DATE = 30
+MOST_OF_A_FIELD = 256  # characters for one of a form, beyond which Python gives up
 
 # (messages, add_generation_prompt, special tokens, tools and whatever else a template may read, by name) -> text
 Program = Callable[[list[dict[str, Any]], bool, dict[str, Any]], str]
@@ -45,7 +50,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "range": self.counted_range, "dict": self.made_dict, "namespace": self.made_namespace, "cycler": Cycler,
             "joiner": Joiner, "raise_exception": self.refuse, "strftime_now": self.strftime_now,
         }  # fmt: skip
-        self._functions = set(self.globals.values())
+        self._functions = {id(function) for function in self.globals.values()}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         kind = kind_of(obj)
@@ -59,6 +64,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         return super().getitem(obj, self.operations.hashed(argument))
 
+    def call_filter(self, name: Any, *given: Any, **named: Any) -> Any:
+        """As `map` does, by what a template says."""
+        return super().call_filter(self._callable(name), *given, **named)
+
+    def call_test(self, name: Any, *given: Any, **named: Any) -> Any:
+        """As `select` and its like do, by what a template says."""
+        return super().call_test(self._callable(name), *given, **named)
+
+    def _callable(self, name: Any) -> str:
+        if not callable_by_template(name):
+            raise SecurityError("it names no filter or test by what it calls one")
+        return str(name)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.operations.before(operator, left, right)
         return super().call_binop(context, operator, left, right)
@@ -66,7 +84,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(*arguments: Any, **named: Any) -> Any:  # self, context, function, and what the function is given
         self, function, given = arguments[0], arguments[2], arguments[3:]
         self.allowance.step(20 + len(given) + len(named))
-        owner = getattr(function, "__self__", None)
+        # Not of a namespace, which has any attribute that a template gives it.
+        owner = function.__self__ if isinstance(function, BuiltinMethodType | MethodType) else None
         if kind_of(owner) is not None:
             for scope in ("_loop_vars", "_block_vars"):  # jinja2's own, for functions that want the context
                 named.pop(scope, None)
@@ -76,7 +95,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif not (
             isinstance(function, Macro | LoopContext | Joiner | Undefined)
             or isinstance(owner, Cycler)
-            or function in self._functions
+            or id(function) in self._functions  # a tuple in itself takes for ever to hash
         ):
             raise SecurityError(f"it calls a {type(function).__name__}")
         return ImmutableSandboxedEnvironment.call(*arguments, **named)
@@ -91,6 +110,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Python's dict."""
         self.allowance.weigh(*given)
         self.allowance.step(10 * len(named))
+        for pair in (pair for pairs in given if isinstance(pairs, list | tuple) for pair in pairs):
+            if isinstance(pair, list | tuple) and pair:
+                self.operations.hashed(pair[0])
         return dict(*given, **named)
 
     def made_namespace(self, *given: Any, **named: Any) -> Namespace:
@@ -103,6 +125,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def strftime_now(self, form: str) -> str:
         """The present local time."""
+        self.allowance.step(STEPS_OF_A_DATE)
+        self.allowance.make(MOST_OF_A_FIELD * min(len(form), 100))  # a field may have a width
         return datetime.now().strftime(form[:100])
 
 
