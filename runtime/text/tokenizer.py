@@ -130,7 +130,7 @@ def _wrong(document: Any) -> str:
             return f"puts more than {MOST_ENDS} tokens around a text"
     if growth > MOST_GROWTH:
         return f"makes more than {MOST_GROWTH} characters of one"
-    return _wrong_model(document["model"], {t.get("content") for t in added if isinstance(t, dict)})
+    return _wrong_model(document["model"])
 
 
 def _steps(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
@@ -155,7 +155,7 @@ def _growth(step: dict[str, Any], pattern: Any, regex: Any) -> float:
     return max(1.0, len(content) / max(1, len(found) if isinstance(found, str) else 1))
 
 
-def _wrong_model(model: dict[str, Any], added: set[Any]) -> str:
+def _wrong_model(model: dict[str, Any]) -> str:
     kind, vocab = model.get("type", "BPE"), model.get("vocab")
     if kind == "Unigram":
         if not isinstance(vocab, list) or not vocab:

@@ -25,6 +25,7 @@ TRIED: dict[str, list[tuple[str, str]]] = {
     "chat templates without end": [("tests.attacks.test_templates", "BOMBS")],
     "chat templates that are long to compile": [("tests.attacks.test_templates", "SOURCES")],
     "tokenizers": [("tests.attacks.test_tokenizers", "BAD")],
+    "checkpoints": [("tests.attacks.test_checkpoints", name) for name in ("ATTACKS", "METADATA")],
     "session files of a stranger": [("tests.attacks.test_sessions", "ATTACKS")],
     "conversations in session files": [("tests.attacks.test_sessions", "CONVERSATIONS")],
     "session files that are damaged": [("tests.session.test_damaged_files", name) for name in ("BYTES", "TEXTS")],
