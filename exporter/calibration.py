@@ -12,6 +12,7 @@ import numpy as np
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.engine import Engine
+from kvq.runtime.errors import CalibrationError
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.text.tokenizer import encoded, load_tokenizer
 
@@ -59,6 +60,21 @@ def mean_of(total: np.ndarray, count: int) -> np.ndarray:
     return total / max(1, count)
 
 
+def check_finite(what: str, *by_layer: np.ndarray) -> None:
+    """Check what a calibration text was measured to do, arrays of a layer a row.
+
+    Raises:
+        CalibrationError: it holds NaN or infinity: no model was trained to weights of this size.
+    """
+    for array in by_layer:
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
+        if len(bad):
+            raise CalibrationError(
+                f"{what} of layer {bad[0]} are no finite numbers on the calibration text; give a checkpoint of a"
+                " trained model"
+            )
+
+
 def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """Mean key of every KV head as the cache would hold it, float32 [layers, kv_heads, head_dim].
 
@@ -90,4 +106,5 @@ def mean_keys(bundle: Bundle, ids: np.ndarray, progress: Callable[[int, int], No
             if progress is not None:
                 progress(start + at + len(chunk), len(ids))
         count += len(part) - 1
+    check_finite("keys", total)
     return mean_of(total, count).astype(np.float32)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvq.exporter.architectures import Model, describe
+from kvq.exporter.limits import MAGNITUDE, TEMPLATE_BYTES
 from kvq.exporter.sources import open_source
 from kvq.exporter.sources.base import BlockForm, Blocks, Source
+from kvq.runtime.bundle.fields import encodable, text
+from kvq.runtime.bundle.limits import END_IDS, TEXT
 from kvq.runtime.bundle.manifest import Architecture
 from kvq.runtime.errors import CheckpointError, TokenizerError
 from kvq.runtime.text.tokenizer import load_tokenizer
@@ -41,10 +46,14 @@ class Checkpoint:
         """A parameter by its full name, as the architecture takes it, float32.
 
         Raises:
-            CheckpointError: it holds NaN or infinity, which quantization would hide.
+            CheckpointError: it holds NaN or infinity, which quantization would hide, or what single precision cannot
+                calculate with.
         """
         values, adapted = self._finite(name, self.source.read(name)), self.model.adapted.get(name)
-        return values if adapted is None else adapted.of(values)
+        if adapted is None:
+            return values
+        with np.errstate(over="ignore"):
+            return self._finite(name, adapted.of(values))
 
     def stacked(self, names: list[str]) -> np.ndarray:
         """Parameters concatenated along the first axis."""
@@ -61,6 +70,8 @@ class Checkpoint:
             return None
         for name, blocks in zip(names, parts, strict=True):
             self._finite(name, blocks.scales)
+            if blocks.minima is not None:
+                self._finite(name, blocks.minima)
         forms = [part.form for part in parts]
         bits, minima = {form.bits for form in forms}, any(form.minima for form in forms)
         if minima and len(bits) > 1:
@@ -78,12 +89,16 @@ class Checkpoint:
     def _blocks(self, name: str) -> Blocks | None:
         """A matrix as the architecture takes it, in blocks."""
         blocks, adapted = self.source.blocks(name), self.model.adapted.get(name)
-        return blocks if blocks is None or adapted is None else adapted.of_blocks(blocks)
+        with np.errstate(over="ignore"):  # whoever asked looks at what came of it
+            return blocks if blocks is None or adapted is None else adapted.of_blocks(blocks)
 
     def _finite(self, name: str, values: np.ndarray) -> np.ndarray:
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{name} of {self.name} holds NaN or infinity; give a checkpoint with finite weights")
-        return values
+        if not values.size or (values.min() >= -MAGNITUDE and values.max() <= MAGNITUDE):  # neither is true of NaN
+            return values
+        if np.isfinite(values).all():
+            what = f"holds weights beyond {MAGNITUDE:g}, which single precision cannot calculate with"
+            raise CheckpointError(f"{name} of {self.name} {what}; give a checkpoint of a trained model")
+        raise CheckpointError(f"{name} of {self.name} holds NaN or infinity; give a checkpoint with finite weights")
 
     def tokenizer_json(self) -> str | None:
         """Content of tokenizer.json; None without a tokenizer.
@@ -107,6 +122,38 @@ class Checkpoint:
                 " give the tokenizer that belongs to it"
             )
         return text
+
+    def chat_template(self) -> str | None:
+        """The Jinja chat template, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be read, or no file could hold it.
+        """
+        template = self.source.chat_template()
+        if template is not None and (len(template) > TEMPLATE_BYTES or not encodable(template)):
+            raise CheckpointError(
+                f"the chat template of {self.name} is longer than {TEMPLATE_BYTES} characters, or no Unicode text; fix"
+                " it or download it again"
+            )
+        return template
+
+    def said(self) -> dict[str, Any]:
+        """What a manifest keeps of it besides its shape, by the names of `Manifest`.
+
+        Raises:
+            CheckpointError: no reader of bundles would take it.
+        """
+        source = self.source
+        said = {"eos_token_ids": source.eos_token_ids(), "special_tokens": source.special_tokens()}
+        try:
+            if len(set(said["eos_token_ids"])) > END_IDS:
+                raise ValueError(f"more than {END_IDS} ids that end a text")
+            for name, token in said["special_tokens"].items():
+                text(token, name, TEXT, printable=False)
+            text(source.licence or "", "its licence", sys.maxsize, printable=False)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name} cannot be exported ({error}); fix it or download it again") from None
+        return said | {"eos_token_ids": list(dict.fromkeys(said["eos_token_ids"]))}
 
 
 def load_checkpoint(reference: str | Path, context: int | None = None) -> Checkpoint:

@@ -57,7 +57,7 @@ def damages(draft: Draft, block: int, progress: Callable[[int, int], None] | Non
             for session in (draft.session(changed), *sessions[at + 1 :]):
                 state = draft.after(state, draft.run(session, state))
             divergence = float((np.exp(exact) * (exact - predictions(state))).sum(-1, dtype=np.float64).mean())
-            found[name] = Damage(weights, max(0.0, divergence))
+            found[name] = Damage(weights, max(divergence, 0.0))
             if progress is not None:
                 progress(len(found), total)
     return found

@@ -107,6 +107,7 @@ class Moments:
             self._found = self._run(self._draft.graph(self._segments.pop(0)))
         return self._found[name]
 
+    @np.errstate(over="ignore", invalid="ignore")  # whoever takes the moments refuses what is no number
     def _run(self, model: onnx.ModelProto) -> dict[str, np.ndarray]:
         """Run a segment over all texts: moments by name."""
         taken = {name: node.input[0] for name, node in products(model).items()}

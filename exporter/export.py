@@ -21,10 +21,10 @@ from kvq.exporter.key_statistics import key_statistics
 from kvq.exporter.key_turns import frequencies_of, turned_keys
 from kvq.exporter.profiles import profiles_for
 from kvq.exporter.rotation import head_rotation
+from kvq.exporter.sources.base import shown
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
 from kvq.models.shipped import attach, profiles_for_source
-from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, KEY_TURNS, MANIFEST, TOKENIZER, WEIGHTS, Manifest
 from kvq.runtime.errors import CheckpointError
@@ -124,8 +124,9 @@ def export(
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
+        checkpoint.said()  # refused before the long work
         write_text(folder, TOKENIZER, tokenizer)
-        write_text(folder, CHAT_TEMPLATE, checkpoint.source.chat_template())
+        write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
         text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
@@ -154,11 +155,6 @@ def _check_options(**options: Any) -> None:
     for option, value in options.items():
         if value not in known[option] and (option, value) != ("keys", None):
             raise CheckpointError(f"{option} is {value!r}; use one of {', '.join(map(str, known[option]))}")
-
-
-def _shown(name: str) -> str:
-    """A name as a manifest may hold it: files are called anything."""
-    return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in name)[: limits.NAME]
 
 
 def _graph_options(
@@ -207,9 +203,9 @@ def _write_graphs(
         for segment in writer.segments():
             segments.append(segment)
             progress(5 * len(segments), total, "writing segments")
-        source, said = checkpoint.source, {"activations": options.activations, "compensated": bool(known.moments)}
+        said = {"activations": options.activations, "compensated": bool(known.moments)}
         manifest = Manifest(
-            name=_shown(name or checkpoint.name),
+            name=shown(name or checkpoint.name),
             architecture=checkpoint.architecture,
             segments=segments,
             decoder=writer.decoder(),
@@ -218,9 +214,8 @@ def _write_graphs(
             weights=writer.matrices.describe() | said,
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
-            eos_token_ids=source.eos_token_ids(),
-            special_tokens=source.special_tokens(),
-            source=source.describe(),
+            source=checkpoint.source.describe(),
+            **checkpoint.said(),
         )
         file.flush()
         if ids is not None:

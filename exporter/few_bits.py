@@ -14,7 +14,7 @@ from kvq.exporter.damage import damages, plan_of_bits
 from kvq.exporter.draft import Moments, draft_of
 from kvq.exporter.graphs.options import GraphOptions
 from kvq.exporter.weights.matrices import Knowledge
-from kvq.runtime.errors import CheckpointError
+from kvq.runtime.errors import CalibrationError, CheckpointError
 
 # Weights that make up for their errors unless told otherwise.
 COMPENSATED = ("int4", "mixed")
@@ -90,6 +90,11 @@ class FewBits:
         with draft_of(checkpoint, options, folder, ids) as draft:
             known = Knowledge(moments=Moments(draft)) if compensates else Knowledge()
             if self.bits is not None:
-                found = damages(draft, options.block, lambda done, count: progress(done, count, "measuring damage"))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    found = damages(draft, options.block, lambda done, count: progress(done, count, "measuring damage"))
+                if not np.isfinite([damage.divergence for damage in found.values()]).all():
+                    raise CalibrationError(
+                        "predictions are no finite numbers on the calibration text; give a checkpoint of a trained model"
+                    )
                 known = known._replace(plan=plan_of_bits(found, self.bits))
             yield known

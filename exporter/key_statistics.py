@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvq.exporter.calibration import windows
+from kvq.exporter.calibration import check_finite, windows
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.passes import SegmentedPass
@@ -128,13 +128,18 @@ def key_statistics(
         ids: int64 [tokens] of a calibration text.
         frequencies: see `KeyStatistics`; None measures no waves.
         progress: called with the tokens done and all there are.
+
+    Raises:
+        CalibrationError: keys or queries that are no finite numbers.
     """
     shape, engine = bundle.manifest.architecture, Engine(bundle)
     found = KeyStatistics(shape.layers, shape.kv_heads, shape.head_dim, frequencies)
     for start, part in windows(ids, min(TEXT, shape.context)):
         store = KVStore(shape.geometry, recent=0)
-        SegmentedPass(engine, len(part), found.attend).forward(part, store)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number is refused below
+            SegmentedPass(engine, len(part), found.attend).forward(part, store)
         found.count += len(part) - 1
         if progress is not None:
             progress(start + len(part), len(ids))
+    check_finite("keys and queries", found.keys, found.queries, found.key_sums, found.plain, found.wave_keys)
     return found

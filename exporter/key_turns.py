@@ -17,6 +17,7 @@ import numpy as np
 from kvq.exporter.architectures.description import Model
 from kvq.exporter.key_basis import KeyBasis, key_basis
 from kvq.exporter.key_statistics import KeyStatistics
+from kvq.runtime.errors import CalibrationError
 from kvq.runtime.precision.key_turns import BLOCK, MOST_REACH, middle, packed
 
 LONG = 2048  # tokens of a text in which a pair has to turn to be worth its place
@@ -90,15 +91,21 @@ def turned_keys(statistics: KeyStatistics, rotation: np.ndarray) -> tuple[KeyBas
 
     Args:
         statistics, rotation: as in `turned_means`.
+
+    Raises:
+        CalibrationError: keys of a layer that are too far apart for any basis.
     """
     left: list[int] = []
-    while True:
+    for _ in range(len(statistics.plain) + 1):  # each round leaves a layer more
         turned, less = turned_means(statistics, rotation, left)
         basis, means = key_basis(less, rotation)
         found = turned.in_basis(basis, rotation)
         if not found.too_far:
             return basis, means, found
         left += found.too_far
+    raise CalibrationError(
+        f"keys of layer {left[-1]} cannot be balanced on the calibration text; export with --keys plain"
+    )
 
 
 def turning(frequencies: np.ndarray) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from kvq.exporter.architectures.description import Model
+from kvq.exporter.limits import OTHER_BYTES, PARAMETER_BYTES
 from kvq.exporter.sources.base import Source, positive
 from kvq.runtime.bundle import limits
-from kvq.runtime.bundle.manifest import Architecture
+from kvq.runtime.bundle.manifest import Architecture, check_shape
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # What configurations leave out when it is the usual (transformers' LlamaConfig).
@@ -71,6 +73,10 @@ def shape_of(config: Mapping[str, Any], name: str, fields: Mapping[str, str] = F
         value, most = getattr(shape, part), limits.SHAPE.get(part, limits.FEATURES)
         if value > most:
             raise UnsupportedArchitectureError(f"{name} has {field}={value}; kvq supports at most {most}")
+    try:
+        check_shape(shape)
+    except ValueError as error:
+        raise UnsupportedArchitectureError(f"{name} has {error}; kvq supports fewer") from None
     return shape
 
 
@@ -106,6 +112,12 @@ def check_parameters(model: Model, source: Source) -> None:
         raise CheckpointError(
             f"{source.name} lacks {len(bad)} weights or has them in other shapes than its configuration says, first"
             f" {bad[0]}, which {has}; check that configuration and weights belong together"
+        )
+    parameters = sum(map(math.prod, wanted.values()))
+    if source.nbytes > PARAMETER_BYTES * parameters + OTHER_BYTES:  # of holes, which take as long to digest
+        raise CheckpointError(
+            f"{source.name} has {source.nbytes} bytes of weights for {parameters} parameters; check that configuration"
+            " and weights belong together"
         )
     # A bias that the configuration does not speak of would be left out, and the text be another one.
     roots = {name.partition(".")[0] for name in wanted} | {"lm_head"}

@@ -13,6 +13,7 @@ from kvq.exporter.architectures.rope import rotary
 from kvq.exporter.architectures.windows import listed_kinds, window_size
 from kvq.exporter.sources.base import Source, positive
 from kvq.exporter.sources.text_part import PART_OF
+from kvq.runtime.errors import CheckpointError
 
 ONLY = {
     "hidden_activation": "gelu_pytorch_tanh", "quantization_config": None, "partial_rotary_factor": 1.0,
@@ -36,7 +37,7 @@ def gemma3(source: Source) -> Model:
     local = _local(parts)
     window = window_size(parts)
     notes = ("text alone: the part of the checkpoint that reads images is left out",) if PART_OF in parts.config else ()
-    shape, offset = parts.shape, 1.0 - parts.config.get(ADDED, 0)
+    shape, offset = parts.shape, _offset(parts)
     # Attention divides by the root of head_dim itself.
     queries = math.sqrt(shape.head_dim / parts.number("query_pre_attn_scalar", _scalar(parts)))
     adapted, layers = {FINAL_NORM: Adapted(offset=offset)}, []
@@ -55,6 +56,18 @@ def gemma3(source: Source) -> Model:
     rotaries = parts.rotary("rope_local_base_freq"), rotary(of_local, shape.head_dim, shape.context, parts.name)
     more = {"adapted": adapted, "embedding_scale": math.sqrt(shape.hidden), "notes": notes}
     return parts.model(layers, rotaries if any(local) else rotaries[:1], **more)
+
+
+def _offset(parts: Parts) -> float:
+    """What is to be added to the weights of norms.
+
+    Raises:
+        CheckpointError: the configuration has our own field, and it is neither 0 nor 1.
+    """
+    added = parts.config.get(ADDED, 0)
+    if type(added) is not int or added not in (0, 1):
+        raise CheckpointError(f"config.json of {parts.name} has {ADDED}={added!r:.60}; leave it out")
+    return 1.0 - added
 
 
 def _scalar(parts: Parts) -> float:

@@ -25,6 +25,7 @@ from kvq.exporter.architectures.description import (
 from kvq.exporter.architectures.rope import rotary
 from kvq.exporter.sources.base import Source, positive_number
 from kvq.runtime.bundle.manifest import Architecture
+from kvq.runtime.errors import CheckpointError
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SWIGLU = SwiGLU()
@@ -77,7 +78,11 @@ class Parts:
         """
         value = self.config.get(field)
         found = positive_number(default if value is None else value, f"config.json of {self.name} has {field}")
-        return float(np.float32(found))
+        if not (rounded := float(np.float32(found))):
+            raise CheckpointError(
+                f"config.json of {self.name} has {field}={value!r:.60}; fix it: it must be a number of 32 bits"
+            )
+        return rounded
 
     def norm(self, layer: int, part: str, features: int | None = None) -> Norm:
         """A norm of a layer, of the residual stream unless it says how many features."""

@@ -18,7 +18,7 @@ from kvq.exporter.architectures.parts import LAYER, ONLY, Parts, gguf
 from kvq.exporter.architectures.rope import kind_of, rotary
 from kvq.exporter.architectures.windows import windows
 from kvq.exporter.sources.base import Source, positive, positive_number
-from kvq.runtime.errors import UnsupportedArchitectureError
+from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -80,7 +80,11 @@ def _of_one_length(parts: Parts, wanted: int | None) -> tuple[dict[str, Any] | N
     factors = scaling.get("short_factor" if context <= original else "long_factor")
     attention = scaling.get("attention_factor")
     if attention is None:  # of the whole context, whatever window makes texts shorter
-        stretch = config.get("max_position_embeddings", most) / original
+        stretch = most / original
+        if original < 2:
+            raise CheckpointError(
+                f"config.json of {parts.name} has original_max_position_embeddings={original}; fix it: a text has more"
+            )
         attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return {"rope_type": "factors", "factors": factors, "attention_factor": attention}, context
 

@@ -114,8 +114,8 @@ def rotary(config: Mapping[str, Any], head_dim: int, context: int, name: str) ->
             f"{name} scales its rotary embedding by {kind!r:.60}; known: {', '.join(sorted(KINDS[:4]))}"
         )
     try:
-        plain = float(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
         with np.errstate(all="ignore"):
+            plain = float(theta) ** -(np.arange(0, head_dim, 2) / head_dim)
             found, factor = _SCALED[kind](plain, scaling, context)
             found = np.asarray(found, np.float32)
         if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or not math.isfinite(factor):

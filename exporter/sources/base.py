@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvq.exporter import limits
+from kvq.runtime.bundle.limits import NAME
 from kvq.runtime.errors import CheckpointError
 
 # Names that a chat template may use, as Hugging Face calls them.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Characters of a text that goes from a checkpoint into a manifest, whose size is bounded.
-LONGEST_TEXT = 512
 
 
 class BlockForm(NamedTuple):
@@ -161,6 +161,11 @@ class Source(ABC):
         """sha256, hexadecimal, of what the weights depend on."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all that is digested, where files are known: a source may leave it at 0."""
+        return 0
+
+    @property
     def licence(self) -> str | None:
         """The licence that the files name."""
         return None
@@ -168,7 +173,12 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of it: JSON values."""
         licence = self.licence
-        return {"name": self.name, "sha256": self.digest, "licence": licence and licence[:LONGEST_TEXT]}
+        return {"name": shown(self.name), "sha256": self.digest, "licence": licence and licence[: limits.TEXT]}
+
+
+def shown(name: str) -> str:
+    """A name as a manifest may hold it: files are called anything."""
+    return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in name)[:NAME]
 
 
 def short(error: BaseException) -> str:

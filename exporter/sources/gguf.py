@@ -13,9 +13,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
+from kvq.exporter import limits
 from kvq.exporter.architectures import ARCHITECTURES, what_is_missing
 from kvq.exporter.sources.base import (
-    LONGEST_TEXT,
     SPECIAL_TOKENS,
     BlockForm,
     Blocks,
@@ -65,6 +65,7 @@ class GgufFile(Source):
         self.path = path
         self.name = path.stem
         self.fields, tensors = read_header(path)
+        self._nbytes = path.stat().st_size
         if SPLIT.search(path.stem) or self.fields.get("split.count", 1) not in (0, 1):
             raise CheckpointError(
                 f"{path.name} is one part of a split model; give a single file: llama-gguf-split --merge makes one"
@@ -155,6 +156,7 @@ class GgufFile(Source):
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
+        positive(head_dim, f"{self.path.name} has {heads} heads for {config['hidden_size']} features, head_dim")
         if self._field("attention.value_length", head_dim) != head_dim:
             raise UnsupportedArchitectureError(
                 f"{self.path.name} has keys and values of other sizes; kvq supports equal ones"
@@ -260,13 +262,17 @@ class GgufFile(Source):
         found = {}
         for name, key in zip(SPECIAL_TOKENS, ("bos", "eos", "unknown", "padding"), strict=True):
             index = self.fields.get(f"tokenizer.ggml.{key}_token_id")
-            if isinstance(tokens, list) and isinstance(index, int) and 0 <= index < len(tokens):
+            if isinstance(tokens, list) and type(index) is int and 0 <= index < len(tokens):
                 found[name] = str(tokens[index])
-        return {name: text for name, text in found.items() if len(text) <= LONGEST_TEXT}
+        return {name: text for name, text in found.items() if len(text) <= limits.TEXT}
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
 
     def eos_token_ids(self) -> list[int]:
         ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-        return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config["vocab_size"]})
+        return sorted({i for i in ids if type(i) is int and 0 <= i < self.config["vocab_size"]})
 
     @cached_property
     def digest(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from kvq.exporter import limits
 from kvq.runtime.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -26,9 +27,6 @@ SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 MOST_DIMS, MOST_NAME, ALIGNMENT = 4, 1 << 16, 32
-# Bounds on what an untrusted header makes of memory: a byte of an array becomes a Python object. Tokenizers of 256,000
-# tokens have three arrays of that and some 600,000 merges, and take some 10 MB.
-HEADER_BYTES, MOST_ELEMENTS, MOST_ENTRIES = 1 << 26, 1 << 22, 1 << 16
 
 
 class Tensor(NamedTuple):
@@ -84,8 +82,8 @@ class _Walk:
         if count > self.size - self.at:
             raise self.refuse(f"it ends inside its header, at byte {self.size}")
         self.at += count
-        if self.at > HEADER_BYTES:
-            raise self.refuse(f"a header of more than {HEADER_BYTES} bytes")
+        if self.at > limits.GGUF_HEADER_BYTES:
+            raise self.refuse(f"a header of more than {limits.GGUF_HEADER_BYTES} bytes")
         data = self.file.read(count)
         if len(data) < count:
             raise self.refuse("it became shorter while it was read")
@@ -115,7 +113,7 @@ class _Walk:
             name = self.text(MOST_NAME)
             if name in fields:
                 raise self.refuse(f"two fields {name!r:.60}")
-            fields[name] = self.value(self.number("<I"))
+            fields[name] = self.value(self.number("<I"), name)
         places = {}
         for _ in range(self.counted(tensor_count, 24, "tensors")):
             name = self.text(MOST_NAME)
@@ -128,7 +126,7 @@ class _Walk:
         start = -(-self.at // alignment) * alignment
         return Header(fields, self.checked(places, start, alignment))
 
-    def counted(self, count: int, least: int, what: str, most: int = MOST_ENTRIES) -> int:
+    def counted(self, count: int, least: int, what: str, most: int = limits.GGUF_ENTRIES) -> int:
         """A count of entries that take at least so many bytes each."""
         if count * least > self.size - self.at:
             raise self.refuse(f"{count} {what} do not fit into what is left of it")
@@ -136,24 +134,26 @@ class _Walk:
             raise self.refuse(f"{count} {what}, more than {most}")
         return count
 
-    def array(self, count: int, least: int) -> int:
+    def array(self, count: int, least: int, most: int) -> int:
         """The count of elements of an array."""
-        self.elements += self.counted(count, least, "array elements", MOST_ELEMENTS - self.elements)
+        self.elements += self.counted(count, least, "array elements", min(most, limits.GGUF_ELEMENTS - self.elements))
         return count
 
-    def value(self, kind: int, nested: bool = False) -> Any:
+    def value(self, kind: int, name: str) -> Any:
         if kind == STRING:
             return self.text()
         if kind in SCALARS:
             return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
-        if kind != ARRAY or nested:
+        if kind != ARRAY:
             raise self.refuse(f"a value of type {kind}")
         of, count = self.number("<I"), self.number("<Q")
         if of in SCALARS:
             kind_of = np.dtype(SCALARS[of])
-            self.array(count, kind_of.itemsize)
+            self.array(count, kind_of.itemsize, limits.ARRAYS.get(name, limits.OTHER_NUMBERS))
             return np.frombuffer(self.take(count * kind_of.itemsize), kind_of).tolist()
-        return [self.value(of, nested=True) for _ in range(self.array(count, 8))]
+        if of != STRING:
+            raise self.refuse(f"an array of values of type {of}")
+        return [self.text() for _ in range(self.array(count, 8, limits.ARRAYS.get(name, limits.OTHER_TEXTS)))]
 
     def place(self, name: str) -> Tensor:
         dims = self.number("<I")

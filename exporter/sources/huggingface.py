@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,9 @@ import ml_dtypes  # noqa: F401 # numpy gets a bfloat16, which safetensors looks 
 import numpy as np
 from safetensors import safe_open
 
-from kvq.exporter.sources.base import LONGEST_TEXT, SPECIAL_TOKENS, Source, short
+from kvq.exporter import limits
+from kvq.exporter.sources.base import SPECIAL_TOKENS, Source, short
+from kvq.exporter.sources.files import check_safetensors, is_there, read_bytes, read_json, read_text
 from kvq.exporter.sources.text_part import own_names, text_config
 from kvq.runtime.errors import CheckpointError
 
@@ -37,12 +38,14 @@ class HuggingFaceFolder(Source):
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        if not (path / CONFIG).is_file():
+        if not is_there(path / CONFIG):
             raise CheckpointError(f"{name} has no config.json in {path}; give a Hugging Face checkpoint folder")
         self.config = read_json(path / CONFIG)
         self._files = self._weight_files()
+        self._nbytes = 0
         places: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for file in self._files:
+            self._nbytes += check_safetensors(file)  # before anything is made of it, and of no pipe
             try:
                 with safe_open(file, "np") as opened:
                     for tensor in opened.keys():  # noqa: SIM118 # no mapping
@@ -51,6 +54,10 @@ class HuggingFaceFolder(Source):
                             places[tensor] = (file, tensor, tuple(part.get_shape()))
             except Exception as error:  # the Rust library's errors share no base class
                 raise self._unreadable(error) from None
+            if len(places) > limits.TENSORS:
+                raise CheckpointError(
+                    f"{name} has more than {limits.TENSORS} tensors, more than any model; give the weights of one"
+                )
         text = text_config(self.config, name)
         if text is not None:
             self.config, places = text, own_names(places)
@@ -64,7 +71,9 @@ class HuggingFaceFolder(Source):
     def _weight_files(self) -> list[Path]:
         """The safetensors files: those of the index, else the one, else all there are."""
         found = sorted(self.path.glob("*.safetensors"))
-        if (self.path / INDEX).is_file() and not (self.path / WEIGHTS).is_file():
+        if len(found) > limits.WEIGHT_FILES:
+            raise CheckpointError(f"{self.name} has {len(found)} files of weights; give the folder of a single model")
+        if is_there(self.path / INDEX) and not is_there(self.path / WEIGHTS):
             listed = read_json(self.path / INDEX).get("weight_map")
             names = sorted({str(file) for file in listed.values()}) if isinstance(listed, dict) else []
             missing = [name for name in names if self.path / name not in found]
@@ -94,7 +103,9 @@ class HuggingFaceFolder(Source):
         try:
             file, stored, _ = self._places[name]
             with safe_open(file, "np") as opened:
-                return np.ascontiguousarray(opened.get_tensor(stored), np.float32)
+                values = opened.get_tensor(stored)
+            with np.errstate(over="ignore"):  # of 64 bits; whoever reads refuses what is infinite
+                return np.ascontiguousarray(values, np.float32)
         except Exception as error:
             raise self._unreadable(error) from None
 
@@ -102,40 +113,31 @@ class HuggingFaceFolder(Source):
         from kvq.exporter.sources import tokenizers
         from kvq.exporter.sources.resolved import resolved
 
-        try:
-            if (file := self.path / "tokenizer.json").is_file():
-                settings = read_json(self.path / "tokenizer_config.json")
-                return resolved(file.read_text(encoding="utf-8"), settings, self.special_tokens(), self.name)
-            if (file := self.path / "tokenizer.model").is_file():
-                settings = read_json(self.path / "tokenizer_config.json")
-                return tokenizers.from_sentencepiece(
-                    file.read_bytes(),
-                    f"{file.name} of {self.name}",
-                    add_bos=settings.get("add_bos_token", True) is True,
-                    add_eos=settings.get("add_eos_token", False) is True,
-                )
-            if (file := self.path / "vocab.json").is_file() and (self.path / "merges.txt").is_file():
-                merges = (self.path / "merges.txt").read_text(encoding="utf-8")
-                special = sorted(set(self.special_tokens().values()))
-                return tokenizers.from_vocab_and_merges(
-                    file.read_text(encoding="utf-8"), merges, f"{file.name} of {self.name}", special=special
-                )
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{file.name} of {self.name} cannot be read ({short(error)}); give a checkpoint with a valid"
-                " tokenizer.json"
-            ) from None
+        if is_there(file := self.path / "tokenizer.json"):
+            settings = read_json(self.path / "tokenizer_config.json")
+            text = read_text(file, limits.TOKENIZER_BYTES)
+            return resolved(text, settings, self.special_tokens(), self.name)
+        if is_there(file := self.path / "tokenizer.model"):
+            settings = read_json(self.path / "tokenizer_config.json")
+            return tokenizers.from_sentencepiece(
+                read_bytes(file, limits.SENTENCEPIECE_BYTES),
+                f"{file.name} of {self.name}",
+                add_bos=settings.get("add_bos_token", True) is True,
+                add_eos=settings.get("add_eos_token", False) is True,
+            )
+        if is_there(file := self.path / "vocab.json") and is_there(self.path / "merges.txt"):
+            return tokenizers.from_vocab_and_merges(
+                read_text(file, limits.TOKENIZER_BYTES),
+                read_text(self.path / "merges.txt", limits.TOKENIZER_BYTES),
+                f"{file.name} of {self.name}",
+                special=sorted(set(self.special_tokens().values())),
+            )
         return None
 
     def chat_template(self) -> str | None:
         file = self.path / "chat_template.jinja"
-        if file.is_file():
-            try:
-                return file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(
-                    f"{file.name} of {self.name} cannot be read ({short(error)}); fix it or download it again"
-                ) from None
+        if is_there(file):
+            return read_text(file, limits.TEMPLATE_BYTES)
         template = read_json(self.path / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # several, by name
             named = [
@@ -153,7 +155,11 @@ class HuggingFaceFolder(Source):
             for name in SPECIAL_TOKENS
             if (entry := found.get(name)) is not None
         }
-        return {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= LONGEST_TEXT}
+        return {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= limits.TEXT}
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
 
     def eos_token_ids(self) -> list[int]:
         """Ids of generation_config.json, else of config.json."""
@@ -177,23 +183,6 @@ class HuggingFaceFolder(Source):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"format": "safetensors"}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is no such file.
-
-    Raises:
-        CheckpointError: it is not valid JSON.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file.name} in {file.parent} is not valid JSON ({short(error)}); fix it or download it again"
-        ) from None
-    return data if isinstance(data, dict) else {}
 
 
 def snapshot(reference: str) -> Path:

@@ -12,16 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvq.exporter import limits
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
 
 # Types of pieces; sentencepiece and GGUF number them alike (GGUF also has 0, undefined).
 UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
-# Bounds on what an untrusted file makes this machine do. The largest known vocabularies have 262,144 pieces, 2 million
-# characters and (Gemma) 600,000 merges; sentencepiece's trainer makes pieces of at most 512 characters.
-MOST_PIECES, MOST_CHARACTERS, MOST_MERGES, LONGEST_SPELLED = 1 << 20, 1 << 24, 1 << 21, 512
-# The time `tokenizers` takes for added tokens grows with their square: 0.9 s for 32,000, 41 s for 256,000. Gemma 3 has
-# the most, 6,242.
-MOST_ADDED = 1 << 15
+MOST_PIECES, MOST_CHARACTERS, MOST_MERGES = limits.PIECES, limits.CHARACTERS, limits.MERGES
 UNIGRAM, BPE = 1, 2
 MODEL_TYPES = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 
@@ -64,8 +60,8 @@ class Pieces:
         for text, score in zip(self.texts, self.scores, strict=True):
             if text not in spelled:
                 continue
-            if len(text) > LONGEST_SPELLED:
-                raise damaged(name, f"a token of {len(text)} characters, text has at most {LONGEST_SPELLED}")
+            if len(text) > limits.LONGEST_SPELLED:
+                raise damaged(name, f"a token of {len(text)} characters, text has at most {limits.LONGEST_SPELLED}")
             before = len(found)
             for cut in range(1, len(text)):
                 left = text[:cut]
@@ -98,16 +94,20 @@ def read_model(data: bytes, name: str) -> Pieces:
     trainer: dict[int, Any] = {3: UNIGRAM, 24: 0, 45: b"<unk>", 46: b"<s>", 47: b"</s>"}
     normalizer: dict[int, Any] = {2: b"", 3: 1, 4: 1, 5: 1}
     denormalizer: dict[int, Any] = {2: b""}
-    settings = {2: trainer, 3: normalizer, 5: denormalizer}
+    settings, messages = {2: trainer, 3: normalizer, 5: denormalizer}, 0
     for number, value in _fields(data, name):
         if number == 1:
             piece: dict[int, Any] = {1: b"", 2: b"\0\0\0\0", 3: NORMAL}
-            piece |= _known(_fields(_nested(value, name), name), _PIECE, name)
+            piece |= _known(_fields(_nested(value, name), name, limits.PIECE_FIELDS), _PIECE, name)
             texts.append(_text(piece[1], name))
             scores.append(struct.unpack("<f", piece[2])[0])
             types.append(piece[3])
         elif number in settings:
-            settings[number] |= _known(_fields(_nested(value, name), name), _SETTINGS[number], name)
+            within = _fields(_nested(value, name), name, limits.SETTING_FIELDS)
+            settings[number] |= _known(within, _SETTINGS[number], name)
+        messages += number != 1
+        if messages > limits.SETTINGS:
+            raise damaged(name, f"more than {limits.SETTINGS} messages of settings")
         if len(texts) > MOST_PIECES:
             raise damaged(name, f"more than {MOST_PIECES} pieces")
     check_pieces(texts, scores, types, name)
@@ -217,10 +217,17 @@ _SETTINGS = {2: {3: 0, 24: 0, 45: 2, 46: 2, 47: 2}, 3: {2: 2, 3: 0, 4: 0, 5: 0},
 _WIDTHS = {1: 8, 5: 4}
 
 
-def _fields(data: bytes, name: str) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protobuf message one by one: number, and value: varints as int, all else as bytes."""
-    at = 0
+def _fields(data: bytes, name: str, most: int | None = None) -> Iterator[tuple[int, int | bytes]]:
+    """Fields of a protobuf message one by one: number, and value: varints as int, all else as bytes.
+
+    Raises:
+        CheckpointError: damaged, or more than `most` of them.
+    """
+    at = count = 0
     while at < len(data):
+        count += 1
+        if most is not None and count > most:
+            raise damaged(name, f"a message of more than {most} fields")
         key, at = _varint(data, at, name)
         number, wire = key >> 3, key & 7
         if wire == 0:

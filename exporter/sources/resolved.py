@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from kvq.exporter import limits
 from kvq.exporter.sources.base import SPECIAL_TOKENS
+from kvq.exporter.sources.files import check_values
 from kvq.exporter.sources.tokenizers import added_token, ends_of
 from kvq.runtime.errors import CheckpointError
 
@@ -33,12 +35,13 @@ def resolved(text: str, settings: Mapping[str, Any], names: Mapping[str, str], n
     Raises:
         CheckpointError: text is to begin or end with a token that there is not.
     """
+    check_values(text, limits.TOKENIZER_VALUES, f"tokenizer.json of {name}")
     try:
         document = json.loads(text)
         vocab = _vocabulary(document)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        before = json.dumps(document)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return text  # whoever reads it says what is wrong with it
-    before = json.dumps(document)
     _make_special(document, vocab, settings, names)
     _set_prefix_space(document, settings)
     kind = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
@@ -62,7 +65,10 @@ def _vocabulary(document: dict[str, Any]) -> dict[str, int]:
     vocab = document["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pieces and scores
         vocab = {piece[0]: index for index, piece in enumerate(vocab)}
-    return dict(vocab) | {token["content"]: token["id"] for token in document.get("added_tokens") or []}
+    found = dict(vocab) | {token["content"]: token["id"] for token in document.setdefault("added_tokens", [])}
+    if not all(type(text) is str and type(index) is int for text, index in found.items()):
+        raise TypeError("a token that is no text, or an id that is no number")
+    return found
 
 
 def _make_special(
@@ -75,7 +81,7 @@ def _make_special(
     special = [names[key] for key in SPECIAL_TOKENS if key in names]
     special += [token for token in others if isinstance(token, str)] if isinstance(others, list) else []
     entries += [{"content": token, "special": True} for token in special]
-    added = document.setdefault("added_tokens", [])
+    added = document["added_tokens"]
     known, before = {token["content"] for token in added}, len(added)
     for entry in entries:
         content = entry.get("content")

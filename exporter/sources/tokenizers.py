@@ -12,9 +12,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from kvq.exporter import limits
+from kvq.exporter.sources.files import check_values
 from kvq.exporter.sources.pieces import (
     CONTROL,
-    MOST_ADDED,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
@@ -71,7 +72,9 @@ def from_gguf(fields: Mapping[str, Any], name: str) -> str:
         return _llama(metadata, texts, ids)
     cut = pre_tokenizer(metadata.text("pre"), name)
     types = metadata.types(len(texts), special=[ids["bos"], ids["eos"]])
-    merges = [_pair(merge, f"merge {index}", name) for index, merge in enumerate(metadata.values("merges", (str,)))]
+    listed = metadata.values("merges", (str,))
+    check_merges(len(listed), sum(map(len, listed)) - len(listed), name)
+    merges = [_pair(merge, f"merge {index}", name) for index, merge in enumerate(listed)]
     vocab = {text: index for index, text in enumerate(texts)}
     ends = metadata.ends(texts, ids["bos"], ids["eos"], add_bos=cut.add_bos)
     return _byte_level(vocab, merges, _added(texts, types), cut, ends, name)
@@ -115,6 +118,8 @@ def from_vocab_and_merges(vocab: str, merges: str, name: str, *, special: Sequen
         CheckpointError: no JSON object of ids, two tokens of one id, merges of tokens that are not there, or a special
             token that is not there.
     """
+    check_values(vocab, limits.PIECES, f"vocab.json of {name}")
+    check_merges(merges.count("\n"), 0, name)
     try:
         found = json.loads(vocab)
     except (ValueError, RecursionError):
@@ -337,8 +342,8 @@ def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]
 
 def _checked(name: str, added: list[dict[str, Any]], *, model: dict[str, Any], **parts: Any) -> str:
     """The JSON, once `tokenizers` has read it."""
-    if len(added) > MOST_ADDED:
-        raise damaged(name, f"{len(added)} control and user-defined tokens, more than {MOST_ADDED}")
+    if len(added) > limits.ADDED:
+        raise damaged(name, f"{len(added)} control and user-defined tokens, more than {limits.ADDED}")
     shape = {"truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": None}
     bpe = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,

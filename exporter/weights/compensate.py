@@ -13,10 +13,12 @@ from functools import partial
 import numpy as np
 
 from kvq.exporter.weights.quantize import QuantizedMatrix, encode, from_codes, grid
+from kvq.runtime.errors import CalibrationError
 from kvq.runtime.machine.threads import available_cores
 
 # Of the mean second moment, added to each: an input that a calibration text never moves must not be left free.
 DAMPING = 0.01
+LEAST = 1e-30  # of the mean: inputs that are nothing say nothing
 ROWS = 1024  # of a block that are worked on at a time: they stay in a core's cache
 
 
@@ -85,9 +87,19 @@ def _quantize_block(
 
 
 def _spread(moments: np.ndarray) -> np.ndarray:
-    """Upper Cholesky factor float32 [k, k] of the damped moments' inverse: how columns make up for one before them."""
+    """Upper Cholesky factor float32 [k, k] of the damped moments' inverse: how columns make up for one before them.
+
+    Raises:
+        CalibrationError: moments that are no finite numbers.
+    """
     damped = np.array(moments, np.float64)
-    damped[np.diag_indices_from(damped)] += DAMPING * np.trace(damped) / len(damped)
+    if not np.isfinite(damped).all():
+        raise CalibrationError(
+            "what products take is no finite number on the calibration text; give a checkpoint of a trained model"
+        )
+    if (mean := np.trace(damped) / len(damped)) < LEAST:
+        return np.eye(len(damped), dtype=np.float32)
+    damped[np.diag_indices_from(damped)] += DAMPING * mean
     # With J the reversal of rows and columns: M = J L L^T J, so M^-1 = U^T U with U = J L^-1 J.
     return np.ascontiguousarray(_inverse_factor(damped[::-1, ::-1])[::-1, ::-1], np.float32)
 

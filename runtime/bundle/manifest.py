@@ -222,7 +222,7 @@ def text_of(file: Path) -> str:
 
 def _check_types(manifest: Manifest) -> None:
     """Raise ValueError for a field of another type, or beyond its bounds."""
-    _check_shape(manifest.architecture)
+    check_shape(manifest.architecture)
     shape, files = manifest.architecture, manifest.files
     text(manifest.name, "name")
     scalars(manifest.weights, "weights")
@@ -249,7 +249,12 @@ def _check_types(manifest: Manifest) -> None:
         file_names([entry["file"]], files)  # a controller may have two names
 
 
-def _check_shape(shape: Architecture) -> None:
+def check_shape(shape: Architecture) -> None:
+    """Check a shape, of which buffers are made.
+
+    Raises:
+        ValueError: beyond its bounds, or of parts that do not fit.
+    """
     sizes = {name: value for name, value in asdict(shape).items() if name != "profiles"}
     for window in (windows := sizes.pop("windows")):
         integer(window, "windows, one of which", 0, limits.SHAPE["context"])

@@ -26,6 +26,7 @@ TRIED: dict[str, list[tuple[str, str]]] = {
     "chat templates that are long to compile": [("tests.attacks.test_templates", "SOURCES")],
     "tokenizers": [("tests.attacks.test_tokenizers", "BAD")],
     "tokenizers whose work multiplies": [("tests.attacks.test_tokenizer_growth", "BAD")],
+    "checkpoints": [("tests.attacks.test_checkpoints", name) for name in ("ATTACKS", "METADATA")],
     "session files of a stranger": [("tests.attacks.test_sessions", "ATTACKS")],
     "conversations in session files": [("tests.attacks.test_sessions", "CONVERSATIONS")],
     "session files that are damaged": [("tests.session.test_damaged_files", name) for name in ("BYTES", "TEXTS")],

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
 
+from kvq.exporter.architectures import ARCHITECTURES
+from kvq.exporter.sources.base import Source
 from tests.tools.checkpoints import small_tokenizer
 from tests.tools.packages import needs
 
@@ -207,3 +210,23 @@ def _values(name: str, parameter: torch.Tensor, deviation: float, rng: np.random
 def config_of(folder: Path) -> dict[str, Any]:
     """A folder's config.json."""
     return json.loads((folder / "config.json").read_text())
+
+
+class _Named(Source):
+    """A source of names alone: what a description of its configuration asks for."""
+
+    shapes = read = tokenizer_json = chat_template = special_tokens = eos_token_ids = digest = None  # type: ignore[assignment]
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.config, self.name, self.path = fields, "named", Path()
+
+
+def save_described(folder: Path, fields: dict[str, Any]) -> Path:
+    """Write a checkpoint of what kvq's own description of a family asks for, without torch and a tokenizer."""
+    parameters = ARCHITECTURES[fields["model_type"]].describe(_Named(fields)).parameters()
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = {name: rng.standard_normal(shape, np.float32) / 8 for name, shape in parameters.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
