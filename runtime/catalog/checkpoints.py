@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kvq.runtime.catalog.process import Progress
 
 Notice = Callable[[str], None]
-EXPORT = [sys.executable, "-m", "kvq", "export"]
+# -P: a gguf.py or a folder kvq where the user stands, which may be full of downloads, is not ours to run.
+EXPORT = [sys.executable, "-P", "-m", "kvq", "export"]
 
 
 def is_checkpoint(path: Path) -> bool:
