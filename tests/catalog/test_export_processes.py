@@ -54,3 +54,32 @@ def test_no_code_of_the_current_folder_is_run(tiny_checkpoint, tmp_path):
     _, said = process.communicate(timeout=120)
     assert not ran.exists(), ran.read_text()
     assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_an_export_is_gone_with_its_parent_and_what_it_left_with_the_next_command(by, tiny_checkpoint, tmp_path):
+    home, stuck, at = tmp_path / "home", tmp_path / "stuck", tmp_path / "pid"
+    stuck.mkdir()
+    (stuck / "safetensors.py").write_text(STUCK.format(at=str(at)))
+    parent = name_it(tiny_checkpoint, env=environment(home, stuck))
+    while not (at.exists() and at.read_text()):
+        assert parent.poll() is None, parent.communicate()[1]
+        time.sleep(0.02)
+    child = int(at.read_text())
+    try:
+        parent.send_signal(by)
+        assert parent.wait(10) == -by
+        end = time.monotonic() + GONE_S
+        while alive(child) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not alive(child)
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
+        parent.communicate()
+    assert any(".partial-" in name for name in tree(home))
+    again = name_it(tiny_checkpoint, env=environment(home))
+    assert (again.communicate(timeout=120), again.returncode)[1] == 0
+    assert not [name for name in tree(home) if name.rpartition("/")[2].startswith(".")]
