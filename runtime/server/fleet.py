@@ -8,7 +8,8 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -120,12 +121,13 @@ class Fleet:
         for member in self.members:
             if member.running is not None:
                 member.running[0].stop()
+            if member.loaded is not None:  # who waits for one that is being loaded would wait for all of that
+                _fail(member.loaded, RequestError("the server is shutting down", 503, "shutting_down"))
 
-    def join(self) -> None:
-        """Wait for all workers after `stop`."""
-        for member in self.members:
-            if member.running is not None:
-                member.running[0].join()
+    def join(self, patience_s: float | None = None) -> bool:
+        """Wait for all workers after `stop`, as `Scheduler.join`."""
+        schedulers = [member.running[0] for member in self.members if member.running is not None]
+        return all([scheduler.join(patience_s) for scheduler in schedulers])
 
     # -- which model --------------------------------------------------------------------------------
 
@@ -200,10 +202,11 @@ class Fleet:
             if loaded.done():
                 return
             if error is None:
-                loaded.set_result(None)
+                with suppress(InvalidStateError):  # failed meanwhile, by `stop`
+                    loaded.set_result(None)
             else:
                 self.log(f"{member.name} cannot be loaded: {error}")
-                loaded.set_exception(RequestError(f"{member.name} cannot be loaded; the log has why", 500))
+                _fail(loaded, RequestError(f"{member.name} cannot be loaded; the log has why", 500))
 
         self.log(f"loading {member.name}")
         member.loaded, member.used = loaded, time.monotonic()
@@ -262,3 +265,9 @@ class Fleet:
             "name": member.name, "model": member.name, "modified_at": modified, "size": member.nbytes, "digest": "",
             "details": details | {"parameter_size": "", "quantization_level": ""},
         }  # fmt: skip
+
+
+def _fail(loaded: Future[None], error: RequestError) -> None:
+    """Tell those who wait for a model, unless they have been told something."""
+    with suppress(InvalidStateError):
+        loaded.set_exception(error)
