@@ -28,7 +28,8 @@ def export_single(reference: str, out: str | Path) -> Path:
         checkpoint = load_checkpoint(reference)  # the same refusals as for bundles, before the long work
         if not checkpoint.source.path.is_dir():
             raise CheckpointError(f"{reference} is no Hugging Face checkpoint, which optimum needs; give a folder")
-        command = [sys.executable, "-m", "optimum.exporters.onnx", "--model", str(checkpoint.source.path)]
+        # -P: no module of the folder that the user stands in.
+        command = [sys.executable, "-P", "-m", "optimum.exporters.onnx", "--model", str(checkpoint.source.path)]
         command += ["--task", "text-generation-with-past", "--no-post-process", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not (folder / "model.onnx").is_file():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,7 +51,8 @@ class LlamaCaches:
         context = get_context("spawn")  # a fork would have the locks of our threads without the threads
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send, args=(sender, ids, *self._arguments), daemon=True)
-        process.start()
+        with _safe_path():
+            process.start()
         sender.close()
         try:
             found = receiver.recv()
@@ -64,6 +67,21 @@ class LlamaCaches:
         if isinstance(found, KvqError):
             raise found
         return found
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Pythons that are started meanwhile look for no modules in the current folder, as with -P."""
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _send(sender: Connection, ids: np.ndarray, file: Path, kinds: list[str], vocab: int, threads: int) -> None:

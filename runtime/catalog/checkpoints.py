@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kvq.runtime.catalog.process import Progress
 
 Notice = Callable[[str], None]
-EXPORT = [sys.executable, "-m", "kvq", "export"]
+# -P: a gguf.py or a folder kvq where the user stands, which may be full of downloads, is not ours to run.
+EXPORT = [sys.executable, "-P", "-m", "kvq.runtime.cli.attended", "export"]
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -68,7 +69,7 @@ def export(source: Path, folder: Path, name: str, notice: Notice | None, progres
     command = [*EXPORT, str(source), str(folder), "--name", name]
     from kvq.runtime.catalog.process import finished
 
-    code, said = finished(command, environment, look, errors_alone=True)
+    code, said = finished(command, environment, look, errors_alone=True, attended=True)
     if code:
         lines = said.strip().splitlines()
         raise CheckpointError(lines[-1].removeprefix("kvq: ") if lines else f"exporting {name} failed")

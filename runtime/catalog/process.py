@@ -1,4 +1,4 @@
-"""Other programs at work for us: waited for, with a look at how far they are, and ended with us."""
+"""Other programs at work for us: waited for, with a look at how far they are, and ended where we go on without them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def finished(
     *,
     folder: Path | None = None,
     errors_alone: bool = False,
+    attended: bool = False,
 ) -> tuple[int, str]:
     """Run a program to its end.
 
@@ -29,13 +30,16 @@ def finished(
         look: called five times a second meanwhile; where it raises, the program is killed.
         folder: where it works; None is the current one.
         errors_alone: leave out what it writes to stdout.
+        attended: its stdin is a pipe that ends with this process, even a killed one; it has to look at that itself,
+            as `kvq.runtime.cli.attended` does. Others find stdin empty.
 
     Returns:
         exit code, and what it has written to stdout and stderr.
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stderr=output,
+            command, cwd=folder, env=environment, stderr=output,
+            stdin=subprocess.PIPE if attended else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if errors_alone else output,
         )  # fmt: skip
         try:
@@ -46,5 +50,7 @@ def finished(
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         output.seek(0)
         return process.returncode, output.read().decode(errors="replace")

@@ -56,7 +56,7 @@ def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Pa
 def _pip() -> list[str]:
     """pip of this Python; where it has none, as in uv's environments, pip run by uv."""
     if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-m", "pip"]
+        return [sys.executable, "-P", "-m", "pip"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "--quiet", "--python", sys.executable, "pip"]
     raise UnavailableError("this Python has no pip: python -m ensurepip brings it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -98,7 +100,7 @@ def serve(
     from kvq.runtime.server.protocol import Settings
     from kvq.runtime.server.serve import serve as run
 
-    run(
+    ended = run(
         Options(
             model=models[0] if models else None, others=models[1:],
             models_memory=None if models_memory is None else int(models_memory),
@@ -115,3 +117,7 @@ def serve(
             api_key=api_key, cors_origins=cors_origins, access_log=not quiet,
         )
     )  # fmt: skip
+    if not ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # as at the end of any other command, but without taking down what still loads

@@ -63,6 +63,7 @@ class Scheduler:
         self._active: deque[Job] = deque()
         self.passes = Passes()
         self._stopping = False
+        self._loading_ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvq-worker", daemon=True)
         self._thread.start()
 
@@ -102,18 +103,37 @@ class Scheduler:
             self._stopping = True
             self._changed.notify()
 
-    def join(self) -> None:
-        """Wait for the worker after `stop`; the pool's files are gone then."""
+    def join(self, patience_s: float | None = None) -> bool:
+        """Wait for the worker after `stop`; the pool's files are gone then.
+
+        Args:
+            patience_s: a worker that still loads, which nothing can interrupt, has no pool and will make none: it is
+                waited for no longer than so many seconds. None waits for it to the end.
+
+        Returns:
+            whether it has ended. A process with one that has not must end by `os._exit`: onnxruntime may crash where
+            its threads are at work while it is taken down.
+        """
+        if not self._loading_ended.wait(patience_s):
+            return False
         self._thread.join()
+        return True
 
     # -- the worker's thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            self.model = self._load()
-            self.pool = self._make_pool(self.model)
+            try:
+                model = self._load()
+            finally:
+                self._loading_ended.set()
+            if self._stopping:  # asked after that is set: whoever does not wait for us has asked us to stop before
+                return
+            self.pool = self._make_pool(model)
+            self.model = model
         except Exception as error:  # whatever it is, the main thread has to hear of it
-            self._on_ready(error)
+            if not self._stopping:  # one who was told to end, as the child of a load by the same Ctrl-C, has not failed
+                self._on_ready(error)
             return
         self._on_ready(None)
         try:

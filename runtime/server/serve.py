@@ -8,7 +8,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
@@ -21,7 +23,7 @@ from kvq.runtime.machine.pipes import outlasting_connections
 from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.fleet import Fleet
-from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
+from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck, own_names
 from kvq.runtime.server.models import Options, fleet_of, name_in_api, one_model
 from kvq.runtime.server.scheduler import Scheduler
 
@@ -29,12 +31,13 @@ BACKLOG = 128
 # asyncio takes as many connections at a time as its backlog says, before any of them is seen, and each takes a file
 # descriptor; the system's own queue is set apart, afterwards.
 ACCEPTED_AT_ONCE = 16
+LOADING_S = 0.5  # that the end waits for a model that is being loaded, which may be minutes
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, with the signals that end it turned into an orderly end with exit code 0."""
 
-    scheduler: Scheduler | Fleet
+    scheduler: Scheduler | Fleet | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept."""
@@ -45,11 +48,45 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
-        self.scheduler.stop()  # running streams end with an error event, so that connections can close
+        if self.scheduler is not None:
+            self.scheduler.stop()  # running streams end with an error event, so that connections can close
+
+    def finish(self, patience_s: float | None) -> bool:
+        """End the worker, as `Scheduler.join`."""
+        if self.scheduler is None:
+            return False
+        self.scheduler.stop()
+        return self.scheduler.join(patience_s)
 
 
-def serve(options: Options) -> None:
+class _Ended(BaseException):
+    """A signal has asked for the end while there is no event loop that could see to it."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """In the block SIGINT and SIGTERM raise `_Ended`, except where uvicorn has put its own handlers in place."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(options: Options) -> bool:
     """Listen, load the model, answer until SIGINT or SIGTERM.
+
+    Returns:
+        whether all has ended; not where a signal came while a model was being loaded, see `Scheduler.join`. What such
+        a load leaves, whoever comes next sweeps: its folders by their locks, its child ends with this process.
 
     Raises:
         ServerError: the address cannot be had, or an option is out of its range.
@@ -61,7 +98,6 @@ def serve(options: Options) -> None:
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if not loopback and options.api_key is None:
         _say(f"warning: {where} can be reached from other machines and takes requests without a key; give --api-key")
-    _say(f"listening on {where}, loading the model")
     failures: list[BaseException] = []
 
     def on_ready(error: BaseException | None) -> None:
@@ -79,34 +115,41 @@ def serve(options: Options) -> None:
             timeout_keep_alive=IDLE_S, backlog=ACCEPTED_AT_ONCE, h11_max_incomplete_event_size=HEAD_NBYTES,
         )
     )  # fmt: skip
-    hosts = [*LOOPBACK_HOSTS, options.host] if loopback else None
+    ended = False
+    try:
+        with _ended_by_signals(), outlasting_connections():
+            _say(f"listening on {where}, loading the model")  # in here: who reads it may end us already
+            _load(server, options, loopback, on_ready)
+            asyncio.run(server.serve(sockets=[listener]))
+        ended = True
+    except _Ended:
+        pass
+    finally:
+        ended = server.finish(None if failures else LOADING_S) and ended
+    if failures:
+        raise failures[0]
+    return ended
+
+
+def _load(server: Server, options: Options, loopback: bool, on_ready: Callable[[BaseException | None], None]) -> None:
+    """Begin to load, and give the server its application."""
     if options.others:
         fleet = fleet_of(options, on_ready, _say)
         server.scheduler = fleet
-        server.config.app = _guarded(fleet, options, hosts, None)
+        server.config.app = _guarded(fleet, options, loopback, None)
         fleet.load(fleet.members[0])
     else:
         server.scheduler, api = one_model(
             options, options.model, options.name or name_in_api(options.model), on_ready, _say
         )
-        server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
-    try:
-        with outlasting_connections():
-            asyncio.run(server.serve(sockets=[listener]))
-    finally:
-        server.scheduler.stop()
-        server.scheduler.join()
-    if failures:
-        raise failures[0]
+        server.config.app = _guarded(make_app(api), options, loopback, api.metrics.answered)
 
 
 async def _nothing(scope: object, receive: object, send: object) -> None:
     """Stands in for the application until it is made."""
 
 
-def _guarded(
-    app: ASGIApp, options: Options, hosts: Sequence[str] | None, counted: Callable[[str, int], None] | None
-) -> ASGIApp:
+def _guarded(app: ASGIApp, options: Options, loopback: bool, counted: Callable[[str, int], None] | None) -> ASGIApp:
     """The application behind its checks; a preflight request of CORS comes without a key."""
     if options.api_key is not None:
         app = KeyCheck(app, options.api_key)
@@ -117,7 +160,13 @@ def _guarded(
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Guard(app, hosts, _say, _say if options.access_log else None, counted)
+    hosts: set[str] | None = {*LOOPBACK_HOSTS, options.host}
+    if not loopback:  # a key keeps out whoever lacks it, by whatever name they call this machine
+        hosts = hosts | own_names() if options.api_key is None else None
+    return Guard(
+        app, hosts, _say, _say if options.access_log else None, counted,
+        addresses=not loopback, origins=options.cors_origins,
+    )  # fmt: skip
 
 
 def _listen(host: str, port: int) -> socket.socket:

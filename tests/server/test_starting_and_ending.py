@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+import kvq as kvq_package
 from tests.tools.command_line import kvq
 from tests.tools.serving import LONG, served
+
+ENDED_S = 5.0  # on a busy machine
 
 
 @pytest.mark.slow
@@ -117,3 +124,42 @@ def test_a_model_is_served_by_the_name_that_kvq_list_has(tiny_bundle, tmp_path):
         assert [card.id for card in server.client().models.list().data] == ["other"]
         done = server.client().completions.create(model="other", prompt="A", max_tokens=2)
         assert done.model == "other"
+
+
+# An export that takes long.
+STUCK = """
+import time
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize("others", [(), ("kvq-books",)], ids=["alone", "first of two"])
+def test_a_signal_ends_a_server_that_exports_and_its_child(by, others, tiny_checkpoint, tmp_path):
+    (tmp_path / "safetensors.py").write_text(STUCK)  # found before the package of that name
+    path = os.pathsep.join([str(tmp_path), str(Path(kvq_package.__file__).parents[1])])
+    models = [word for name in (tiny_checkpoint, *others) for word in ("-m", name)]
+    with served(*models, ready=False, env={"PYTHONPATH": path, "KVQ_HOME": str(tmp_path / "home")}) as server:
+        server.wait_for("exporting")
+        begun = time.monotonic()
+        assert server.end(by) == 0  # all of stderr is read: nobody has it any more, the child included
+        assert time.monotonic() - begun < ENDED_S
+        assert not any("Traceback" in line for line in server.lines)
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_a_model_that_is_being_loaded(tmp_path):
+    (tmp_path / "stuck.py").write_text(
+        "import kvq, time\nkvq.load = lambda *_, **__: time.sleep(60)\n"
+        "from kvq.runtime.cli.main import main\nmain()\n"
+    )  # fmt: skip
+    for by in (signal.SIGINT, signal.SIGTERM):
+        command = [sys.executable, str(tmp_path / "stuck.py"), "serve", "--port", "0"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert "listening" in process.stderr.readline()
+            begun = time.monotonic()
+            process.send_signal(by)
+            assert process.stderr.read() == ""
+            assert process.wait() == 0
+            assert time.monotonic() - begun < ENDED_S
