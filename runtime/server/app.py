@@ -19,7 +19,7 @@ from kvq.runtime.server.asking import Asked, Kept, parse_response
 from kvq.runtime.server.choices import Choice, choices_of
 from kvq.runtime.server.events import Disconnected, Events, EventStream
 from kvq.runtime.server.fields import parse_json
-from kvq.runtime.server.guard import refusal
+from kvq.runtime.server.guard import check_content_type, refusal
 from kvq.runtime.server.information import Information
 from kvq.runtime.server.jobs import Event, Step
 from kvq.runtime.server.metrics import Metrics
@@ -184,12 +184,7 @@ class Api:
 
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        browser = "origin" in request.headers or "sec-fetch-site" in request.headers
-        if kind != "application/json" and (kind or browser):
-            # Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it. Some
-            # clients name no kind at all; a page's request without one says where it comes from.
-            raise RequestError("send the body with content-type: application/json", 415)
+        check_content_type(request.headers)
         too_large = RequestError(f"the body is larger than {self.limits.body} bytes; shorten it", 413, "body_too_large")
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self.limits.body:

@@ -12,14 +12,17 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote
 
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvq.runtime.errors import KvqError, RequestError
-from kvq.runtime.server.guard import refusal
+from kvq.runtime.server.guard import check_content_type, refusal
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.scheduler import Scheduler
 from kvq.runtime.session.statistics import size
@@ -38,6 +41,7 @@ class Member:
         name: in the API.
         nbytes: of its files, about what it takes in memory besides caches.
         context: most tokens of a text.
+        asleep: the application where it is not loaded: answers what needs no model, 503 to the rest.
         make: begins to load it: its worker and its application; told what `Scheduler` tells its `on_ready`.
         running: these two while it is loaded; None otherwise.
         loaded: done once it can answer, with the error where it cannot.
@@ -48,11 +52,25 @@ class Member:
     name: str
     nbytes: int
     context: int
+    asleep: Starlette
     make: Callable[[Callable[[BaseException | None], None]], tuple[Scheduler, ASGIApp]]
     running: tuple[Scheduler, ASGIApp] | None = None
     loaded: Future[None] | None = None
     users: int = 0
     used: float = 0.0
+
+
+class Asleep:
+    """Stands for the scheduler of a model that is not loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def ready(self) -> NoReturn:
+        """Raise RequestError, always."""
+        raise RequestError(
+            f"{self.name} is not loaded, and this request loads nothing; send it a text first", 503, "not_loaded"
+        )
 
 
 @dataclass
@@ -87,8 +105,12 @@ class Fleet:
             await JSONResponse({"models": [self._tag(m) for m in shown]})(scope, receive, send)
             return
         try:
+            loads = self._loads(scope)
             asked, receive = await self._asked(scope, receive)
             member = self.named(asked)
+            if member.running is None and not loads:
+                await self._unloaded(member, scope)(scope, receive, send)
+                return
             app = await self._begin(member)
         except KvqError as error:
             await refusal(error, path)(scope, receive, send)
@@ -131,12 +153,28 @@ class Fleet:
 
     # -- which model --------------------------------------------------------------------------------
 
+    def _loads(self, scope: Scope) -> bool:
+        """Whether a request may have a model loaded for it: only one that a web page cannot send unasked may.
+
+        Raises:
+            RequestError: 415, of a body that is not said to be JSON.
+        """
+        matches = [route.matches(scope)[0] for route in self.members[0].asleep.routes]
+        if scope["method"] != "POST" or Match.FULL not in matches:
+            return False
+        check_content_type(Headers(scope=scope))
+        return True
+
+    def _unloaded(self, member: Member, scope: Scope) -> ASGIApp:
+        """What answers for a model that is not loaded, and stays so."""
+        if scope["method"] == "GET" and _named_in(scope["path"]) is not None:
+            return JSONResponse(self._card(member))
+        return member.asleep
+
     async def _asked(self, scope: Scope, receive: Receive) -> tuple[str | None, Receive]:
         """The model that a request names, and its body once more for the application, which checks it."""
-        path = unquote(scope["path"])
-        for prefix in LISTS:
-            if path.startswith(prefix + "/"):
-                return path[len(prefix) + 1 :], receive
+        if (named := _named_in(scope["path"])) is not None:
+            return named, receive
         if scope["method"] != "POST":
             return next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("model", [])), None), receive
         body, more = bytearray(), True  # in one piece: a client may send it a byte at a time
@@ -271,3 +309,9 @@ def _fail(loaded: Future[None], error: RequestError) -> None:
     """Tell those who wait for a model, unless they have been told something."""
     with suppress(InvalidStateError):
         loaded.set_exception(error)
+
+
+def _named_in(path: str) -> str | None:
+    """The model that a path is of: /v1/models/NAME."""
+    path = unquote(path)
+    return next((path[len(prefix) + 1 :] for prefix in LISTS if path.startswith(prefix + "/")), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -26,16 +28,46 @@ def refusal(error: BaseException, path: str = "", **extra: Any) -> Response:
     return JSONResponse(body | extra, status_of(error), headers_of(error))
 
 
+def check_content_type(headers: Headers) -> None:
+    """Raise RequestError for a body that is not said to be JSON.
+
+    Also what keeps a web page from posting here unasked: browsers send JSON only where CORS allows it. Some clients
+    name no kind at all; a page's request without one says where it comes from.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    browser = "origin" in headers or "sec-fetch-site" in headers
+    if kind != "application/json" and (kind or browser):
+        raise RequestError("send the body with content-type: application/json", 415)
+
+
+def own_names() -> set[str]:
+    """What this machine is called by others in its network."""
+    found = {socket.gethostname().lower(), socket.getfqdn().lower()}
+    bare = {name.removesuffix(".local") for name in found if name}
+    return bare | {f"{name}.local" for name in bare}
+
+
+def _is_address(host: str) -> bool:
+    """An IP address, which no name server can make another one."""
+    try:
+        ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    except ValueError:
+        return False
+    return True
+
+
 class Guard:
     """The outermost layer.
 
     Args:
         app: what it guards.
-        hosts: host names a request may be addressed to; None is any. On loopback this keeps web pages out whose
-            own name was made to resolve to this machine (DNS rebinding).
+        hosts: host names a request may be addressed to; None is any. This keeps web pages out whose own name was made
+            to resolve to this machine (DNS rebinding).
         log: told unexpected errors.
         access_log: told one line per request, without anything the client wrote but the path; None is no log.
         counted: told path and status of every answer.
+        addresses: any IP address is fine as a host, too.
+        origins: whose web pages may send requests, "*" is all; None does not ask where a request comes from.
     """
 
     def __init__(
@@ -45,8 +77,12 @@ class Guard:
         log: Callable[[str], None],
         access_log: Callable[[str], None] | None,
         counted: Callable[[str, int], None] | None = None,
+        *,
+        addresses: bool = False,
+        origins: Iterable[str] | None = None,
     ) -> None:
-        self.app, self.counted = app, counted
+        self.app, self.counted, self.addresses = app, counted, addresses
+        self.origins = None if origins is None else set(origins)
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
         self.log, self.access_log = log, access_log
 
@@ -80,14 +116,30 @@ class Guard:
                 self.access_log(line.strip())
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("host", "").lower()
-        name, colon, port = host.rpartition(":")
-        name = name if colon and port.isdecimal() else host
-        if self.hosts is not None and name not in self.hosts:
-            error = RequestError("this server answers to its own address only; see --host", 403, "host_not_allowed")
-            await refusal(error, scope["path"])(scope, receive, send)
+        headers = Headers(scope=scope)
+        if not self._addressed(headers.get("host", "").lower()):
+            said = "this server answers to its own address only; see --host, and --api-key for other names"
+            error = RequestError(said, 403, "host_not_allowed")
+        elif self._foreign(scope["method"], headers):
+            said = "web pages from elsewhere may not ask this server; --cors-origin URL lets those of one in"
+            error = RequestError(said, 403, "origin_not_allowed")
         else:
             await self.app(scope, receive, send)
+            return
+        await refusal(error, scope["path"])(scope, receive, send)
+
+    def _addressed(self, host: str) -> bool:
+        name, colon, port = host.rpartition(":")
+        name = name if colon and port.isdecimal() else host
+        return self.hosts is None or name in self.hosts or (self.addresses and _is_address(name))
+
+    def _foreign(self, method: str, headers: Headers) -> bool:
+        """Whether a browser says that a page of another site sends this, and not a user who follows a link."""
+        if self.origins is None or headers.get("sec-fetch-site", "").lower() != "cross-site":
+            return False
+        if method == "GET" and headers.get("sec-fetch-mode", "").lower() == "navigate":
+            return headers.get("sec-fetch-dest", "document").lower() != "document"  # in a frame of that page
+        return not ("*" in self.origins or headers.get("origin") in self.origins)
 
 
 class KeyCheck:

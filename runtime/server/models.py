@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from starlette.types import ASGIApp
 
@@ -14,7 +15,7 @@ from kvq.runtime.catalog.references import default_model, find, locate
 from kvq.runtime.errors import BundleError, ServerError
 from kvq.runtime.server.app import Api, make_app
 from kvq.runtime.server.capacity import quarter_of_memory
-from kvq.runtime.server.fleet import Fleet, Member
+from kvq.runtime.server.fleet import Asleep, Fleet, Member
 from kvq.runtime.server.guard import Guard
 from kvq.runtime.server.pool import SessionPool
 from kvq.runtime.server.preparing import Limits
@@ -142,7 +143,8 @@ def fleet_of(options: Options, on_ready: Ready, log: Callable[[str], None]) -> F
             return scheduler, Guard(make_app(api), None, log, None, api.metrics.answered)
 
         nbytes = sum(file["nbytes"] for file in manifest.files.values())
-        return Member(name, nbytes, manifest.architecture.context, make)
+        asleep = make_app(Api(cast(Scheduler, Asleep(name)), name, options.settings, options.limits))
+        return Member(name, nbytes, manifest.architecture.context, asleep, make)
 
     members = [member(reference) for reference in (options.model or "", *options.others)]
     names = [each.name for each in members]

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,7 +23,7 @@ from kvq.runtime.machine.pipes import outlasting_connections
 from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.fleet import Fleet
-from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck
+from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck, own_names
 from kvq.runtime.server.models import Options, fleet_of, name_in_api, one_model
 from kvq.runtime.server.scheduler import Scheduler
 
@@ -115,12 +115,11 @@ def serve(options: Options) -> bool:
             timeout_keep_alive=IDLE_S, backlog=ACCEPTED_AT_ONCE, h11_max_incomplete_event_size=HEAD_NBYTES,
         )
     )  # fmt: skip
-    hosts = [*LOOPBACK_HOSTS, options.host] if loopback else None
     ended = False
     try:
         with _ended_by_signals(), outlasting_connections():
             _say(f"listening on {where}, loading the model")  # in here: who reads it may end us already
-            _load(server, options, hosts, on_ready)
+            _load(server, options, loopback, on_ready)
             asyncio.run(server.serve(sockets=[listener]))
         ended = True
     except _Ended:
@@ -132,32 +131,25 @@ def serve(options: Options) -> bool:
     return ended
 
 
-def _load(
-    server: Server,
-    options: Options,
-    hosts: Sequence[str] | None,
-    on_ready: Callable[[BaseException | None], None],
-) -> None:
+def _load(server: Server, options: Options, loopback: bool, on_ready: Callable[[BaseException | None], None]) -> None:
     """Begin to load, and give the server its application."""
     if options.others:
         fleet = fleet_of(options, on_ready, _say)
         server.scheduler = fleet
-        server.config.app = _guarded(fleet, options, hosts, None)
+        server.config.app = _guarded(fleet, options, loopback, None)
         fleet.load(fleet.members[0])
     else:
         server.scheduler, api = one_model(
             options, options.model, options.name or name_in_api(options.model), on_ready, _say
         )
-        server.config.app = _guarded(make_app(api), options, hosts, api.metrics.answered)
+        server.config.app = _guarded(make_app(api), options, loopback, api.metrics.answered)
 
 
 async def _nothing(scope: object, receive: object, send: object) -> None:
     """Stands in for the application until it is made."""
 
 
-def _guarded(
-    app: ASGIApp, options: Options, hosts: Sequence[str] | None, counted: Callable[[str, int], None] | None
-) -> ASGIApp:
+def _guarded(app: ASGIApp, options: Options, loopback: bool, counted: Callable[[str, int], None] | None) -> ASGIApp:
     """The application behind its checks; a preflight request of CORS comes without a key."""
     if options.api_key is not None:
         app = KeyCheck(app, options.api_key)
@@ -168,7 +160,13 @@ def _guarded(
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Guard(app, hosts, _say, _say if options.access_log else None, counted)
+    hosts: set[str] | None = None  # a key keeps out whoever lacks it, by whatever name they call this machine
+    if loopback or options.api_key is None:
+        hosts = {*LOOPBACK_HOSTS, options.host, *(() if loopback else own_names())}
+    return Guard(
+        app, hosts, _say, _say if options.access_log else None, counted,
+        addresses=not loopback, origins=options.cors_origins,
+    )  # fmt: skip
 
 
 def _listen(host: str, port: int) -> socket.socket:

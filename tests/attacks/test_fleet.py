@@ -12,6 +12,10 @@ from tests.tools.packages import needs
 
 needs("starlette")
 
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
 from kvq.runtime.server.fleet import Fleet, Member
 from kvq.runtime.server.guard import Guard
 from tests.tools.work import bounded_work
@@ -45,7 +49,11 @@ def member(name, fails=None):
         settle(RuntimeError("no\nmodel") if fails else None)
         return Worker(), app
 
-    return Member(name, 100, 10, make)
+    async def asleep(request):
+        return PlainTextResponse(f"{name} is not loaded", 503)
+
+    routes = [Route("/x", asleep, methods=["POST"]), Route("/props", asleep), Route("/v1/models/{name:path}", asleep)]
+    return Member(name, 100, 10, Starlette(routes=routes), make)
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def fleet():
     )
 
 
-def answered(fleet, method, path, body=b"", query=b"", pieces=1):
+def answered(fleet, method, path, body=b"", query=b"", pieces=1, headers=()):
     """Status and text of the answer to a request whose body comes in pieces; the client is gone behind it."""
     cut = [len(body) * i // pieces for i in range(pieces + 1)]
     messages = [
@@ -71,7 +79,7 @@ def answered(fleet, method, path, body=b"", query=b"", pieces=1):
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query,
-             "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1)}  # fmt: skip
+             "headers": [(b"host", b"localhost"), *headers], "client": ("127.0.0.1", 1)}  # fmt: skip
     asyncio.run(Guard(fleet, ["localhost"], lambda line: None, None)(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]).decode()
 
@@ -93,7 +101,7 @@ REQUESTS = {
     "an empty name in a path": ((GET, "/v1/models/"), 404, "no model '"),
     "another model behind dots": ((GET, "/v1/models/one/../two"), 404, "no model '"),
     "a query that is no UTF-8": ((GET, "/props", b"", b"model=%ff%fe"), 404, "no model '"),
-    "a query of 20,000 names": ((GET, "/props", b"", b"&".join(b"a%d=1" % i for i in range(20_000))), 200, "one 0"),
+    "a query of 20,000 names": ((GET, "/props", b"", b"&".join(b"a%d=1" % i for i in range(20_000))), 503, "one is"),
     "a model that cannot be loaded": ((POST, "/x", asked("bad")), 500, "bad cannot be loaded"),
     "a model that cannot be begun": ((POST, "/x", asked("worse")), 500, "internal error"),
     "a list for a name": ((POST, "/x", b'{"model": ["two"]}'), 200, "one 18"),
@@ -103,7 +111,7 @@ REQUESTS = {
     "a body that is too large": ((POST, "/x", b"x" * 9_000_000), 200, "one 9000000"),
     "a body in 60,000 pieces": ((POST, "/x", asked("two")[:-1] + b"," * 3_000_000, b"", 60_000), 200, "one 3000015"),
     "no body": ((POST, "/x"), 200, "one 0"),
-    "another method": (("FOO", "/x", asked("two")), 200, "one 16"),
+    "another method": (("FOO", "/x", asked("two")), 405, "Method Not Allowed"),
 }  # fmt: skip
 
 
@@ -123,3 +131,24 @@ def test_a_model_that_failed_is_tried_again(fleet):
     for _ in range(2):
         assert answered(fleet, POST, "/x", asked("bad"))[0] == 500
         assert fleet.members[2].running is None
+
+
+EVIL = [(b"origin", b"http://evil.example"), (b"sec-fetch-site", b"cross-site")]
+UNASKED = {
+    "an image of another model's": ((GET, "/props", b"", b"model=two"), EVIL, 503),
+    "a form's text": ((POST, "/x", asked("two")), [*EVIL, (b"content-type", b"text/plain")], 415),
+    "a page's body of no type": ((POST, "/x", asked("two")), EVIL, 415),
+    "a path that there is not": ((POST, "/nosuchpath", asked("two")), [], 404),
+    "a path that takes another method": ((POST, "/props", asked("two")), [], 405),
+    "the card of a model": ((GET, "/v1/models/two"), [], 200),
+    "a removal": (("DELETE", "/props", b"", b"model=two"), [], 405),
+}
+
+
+@pytest.mark.parametrize("name", UNASKED)
+def test_what_a_web_page_can_send_unasked_loads_and_closes_nothing(fleet, name):
+    request, headers, status = UNASKED[name]
+    assert answered(fleet, POST, "/x", asked("one"))[0] == 200
+    assert answered(fleet, *request, headers=headers)[0] == status
+    assert [each.name for each in fleet.members if each.running is not None] == ["one"]
+    assert answered(fleet, GET, "/props", headers=EVIL) == (200, "one 0")  # of the loaded one, as ever

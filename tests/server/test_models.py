@@ -43,7 +43,11 @@ def test_each_answers_by_its_name_however_often_they_change_places(both, model, 
     assert client.models.retrieve(tiny_name).context_length == tiny_model.architecture.context
     unnamed = both.post("/v1/completions", {"prompt": PROMPT, **ASKED}).json()  # goes to the first
     assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("kvq-books", expected["kvq-books"])
-    assert both.get(f"/props?model={tiny_name}").json()["model"] == tiny_name
+    assert both.get("/props?model=kvq-books").json()["model"] == "kvq-books"
+    refused = both.get(f"/props?model={tiny_name}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_loaded")
+    assert client.models.retrieve(tiny_name).context_length == tiny_model.architecture.context
+    assert [tag["name"] for tag in both.get("/api/ps").json()["models"]] == ["kvq-books"]
 
 
 def test_an_unknown_name_is_told_what_comes_close(both):
