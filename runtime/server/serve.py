@@ -160,9 +160,9 @@ def _guarded(app: ASGIApp, options: Options, loopback: bool, counted: Callable[[
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    hosts: set[str] | None = {*LOOPBACK_HOSTS, options.host}
-    if not loopback:  # a key keeps out whoever lacks it, by whatever name they call this machine
-        hosts = hosts | own_names() if options.api_key is None else None
+    hosts: set[str] | None = None  # a key keeps out whoever lacks it, by whatever name they call this machine
+    if loopback or options.api_key is None:
+        hosts = {*LOOPBACK_HOSTS, options.host, *(() if loopback else own_names())}
     return Guard(
         app, hosts, _say, _say if options.access_log else None, counted,
         addresses=not loopback, origins=options.cors_origins,
