@@ -9,6 +9,7 @@ from kvq.runtime.bundle.manifest import CHAT_TEMPLATE
 from kvq.runtime.chat.documents import BEGINNINGS, BREAK, joined
 from kvq.runtime.chat.feeds import Feed, feed_of, said, shared
 from kvq.runtime.chat.making_room import ReplyShift, made_room
+from kvq.runtime.chat.reply import OneReply, behind, ends_reply, telling
 from kvq.runtime.chat.turns import KEY, Document, Turn, check_identity, from_metadata, identity_of, to_metadata
 from kvq.runtime.errors import ContextError, PromptError
 from kvq.runtime.keywords import named_keywords
@@ -63,6 +64,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.document: Document | None = None
         self.forgotten = self.lost = 0
+        self.one_reply = OneReply()
         if KEY in session.metadata:
             check_identity(session.metadata[KEY], self._identity)
             self.messages, self.turns, self.document = from_metadata(
@@ -74,7 +76,7 @@ class Conversation:
             raise PromptError("the session holds tokens, but no conversation; begin with an empty session")
         elif system is not None:
             self.messages.append({"role": "system", "content": system})
-        self._remember()
+        self.remember()
 
     def __repr__(self) -> str:
         turns, session = len(self.turns), self.session
@@ -84,6 +86,7 @@ class Conversation:
             f" {len(session.tokens)} of {session.model.architecture.context} tokens>"
         )
 
+    @ends_reply
     def read(self, text: str, role: str = "user", progress: Progress | None = None) -> None:
         """Cache a document ahead of the questions about it.
 
@@ -130,7 +133,7 @@ class Conversation:
         if ids[same:]:
             self.session.append(ids[same:], progress=progress)
         self.messages, self.document = messages, document if document.text else None
-        self._remember()
+        self.remember()
 
     def _opened(self, text: str) -> Document:
         """The open turn with a document at its end."""
@@ -139,6 +142,7 @@ class Conversation:
         return Document(joined(self.document.text, text), self.document.start, self.document.pending)
 
     @named_keywords(ReplyOptions)
+    @ends_reply
     def reply(self, text: str, **options: Unpack[ReplyOptions]) -> Generator[Response, None, None]:
         """Answer a question; yields a `Response` per token. Leave the loop to stop: what was said so far stays.
 
@@ -174,12 +178,13 @@ class Conversation:
             feed = Feed(turn.read, [], fed[same:], feed.rewritten)
         turn.prompt = feed.length + len(feed.pending) + len(feed.ids)
         self._check_room(feed.length + len(feed.pending), len(feed.ids), "the question", spare=1)
-        leading = self._leading(feed)
-        told = _behind(progress, leading, len(feed.ids))
-        responses = self._responses(feed.ids[leading:], told, options)
-        return self._reply({"role": "user", "content": question}, turn, feed, responses, cancelled, progress)
+        leading = feed.leading(self.session.prefill_chunk)
+        responses = self._responses(feed.ids[leading:], behind(progress, leading, len(feed.ids)), options)
+        asked = {"role": "user", "content": question}
+        return self.one_reply.of(self._reply(asked, turn, feed, responses, cancelled, progress))
 
     @named_keywords(GenerationOptions)
+    @ends_reply
     def resume(self, **options: Unpack[GenerationOptions]) -> Generator[Response, None, None]:
         """Go on with a reply that was cut; yields as `reply`, whose options it takes.
 
@@ -189,12 +194,14 @@ class Conversation:
         """
         if not self.turns or self.document:
             raise PromptError("there is no reply to go on with: ask a question")
+        if not self.turns[-1].prompt:  # it went when the template rewrote it for a turn that is gone
+            self._process_again(self.messages, self.turns)
         session, reply = self.session, self.messages[-1]["content"]
         if said(session, self.turns[-1], reply, len(session.tokens), session.pending).beyond.strip("\ufffd"):
             raise PromptError("the last reply has come to its end: ask the next question")
         if options.get("context_shift"):
             options["context_shift"] = ReplyShift(self, options["context_shift"])
-        return self._told(self._responses(None, options.pop("progress", None), options))
+        return self.one_reply.of(telling(self, self._responses(None, options.pop("progress", None), options)))
 
     def _responses(
         self, ids: Sequence[int] | None, progress: Progress | None, options: GenerationOptions
@@ -204,10 +211,6 @@ class Conversation:
         options.setdefault("max_tokens", MAX_TOKENS)
         options["progress"] = progress
         return self.session.generate(ids, **options)
-
-    def _leading(self, feed: Feed) -> int:
-        """How many tokens of a long question go ahead in whole chunks, with a look at `cancelled` after each."""
-        return (len(feed.ids) - 1) // self.session.prefill_chunk * self.session.prefill_chunk
 
     def _reply(
         self,
@@ -225,11 +228,11 @@ class Conversation:
         self.messages = [*self.messages, question, {"role": "assistant", "content": ""}]
         self.turns.append(turn)
         self.document = None
-        begun, told = False, self._told(responses)
+        begun, told = False, telling(self, responses)
         try:
-            for at in range(0, self._leading(feed), session.prefill_chunk):
+            for at in range(0, feed.leading(session.prefill_chunk), session.prefill_chunk):
                 chunk = feed.ids[at : at + session.prefill_chunk]
-                session.append(chunk, progress=_behind(progress, at, len(feed.ids)))
+                session.append(chunk, progress=behind(progress, at, len(feed.ids)))
                 if cancelled is not None and cancelled():
                     return
             for response in told:
@@ -238,19 +241,9 @@ class Conversation:
         finally:
             told.close()
             if not begun:
-                self.undo()
+                self._undo()
 
-    def _told(self, responses: Iterator[Response]) -> Generator[Response, None, None]:
-        """Pass responses on, and keep what they say in the last message, however they end."""
-        pieces, self.lost = [self.messages[-1]["content"]], 0
-        try:
-            for response in responses:
-                pieces.append(response.text)
-                yield response
-        finally:
-            self.messages[-1]["content"] = "".join(pieces)[self.lost :]
-            self._remember()
-
+    @ends_reply
     def undo(self) -> None:
         """Take back the last question and its reply, and what has been read since.
 
@@ -261,6 +254,9 @@ class Conversation:
         """
         if not self.turns:
             raise PromptError("nothing to undo: the conversation has no turns yet")
+        self._undo()
+
+    def _undo(self) -> None:
         turn = self.turns.pop()
         question = self.messages[-2]["content"]
         self.messages = self.messages[:-2]
@@ -271,8 +267,9 @@ class Conversation:
             self._cut(turn.read if turn.start is not None else 0, [])
         else:
             self._cut(turn.start or 0, pending)
-        self._remember()
+        self.remember()
 
+    @ends_reply
     def regenerate(self, **options: Unpack[ReplyOptions]) -> Generator[Response, None, None]:
         """Take back the last reply and answer its question again; yields as `reply`, whose options it takes.
         Its window is computed anew from what is stored, so it may be another one even at temperature 0 or of a seed.
@@ -283,9 +280,10 @@ class Conversation:
         if not self.turns:
             raise PromptError("nothing to answer again: the conversation has no turns yet")
         question, ahead = self.messages[-2]["content"], self.turns[-1].document
-        self.undo()
+        self._undo()
         return self.reply(question[ahead:].removeprefix(BREAK) if ahead else question, **options)
 
+    @ends_reply
     def set_system(self, system: str | None) -> None:
         """Another system prompt, or none; the conversation behind it is processed again.
 
@@ -312,9 +310,13 @@ class Conversation:
             How many turns are gone: none where there is the room, or where a document has been read and not asked
             about; all where even the last one takes too much.
         """
-        context = self.session.model.architecture.context
         if not self.turns or self.document is not None or self.session.room >= room:
-            return 0
+            return 0  # and a reply goes on
+        return self._forget(room)
+
+    @ends_reply
+    def _forget(self, room: int) -> int:
+        context = self.session.model.architecture.context
 
         def fits(dropped: int) -> bool:
             return sum(map(len, self._fed(self.without(dropped)))) + room <= context
@@ -349,8 +351,9 @@ class Conversation:
         self.turns = [Turn(None, [], 0) for _ in turns]
         if self.turns:
             self.turns[-1].prompt = len(prompt)
-        self._remember()
+        self.remember()
 
+    @ends_reply
     def move_to(self, session: Session) -> None:
         """Continue in another session of the same model, which processes all tokens so far anew.
 
@@ -362,9 +365,10 @@ class Conversation:
         session.pending[:] = self.session.pending
         session.metadata.update(self.session.metadata)
         self.session = session
-        self._remember()
+        self.remember()
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
+        """Have the session's metadata say what the conversation is."""
         self.session.metadata[KEY] = to_metadata(self.messages, self.turns, self.document, self._identity)
 
     def _cut(self, length: int, pending: list[int]) -> None:
@@ -374,9 +378,10 @@ class Conversation:
         self.session.pending[:] = pending
 
     def _forget_places(self) -> None:
-        """Earlier turns stand in the cache otherwise than they did."""
+        """Earlier turns stand in the cache otherwise than they did, or not any more."""
         for earlier in self.turns:
-            earlier.start = None
+            earlier.start, earlier.prompt = None, 0
+        self.remember()
 
     def _check_room(self, start: int, tokens: int, what: str, spare: int = 0) -> None:
         """Raise ContextError where the context has no room for so many tokens after `start`, and some to spare."""
@@ -391,8 +396,3 @@ class Conversation:
 def has_template(model: Model) -> bool:
     """Whether the model's bundle has a chat template of its own: it was trained on conversations."""
     return CHAT_TEMPLATE in model.bundle.manifest.files
-
-
-def _behind(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress of a part of the tokens, as that of all of them."""
-    return None if progress is None else lambda done, _: progress(min(before + done, total), total)

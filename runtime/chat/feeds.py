@@ -30,6 +30,10 @@ class Feed:
     ids: list[int]
     rewritten: bool = False
 
+    def leading(self, chunk: int) -> int:
+        """How many tokens of a long question go ahead in whole chunks, with a look at `cancelled` after each."""
+        return (len(self.ids) - 1) // chunk * chunk
+
 
 class Said(NamedTuple):
     """A reply as it stands in the session.
@@ -83,7 +87,7 @@ def feed_of(
     start, pending = len(session.tokens), session.pending
     if document is not None:
         start, pending = document.start, document.pending
-    if turns and start:
+    if turns and start and turns[-1].prompt:
         rest = _after_last_reply(template, messages, asked)
         if rest is not None:
             return _behind_reply(session, turns[-1], messages[-1]["content"], start, pending, rest)

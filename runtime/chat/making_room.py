@@ -69,9 +69,11 @@ class ReplyShift:
         gone, text = self._whole(ids[prompt:], ids[:prompt], gone)
         kept = Kept([*kept.ids[: kept.begun], *ids[prompt + gone :]], kept.begun)
         talk.messages, talk.lost = talk.without(shift.dropped), talk.lost + len(text)
+        talk.messages[-1]["content"] = talk.messages[-1]["content"][len(text) :]
         talk.forgotten += shift.dropped
         talk.turns = [Turn(None, [], 0) for _ in range(turns - shift.dropped)]
         talk.turns[-1].prompt = kept.begun
+        talk.remember()
         return kept
 
     def _whole(self, reply: Sequence[int], before: Sequence[int], gone: int) -> tuple[int, str]:

@@ -22,7 +22,7 @@ class Turn:
     Attributes:
         start: tokens cached before the question; None if the template has rewritten earlier turns for it.
         pending: `Session.pending` before the question.
-        prompt: tokens cached when the reply began.
+        prompt: tokens cached when the reply began; 0 where it does not stand there any more.
         document: characters of the question that were read ahead of it, see `Conversation.read`.
         read: tokens cached when they had been read, and what is left of them after `undo`.
     """

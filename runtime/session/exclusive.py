@@ -19,10 +19,15 @@ class Exclusive:
 
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "another thread is using this session; let them take turns, or give each thread a session of its own"
-                " (session.fork() makes one of the same text)"
-            )
+            raise in_use()
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def in_use() -> SessionError:
+    """What a second thread is told."""
+    return SessionError(
+        "another thread is using this session; let them take turns, or give each thread a session of its own"
+        " (session.fork() makes one of the same text)"
+    )
