@@ -23,6 +23,10 @@ BUNDLES = ("controllers", "ends", "manifests", "operators", "products", "weights
 TRIED: dict[str, list[tuple[str, str]]] = {
     "malformed bundles by name": [(f"tests.attacks.test_{name}", "ATTACKS") for name in BUNDLES],
     "chat templates without end": [("tests.attacks.test_templates", "BOMBS")],
+    "operations of chat templates that take long": [("tests.attacks.test_template_operations", "ATTACKS")],
+    "chat templates that add to their allowance": [
+        ("tests.attacks.test_template_allowances", name) for name in ("WAYS", "NAMES")
+    ],
     "chat templates that are long to compile": [("tests.attacks.test_templates", "SOURCES")],
     "tokenizers": [("tests.attacks.test_tokenizers", "BAD")],
     "tokenizers whose work multiplies": [("tests.attacks.test_tokenizer_growth", "BAD")],
