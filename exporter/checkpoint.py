@@ -144,7 +144,7 @@ class Checkpoint:
             CheckpointError: no reader of bundles would take it.
         """
         source = self.source
-        said = {"eos_token_ids": source.eos_token_ids(), "special_tokens": source.special_tokens()}
+        said: dict[str, Any] = {"eos_token_ids": source.eos_token_ids(), "special_tokens": source.special_tokens()}
         try:
             if len(set(said["eos_token_ids"])) > END_IDS:
                 raise ValueError(f"more than {END_IDS} ids that end a text")

@@ -124,15 +124,20 @@ def export(
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
-        checkpoint.said()  # refused before the long work
-        write_text(folder, TOKENIZER, tokenizer)
-        write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
+        _write_texts(checkpoint, tokenizer, folder)
         text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
             written = _write_graphs(checkpoint, options, kv | KEYS[keys], name, folder, ids, _part(progress), known)
         manifest = _finished(written, folder, ids, profiles, progress)
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
+
+
+def _write_texts(checkpoint: Checkpoint, tokenizer: str | None, folder: Path) -> None:
+    """Write what is text; whatever no bundle could say is refused here, before the long work."""
+    checkpoint.said()
+    write_text(folder, TOKENIZER, tokenizer)
+    write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
 
 
 def _total(layers: int) -> int:

@@ -94,7 +94,7 @@ class FewBits:
                     found = damages(draft, options.block, lambda done, count: progress(done, count, "measuring damage"))
                 if not np.isfinite([damage.divergence for damage in found.values()]).all():
                     raise CalibrationError(
-                        "predictions are no finite numbers on the calibration text; give a trained model's checkpoint"
+                        "predictions are no finite numbers on the text; give a checkpoint of a trained model"
                     )
                 known = known._replace(plan=plan_of_bits(found, self.bits))
             yield known

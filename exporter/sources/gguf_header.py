@@ -152,7 +152,7 @@ class _Walk:
             self.array(count, kind_of.itemsize, limits.ARRAYS.get(name, limits.OTHER_NUMBERS))
             return np.frombuffer(self.take(count * kind_of.itemsize), kind_of).tolist()
         if of != STRING:
-            raise self.refuse(f"an array of values of type {of}")
+            raise self.refuse(f"an array, and in it a value of type {of}")
         return [self.text() for _ in range(self.array(count, 8, limits.ARRAYS.get(name, limits.OTHER_TEXTS)))]
 
     def place(self, name: str) -> Tensor:

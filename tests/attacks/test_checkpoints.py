@@ -224,7 +224,7 @@ METADATA: dict[str, tuple[str, Value, Any, str]] = {
     "four million layers": (
         "llama.attention.sliding_window_pattern", Value.ARRAY, array(Value.INT32, 4_000_000, bytes(4)), "array elements"
     ),
-    "arrays in arrays": ("x.y", Value.ARRAY, array(Value.ARRAY, 1, struct.pack("<IQ", 9, 1)), "values of type 9"),
+    "arrays in arrays": ("x.y", Value.ARRAY, array(Value.ARRAY, 1, struct.pack("<IQ", 9, 1)), "a value of type 9"),
     "a template of megabytes": ("tokenizer.chat_template", Value.STRING, b"x" * (5 << 20), "the chat template of"),
 }  # fmt: skip
 
