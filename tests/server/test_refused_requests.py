@@ -231,8 +231,10 @@ def test_a_body_without_length_is_bounded_too(server):
 def test_requests_that_a_web_page_could_send_unasked_are_refused(server):
     answer = server.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 415
-    for header in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+    for header in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "same-site"}):
         assert server.post("/v1/completions", content=b'{"prompt": "x"}', headers=header).status_code == 415
+    for headers in ({"sec-fetch-site": "cross-site"}, JSON | {"sec-fetch-site": "cross-site"}):
+        assert server.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers).status_code == 403
     answer = server.post("/v1/completions", content=b'{"prompt": "x", "max_tokens": 1}')  # no kind, and no page's
     assert answer.status_code == 200
     answer = server.get("/v1/models", headers={"host": "evil.example:80"})
