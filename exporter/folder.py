@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{out} exists and holds more than a bundle, so it is not replaced; choose another name")
     with _temporary(out) as folder:
         yield folder
-        folder.chmod(0o755)
+        folder.chmod(_usual_mode(folder))
         sync_folder(folder)
         if out.exists():
             with _temporary(out) as aside:
@@ -55,6 +56,16 @@ def replaced_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         else:
             folder.rename(out)
         sync_folder(out.parent)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Permissions that a folder made in it has: those that its user's umask gives."""
+    probe = folder / ".mode"
+    probe.mkdir()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.rmdir()
 
 
 @contextmanager

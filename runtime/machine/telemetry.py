@@ -1,4 +1,4 @@
-"""What onnxruntime reports to its makers: nothing, unless the user asks for it.
+"""What the packages below kvq report to their makers: nothing, unless the user asks for it.
 
 Official builds of onnxruntime 1.29 and later collect events (the machine, an identifier of it, the path of Python,
 names of graphs, run times, messages of errors), keep them in ~/.cache/Microsoft and send them off from the moment that
@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"
+# Of packages that some extras bring, which count downloads of data sets, even of files on this machine, and report uses
+# of a cluster. What is set already decides.
+OTHERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def refuse() -> None:
@@ -19,6 +22,8 @@ def refuse() -> None:
     """
     if not os.environ.get(VARIABLE):
         os.environ[VARIABLE] = "1"
+    for name, value in OTHERS.items():
+        os.environ.setdefault(name, value)
 
 
 def refused() -> bool:

@@ -270,6 +270,8 @@ def _connected(address: str) -> Any:
         raise BatchError(f"a batch on a cluster needs ray: {install('ray')}")
     import ray
 
+    if address.strip().lower() == "local":  # to ray a cluster made here, open to the network, which outlives us
+        raise BatchError("a batch on this machine alone needs no cluster; leave --ray out")
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         if host and port.isdigit():  # ray itself tries for many minutes
@@ -278,5 +280,6 @@ def _connected(address: str) -> Any:
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise BatchError(
             f"no Ray cluster at {address} ({' '.join(str(error).split())[:120]}); start one with: ray start --head"
+            " --disable-usage-stats"
         ) from None
     return ray

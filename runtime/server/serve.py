@@ -97,7 +97,7 @@ def serve(options: Options) -> bool:
     loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if not loopback and options.api_key is None:
-        _say(f"warning: {where} can be reached from other machines and takes requests without a key; give --api-key")
+        _say(f"warning: {where} can be reached from other machines and takes requests without a key; set KVQ_API_KEY")
     failures: list[BaseException] = []
 
     def on_ready(error: BaseException | None) -> None:

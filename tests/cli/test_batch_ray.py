@@ -104,6 +104,7 @@ def test_what_keeps_a_batch_from_a_cluster_is_one_line(cluster, tiny_bundle, tmp
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     requests_file(source, 2)
     assert_one_line_error(kvq("batch", "--ray", "127.0.0.1:9", source, out), "127.0.0.1:9", "ray start --head")
+    assert_one_line_error(kvq("batch", "--ray", "local", source, out), "leave --ray out")
     done = kvq("batch", "--ray", cluster.address, "-m", "no-such-model", source, out)
     assert done.returncode == 1
     assert "is left out: no model 'no-such-model'" in done.stderr

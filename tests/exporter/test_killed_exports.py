@@ -146,3 +146,16 @@ def test_a_draft_beside_what_was_left_goes_too(tmp_path: Path) -> None:
     with replaced_folder(tmp_path / "bundle", overwrite=False):
         pass
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_folder_has_the_permissions_that_its_user_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replaced_folder(tmp_path / "bundle", overwrite=False) as folder:
+            (folder / "file").write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "bundle").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["file"]

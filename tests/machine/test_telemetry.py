@@ -44,6 +44,15 @@ def test_whoever_wants_it_has_it(command, tmp_path):
     assert left_behind(command, tmp_path / "kvq", "0")
 
 
+def test_packages_of_extras_are_asked_for_the_same_and_the_user_decides(monkeypatch):
+    for name in telemetry.OTHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    telemetry.refuse()
+    found = {name: os.environ[name] for name in telemetry.OTHERS}
+    assert found == telemetry.OTHERS | {"RAY_USAGE_STATS_ENABLED": "1"}
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [(None, "1"), ("", "1"), ("0", "0"), ("1", "1"), ("Yes", "Yes"), ("off", "off")]
 )
