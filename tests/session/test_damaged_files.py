@@ -90,7 +90,7 @@ def test_what_is_no_file_is_refused(tiny_model, good, tmp_path):
     for name, words in (
         ("folder.kvq", "is a folder"), ("link.kvq", "is a link"), ("lost.kvq", "is a link"),
         ("pipe.kvq", "not a regular file"), ("missing.kvq", "no session file"), ("missing/x.kvq", "no session file"),
-        ("folder.kvq/x", "no session file"), ("x" * 300, "cannot be read"),
+        ("folder.kvq/x", "no session file"), ("x" * 300, "is no name for a session file"),
     ):  # fmt: skip
         refused(tiny_model, tmp_path / name, words)
     for device in ("/dev/null", "/dev/zero"):
