@@ -123,7 +123,6 @@ class Session:
         self.runner = Runner(self.backend, model.engine, self.most, self.stepwise)
         self.drafter = Drafter(self)
         self._timer: Timer | None = None
-        self._torn = False  # in the middle of a change of text and store
         self.prefill_clock, self.decode_clock, self.shifts = Clock(), Clock(), Shifts()
         model.tell(self.note)
         for name, value in (("recent", recent), ("sink", sink)):
@@ -131,6 +130,8 @@ class Session:
                 model.tell(
                     f"{name} {value} is more than the context of {shape.context} tokens: all stay at {bits} bits"
                 )
+
+    _torn = False  # in the middle of a change of text and store
 
     def __repr__(self) -> str:
         pending = f" and {len(self.pending)} to come" if self.pending else ""
