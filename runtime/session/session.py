@@ -70,6 +70,8 @@ class Session:
         metadata: the caller's own: JSON values, saved and loaded with the session.
     """
 
+    _torn = False  # in the middle of a change of text and store
+
     def __init__(
         self,
         model: Model,
@@ -130,8 +132,6 @@ class Session:
                 model.tell(
                     f"{name} {value} is more than the context of {shape.context} tokens: all stay at {bits} bits"
                 )
-
-    _torn = False  # in the middle of a change of text and store
 
     def __repr__(self) -> str:
         pending = f" and {len(self.pending)} to come" if self.pending else ""
