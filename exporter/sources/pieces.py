@@ -14,10 +14,10 @@ from typing import Any
 
 from kvq.exporter import limits
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
+from kvq.runtime.text.tokenizer import LONGEST_SPELLED, MOST_CHARACTERS, MOST_MERGES, MOST_PIECES
 
 # Types of pieces; sentencepiece and GGUF number them alike (GGUF also has 0, undefined).
 UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
-MOST_PIECES, MOST_CHARACTERS, MOST_MERGES = limits.PIECES, limits.CHARACTERS, limits.MERGES
 UNIGRAM, BPE = 1, 2
 MODEL_TYPES = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 
@@ -60,8 +60,8 @@ class Pieces:
         for text, score in zip(self.texts, self.scores, strict=True):
             if text not in spelled:
                 continue
-            if len(text) > limits.LONGEST_SPELLED:
-                raise damaged(name, f"a token of {len(text)} characters, text has at most {limits.LONGEST_SPELLED}")
+            if len(text) > LONGEST_SPELLED:
+                raise damaged(name, f"a token of {len(text)} characters, text has at most {LONGEST_SPELLED}")
             before = len(found)
             for cut in range(1, len(text)):
                 left = text[:cut]

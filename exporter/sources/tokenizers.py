@@ -29,6 +29,7 @@ from kvq.exporter.sources.pieces import (
 )
 from kvq.exporter.sources.pretokenizers import GPT2, PreTokenizer, pre_tokenizer
 from kvq.runtime.errors import CheckpointError, UnsupportedArchitectureError
+from kvq.runtime.text.tokenizer import MOST_PIECES
 
 SPACE = "▁"  # sentencepiece writes spaces so
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -118,7 +119,7 @@ def from_vocab_and_merges(vocab: str, merges: str, name: str, *, special: Sequen
         CheckpointError: no JSON object of ids, two tokens of one id, merges of tokens that are not there, or a special
             token that is not there.
     """
-    check_values(vocab, limits.PIECES, f"vocab.json of {name}")
+    check_values(vocab, MOST_PIECES, f"vocab.json of {name}")
     check_merges(merges.count("\n"), 0, name)
     try:
         found = json.loads(vocab)

@@ -42,11 +42,6 @@ SHORTER = 2  # place of the length that the longest, four times as long, is comp
 GROWTH = 8.0
 
 
-def wrong_pattern(pattern: str) -> str:
-    """Why a regular expression is not used; empty if it is."""
-    return wrong_patterns([pattern])[1]
-
-
 def wrong_patterns(patterns: Sequence[str]) -> tuple[str, str]:
     """The first regular expression of a tokenizer that is not used, and why; two empty texts if all are.
 

@@ -17,7 +17,7 @@ import pytest
 from kvq.runtime.errors import TokenizerError
 from kvq.runtime.text.forms import wrong_form
 from kvq.runtime.text.markers import Markers
-from kvq.runtime.text.patterns import wrong_pattern
+from kvq.runtime.text.patterns import wrong_patterns
 from kvq.runtime.text.template import GUARD, ChatTemplate
 from kvq.runtime.text.tokenizer import decoded, encoded, load_tokenizer
 from tests.attacks.test_tokenizers import TEMPLATE, document, replacing, split, whole
@@ -235,7 +235,7 @@ def test_the_form_of_an_expression_is_read_in_linear_time(pattern):
 @pytest.mark.parametrize("pattern", [r"(?:a|b){3}", r"[^]a[b]]+", r"a{1,3}?b++", r"x{}y{,2}", r"(?<y>a)(?i)b(?>c)",
                                      r"\p{L}{2,}[\]a]*", r"(?<!\d)\x{41}+"])  # fmt: skip
 def test_expressions_of_no_harm_are_read(pattern):
-    assert wrong_pattern(pattern) == ""
+    assert wrong_patterns([pattern]) == ("", "")
 
 
 def test_markers_are_those_of_a_regular_expression():
