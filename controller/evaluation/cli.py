@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,29 @@ from pathlib import Path
 
 import click
 
+from kvq.controller.evaluation.cli_tasks import paper_table, tasks
 from kvq.controller.evaluation.haystack import KINDS, MOST
+from kvq.controller.evaluation.options import (
+    BUDGETS,
+    CHUNKS,
+    CONTEXT,
+    EXACT,
+    JSON,
+    MODEL,
+    PROTECT,
+    RECENT,
+    SEED,
+    SINK,
+    TEXT,
+    arms_of,
+    bar,
+    numbers,
+    protected,
+    write_json,
+)
+from kvq.runtime.cli.interrupt import Leaving
 from kvq.runtime.cli.loading import load_model
-from kvq.runtime.cli.options import MODEL as MODEL_OPTIONS
-from kvq.runtime.cli.options import OFFLINE, OUTPUT, options
-from kvq.runtime.files import write_atomically
+from kvq.runtime.cli.options import OUTPUT
 
 
 @click.group("eval", context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,33 +40,8 @@ def evaluate() -> None:
     """Measure quality through the cache: divergence from 16 bits, arms at equal bytes, tasks."""
 
 
-def write_json(path: Path | None, value: object) -> None:
-    """JSON to a file, complete or not at all; to stdout without one."""
-    text = json.dumps(value, indent=1) + "\n"
-    if path is None:
-        click.echo(text, nl=False)
-        return
-    write_atomically(path, text)
-
-
-@contextmanager
-def bar():
-    """A progress callback that draws on stderr once it is first called."""
-    shown = None
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal shown
-        if shown is None:
-            shown = click.progressbar(length=100, file=sys.stderr)
-            shown.__enter__()
-        shown.label = what
-        shown.update(100 * done // total - shown.pos)
-
-    try:
-        yield progress
-    finally:
-        if shown is not None:
-            shown.__exit__(None, None, None)
+evaluate.add_command(tasks)
+evaluate.add_command(paper_table)
 
 
 @contextmanager
@@ -61,7 +53,7 @@ def _evaluated(model: str | None, threads: int | None, exact: bool) -> Iterator:
         return
     from kvq.exporter.exact import exact_copy
 
-    with tempfile.TemporaryDirectory(prefix="kvq-exact-") as folder:
+    with Leaving(), tempfile.TemporaryDirectory(prefix="kvq-exact-") as folder:
         exact_copy(loaded.bundle.path, Path(folder))
         yield load_model(folder, threads)
 
@@ -69,46 +61,6 @@ def _evaluated(model: str | None, threads: int | None, exact: bool) -> Iterator:
 def _of(model, rows: list[dict]) -> list[dict]:
     """The rows with the precision of the activations they were measured at."""
     return [row | {"activations": model.bundle.manifest.weights.get("activations")} for row in rows]
-
-
-def _numbers(text: str, option: str, kind: type = float) -> list:
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"{option} takes numbers with commas between them, got {text!r}") from None
-    if any(not number > 0 for number in found):
-        raise click.UsageError(f"{option} takes positive numbers, got {text!r}")
-    return found
-
-
-MODEL = options(MODEL_OPTIONS)
-TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
-                    help="UTF-8 text to score; can be repeated.")  # fmt: skip
-CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
-CHUNKS = click.option(
-    "--chunks", "count", type=click.IntRange(1), default=16, show_default=True, help="Chunks, spread over the texts."
-)
-RECENT = click.option(
-    "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens to protect, in every arm."
-)
-SINK = click.option(
-    "--sink", type=click.IntRange(0), default=4, show_default=True, help="First tokens to protect, in every arm."
-)
-PROTECT = click.option(
-    "--protect-bits", type=click.Choice(["8", "16"]), callback=lambda ctx, parameter, bits: bits and int(bits),
-    help="Of the protected tokens; 8 if not given. Always 16 in the fp16 arm.",
-)  # fmt: skip
-EXACT = click.option(
-    "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
-    " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
-)  # fmt: skip
-BUDGETS = click.option(
-    "--kv-bits", default="", callback=lambda ctx, parameter, text: _numbers(text, "--kv-bits") if text else [],
-    help="Budgets of the policies that can follow one, total bits per value, with commas; their own choice if not"
-    " given.",
-)  # fmt: skip
-SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
-JSON = click.option("--json", "out", **OUTPUT, envvar="KVQ_JSON_FILE", help="Write the result there; else to stdout.")
 
 
 @evaluate.command()
@@ -153,8 +105,8 @@ def pareto(
             import torch
 
             torch.set_num_threads(loaded.engine.threads)  # of the oracle's measurements
-        budgets = _numbers(bits, "--bits")
-        cuts = [chunks(loaded, list(texts), length, count) for length in _numbers(context, "--context", int)]
+        budgets = numbers(bits, "--bits")
+        cuts = [chunks(loaded, list(texts), length, count) for length in numbers(context, "--context", int)]
         with bar() as progress:
             for cut in cuts:
                 each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
@@ -197,8 +149,8 @@ def kld(
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
         other = _peer(peer, gguf, kinds, loaded)
-        arms = [(name, options.get("kv_bits")) for name, options in _arms(loaded, policies, kv_bits, {})]
-        for length in _numbers(context, "--context", int):
+        arms = [(name, options.get("kv_bits")) for name, options in arms_of(loaded, policies, kv_bits, {})]
+        for length in numbers(context, "--context", int):
             cut = chunks(loaded, list(texts), length, count)
             found = measure(loaded, cut, arms, recent, sink, protect_bits or 8, other, progress)
             rows += by_position(found, length)
@@ -267,14 +219,14 @@ def needle(
     wanted = kinds.split(",")
     if unknown := [kind for kind in wanted if kind not in KINDS]:
         raise click.UsageError(f"--kinds takes {', '.join(KINDS)} with commas, got {', '.join(unknown)!r}")
-    lengths = _numbers(tokens, "--tokens", int)
+    lengths = numbers(tokens, "--tokens", int)
     filler = Filler() if text is None else Filler(read_text(text, "--text"), str(text))
     loaded = load_model(model, threads)
-    arms = _arms(
+    arms = arms_of(
         loaded,
         ("fp16", *(name for name in policies if name != "fp16")),
         kv_bits,
-        _protected(recent, sink, protect_bits),
+        protected(recent, sink, protect_bits),
     )
     with bar() as progress:
         rows = measure(loaded, arms, lengths, wanted, items, depths, filler, seed, progress)
@@ -284,113 +236,45 @@ def needle(
         click.echo(needle_table(rows))
 
 
-DATA = click.option(
-    "--data", type=click.Path(path_type=Path), help="Folder of TASK.jsonl files; the hub's if not given."
-)
-LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; all if not given.")
-
-
-@evaluate.command()
-@MODEL
-@click.option("-p", "--policy", "policies", multiple=True, default=("fp16", "int8", "int4", "int2"), show_default=True)
-@click.option("--tasks", default="hellaswag,openbookqa,arc_easy,arc_challenge", show_default=True)
-@BUDGETS
-@click.option("--shots", type=click.IntRange(0), default=0, show_default=True,
-              help="Examples in front of every item, drawn from the others.")  # fmt: skip
-@SEED
-@RECENT
-@SINK
-@PROTECT
-@DATA
-@LIMIT
-@JSON
-def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, protect_bits, data, limit, out, threads) -> None:
-    """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm.
-
-    An item alone is short: most of its tokens stand in the window and among the sinks, at 16 bits in every arm.
-    --shots puts examples in front, which are read once per arm, and --recent 0 leaves no window; both together measure
-    what the cache does.
-    """
-    from kvq.controller.evaluation.tasks import run_tasks
-
-    loaded = load_model(model, threads)
-    arms = _arms(loaded, policies, kv_bits, _protected(recent, sink, protect_bits))
-    write_json(out, run_tasks(loaded, arms, tasks.split(","), data, limit, shots, seed))
-
-
-@evaluate.command("paper-table")
-@click.option("--models", required=True, help="Models as -m takes them, with commas between them.")
-@OFFLINE
-@click.option("--threads", type=int, metavar="N", help="CPU threads; all available cores if not given.")
-@BUDGETS
-@RECENT
-@SINK
-@PROTECT
-@DATA
-@LIMIT
-@JSON
-def paper_table(models, kv_bits, recent, sink, protect_bits, data, limit, out, threads) -> None:
-    """The table of arXiv 2604.04722: accuracy (acc) of 16 bits, static 4 bits, rules and controllers.
-
-    \b
-    Where the hub can be reached:
-      kvq export HuggingFaceTB/SmolLM-135M smollm-135m
-      kvq train-controller smollm-135m --text books.txt --objective both
-      kvq eval paper-table --models smollm-135m
-    """
-    from kvq.controller.evaluation.tasks import run_tasks
-
-    rows: list[dict] = []
-    for name in models.split(","):
-        loaded = load_model(name, threads)
-        learned = [policy for policy in ("paper", "adaptive") if policy in loaded.bundle.manifest.controllers]
-        arms = _arms(loaded, ("fp16", "int4", "rule", *learned), kv_bits, _protected(recent, sink, protect_bits))
-        for row in run_tasks(loaded, arms, ("hellaswag", "openbookqa", "arc_challenge"), data, limit):
-            rows.append({"model": loaded.bundle.manifest.name, **row})
-    write_json(out, rows)
-
-
-def _protected(recent: int, sink: int, protect_bits: int | None) -> dict[str, int | None]:
-    """What is protected, as arguments of `Model.session`."""
-    return {"recent": recent, "sink": sink, "protect_bits": protect_bits}
-
-
-def _arms(model, policies, budgets: list[float], protected: dict) -> list[tuple[str, dict]]:
-    """Policies with what is protected; one that can follow a budget once for each, if there are any."""
-    from kvq.controller.policies import ScoredPolicy, make_policy
-
-    arms = []
-    for name in dict.fromkeys(policies):
-        policy = make_policy(name, model.bundle)  # one that is unknown is refused before anything is read
-        for budget in budgets if budgets and isinstance(policy, ScoredPolicy) else [None]:
-            arms.append((name, protected | ({} if budget is None else {"kv_bits": budget})))
-    return arms
-
-
 def _rows_of(file: Path) -> list[dict]:
-    """What `kvq eval pareto` or `needle` have written."""
+    """What `kvq eval pareto`, `needle`, `tasks` or `paper-table` have written."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise click.ClickException(f"{file} cannot be read as JSON ({error!s:.100})") from None
-    needed = ({"arm", "context", "texts", "bits_requested", "kld_mean"}, {"kept"}, {"loglik"})
+    needed = (
+        {"arm", "context", "texts", "bits_requested", "kld_mean"},
+        {"arm", "kind", "tokens", "bits", "loglik", "hits"},
+        {"arm", "task", "acc", "acc_norm", "bits"},
+        {"arm", "cached", "ms"},
+    )
     if isinstance(rows, list) and all(
         isinstance(row, dict) and any(each <= row.keys() for each in needed) for row in rows
     ):
         return rows
-    raise click.ClickException(f"{file} has no rows of kvq eval pareto or needle; give what their --json has written")
+    raise click.ClickException(
+        f"{file} has no rows of kvq eval pareto, needle, tasks or paper-table; give what their --json has written"
+    )
 
 
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
 def report(files, picture) -> None:
-    """Markdown tables from the JSON of `kvq eval pareto` or `needle`, as in docs/quality.md."""
-    from kvq.controller.evaluation.report import needle_table, plot, tables
+    """Markdown tables from the JSON of `kvq eval pareto`, `needle`, `tasks` or `paper-table`, as in docs/quality.md."""
+    from kvq.controller.evaluation.report import needle_table, plot, tables, task_table
 
     rows = [row for file in files for row in _rows_of(file)]
-    found = [row for row in rows if "kept" in row or "loglik" in row]
-    rows = [row for row in rows if row not in found]
-    click.echo("\n".join(table(part) for table, part in ((tables, rows), (needle_table, found)) if part))
-    if picture is not None:
-        plot(rows, picture)
+    found = [row for row in rows if "loglik" in row]
+    asked = [row for row in rows if "acc" in row or "cached" in row]
+    rows = [row for row in rows if row not in found and row not in asked]
+    parts = ((tables, rows), (needle_table, found), (task_table, asked))
+    if picture is not None and not rows:
+        raise click.UsageError("--plot draws rows of kvq eval pareto, and there are none")
+    try:
+        click.echo("\n".join(table(part) for table, part in parts if part))
+        if picture is not None:
+            plot(rows, picture)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        names = ", ".join(map(str, files))
+        raise click.ClickException(f"{names}: a row is not as kvq eval writes it; measure it again") from None

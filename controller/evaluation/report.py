@@ -1,4 +1,4 @@
-"""Tables from the JSON of `kvq eval pareto` and `kvq eval needle`, and a plot."""
+"""Tables from the JSON of `kvq eval pareto`, `needle`, `tasks` and `paper-table`, and a plot."""
 
 from __future__ import annotations
 
@@ -99,6 +99,45 @@ def needle_table(rows: list[dict[str, Any]]) -> str:
             f" {difference} | {row['hits']:.0%} | {share} |"
         )
     return "\n".join(lines)
+
+
+def task_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: of each model and arm accuracy by task and milliseconds by cached tokens, as far as they were measured.
+
+    Args:
+        rows: of `kvq eval tasks` and `kvq eval paper-table`.
+    """
+    parts = []
+    for model in dict.fromkeys(row.get("model") for row in rows):
+        here = [row for row in rows if row.get("model") == model]
+        heads = ["arm", *dict.fromkeys(_head(row) for row in here)]
+        cells: dict[str, dict[str, str]] = {}  # arm -> heading -> cell
+        for row in here:
+            arm = row["arm"] + (f" at {row['kv_bits']:g}" if "kv_bits" in row else "")
+            cells.setdefault(arm, {"arm": arm})[_head(row)] = _accuracy(row) if "acc" in row else _step(row)
+        lines = [[of_arm.get(head, "") for head in heads] for of_arm in cells.values()]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
+        parts.append(f"### {model}\n\n{table}" if model else table)
+    return "\n\n".join(parts)
+
+
+def _head(row: dict[str, Any]) -> str:
+    """The column that a row's cell stands in."""
+    return f"{row['task']}, bits" if "acc" in row else f"ms behind {row['cached']:,}"
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    """acc / acc_norm in %, in brackets the paired interval of acc's difference to the first arm, points; bits used."""
+    beside = row.get("acc_difference")
+    interval = f" ({100 * beside['low']:+.1f} to {100 * beside['high']:+.1f})" if beside else ""
+    return f"{100 * row['acc']:.1f} / {100 * row['acc_norm']:.1f}{interval}, {row['bits']:.1f}"
+
+
+def _step(row: dict[str, Any]) -> str:
+    """Milliseconds, and of all arms but the first the time over the first one's, in brackets its quartiles."""
+    beside = row.get("of_first")
+    ratio = f", {beside['median']:.2f} ({beside['low']:.2f} to {beside['high']:.2f})" if beside else ""
+    return f"{row['ms']:.1f}{ratio}"
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.samplers import FirstNSampler
@@ -183,9 +183,9 @@ def hub_task(name: str, shots: int, seed: int) -> ConfigurableTask:
 
 
 def with_examples(task: ConfigurableTask, examples: list[dict[str, Any]]) -> ConfigurableTask:
-    """The task with the same examples in front of every item; as it was without any."""
+    """The task with the same examples in front of every item."""
+    task.set_config(key="num_fewshot", value=len(examples))
     if examples:
-        task.set_config(key="num_fewshot", value=len(examples))
         task.sampler = FirstNSampler(examples)
     return task
 
@@ -223,7 +223,8 @@ def run_tasks(
                 chosen = local_task(task, data / f"{task}.jsonl", shots, seed)
             else:
                 chosen = hub_task(task, shots, seed)
-            found = simple_evaluate(lm, tasks=[chosen], limit=limit, log_samples=True, bootstrap_iters=0)
+            # Not by `simple_evaluate`, which spends ten seconds on the machine's description.
+            found = evaluate(lm, {task: chosen}, limit=limit, log_samples=True, bootstrap_iters=0)
             samples = found["samples"][task]
             right = np.array([sample["acc"] for sample in samples], float)
             row: dict[str, Any] = {

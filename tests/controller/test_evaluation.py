@@ -209,8 +209,13 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_work(tiny_bund
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "[5]", '{"rows": []}', '[{"arm": "static", "factor": 1.2}]', '[{"texts": 3, "kld_mean": 0.1}]']
-)
+    "text",
+    [
+        "", "5", "[5]", '{"rows": []}', '[{"arm": "static", "factor": 1.2}]', '[{"texts": 3, "kld_mean": 0.1}]',
+        '[{"arm": "int8", "cached": "many", "ms": "long"}]', '[{"arm": "int8", "cached": 5, "ms": 1, "of_first": 2}]',
+        '[{"arm": "int8", "task": "sea", "acc": null, "acc_norm": 0.5, "bits": 4}]', '[{"kept": 1}]',
+    ],
+)  # fmt: skip
 def test_a_report_of_anything_else_is_refused_in_one_line(text, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     done = CliRunner().invoke(evaluate, ["report", str(tmp_path / "rows.json")])

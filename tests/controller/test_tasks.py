@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from kvq.controller.evaluation import latency
 from kvq.controller.evaluation.cli import evaluate
 from tests.tools.command_line import assert_one_line_error, kvq
 from tests.tools.references import reference_logits
@@ -147,3 +149,59 @@ def test_files_that_are_no_task_are_refused_in_one_line(lines, options, words, t
         (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = kvq("eval", "tasks", "-m", tiny_bundle, "--tasks", "bad", "--data", tmp_path, *options)
     assert_one_line_error(done, *words)
+
+
+@pytest.mark.slow
+def test_the_paper_s_table_has_accuracy_and_times_of_every_policy(tiny_bundle, data, tmp_path):
+    pytest.importorskip("lm_eval")
+    for task in ("hellaswag", "openbookqa", "arc_challenge"):
+        shutil.copy(data / "sea.jsonl", tmp_path / f"{task}.jsonl")
+    out = tmp_path / "rows.json"
+    common = ["eval", "paper-table", "--models", tiny_bundle, "--data", tmp_path, "--recent", "4", "--kv-bits", "7"]
+    done = kvq(*common, "--threads", "1", "--latency", "40,70", "--limit", "2", "--json", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    asked, timed = [row for row in rows if "acc" in row], [row for row in rows if "cached" in row]
+    arms = ["fp16", "int8", "int4", "rule"]
+    assert [row["arm"] for row in asked if row["task"] == "hellaswag"] == arms
+    assert [(row["cached"], row["arm"]) for row in timed] == [(n, arm) for n in (40, 70) for arm in arms]
+    for row in timed:
+        assert row["ms_quartiles"][0] <= row["ms"] <= row["ms_quartiles"][1]
+        assert ("of_first" in row) == (row["arm"] != "fp16")
+    bits = {row["arm"]: row["bits"] for row in timed if row["cached"] == 70}
+    assert bits["fp16"] > bits["int8"] > bits["int4"]  # measured behind what was read
+    table = done.stdout.splitlines()
+    assert table[2].startswith("| arm | hellaswag, bits |")
+    assert table[2].endswith("| ms behind 40 | ms behind 70 |")
+    assert [line.split(" | ")[0] for line in table[4:]] == ["| fp16", "| int8", "| int4", "| rule at 7"]
+    assert all(line.count(" | ") == 5 for line in table[4:])
+    assert kvq("eval", "report", out).stdout == done.stdout
+
+
+@pytest.mark.parametrize(("lengths", "code", "word"), [("9000", 1, "room for"), ("few", 2, "--latency")])
+def test_steps_that_cannot_be_timed_are_refused_before_tasks_are_read(lengths, code, word, tiny_bundle, tmp_path):
+    pytest.importorskip("lm_eval")
+    done = kvq("eval", "paper-table", "--models", tiny_bundle, "--data", tmp_path, "--latency", lengths)
+    assert_one_line_error(done, word, lengths, code=code, who="kvq" if code == 1 else "Error")
+
+
+def test_steps_are_timed_behind_as_many_tokens_as_asked_and_all_arms_read_the_same(tiny_model, monkeypatch):
+    read = []
+    session = type(tiny_model).session
+
+    def noted(self, policy, **options):
+        read.append(session(self, policy, **options))
+        return read[-1]
+
+    monkeypatch.setattr(type(tiny_model), "session", noted)
+    latency.measure(tiny_model, [("fp16", {}), ("int4", {"recent": 2})], [30])
+    first, second = (each.tokens for each in read)
+    assert first == second
+    assert len(first) == 30 + latency.ROUNDS * latency.STEPS
+
+
+def test_a_budget_that_cannot_be_is_refused_before_tasks_are_read(tiny_bundle, tmp_path):
+    pytest.importorskip("lm_eval")
+    common = ["eval", "tasks", "-m", tiny_bundle, "--tasks", "none", "--data", tmp_path, "-p", "fp16", "-p", "rule"]
+    done = kvq(*common, "--kv-bits", "2")
+    assert_one_line_error(done, "kv_bits 2 is below", code=2)
