@@ -11,7 +11,6 @@ which run on the same machine.
 from __future__ import annotations
 
 import http.client
-import importlib.resources
 import json
 import re
 import subprocess
@@ -21,38 +20,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
-from types import SimpleNamespace as Load  # what the clients do: the options of the same names
 from typing import Any
 
 import click
 import numpy as np
 
 import kvq
+from kvq.bench.alone import run_alone
 from kvq.bench.machine import resident_bytes
 from kvq.bench.options import FILE, HELP
-from kvq.bench.report.tables import write_json
+from kvq.bench.report.tables import quartiles, write_json
+from kvq.bench.talk import TEMPERATURE, Load, Talk, Turn, talks
 
 TIMEOUT_S = 600
-TEMPERATURE = 0.8
 SHOWN = (
     "reused", "evictions", "restores", "dropped_files", "kv_limit_nbytes", "kv_peak_nbytes", "file_nbytes",
     "peak_rss_nbytes",
 )  # fmt: skip
-
-
-@dataclass
-class Turn:
-    """A request and what came of it; times in seconds from the request, `gaps` between pieces of text."""
-
-    messages: list[dict[str, str]]
-    seed: int
-    text: str = ""
-    first: float = 0.0
-    gaps: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    tokens: int = 0
 
 
 class ServerProcess:
@@ -125,38 +109,23 @@ def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) ->
             turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def client(number: int, port: int, load: Load, sentences: list[str], end: float) -> list[Turn]:
+def client(talk: Talk, port: int, load: Load, end: float) -> list[Turn]:
     """Turns in the conversations of one client until the time is over."""
-    generator = np.random.default_rng(number)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
-
-    def some(count: int) -> str:
-        at = int(generator.integers(0, len(sentences) - count))
-        return " ".join(sentences[at : at + count])
-
     done: list[Turn] = []
-    opened: list[list[dict[str, str]]] = [[] for _ in range(load.conversations)]
-    while True:
-        for i in range(load.conversations):
-            if time.perf_counter() > end:
-                return done
-            if not opened[i] or len(opened[i]) >= 2 * load.turns + 1:
-                opened[i] = [{"role": "system", "content": some(int(generator.integers(4, 16)))}]
-            opened[i].append({"role": "user", "content": some(1)})
-            turn = Turn(list(opened[i]), int(generator.integers(1 << 31)))
-            take_turn(connection, turn, load)
-            opened[i].append({"role": "assistant", "content": turn.text})
-            done.append(turn)
+    while time.perf_counter() < end:
+        done.append(talk.next())
+        take_turn(connection, done[-1], load)
+        talk.said(done[-1].text)
+    return done
 
 
-def run_load(server: ServerProcess, load: Load) -> tuple[list[Turn], float]:
-    """All turns of all clients, and the seconds they took."""
-    text = importlib.resources.files("kvq.exporter").joinpath("calibration.txt").read_text(encoding="utf-8")
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+def run_load(server: ServerProcess, load: Load, turn: int = 0) -> tuple[list[Turn], float]:
+    """All turns of all clients, and the seconds they took; turn: what they talk of is another time another thing."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(load.clients) as pool:
-        shared = (server.port, load, sentences, begun + load.seconds)
-        clients = [pool.submit(client, number, *shared) for number in range(load.clients)]
+        shared = (server.port, load, begun + load.seconds)
+        clients = [pool.submit(client, talk, *shared) for talk in talks(load, turn)]
     return [turn for one in clients for turn in one.result()], time.perf_counter() - begun
 
 
@@ -174,8 +143,8 @@ def wrong_texts(turns: list[Turn], model: str | None, load: Load) -> int:
     return wrong
 
 
-def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str, Any]:
-    """The figures: milliseconds, bytes, counts."""
+def report(turns: list[Turn], seconds: float, stats: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The figures: milliseconds, bytes, counts; stats: of the server."""
     first = np.percentile([1e3 * turn.first for turn in turns], [50, 95])
     gaps = np.percentile([1e3 * gap for turn in turns for gap in turn.gaps], [50, 95])
     return {
@@ -186,7 +155,22 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
         "cached_tokens": sum(turn.cached_tokens for turn in turns),
         "first_token_ms": [round(value, 1) for value in first],
         "per_token_ms": [round(value, 2) for value in gaps],
-    } | {name: stats[name] for name in SHOWN}
+    } | {name: stats[name] for name in SHOWN if stats is not None}
+
+
+def in_turn(server: ServerProcess, model: str | None, load: Load, rounds: int) -> list[Turn]:
+    """The server's turns; the library alone has the same conversations after it, round for round. Shows both."""
+    loaded = kvq.load(model)
+    done: list[Turn] = []
+    rates = []
+    for turn in range(rounds):
+        found, took = run_load(server, load, turn)
+        done += found
+        both = {"server": report(found, took, server.stats()), "alone": report(*run_alone(loaded, load, turn))}
+        click.echo(json.dumps(both, indent=1))
+        rates.append(both["server"]["tokens_per_s"] / both["alone"]["tokens_per_s"])
+    click.echo(f"tokens/s of the server to those of the library alone: {quartiles(rates, '.3f')}")
+    return done
 
 
 @click.command(context_settings=HELP)
@@ -202,9 +186,12 @@ def report(turns: list[Turn], seconds: float, stats: dict[str, Any]) -> dict[str
     "--seeds/--no-seeds", default=True, help="without them conversations go on from answers, nothing is checked"
 )
 @click.option("--kv-memory-total", default="10MB", show_default=True)
+@click.option(
+    "--alone", default=0, metavar="N", help="N times in turn with the library alone, which has the same conversations"
+)
 @click.option("--record", type=FILE, help="write the responses there and do not check them now")
 @click.option("--check", type=click.File(), help="check the responses of a --record")
-def main(model, kv_memory_total, record, check, **options) -> None:
+def main(model, kv_memory_total, alone, record, check, **options) -> None:
     """Put load on a server, print the figures as JSON, and check every text."""
     if record is not None and not options["seeds"]:
         raise click.UsageError("--record keeps responses to be checked, which takes --seeds")
@@ -215,8 +202,11 @@ def main(model, kv_memory_total, record, check, **options) -> None:
         load = Load(**options)
         limits = ["--kv-memory-total", kv_memory_total, "--concurrency", str(load.clients), "--chunk", str(load.chunk)]
         with closing(ServerProcess(*limits, *(["-m", model] if model else []))) as server:
-            done, took = run_load(server, load)
-            click.echo(json.dumps(report(done, took, server.stats()), indent=1))
+            if alone:
+                done = in_turn(server, model, load, alone)
+            else:
+                done, took = run_load(server, load)
+                click.echo(json.dumps(report(done, took, server.stats()), indent=1))
         if not load.seeds:
             return
         if record is not None:

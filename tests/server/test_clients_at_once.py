@@ -10,6 +10,10 @@ import sys
 import httpx
 import pytest
 
+import kvq
+from kvq.bench.alone import run_alone
+from kvq.bench.serve import wrong_texts
+from kvq.bench.talk import Load, talks
 from kvq.runtime.server.capacity import Capacity
 from tests.tools.serving import LONG, library, served
 
@@ -87,8 +91,18 @@ def test_clients_at_once_under_a_bound_that_forces_sessions_to_disk(model, tmp_p
 @pytest.mark.slow
 def test_the_load_measurement_checks_every_text():
     command = [sys.executable, "-m", "kvq.bench.serve", "--seconds", "2", "--clients", "2", "--max-tokens", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--alone", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures, verdict = done.stdout.rsplit("}", 1)
-    assert json.loads(figures + "}")["kv_peak_nbytes"] > 0
-    assert verdict.strip().startswith("0 of ")
+    both = json.loads(figures + "}")
+    assert both["server"]["kv_peak_nbytes"] > 0
+    assert all(one["tokens_per_s"] > 0 for one in both.values())
+    assert verdict.strip().splitlines()[1].startswith("0 of ")
+
+
+def test_the_library_alone_has_the_conversations_of_the_clients():
+    load = Load(clients=3, seconds=1.5, conversations=2, turns=2, max_tokens=6, policy="int8", chunk=64, seeds=True)
+    done, took = run_alone(kvq.load(), load)
+    assert took >= load.seconds
+    assert all(talk.next().messages in [turn.messages for turn in done] for talk in talks(load))
+    assert wrong_texts(done, None, load) == 0
