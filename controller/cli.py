@@ -34,9 +34,11 @@ from kvq.runtime.files import write_atomically
     help="Share of the texts that end in questions about what they say.",
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option("--add", is_flag=True, help="Keep the network that BUNDLE has: the mean of both errs less than either."
+              " Give another text or seed; may be repeated.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.")
 @click.option("--report", **OUTPUT, help="Write settings and loss curves as JSON.")
-def train_controller(bundle, text, feature_set, objective, tokens, asked, seed, threads, report) -> None:
+def train_controller(bundle, text, feature_set, objective, tokens, asked, seed, add, threads, report) -> None:
     """Train the precision controller of BUNDLE on a text and store it there.
 
     \b
@@ -53,7 +55,9 @@ def train_controller(bundle, text, feature_set, objective, tokens, asked, seed, 
     recipes = []
     for name in ["adaptive", "paper"] if objective == "both" else [objective]:
         default_set = {"adaptive": "extended", "paper": "paper"}[name]
-        recipe = Recipe(feature_set=feature_set or default_set, objective=name, tokens=tokens, asked=asked, seed=seed)
+        recipe = Recipe(
+            feature_set=feature_set or default_set, objective=name, tokens=tokens, asked=asked, seed=seed, add=add
+        )
         recipes.append(replace(recipe, rate=1e-3, epochs=10) if name == "paper" else recipe)
     with ExitStack() as stack:
         bar = None

@@ -114,7 +114,7 @@ def _paper_columns(graph: Graph) -> list[str]:
 def _columns(graph: Graph, shape: Architecture) -> list[str]:
     """Inputs of the other networks in a graph: place, norms and residual, float32 [tokens, ...] each.
 
-    The log of a mean is that of the sum less a constant: the norms are log(head_dim) too large, which goes into the
+    The log of a mean is that of the sum less a constant: the norms are `folded_norms` too large, which goes into the
     normalisation.
     """
     column = graph.constant([-1, 1])
@@ -127,6 +127,14 @@ def _columns(graph: Graph, shape: Architecture) -> list[str]:
     floored = graph.op("Add", squares, graph.constant(NORM_FLOOR * shape.head_dim, np.float32))
     rows = graph.op("Reshape", graph.op("Log", floored), graph.constant([2 * shape.layers * shape.kv_heads, -1]))
     return [logs, graph.op("Transpose", rows, perm=[1, 0]), residual]
+
+
+def folded_norms(shape: Architecture, feature_set: str, features: int) -> np.ndarray:
+    """What a graph's inputs are above the features that a network is trained on, float32 [features]."""
+    above = np.zeros(features, np.float32)
+    if feature_set != "paper":
+        above[1 : 1 + 2 * shape.layers * shape.kv_heads] = np.log(shape.head_dim)
+    return above
 
 
 def write_onnx(
@@ -146,16 +154,12 @@ def write_onnx(
     """
     graph = Graph(name, _Inline())  # type: ignore[arg-type]
     state = {key: value.detach().cpu().numpy().copy() for key, value in net.state_dict().items()}
-    if feature_set == "paper":
-        columns = _paper_columns(graph)
-    else:
-        columns = _columns(graph, shape)
-        norms = 2 * shape.layers * shape.kv_heads
-        state["mean"][1 : 1 + norms] += np.float32(np.log(shape.head_dim))
+    columns = _paper_columns(graph) if feature_set == "paper" else _columns(graph, shape)
     x = graph.op("Concat", *columns, axis=1)
     if net.table is not None:
         ids = graph.input("ids", "tokens", dtype=TensorProto.INT64)
         x = graph.op("Concat", x, graph.op("Gather", graph.weight("table", state["table.weight"]), ids), axis=1)
+    state["mean"] += folded_norms(shape, feature_set, len(state["mean"]))
     # (x - mean) * scale is part of the first layer: fewer nodes, and a decode step runs each of them.
     first, inputs = state["layers.0.weight"].astype(np.float64), len(state["mean"])
     state["layers.0.bias"] = state["layers.0.bias"] - first[:, :inputs] @ (state["mean"] * state["scale"]).astype(float)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from kvq.controller.training.damage import CLASSES as MEASURED
+from kvq.controller.training.members import Earlier, earlier
 from kvq.controller.training.network import Controller, features_of, inputs_of, write_onnx
 from kvq.controller.training.parallel import ParallelModel
 from kvq.controller.training.samples import Asking, Progress, Samples, collect
@@ -80,6 +81,8 @@ class Recipe:
         batch, rate, decay: tokens a step, AdamW's learning rate and weight decay.
         dropout: share of the inputs and hidden units of `adaptive` that a training step leaves out.
         seed: of everything drawn.
+        add: keep the network that the bundle has: the controller becomes the mean of it and the new one. Those of other
+            tokens err by something else, so give another text or seed.
     """
 
     feature_set: str = "extended"
@@ -97,6 +100,7 @@ class Recipe:
     decay: float = 1e-4
     dropout: float = 0.2
     seed: int = 0
+    add: bool = False
     paper: PaperSettings = PaperSettings()
 
 
@@ -129,7 +133,8 @@ def train_controllers(
 
     Raises:
         BundleError: unreadable.
-        CalibrationError: the text is too short, or the bundle has no tokenizer to read it with.
+        CalibrationError: the text is too short, the bundle has no tokenizer to read it with, or no controller that a
+            recipe can be added to.
         ChatTemplateError: its chat template fails at the conversations about the text.
     """
     opened = Bundle(bundle)
@@ -139,6 +144,10 @@ def train_controllers(
     first, asking = recipes[0], None
     if first.asked:  # without questions no chat template is looked at
         asking = Asking(first.asked, partial(template_of(opened, tokenizer).encode, add_generation_prompt=False))
+    before = [
+        earlier(opened, recipe.objective, recipe.feature_set, CLASSES[recipe.objective]) if recipe.add else None
+        for recipe in recipes
+    ]
     model = ParallelModel.load(opened, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     begun = time.perf_counter()
     samples = collect(
@@ -153,21 +162,17 @@ def train_controllers(
     )
     collected = time.perf_counter() - begun
     trained = []
-    for recipe in recipes:
+    for recipe, one in zip(recipes, before, strict=True):
         begun = time.perf_counter()
-        net, curve, output = fit(samples, recipe, opened.manifest.architecture.vocab, progress)
-        trained.append((recipe, net, curve, output, collected + time.perf_counter() - begun))
+        net, curve = fit(samples, recipe, opened.manifest.architecture.vocab, progress)
+        trained.append((recipe, net, curve, collected + time.perf_counter() - begun, one))
     return [store(opened, samples, *parts) for parts in trained]
 
 
 def fit(
     samples: Samples, recipe: Recipe, vocab: int, progress: Progress | None = None
-) -> tuple[Controller, list[dict[str, float]], np.ndarray]:
-    """Train one network.
-
-    Returns:
-        The network of the best epoch, losses by epoch, and its outputs float32 [tokens, classes] on all samples.
-    """
+) -> tuple[Controller, list[dict[str, float]]]:
+    """Train one network: that of the best epoch, and losses by epoch."""
     torch.manual_seed(recipe.seed)
     paper = recipe.objective == "paper"
     classes = CLASSES[recipe.objective]
@@ -211,9 +216,14 @@ def fit(
         elif epoch + 1 - int(np.argmin([row["valid"] for row in curve])) > recipe.patience:
             break
     net.load_state_dict(best[1])
+    return net, curve
+
+
+def outputs_of(net: Controller, samples: Samples, feature_set: str) -> np.ndarray:
+    """What a network gives for all samples, float32 [tokens, classes]."""
+    x, ids = torch.from_numpy(features_of(samples, feature_set)), torch.from_numpy(samples.ids)
     with torch.inference_mode():
-        output = torch.cat([net(a, b) for a, b in zip(x.split(8192), ids.split(8192), strict=True)]).numpy()
-    return net, curve, output
+        return torch.cat([net(a, b) for a, b in zip(x.split(8192), ids.split(8192), strict=True)]).numpy()
 
 
 def _split(samples: Samples, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,14 +278,19 @@ def store(
     recipe: Recipe,
     net: Controller,
     curve: list[dict[str, float]],
-    output: np.ndarray,
     seconds: float,
+    before: Earlier | None = None,
 ) -> Report:
-    """Put a trained controller into its bundle, which is replaced as a whole: a reader sees the old or the new one."""
+    """Put a trained controller into its bundle, which is replaced as a whole: a reader sees the old or the new one.
+
+    With one of before it becomes the mean of that one's members and the new one.
+    """
     manifest = Bundle(bundle.path).manifest  # another controller may have been stored meanwhile
     shape = manifest.architecture
     classes = CLASSES[recipe.objective]
     geometry = shape.geometry
+    made = Earlier(net, 1, len(samples.ids)) if before is None else before.with_another(net, len(samples.ids))
+    output = outputs_of(made.net, samples, recipe.feature_set)
     nbytes = np.array([geometry.token_bytes(pair) for pair in classes])
     prices, scores = None, output - output.max(1, keepdims=True)
     if recipe.objective == "adaptive":
@@ -291,17 +306,18 @@ def store(
     with replaced_folder(bundle.path, True) as folder:
         for file in manifest.files:
             shutil.copy2(bundle.path / file, folder / file)
-        written = write_onnx(net, recipe.feature_set, shape, prices, folder, name)
+        written = write_onnx(made.net, recipe.feature_set, shape, prices, folder, name)
         entry = {
             "file": written,
             "set": recipe.feature_set,
-            "inputs": list(inputs_of(recipe.feature_set, net)),
+            "inputs": list(inputs_of(recipe.feature_set, made.net)),
             "objective": recipe.objective,
             "classes": [list(pair) for pair in classes],
             "bytes": nbytes.tolist(),
             "curve": {"bytes": means.tolist(), "mu": mu.tolist()},
             "model": manifest.model_digest,
-            "samples": report.samples,
+            "samples": made.samples,
+            "members": made.members,
             "valid_loss": min(row["valid"] for row in curve),
         }
         files = {

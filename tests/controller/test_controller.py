@@ -101,8 +101,8 @@ def test_the_runtime_s_choices_equal_torch_s(name, table, samples, tiny_bundle, 
     """Scores of the exported graph on what a session really hands over, against the torch network."""
     path = shutil.copytree(tiny_bundle, tmp_path / "tiny")
     recipe = replace(RECIPES[["adaptive", "paper"].index(name)], table=table)
-    net, curve, output = fit(samples, recipe, TINY["vocab_size"])
-    store(Bundle(path), samples, recipe, net, curve, output, 0.0)
+    net, curve = fit(samples, recipe, TINY["vocab_size"])
+    store(Bundle(path), samples, recipe, net, curve, 0.0)
     model = kvq.load(path)
     policy = make_policy(name, model.bundle)
     watcher = Watcher()
