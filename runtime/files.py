@@ -1,4 +1,7 @@
-"""Files written atomically: whoever reads the name finds the old file or the new one, whole."""
+"""Files written atomically: whoever reads the name finds the old file or the new one, whole.
+
+Devices, pipes and what a process has open (`/dev/stdout`) cannot be, and must not be replaced: they are written to.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,17 @@ def read_regular(path: Path, most: int, follow: bool = False) -> bytes:
         return file.read(most)
 
 
+def _written_through(path: Path) -> bool:
+    """Whether a name is a device's, a pipe's or an open file's."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if stat.S_ISREG(mode):  # `/dev/stdout`, or `/dev/fd/3`, can lead to one that a shell has opened
+        return path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.is_symlink()
+    return not stat.S_ISDIR(mode)
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], private: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write, which takes the name `path` when the block ends well and vanishes when not.
@@ -62,12 +76,18 @@ def atomic_file(path: str | os.PathLike[str], private: bool = False) -> Iterator
 
     The temporary file, ``.NAME.tmp`` in the same folder, is synchronised before the rename and the folder after
     it. Its name is always the same, so a killed writer leaves at most one behind, which the next one takes over;
-    writers of the same file wait for each other. An existing file keeps its permissions.
+    writers of the same file wait for each other. An existing file keeps its permissions, and of a link it is the file
+    it leads to that is replaced. What is no regular file is written to as the block goes.
 
     Raises:
         OSError: the folder cannot be written, or there is no space; `path` is as it was.
     """
     path = Path(path)
+    if _written_through(path):
+        with open(path, "ab") as file:
+            yield file
+        return
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.tmp")
     # Closing gives the lock back, so the name is dealt with before that.
     with lock(temporary, PRIVATE if private else PUBLIC) as held, io.BufferedWriter(held) as file:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -216,3 +219,53 @@ def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_session(tiny_bund
     kills, first, second, cut = map(int, done.stdout.split())
     assert first + second == kills
     assert 0 < cut < kills
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        write_atomically(pipe, "whole")
+        assert read.result(timeout=20) == b"whole"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path):
+    """A node of our own: a test that fails must not cost the system its own."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.stat(os.devnull).st_rdev)
+        device.write_bytes(b"x")
+    except (OSError, AttributeError):
+        pytest.skip("no device can be made here")
+    write_atomically(device, "gone")
+    with atomic_file(device, private=True) as file:
+        file.write(b"gone")
+    assert stat.S_ISCHR(device.stat().st_mode)
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="no /dev/fd here")
+def test_an_open_file_is_written_to_and_stays_the_same_file(tmp_path):
+    with open(tmp_path / "out", "w+b") as file:
+        write_atomically(f"/dev/fd/{file.fileno()}", "one ")
+        write_atomically(f"/dev/fd/{file.fileno()}", "two")
+        assert file.read() == b"one two"
+        assert os.path.samestat(os.fstat(file.fileno()), os.stat(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_a_link_the_file_is_written_that_it_leads_to(there, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "target"
+    if there:
+        target.write_text("before")
+    (tmp_path / "link").symlink_to(Path("elsewhere") / "target")
+    write_atomically(tmp_path / "link", "after")
+    assert (tmp_path / "link").is_symlink()
+    assert target.read_text() == "after"
+    assert not target.is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["target"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["link"]

@@ -22,10 +22,12 @@ The payload is, without gaps, all little-endian::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -40,7 +42,7 @@ from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy
 from kvq.runtime.precision.codecs import CODECS
 from kvq.runtime.precision.table import Pair
-from kvq.runtime.session.header import SessionHeader, check_path, open_session_file
+from kvq.runtime.session.header import MAGIC, SessionHeader, check_path, open_session_file
 from kvq.runtime.session.session import Session
 from kvq.runtime.version import VERSION
 
@@ -58,9 +60,11 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
     """Write a session to a file; what stood there is replaced when the new file is complete.
 
     Raises:
-        SessionError: the file cannot be written, or metadata is not made of JSON values.
+        SessionError: the file cannot be written, metadata is not made of JSON values, or what has that name is no
+            session file.
     """
     check_path(path)
+    _check_replaceable(Path(path))
     store, manifest = session.store, session.model.bundle.manifest
     pending = session.pending if session.room >= 0 else []  # what follows a full context is never fed
     logits = None if pending else session.last_logits
@@ -94,8 +98,6 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
         payload_sha256=digest.hexdigest(),
     )
     start = header.encode()
-    if os.path.islink(path) or os.path.isdir(path):
-        raise SessionError(f"{path} is a link or a folder, which a session file does not replace; give another path")
     try:
         with atomic_file(path, private=True) as file:
             file.write(start)
@@ -103,6 +105,15 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
                 file.write(_bytes(part))
     except OSError as error:
         raise SessionError(f"{path} cannot be written ({error.strerror}); check the folder and free space") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise SessionError where a session file would take the place of something that is none."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SessionError(f"{path} is a link, a folder or a device, which no session replaces; give another path")
+    with contextlib.suppress(OSError), path.open("rb") as file:  # what cannot be opened is not replaced either
+        if not MAGIC.startswith(file.read(len(MAGIC))):
+            raise SessionError(f"{path} is no session file and would be lost; remove it, or give another path")
 
 
 def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:

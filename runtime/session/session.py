@@ -377,7 +377,7 @@ class Session:
         """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
 
         Raises:
-            SessionError: the file cannot be written, or metadata is not made of JSON values.
+            SessionError: the file cannot be written or is no session, or metadata is not made of JSON values.
         """
         from kvq.runtime.session.file import write_session
 

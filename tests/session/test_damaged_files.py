@@ -102,7 +102,7 @@ def test_a_link_or_a_folder_is_not_overwritten(tiny_model, good, tmp_path):
     (tmp_path / "folder.kvq").mkdir()
     (tmp_path / "link.kvq").symlink_to(tmp_path / "nowhere")
     for name in ("folder.kvq", "link.kvq"):
-        with pytest.raises(SessionError, match="does not replace"):
+        with pytest.raises(SessionError, match="no session replaces"):
             session.save(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.kvq", "link.kvq"]
 
@@ -152,3 +152,21 @@ def test_a_file_cut_anywhere_is_refused(tiny_model, good, tmp_path_factory, plac
     path.write_bytes(data[: int(place * len(data))])
     with pytest.raises(SessionError):
         tiny_model.load_session(path)
+
+
+@pytest.mark.parametrize("held", [b"notes", b"K", b"", b"KVQSESS\nold", b"KVQ"], ids=repr)
+def test_a_save_takes_no_place_of_what_is_no_session(held, tmp_path, tiny_model):
+    """An empty file, a session, even a torn one, is replaced: nobody misses it."""
+    session = tiny_model.session()
+    session.append([1, 2, 3])
+    path = tmp_path / "file"
+    path.write_bytes(held)
+    if held == b"notes":
+        with pytest.raises(SessionError, match="no session file and would be lost") as caught:
+            session.save(path)
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == held
+    else:
+        session.save(path)
+        assert tiny_model.load_session(path).tokens == session.tokens
+    assert list(tmp_path.iterdir()) == [path]
