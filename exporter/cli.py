@@ -12,6 +12,7 @@ import click
 
 from kvq.runtime.cli.options import OFFLINE, in_a_folder
 from kvq.runtime.errors import PromptError
+from kvq.runtime.files import read_bounded
 
 
 class Weights(click.ParamType):
@@ -170,10 +171,15 @@ def export(
     click.echo("\n".join(summary.lines()))
 
 
+MOST_TEXT = 1 << 28  # bytes of a calibration text, whose first tokens are what is read
+
+
 def _text_of(calibration: Path, center: bool) -> str:
     """The calibration text."""
     try:
-        text = calibration.read_text(encoding="utf-8")
+        text = read_bounded(calibration, MOST_TEXT).decode()
+    except OSError as error:
+        raise PromptError(f"cannot read {calibration}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:
         raise PromptError(f"{calibration} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from None
     if not center:

@@ -68,6 +68,24 @@ def _written_through(path: Path) -> bool:
     return not stat.S_ISDIR(mode)
 
 
+def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+    """All of a file, a pipe or a device, which may have no end.
+
+    Raises:
+        OSError: it cannot be read, or has more than `most` bytes.
+    """
+    with open(path, "rb") as file:
+        return bounded(file, most)
+
+
+def bounded(file: BinaryIO, most: int) -> bytes:
+    """All that is left of an open file, as `read_bounded`."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MB")
+    return data
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], private: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write, which takes the name `path` when the block ends well and vanishes when not.
@@ -87,7 +105,7 @@ def atomic_file(path: str | os.PathLike[str], private: bool = False) -> Iterator
         with open(path, "ab") as file:
             yield file
         return
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.tmp")
     # Closing gives the lock back, so the name is dealt with before that.
     with lock(temporary, PRIVATE if private else PUBLIC) as held, io.BufferedWriter(held) as file:

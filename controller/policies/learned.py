@@ -10,7 +10,7 @@ import onnxruntime
 
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.compute.failures import refusal
-from kvq.runtime.errors import PolicyError
+from kvq.runtime.errors import NonFiniteError, PolicyError
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.policy.base import FEATURE_NAMES, ScoredPolicy, TokenFeatures
 from kvq.runtime.precision.codecs import CODECS
@@ -47,6 +47,7 @@ class LearnedPolicy(ScoredPolicy):
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PolicyError(f"controller {name!r} is damaged in the manifest ({error!r:.60}); {remedy}") from None
         pairs = self.classes.ndim == 2 and self.classes.shape[1] == 2 and np.isin(self.classes, list(CODECS)).all()
+        pairs = pairs and len(np.unique(self.classes, axis=0)) == len(self.classes)
         bytes_, mu = self._curve
         curve = bytes_.ndim == 1 and bytes_.shape == mu.shape and len(mu) and np.isfinite([bytes_, mu]).all()
         if not pairs or not curve or (np.diff(bytes_) <= 0).any():
@@ -81,11 +82,15 @@ class LearnedPolicy(ScoredPolicy):
         tokens = len(features.positions)
         if missing := -tokens % ROWS:
             inputs = {name: _padded(array, missing) for name, array in inputs.items()}
+        remedy = "train one with kvq train-controller"
         try:
-            return self._session.run(None, inputs)[0][:tokens]
+            scores = self._session.run(None, inputs)[0][:tokens]
         except Exception as error:  # onnxruntime's errors share no base class
-            remedy = "train one with kvq train-controller"
             raise refusal(error, f"controller {self.name!r} does not fit this model", remedy, PolicyError) from None
+        if np.isnan(scores).any():
+            error = PolicyError if all(np.isfinite(array).all() for array in inputs.values()) else NonFiniteError
+            raise error(f"controller {self.name!r} gives scores that are no numbers; {remedy}")
+        return scores
 
     def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._curve[0], self._curve[1]

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from kvq.runtime.errors import CalibrationError
+from kvq.runtime.files import read_bounded
 
 Encode = Callable[[str], list[int]]
 # Characters taken per token asked for, at first. Where a text has more of them per token, the slice grows.
 SLICE = 8
 # Up to where a sentence or a line ends, with the blanks behind it; text without either is cut between words.
 PIECE = re.compile(r".{1,400}?(?:[.!?]+[\"')\]]*\s+|\n\s*|$)|.{1,400}(?:\s+|$)|.{1,400}", re.S)
+MOST_TEXT = 1 << 31  # bytes of a text
 COUNTED = 1 << 20  # characters after which a count of tokens is an estimate
 
 
@@ -29,7 +31,7 @@ def read_text(file: Path, option: str) -> str:
         CalibrationError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bounded(file, MOST_TEXT).decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise CalibrationError(f"cannot read {file}: {error.strerror}; check the path given with {option}") from None
     except UnicodeDecodeError:

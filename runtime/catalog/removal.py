@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _folder(reference: str) -> Path:
     if (name in registry() or HUB_ID.fullmatch(name)) and (models() / name).is_dir():
         return models() / name
     local = checkpoints.local_exports()
-    for path in (reference, str(Path(reference).absolute()), str(Path(reference).resolve())):
+    for path in (reference, str(Path(reference).absolute()), os.path.realpath(reference)):
         if reference and path in local:
             return local[path]
     for folder in local.values():

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from kvq.runtime.cli.questions import MOST_TEXT
 from kvq.runtime.errors import PromptError
+from kvq.runtime.files import read_bounded
 from kvq.runtime.text.tools import NAME, PLAIN, CallReader, Tool, with_tools
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def read_tools(path: Path) -> list[ToolCommand]:
         PromptError: it is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, MOST_TEXT))
     except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"{path} cannot be read ({error!s:.80}); it must be a JSON list of tools") from None
     if not isinstance(value, list) or not value or len(value) > MOST_TOOLS:

@@ -11,8 +11,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from kvq.runtime.cli.questions import MOST_TEXT
 from kvq.runtime.cli.twins import variable
 from kvq.runtime.errors import BudgetError, GrammarError
+from kvq.runtime.files import read_bounded
 from kvq.runtime.policy.base import DEFAULT_POLICY
 from kvq.runtime.session.sampling import DEFAULTS
 
@@ -155,7 +157,7 @@ def _grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> s
     if value is None:
         return None
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return read_bounded(value, MOST_TEXT).decode()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise GrammarError(f"cannot read {value:.200} ({why}); --{param.name} takes a file") from None
@@ -244,6 +246,9 @@ def given(ctx: click.Context) -> set[str]:
     return {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
 
 
+MOST_BYTES = 1e18
+
+
 def nbytes(text: str) -> float:
     """Bytes of a size such as "800kB", "8MB", "1 GiB" or a plain number; decimal units as storage is sold.
 
@@ -252,13 +257,18 @@ def nbytes(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg]?)(i?)b?)\s*", text, re.IGNORECASE)
     if not match:
-        raise BudgetError(f"{text!r} is not a size; write for example 800kB or 32MB")
+        raise BudgetError(f"{text[:60]!r} is not a size; write for example 800kB or 32MB")
     number, unit, binary = match.groups()
-    return float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
+    size = float(number) * (1024 if binary else 1000) ** " kmg".index(unit.lower() or " ")
+    if size > MOST_BYTES:
+        raise BudgetError(f"{text[:20]}... is more than any machine has; write for example 800kB or 32MB")
+    return size
 
 
 def in_a_folder(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """An output path whose folder is there: known now, and not after an hour of work."""
+    if path is not None and not path.name:
+        raise click.BadParameter("the name of a file is missing; give one")
     if path is not None and not path.parent.is_dir():
         raise click.BadParameter(f"there is no folder {path.parent}; make it first")
     return path

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvq.runtime.errors import PromptError
+from kvq.runtime.files import bounded, read_bounded
 
 # Of stdin that stays open without a word, before the user is told what is waited for.
 SECONDS_OF_SILENCE = 3
+MOST_TEXT = 1 << 26  # bytes of a text or a file that says what to do: far more than any context holds
 EMPTY = 'the prompt is empty: give it as an argument ("Once upon a time"), with --file, or on stdin'
 
 
@@ -47,9 +49,10 @@ def prompt_parts(
         parts.append(_utf8(_stdin(optional=named and str(file) != "-", say=say), "stdin"))
     if file is not None and str(file) != "-":
         try:
-            parts.append(_utf8(file.read_bytes(), str(file)))
+            parts.append(_utf8(read_bounded(file, MOST_TEXT), str(file)))
         except OSError as error:
-            raise PromptError(f"cannot read {file}: {error.strerror}; check the path") from None
+            remedy = "give less" if error.errno == errno.EFBIG else "check the path"
+            raise PromptError(f"cannot read {file}: {error.strerror}; {remedy}") from None
     if argument is not None:
         parts.append(argument_text(argument, "the prompt"))
     return [part.rstrip("\n") for part in parts if part.strip()]
@@ -64,8 +67,10 @@ def _stdin(optional: bool, say: Callable[[str], None] | None) -> bytes:
         except (OSError, ValueError):  # no file behind it
             pass
     try:
-        return sys.stdin.buffer.read()
+        return bounded(sys.stdin.buffer, MOST_TEXT)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise PromptError(f"cannot read stdin: {error.strerror}; give less") from None
         if not optional or error.errno != errno.EBADF:
             raise
         return b""

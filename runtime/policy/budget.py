@@ -100,6 +100,8 @@ class Budget:
         self.context, self.recent, self.sink, self.protect_bits = context, min(recent, context), sink, protect_bits
         self.kv_bits, self.kv_memory = kv_bits, kv_memory
         classes = [Pair(int(k), int(v)) for k, v in policy.classes]
+        if len({*classes}) < len(classes):
+            raise BudgetError(f"policy {policy.name!r} has a class twice; a budget needs classes that differ")
         # The policy's own first; a loaded session may hold tokens of any other pair.
         self.pairs = list(dict.fromkeys([*classes, *pairs()]))
         self._sink_pair = self.pairs.index(PROTECTED[protect_bits])
@@ -119,14 +121,11 @@ class Budget:
             BucketBytes(pair, geometry) if self._constant else range(0, (context + 3) * each, each)
             for pair, each in zip(self.pairs, self._bytes.tolist(), strict=True)
         ]
-        room = np.array([self._taken[self._least][c] for c in range(context + 3)])
-        # What c cheapest tokens need. With a budget that grows: the most that they and any number of
-        # further ones need beyond what it grows by meanwhile, max over j >= c of room[j] - per_token * (j - c).
-        slope = self._per_token * np.arange(len(room))
-        self._need = room if self._constant else np.maximum.accumulate((room - slope)[::-1])[::-1] + slope
+        # Bytes of a cheapest token that a budget does not grow by with it, see `_need`.
+        self._excess = 0.0 if self._constant else max(0.0, int(self._class_bytes.min()) - self._per_token)
         means, prices = policy.curve(self._class_bytes)
         self._curve = (np.asarray(means, float).tolist(), np.asarray(prices, float).tolist())
-        self._needs, self._nbytes = self._need.tolist(), self._bytes.tolist()
+        self._nbytes = self._bytes.tolist()
         self._refuse_impossible(name, float(limit))
 
     def _refuse_impossible(self, name: str, limit: float) -> None:
@@ -203,7 +202,7 @@ class Budget:
 
     def _class(self, score: list[float], held: list[int], total: int, at: int, end: int) -> int:
         """Class of the token at position `at`; held and total: tokens by pair and bytes in buckets so far."""
-        least, taken, nbytes, need = self._least, self._taken, self._nbytes, self._needs
+        least, taken, nbytes = self._least, self._taken, self._nbytes
         # The length at which the bytes are counted.
         due = min(max(end, at + 1 + self.recent, self._full), self.context)
         further = max(due - self.recent - at - 1, 0)  # tokens after this one that are in buckets by then
@@ -211,16 +210,22 @@ class Budget:
         # A choice fits if afterwards, from then on, the cheapest class for every token keeps the budget.
         free = self._per_token * due + self._constant - self._window - total + taken[least][held[least]]
         cheap = held[least] + further
+        one_more, no_more = self._need(cheap + 1), self._need(cheap)
         best, highest = least, -math.inf
         for i, value in enumerate(score):
-            if i == least:
-                fits = free >= need[cheap + 1]
-            else:
-                fits = free - (taken[i][held[i] + 1] - taken[i][held[i]]) >= need[cheap]
+            of_class = taken[i]
+            fits = free >= one_more if i == least else free - (of_class[held[i] + 1] - of_class[held[i]]) >= no_more
             value -= price * nbytes[i]
             if fits and value > highest:
                 best, highest = i, value
         return best
+
+    def _need(self, tokens: int) -> float:
+        """Bytes that so many cheapest tokens need, and any that may follow beyond what a budget grows by with these.
+
+        The largest of taken(j) - per_token * (j - tokens) over j from `tokens` to the end: of a line it is at an end.
+        """
+        return self._taken[self._least][tokens] + self._excess * (self.context + 2 - tokens)
 
     def _rate(self, total: int, at: int, end: int) -> float:
         """Bytes that the token at position `at` and those after it should take on average; total: in buckets so far."""

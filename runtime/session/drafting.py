@@ -64,7 +64,7 @@ class Drafter:
         Raises:
             SamplingError: no such option, or a number that this session cannot draft.
         """
-        if isinstance(draft, str) and draft.isdecimal():
+        if isinstance(draft, str) and draft.isdecimal() and len(draft) < 10:
             draft = int(draft)
         if draft is None or draft == AUTO or draft is True:
             return 0 if self.reason else None

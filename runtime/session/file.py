@@ -205,8 +205,8 @@ def _check_model(header: SessionHeader, model: Model, path: str | os.PathLike[st
         )
     if header.model_digest != manifest.model_digest or header.architecture != manifest.architecture:
         raise SessionError(
-            f"{path} belongs to the model {header.model!r:.60} (digest {header.model_digest!r:.14}), this is"
-            f" {manifest.name!r} (digest {manifest.model_digest!r:.14}); load it with its own model"
+            f"{path} belongs to the model {header.model[:60]!r} (digest {header.model_digest[:12]!r}), this is"
+            f" {manifest.name!r} (digest {manifest.model_digest[:12]!r}); load it with its own model (-m NAME)"
         )
     if header.tokenizer_digest != _tokenizer_digest(manifest):
         raise SessionError(

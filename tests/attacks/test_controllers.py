@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def far_away(found: Any) -> None:
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", "1024")):
         tensor.external_data.add(key=key, value=value)
+
+
+def weights_of(value: float) -> Callable[[Any], None]:
+    """A first layer of one number."""
+
+    def change(found: Any) -> None:
+        tensor = next(t for t in found.graph.initializer if t.name == "weight_0")
+        array = np.full_like(numpy_helper.to_array(tensor), value)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+    return change
 
 
 ATTACKS: dict[str, tuple[Attack, str]] = {
@@ -78,6 +90,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "scores for no class": (put(classes=[]), "damaged in the manifest"),
     "classes of one number": (put(classes=[[2]] * 6), "damaged in the manifest"),
     "classes of two lengths": (put(classes=[[2, 2], [2]]), "damaged in the manifest"),
+    "one class": (put(classes=[[2, 2]] * 6), "damaged in the manifest"),
+    "a class twice": (put(classes=[[2, 2], [3, 2], [3, 2], [5, 5], [8, 8], [16, 16]]), "damaged in the manifest"),
+    "scores that are no numbers": (model(FILE, weights_of(np.nan)), "scores that are no numbers"),
+    "scores without end, less themselves": (model(FILE, weights_of(np.inf)), "scores that are no numbers"),
     "a codec that is not there": (
         put(classes=[[2, 2], [2, 2], [2, 2], [2, 2], [2, 2], [7, 7]]),
         "damaged in the manifest",

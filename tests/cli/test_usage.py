@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from kvq.runtime.cli.main import guarded
@@ -88,3 +90,43 @@ def test_too_little_memory_is_one_line(error, capsys):
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1
     assert "not enough memory" in told
+
+
+ENDLESS = [
+    ("prefill", "/dev/zero", "-o", "z.kvq", "--raw", "-q"), ("run", "-f", "/dev/zero"), ("inspect", "-f", "/dev/zero"),
+    ("run", "--grammar", "/dev/zero", "Hi"), ("run", "--schema", "/dev/zero", "Hi"), ("chat", "--tools", "/dev/zero"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no /dev/zero here")
+@pytest.mark.parametrize("arguments", ENDLESS, ids=" ".join)
+def test_a_file_without_end_is_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = kvq(*arguments, "-m", "kvq-books")
+    assert_one_line_error(done, "/dev/zero", "more than 64 MB", code=done.returncode)
+    assert done.returncode in (1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--session-disk", "9" * 400], "more than any machine has"),
+        (["serve", "--max-body", "9" * 400 + "GB"], "more than any machine has"),
+        (["run", "--kv-memory", "9" * 400, "Hi"], "more than any machine has"),
+        (["run", "-m", "kvq-books", "--draft", "9" * 5000, "Hi"], "draft must be"),
+        (["rm", "loop", "--yes"], "no model 'loop'"),
+    ],
+    ids=lambda value: value[0] + value[1][:15] if isinstance(value, list) else "",
+)
+def test_numbers_beyond_all_and_names_of_nothing_are_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    done = kvq(*arguments)
+    assert_one_line_error(done, words, code=done.returncode, who=done.stderr.split(":")[0])
+
+
+def test_a_file_to_write_needs_a_name(tmp_path):
+    done = kvq("inspect", "-m", "kvq-books", "Hi", "--html", "")
+    assert_one_line_error(done, "--html", "the name of a file is missing", code=2, who="Error")

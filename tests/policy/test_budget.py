@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvq.controller.policies import ScoredPolicy, make_policy
@@ -23,6 +23,7 @@ from kvq.runtime.policy.budget import SHORT_TEXT, Budget
 from kvq.runtime.precision.table import Geometry, Pair
 from kvq.runtime.session.session import Session
 from tests.tools.kvdata import examples, seeds
+from tests.tools.work import LITTLE, bounded_work
 
 GEOMETRY = Geometry(1, 1, 64)  # one head: the bytes of a token in other geometries are a multiple, but for its tag
 CONTEXT = 2048
@@ -257,3 +258,35 @@ def test_every_scored_policy_has_a_curve_that_rises():
         means, mu = policy.curve(np.array([GEOMETRY.token_bytes(tuple(pair)) for pair in policy.classes.tolist()]))
         assert (np.diff(means) > 0).all()
         assert (np.diff(mu) < 0).all()
+
+
+@given(
+    context=st.integers(1, 1500), recent=st.integers(0, 40), bits=st.floats(2.3, 12), short=st.integers(0, 1500)
+)  # fmt: skip
+@settings(deadline=None)  # a curve is drawn each time
+def test_what_cheapest_tokens_need_is_the_most_that_any_after_them_do(context, recent, bits, short):
+    try:
+        budget = Budget(Scores(0, 1.0), GEOMETRY, context, recent, kv_bits=bits, short_text=short)
+    except BudgetError:
+        return
+    each, grows = min(GEOMETRY.token_bytes(Pair(*pair)) for pair in LADDER.tolist()), bits * GEOMETRY.values / 8
+    needs = each * np.arange(context + 3)
+    for tokens in {0, context // 2, context + 2}:
+        most = (needs[tokens:] - grows * np.arange(context + 3 - tokens)).max()
+        assert budget._need(tokens) == pytest.approx(most)
+
+
+@pytest.mark.parametrize("limit", [{"kv_bits": 4.0}, {"kv_memory": 1e12}], ids=str)
+def test_a_context_of_millions_costs_nothing(limit):
+    """A manifest may state it, and nothing else of its model has to be as large."""
+    with bounded_work(LITTLE // 8):
+        budget = Budget(Scores(0, 1.0), GEOMETRY, 1 << 24, 16, 4, **limit)
+        counts = np.zeros(len(budget.pairs), np.int64)
+        assert budget.choose(np.zeros((3, len(LADDER)), np.float32), counts, 0, 3).shape == (3, 2)
+
+
+def test_a_policy_with_a_class_twice_gets_no_budget():
+    policy = Scores(0, 1.0)
+    policy.classes = np.array([(2, 2), (4, 2), (4, 2), (8, 4), (8, 8), (16, 16)], np.uint8)
+    with pytest.raises(BudgetError, match="'scores' has a class twice"):
+        Budget(policy, GEOMETRY, CONTEXT, 16, kv_bits=4.0)
