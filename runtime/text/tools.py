@@ -218,6 +218,8 @@ class CallReader:
         self._head = re.compile(flexible["begin"] + name + flexible["middle"] + r"(?=\{)")
         self._next = re.compile(flexible["between"] + name + flexible["middle"] + r"(?=\{)") if form.between else None
         self._end = re.compile(flexible["end"])
+        between, opener = _squeezed(shown["between"]), _squeezed(self._opener)
+        self._following = [(_squeezed(shown["end"]), False), (between, bool(between)), (opener, bool(opener))]
         self._held = ""
         self._state = "start"
         self._depth = 0
@@ -240,9 +242,14 @@ class CallReader:
         if self._state == "behind":
             found = self._end.match(held)
             held = held[found.end() :] if found else held
-            return [("text", held)] if held.strip() and not self._single else []
+            return [] if self._single or self._begun(held) else [("text", held)]
         pieces = self._unordered(held) if self._state == "head" else None
         return pieces if pieces is not None else [("text", held)] if held else []
+
+    def _begun(self, held: str) -> bool:
+        """Whether what stands behind a call is the beginning of its end or of a further call, or blank."""
+        rest = _squeezed(held)
+        return any(text.startswith(rest) or (further and rest.startswith(text)) for text, further in self._following)
 
     def _step(self, pieces: list[tuple[str, str]]) -> bool:
         """One step; False where more text is needed."""
@@ -337,6 +344,11 @@ def _without(text: str, hidden: Sequence[str]) -> str:
     for special in hidden:
         text = text.replace(special, "")
     return text
+
+
+def _squeezed(text: str) -> str:
+    """A text without its blanks, which models set as they like."""
+    return "".join(text.split())
 
 
 def _flexible(text: str) -> str:

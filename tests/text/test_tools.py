@@ -85,6 +85,19 @@ def test_what_models_say_otherwise(text, shown, calls):
         assert (found.strip(), made) == (shown, calls)
 
 
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.between])
+def test_what_is_cut_where_a_further_call_begins_is_no_text(name):
+    def written(*values):
+        return FORMATS[name].written([{"function": {"name": "b", "arguments": {"i": value}}} for value in values])
+
+    whole = written(1, 22222)
+    begun = whole.index("{", whole.index("22222") - 10)  # of the second's arguments
+    told = whole.index("1") + 2
+    for end in range(told, begun):
+        assert read(FORMATS[name], whole[:end], []) == ("", [("b", {"i": 1})]), whole[:end]
+    assert read(FORMATS[name], written(1) + " I have called it.", [])[0].strip() == "I have called it."
+
+
 def test_only_the_first_call_where_one_is_wanted():
     text = PLAIN.written([{"function": {"name": "b", "arguments": {"i": i}}} for i in range(3)])
     assert read(PLAIN, text, [], single=True) == ("", [("b", {"i": 0})])
