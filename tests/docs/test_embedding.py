@@ -23,13 +23,13 @@ def program(path: Path, code: str, *arguments: str, **variables: str) -> subproc
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
-def test_there_are_four_programs():
-    assert len(PROGRAMS) == 4
+def test_there_are_six_programs():
+    assert len(PROGRAMS) == 6
     assert len(PROGRAMS[0].splitlines()) == 15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", PROGRAMS, ids=["script", "worker", "service", "many"])
+@pytest.mark.parametrize("code", PROGRAMS, ids=["script", "worker", "service", "many", "policy", "step"])
 def test_a_program_runs(code, tmp_path):
     done = program(tmp_path / "program.py", code)
     assert done.returncode == 0, done.stderr
