@@ -20,6 +20,7 @@ from kvq.controller.evaluation.options import (
     JSON,
     MODEL,
     PROTECT,
+    PROTECT_EQUAL,
     RECENT,
     SEED,
     SINK,
@@ -29,6 +30,7 @@ from kvq.controller.evaluation.options import (
     numbers,
     protected,
     write_json,
+    write_rows,
 )
 from kvq.runtime.cli.interrupt import Leaving
 from kvq.runtime.cli.loading import load_model
@@ -71,7 +73,7 @@ def _of(model, rows: list[dict]) -> list[dict]:
 @CHUNKS
 @RECENT
 @SINK
-@PROTECT
+@PROTECT_EQUAL
 @EXACT
 @click.option("--oracle", is_flag=True, help="Add the arm that knows every token's damage (needs torch).")
 @click.option(
@@ -110,7 +112,7 @@ def pareto(
         with bar() as progress:
             for cut in cuts:
                 each = (lambda found, before=tuple(rows): write([*before, *found])) if out else None
-                rows += measure(loaded, cut, budgets, recent, sink, protect_bits or 8, wanted, progress, each)
+                rows += measure(loaded, cut, budgets, recent, sink, protect_bits, wanted, progress, each)
         write(rows)
 
 
@@ -123,7 +125,7 @@ def pareto(
 @CHUNKS
 @RECENT
 @SINK
-@PROTECT
+@PROTECT_EQUAL
 @EXACT
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Add its caches, each against its own 16-bit one.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The GGUF file that the model was made from, for --peer.")
@@ -138,6 +140,9 @@ def kld(
     With --peer the caches of llama.cpp get the same token ids, all of them at one type, without window and sink; the
     model's own arms keep theirs. "bits" are those of the whole text per value.
 
+    The first row of an arm is that of whole texts, the others are parts of it, by "positions". With --json FILE a table
+    goes to stdout, which kvq eval report writes too.
+
     \b
     Example:
       kvq eval kld -m smollm2-135m-instruct --text held-out.txt -p int8 -p int4 \\
@@ -145,6 +150,7 @@ def kld(
     """
     from kvq.controller.evaluation.kld import by_position, measure
     from kvq.controller.evaluation.pareto import chunks
+    from kvq.controller.evaluation.report import kld_table
 
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
@@ -152,10 +158,10 @@ def kld(
         arms = [(name, options.get("kv_bits")) for name, options in arms_of(loaded, policies, kv_bits, {})]
         for length in numbers(context, "--context", int):
             cut = chunks(loaded, list(texts), length, count)
-            found = measure(loaded, cut, arms, recent, sink, protect_bits or 8, other, progress)
+            found = measure(loaded, cut, arms, recent, sink, protect_bits, other, progress)
             rows += by_position(found, length)
         rows = _of(loaded, rows)
-    write_json(out, rows)
+    write_rows(out, rows, kld_table)
 
 
 def _peer(peer: str | None, gguf: Path | None, kinds: str, model):
@@ -230,20 +236,18 @@ def needle(
     )
     with bar() as progress:
         rows = measure(loaded, arms, lengths, wanted, items, depths, filler, seed, progress)
-    rows = _of(loaded, rows)
-    write_json(out, rows)
-    if out is not None:
-        click.echo(needle_table(rows))
+    write_rows(out, _of(loaded, rows), needle_table)
 
 
 def _rows_of(file: Path) -> list[dict]:
-    """What `kvq eval pareto`, `needle`, `tasks` or `paper-table` have written."""
+    """What `kvq eval pareto`, `kld`, `needle`, `tasks` or `paper-table` have written."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise click.ClickException(f"{file} cannot be read as JSON ({error!s:.100})") from None
     needed = (
         {"arm", "context", "texts", "bits_requested", "kld_mean"},
+        {"policy", "context", "positions", "tokens", "kld_mean"},
         {"arm", "kind", "tokens", "bits", "loglik", "hits"},
         {"arm", "task", "acc", "acc_norm", "bits"},
         {"arm", "cached", "ms"},
@@ -253,7 +257,7 @@ def _rows_of(file: Path) -> list[dict]:
     ):
         return rows
     raise click.ClickException(
-        f"{file} has no rows of kvq eval pareto, needle, tasks or paper-table; give what their --json has written"
+        f"{file} has no rows of kvq eval pareto, kld, needle, tasks or paper-table; give what their --json has written"
     )
 
 
@@ -261,20 +265,21 @@ def _rows_of(file: Path) -> list[dict]:
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
 def report(files, picture) -> None:
-    """Markdown tables from the JSON of `kvq eval pareto`, `needle`, `tasks` or `paper-table`, as in docs/quality.md."""
-    from kvq.controller.evaluation.report import needle_table, plot, tables, task_table
+    """Markdown tables from the JSON of `kvq eval pareto`, `kld`, `needle`, `tasks` or `paper-table`."""
+    from kvq.controller.evaluation.report import kld_table, needle_table, plot, tables, task_table
 
     rows = [row for file in files for row in _rows_of(file)]
     found = [row for row in rows if "loglik" in row]
     asked = [row for row in rows if "acc" in row or "cached" in row]
-    rows = [row for row in rows if row not in found and row not in asked]
-    parts = ((tables, rows), (needle_table, found), (task_table, asked))
+    placed = [row for row in rows if "positions" in row]
+    rows = [row for row in rows if not any(row in others for others in (found, asked, placed))]
+    parts = ((tables, rows), (kld_table, placed), (needle_table, found), (task_table, asked))
     if picture is not None and not rows:
         raise click.UsageError("--plot draws rows of kvq eval pareto, and there are none")
     try:
-        click.echo("\n".join(table(part) for table, part in parts if part))
+        click.echo("\n\n".join(table(part).rstrip("\n") for table, part in parts if part))
         if picture is not None:
             plot(rows, picture)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         names = ", ".join(map(str, files))
         raise click.ClickException(f"{names}: a row is not as kvq eval writes it; measure it again") from None

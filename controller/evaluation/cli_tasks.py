@@ -18,7 +18,7 @@ from kvq.controller.evaluation.options import (
     bar,
     numbers,
     protected,
-    write_json,
+    write_rows,
 )
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import OFFLINE
@@ -46,15 +46,16 @@ LIMIT = click.option("--limit", type=click.IntRange(1), help="Items per task; al
 def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, protect_bits, data, limit, out, threads) -> None:
     """Multiple-choice tasks through the cache, with lm-evaluation-harness: acc and acc_norm.
 
-    An item alone is short: most of its tokens stand in the window and among the sinks, at 16 bits in every arm.
+    An item alone is short: most of its tokens stand in the window and among the sinks, at 8 or 16 bits in every arm.
     --shots puts examples in front, which are read once per arm, and --recent 0 leaves no window; both together measure
     what the cache does. With --json FILE a table goes to stdout, which kvq eval report writes too.
     """
+    from kvq.controller.evaluation.report import task_table
     from kvq.controller.evaluation.tasks import run_tasks
 
     loaded = load_model(model, threads)
     arms = arms_of(loaded, policies, kv_bits, protected(recent, sink, protect_bits))
-    _write(out, run_tasks(loaded, arms, tasks.split(","), data, limit, shots, seed))
+    write_rows(out, run_tasks(loaded, arms, tasks.split(","), data, limit, shots, seed), task_table)
 
 
 def _lengths(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
@@ -94,6 +95,7 @@ def paper_table(models, kv_bits, latency, recent, sink, protect_bits, data, limi
       kvq eval paper-table --models smollm-135m
     """
     from kvq.controller.evaluation.latency import check, measure, room
+    from kvq.controller.evaluation.report import task_table
     from kvq.controller.evaluation.tasks import run_tasks
 
     rows: list[dict] = []
@@ -108,13 +110,4 @@ def paper_table(models, kv_bits, latency, recent, sink, protect_bits, data, limi
         with bar() as progress:
             found += measure(loaded, arms, lengths, progress)
         rows += [{"model": loaded.bundle.manifest.name, **row} for row in found]
-    _write(out, rows)
-
-
-def _write(out: Path | None, rows: list[dict]) -> None:
-    """The rows to a file and a table to stdout; without a file the rows to stdout."""
-    from kvq.controller.evaluation.report import task_table
-
-    write_json(out, rows)
-    if out is not None:
-        click.echo(task_table(rows))
+    write_rows(out, rows, task_table)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvq.controller.evaluation.scoring import Scorer, log_softmax
+from kvq.controller.evaluation.scoring import REFERENCE, Scorer, log_softmax
 from kvq.controller.policies import Policy, TokenFeatures, make_policy
 
 ROWS = 32  # logits turned into probabilities at a time
@@ -55,7 +55,7 @@ class Outcome(Divergence):
 
 def reference(scorer: Scorer, ids: np.ndarray) -> np.ndarray:
     """Log-probabilities of the 16-bit arm, float32 [tokens, vocab]."""
-    return log_probabilities(scorer.score(ids, make_policy("fp16")).logits)
+    return log_probabilities(scorer.score(ids, make_policy(REFERENCE)).logits)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

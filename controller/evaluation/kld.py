@@ -43,7 +43,7 @@ def measure(
     arms: Sequence[tuple[str, float | None]],
     recent: int = 16,
     sink: int = 4,
-    protect_bits: int = 8,
+    protect_bits: int | None = None,
     peer: LlamaCaches | None = None,
     progress: Progress | None = None,
 ) -> list[Measured]:
@@ -53,12 +53,12 @@ def measure(
         model: the loaded model.
         texts: token ids.
         arms: policies by name, each with its budget or None.
-        recent, sink: newest and first tokens, protected at protect_bits, in the arms of the model.
+        recent, sink: newest and first tokens, protected at protect_bits as in `Scorer`, in the arms of the model.
         peer: whose caches get the same ids, each against its own exact cache.
         progress: called as work goes on.
     """
     shape, scorer = model.architecture, Scorer(model, recent, sink, protect_bits)
-    space = Bytes(shape.geometry, len(texts[0]), recent, sink, protect_bits)
+    space = Bytes(shape.geometry, len(texts[0]), recent, sink)
     policies = [make_policy(name, model.bundle) for name, _ in arms]
     ours = [Measured(name, kv_bits) for name, kv_bits in arms]
     theirs = [Measured(f"llama.cpp {kind}") for kind in (peer.kinds if peer else ())]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -23,24 +24,29 @@ def write_json(path: Path | None, value: object) -> None:
     write_atomically(path, text)
 
 
+def write_rows(path: Path | None, rows: list[dict], table: Callable[[list[dict]], str]) -> None:
+    """The rows to a file and a table of them to stdout; without a file the rows to stdout."""
+    write_json(path, rows)
+    if path is not None:
+        click.echo(table(rows))
+
+
 @contextmanager
 def bar():
-    """A progress callback that draws on stderr once it is first called."""
-    shown = None
+    """A progress callback that draws on stderr once it is first called, and a new bar where work begins anew."""
+    with ExitStack() as stack:
+        shown = None
 
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal shown
-        if shown is None:
-            shown = click.progressbar(length=100, file=sys.stderr)
-            shown.__enter__()
-        shown.label = what
-        shown.update(100 * done // total - shown.pos)
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal shown
+            at = 100 * done // total
+            if shown is None or at < shown.pos:  # a bar cannot go back
+                stack.close()
+                shown = stack.enter_context(click.progressbar(length=100, label=what, file=sys.stderr))
+            shown.label = what
+            shown.update(at - shown.pos)
 
-    try:
         yield progress
-    finally:
-        if shown is not None:
-            shown.__exit__(None, None, None)
 
 
 def numbers(text: str, option: str, kind: type = float) -> list:
@@ -67,10 +73,18 @@ RECENT = click.option(
 SINK = click.option(
     "--sink", type=click.IntRange(0), default=4, show_default=True, help="First tokens to protect, in every arm."
 )
-PROTECT = click.option(
-    "--protect-bits", type=click.Choice(["8", "16"]), callback=lambda ctx, parameter, bits: bits and int(bits),
-    help="Of the protected tokens; 8 if not given. Always 16 in the fp16 arm.",
-)  # fmt: skip
+
+
+def _protect(unless_given: str) -> Callable:
+    """--protect-bits, with what holds if it is not given."""
+    return click.option(
+        "--protect-bits", type=click.Choice(["8", "16"]), callback=lambda ctx, parameter, bits: bits and int(bits),
+        help=f"Of protected tokens; if not given {unless_given}. Always 16 in the fp16 arm.",
+    )  # fmt: skip
+
+
+PROTECT = _protect("16 with policies of 8 bits and more and with budgets above 8, else 8")
+PROTECT_EQUAL = _protect("16 with policies of 8 bits and more, else 8, and 8 with any budget: arms are at equal bytes")
 EXACT = click.option(
     "--exact-activations", "exact", is_flag=True, help="Keep activations in float32 in all products, whatever the"
     " bundle says: what the cache does without their rounding. Slow with 8-bit weights.",
@@ -91,6 +105,7 @@ def protected(recent: int, sink: int, protect_bits: int | None) -> dict[str, int
 
 def arms_of(model, policies, budgets: list[float], protected: dict) -> list[tuple[str, dict]]:
     """Policies with what is protected; one that can follow a budget once for each, if there are any."""
+    from kvq.controller.evaluation.scoring import REFERENCE
     from kvq.controller.policies import ScoredPolicy, make_policy
 
     arms = []
@@ -98,5 +113,7 @@ def arms_of(model, policies, budgets: list[float], protected: dict) -> list[tupl
         policy = make_policy(name, model.bundle)
         for budget in budgets if budgets and isinstance(policy, ScoredPolicy) else [None]:
             arms.append((name, protected | ({} if budget is None else {"kv_bits": budget})))
+            if name == REFERENCE and protected.get("protect_bits"):
+                arms[-1][1]["protect_bits"] = 16
             model.session(name, **arms[-1][1])  # what cannot be is refused before anything is read
     return arms

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 RESAMPLES = 10_000
+# Units of which an interval says something. Of five differences all have one sign by chance in one case of sixteen, and
+# what is drawn from them then leaves out zero.
+FEWEST = 6
 
 
 def interval(

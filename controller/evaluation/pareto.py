@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from kvq.controller.evaluation.arms import Bytes, DamageMeter, oracle, shuffled,
 from kvq.controller.evaluation.divergence import Given, Outcome, outcome, reference
 from kvq.controller.evaluation.paired import interval
 from kvq.controller.evaluation.scoring import Scorer
-from kvq.controller.policies import make_policy
+from kvq.controller.policies import Policy, make_policy
 from kvq.controller.training.texts import read_text, windows
 from kvq.runtime.errors import ContextError
 from kvq.runtime.session.model import Model
@@ -49,7 +49,7 @@ def measure(
     budgets: list[float],
     recent: int = 16,
     sink: int = 4,
-    protect_bits: int = 8,
+    protect_bits: int | None = None,
     arms: Sequence[str] = ARMS[:-1],
     progress: Progress | None = None,
     each: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -60,10 +60,10 @@ def measure(
         model: the loaded model.
         texts: int64 [context] each, of one length.
         budgets: total bits per value.
-        recent, sink: newest and first tokens, protected at protect_bits, in all arms.
+        recent, sink: newest and first tokens, protected at protect_bits in all arms, as in `Scorer`.
         arms: which of `ARMS` to measure; "shuffled" needs "adaptive", "oracle" torch. Those that the bundle lacks are
             left out.
-        progress: called as work goes on.
+        progress: called before each arm of each text, and at the end.
         each: called with the rows so far after each text; a long run that is cut short leaves something.
 
     Returns:
@@ -71,38 +71,71 @@ def measure(
     """
     context = len(texts[0])
     scorer, shape = Scorer(model, recent, sink, protect_bits), model.architecture
-    space = Bytes(shape.geometry, context, recent, sink, protect_bits)
+    space = Bytes(shape.geometry, context, recent, sink, protect_bits or 8)
     for budget in budgets:
         space.check(budget)
     meter = DamageMeter(model.bundle, recent) if "oracle" in arms else None
     there = {"rule", "random", *model.bundle.manifest.controllers}
     policies = {name: make_policy(name, model.bundle) for name in SCORED if name in arms and name in there}
+    plan = _plan(arms, list(policies), budgets)
     results: dict[tuple[str, float | None], list[Outcome]] = {}
     rows: list[dict[str, Any]] = []
     for number, ids in enumerate(texts):
-        if progress:
-            progress(number, len(texts), f"context {context}")
-        # A generator for each arm: what is drawn for one does not depend on which others are measured.
-        mixing, shuffling = (np.random.default_rng([number, of]) for of in range(2))
+        steps = _steps(progress, number, len(texts), len(plan) + 1, context)
+        next(steps)  # that of the reference
         run = partial(outcome, scorer, ids, reference(scorer, ids))
-        damage = meter(ids) if meter else None
-        done: list[tuple[str, float | None, Outcome]]
-        done = [(name, None, run(make_policy(name))) for name in FIXED if name in arms]
-        for budget in budgets:
-            if "static" in arms:
-                done.append(("static", budget, run(Given(static_mix(space, budget, mixing)))))
-            for name, policy in policies.items():
-                done.append((name, budget, run(policy, budget)))
-                if name == "adaptive" and "shuffled" in arms:
-                    done.append(("shuffled", budget, run(Given(shuffled(space, done[-1][2].bits, shuffling)))))
-            if meter is not None and damage is not None:
-                done.append(("oracle", budget, run(Given(oracle(space, budget, damage, meter.classes)))))
-        for arm, requested, one in done:
-            results.setdefault((arm, requested), []).append(one)
-        rows = [_row(arm, requested, context, space, found) for (arm, requested), found in results.items()]
+        damage = meter(ids) if meter else np.empty(0)
+        found = _outcomes(run, plan, policies, space, damage, number)
+        for key, _, one in zip(plan, steps, found, strict=True):  # in this order: a step is told before it is done
+            results.setdefault(key, []).append(one)
+        rows = [_row(*key, context, space, outcomes) for key, outcomes in results.items()]
         if each:
             each(rows)
+    if progress:
+        progress(1, 1, f"context {context}, done")
     return rows
+
+
+def _plan(arms: Sequence[str], scored: list[str], budgets: list[float]) -> list[tuple[str, float | None]]:
+    """What is measured of each text, in order: arms with their budgets; "shuffled" follows the arm that it shuffles."""
+    equal = ["static"] if "static" in arms else []
+    for name in scored:
+        equal += [name, "shuffled"] if name == "adaptive" and "shuffled" in arms else [name]
+    equal += ["oracle"] if "oracle" in arms else []
+    return [(name, None) for name in FIXED if name in arms] + [(name, budget) for budget in budgets for name in equal]
+
+
+def _outcomes(
+    run: Callable[..., Outcome],
+    plan: list[tuple[str, float | None]],
+    policies: dict[str, Policy],
+    space: Bytes,
+    damage: np.ndarray,
+    number: int,
+) -> Iterator[Outcome]:
+    """What `run` gives for each arm of the plan on text `number`, of whose tokens the oracle knows the damage."""
+    # A generator for each arm: what is drawn for one does not depend on which others are measured.
+    mixing, shuffling = (np.random.default_rng([number, of]) for of in range(2))
+    for arm, budget in plan:
+        if budget is None:
+            found = run(make_policy(arm))
+        elif arm == "static":
+            found = run(Given(static_mix(space, budget, mixing)))
+        elif arm == "shuffled":
+            found = run(Given(shuffled(space, found.bits, shuffling)))
+        elif arm == "oracle":
+            found = run(Given(oracle(space, budget, damage, DamageMeter.classes)))
+        else:
+            found = run(policies[arm], budget)
+        yield found
+
+
+def _steps(progress: Progress | None, number: int, texts: int, each: int, context: int) -> Iterator[None]:
+    """Tells how far the work is before each of the `each` steps of text `number` of `texts`."""
+    for step in range(each):
+        if progress:
+            progress(number * each + step, texts * each, f"context {context}, text {number + 1} of {texts}")
+        yield
 
 
 def _row(arm: str, requested: float | None, context: int, space: Bytes, found: list[Outcome]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from kvq.runtime.policy.budget import Budget
 from kvq.runtime.session.model import Model
 from kvq.runtime.session.session import Session
 
+REFERENCE = "fp16"  # the arm that all others are held against: exact, in its window too
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -37,13 +39,25 @@ class Scorer:
     Attributes:
         model: the loaded model.
         recent, sink: newest and first tokens, which are protected.
-        protect_bits: bits of these; one that has fixed precisions has what it has by itself.
+        protect_bits: 8 or 16, of these, in all arms but the reference; None as `protection` says.
     """
 
     model: Model
     recent: int = 16
     sink: int = 4
-    protect_bits: int = 8
+    protect_bits: int | None = None
+
+    def protection(self, policy: Policy, kv_bits: float | None = None) -> int:
+        """Bits of the protected tokens in an arm: 16 in the reference, else what was asked for.
+
+        If nothing was, 8 where arms are compared at equal bytes, under a budget or with precisions given token by
+        token, and what a session would take elsewhere.
+        """
+        if policy.name == REFERENCE:
+            return 16
+        if self.protect_bits is not None:
+            return self.protect_bits
+        return 8 if policy.classes is None or kv_bits is not None else protect_bits_for(policy)
 
     def score(self, ids: np.ndarray, policy: Policy, kv_bits: float | None = None) -> Scored:
         """Score a text int64 [tokens].
@@ -53,10 +67,9 @@ class Scorer:
             kv_bits: budget of a scored policy, to be kept at the end of the text, however short: arms are compared at
                 equal bytes.
         """
-        equal = policy.classes is None or kv_bits is not None  # precisions are given token by token, or bytes are
         session = self.model.session(
             policy, recent=self.recent, sink=self.sink, prefill="stepwise", kv_bits=kv_bits,
-            protect_bits=self.protect_bits if equal else max(self.protect_bits, protect_bits_for(policy)),
+            protect_bits=self.protection(policy, kv_bits),
         )  # fmt: skip
         if kv_bits is not None:
             held, context = session.store, self.model.architecture.context

@@ -13,6 +13,7 @@ import pytest
 from kvq.controller.evaluation.filler import Filler
 from kvq.controller.evaluation.haystack import HOPS, KINDS, MOST, haystack
 from kvq.controller.evaluation.needle import answers, documents, longest, measure, prompts
+from kvq.controller.evaluation.report import needle_table
 from kvq.controller.evaluation.scoring import score_answer
 from kvq.exporter.calibration import calibration_text
 from kvq.runtime.errors import CalibrationError, ContextError
@@ -147,6 +148,16 @@ def test_a_chat_template_has_the_document_in_the_turn_of_the_system(tiny_checkpo
     assert f"{document.text}\n\n{question.asked}" in rewriting.tokenizer.decode(before)
 
 
+@pytest.mark.parametrize(("documents", "cell"), [(5, "(n = 5)"), (6, "(-0.20 to -0.10)")])
+def test_too_few_documents_have_no_interval(documents, cell):
+    row = {"kind": "single", "tokens": 512, "arm": "int4", "documents": documents, "bits": 7.0, "kv_bits": 3.25}
+    row |= {"loglik": -1.0, "hits": 0.5, "loglik_difference": {"mean": -0.15, "low": -0.2, "high": -0.1}, "kept": None}
+    table = needle_table([row])
+    assert f"| -0.15 {cell} | 50% |  |" in table
+    assert ("so few documents" in table) == (documents == 5)
+    assert "docs/guide.md#policies-and-budgets" in table
+
+
 COMMON = ["eval", "needle", "-m", "kvq-books", "--threads", "1"]
 
 
@@ -173,7 +184,12 @@ def test_the_command_writes_rows_and_a_table(tmp_path):
             assert (
                 row["loglik_difference"]["low"] <= row["loglik_difference"]["mean"] <= row["loglik_difference"]["high"]
             )
-    assert len(done.stdout.splitlines()) == 2 + len(rows)
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    for row, line in zip(rows, table[2:], strict=True):
+        # Of two documents there is no interval, of eight there is.
+        assert (" (n = 2) " in line) == (row["arm"] != "fp16" and row["kind"] != "all")
+        assert (" to " in line) == (row["arm"] != "fp16" and row["kind"] == "all")
     assert kvq("eval", "report", str(out)).stdout == done.stdout
 
 

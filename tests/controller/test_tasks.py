@@ -173,8 +173,13 @@ def test_the_paper_s_table_has_accuracy_and_times_of_every_policy(tiny_bundle, d
     table = done.stdout.splitlines()
     assert table[2].startswith("| arm | hellaswag, bits |")
     assert table[2].endswith("| ms behind 40 | ms behind 70 |")
-    assert [line.split(" | ")[0] for line in table[4:]] == ["| fp16", "| int8", "| int4", "| rule at 7"]
-    assert all(line.count(" | ") == 5 for line in table[4:])
+    assert [line.split(" | ")[0] for line in table[4:8]] == ["| fp16", "| int8", "| int4", "| rule at 7"]
+    assert all(line.count(" | ") == 5 for line in table[4:8])
+    assert all(line.count(" (n = 2), ") == 3 for line in table[5:8])  # of two items there is no interval
+    legend = " ".join(table[8:])
+    assert all(word in legend for word in ("acc / acc_norm in %", "in the same round", "so few items"))
+    assert max(row["bits"] for row in rows if "kv_bits" in row) > 7.3
+    assert "docs/guide.md#policies-and-budgets" in legend
     assert kvq("eval", "report", out).stdout == done.stdout
 
 
