@@ -24,8 +24,8 @@ def run_alone(model: Model, load: Load, turn: int = 0) -> tuple[list[Turn], floa
     done: list[Turn] = []
     begun = time.perf_counter()
     clients = [_client(model, talk, load, done, begun + load.seconds) for talk in talks(load, turn)]
-    waiting = {each: next(each, None) for each in clients}
-    while waiting := {each: appending for each, appending in waiting.items() if appending is not None}:
+    waiting = {each: appending for each in clients if (appending := next(each, None)) is not None}
+    while waiting:
         chosen, room = [], load.chunk
         for each, appending in waiting.items():
             tokens = len(appending.next)
@@ -37,7 +37,9 @@ def run_alone(model: Model, load: Load, turn: int = 0) -> tuple[list[Turn], floa
                 raise error
         for each in chosen:  # to the end of the line: prompts are read in turn
             appending = waiting.pop(each)
-            waiting[each] = next(each, None) if appending.finished else appending
+            following = next(each, None) if appending.finished else appending
+            if following is not None:
+                waiting[each] = following
     return done, time.perf_counter() - begun
 
 
@@ -56,7 +58,7 @@ def _client(model: Model, talk: Talk, load: Load, done: list[Turn], end: float) 
         if kept < len(session.tokens):
             session.trim(kept)
         yield Appending(session, ids[kept:])
-        for event in events(session, None, **same, **({"seed": turn.seed} if load.seeds else {})):
+        for event in events(session, None, seed=turn.seed if load.seeds else None, **same):
             if isinstance(event, Appending):
                 yield event
                 continue

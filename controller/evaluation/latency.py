@@ -61,15 +61,25 @@ def measure(
     check(model, lengths)
     rows: list[dict[str, Any]] = []
     for place, length in enumerate(lengths):
-        ids = model.encode("".join(Filler().draw(length + ROUNDS * STEPS, np.random.default_rng(0))))
+        ids = _text(model, length + ROUNDS * STEPS)
         sessions = []
         for i, (policy, options) in enumerate(arms):
             progress(place * len(arms) + i, len(lengths) * len(arms), f"{length} tokens, {policy}")
             sessions.append(model.session(policy, **options))
             sessions[-1].append(ids[:length])
-        times = _in_turn(sessions, ids[length : length + ROUNDS * STEPS])
+        times = _in_turn(sessions, ids[length:])
         rows += [_row(length, *arm, times, i, sessions[i]) for i, arm in enumerate(arms)]
     return rows
+
+
+def _text(model: Model, tokens: int) -> list[int]:
+    """As many tokens of made-up sentences."""
+    ids: list[int] = []
+    for sentence in Filler().draw(tokens, np.random.default_rng(0)):
+        if len(ids) >= tokens:
+            break
+        ids += model.tokenizer.encode(sentence, add_special_tokens=False).ids
+    return ids[:tokens]
 
 
 def _in_turn(sessions: Sequence[Session], tokens: list[int]) -> np.ndarray:
@@ -77,7 +87,7 @@ def _in_turn(sessions: Sequence[Session], tokens: list[int]) -> np.ndarray:
     times = np.empty((ROUNDS, len(sessions)))
     for turn in range(ROUNDS):
         first, *rest = tokens[turn * STEPS : (turn + 1) * STEPS]
-        for i in np.roll(np.arange(len(sessions)), -turn):
+        for i in np.roll(np.arange(len(sessions)), -turn).tolist():
             sessions[i].append([first])
             begun = time.perf_counter()
             for token in rest:

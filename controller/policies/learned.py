@@ -88,8 +88,9 @@ class LearnedPolicy(ScoredPolicy):
         except Exception as error:  # onnxruntime's errors share no base class
             raise refusal(error, f"controller {self.name!r} does not fit this model", remedy, PolicyError) from None
         if np.isnan(scores).any():
-            error = PolicyError if all(np.isfinite(array).all() for array in inputs.values()) else NonFiniteError
-            raise error(f"controller {self.name!r} gives scores that are no numbers; {remedy}")
+            known = all(np.isfinite(array).all() for array in inputs.values())
+            kind = PolicyError if known else NonFiniteError  # whose fault it is: its own, or the model's
+            raise kind(f"controller {self.name!r} gives scores that are no numbers; {remedy}")
         return scores
 
     def curve(self, nbytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

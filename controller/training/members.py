@@ -34,20 +34,27 @@ def mean_of(first: Controller, second: Controller, share: float) -> Controller:
     widths = [len(weight) for weight, _ in (one[0], other[0])]
     net = Controller(one[0][0].shape[1], sum(widths), len(one[-1][0]))
     rest = 1 - share
-    with torch.no_grad():
-        net.layers[0].weight.copy_(torch.cat([one[0][0], other[0][0]]))
-        net.layers[1].weight.copy_(torch.block_diag(one[1][0], other[1][0]))
-        net.last.weight.copy_(torch.cat([share * one[2][0], rest * other[2][0]], 1))
-        for layer in (0, 1):
-            net.layers[layer].bias.copy_(torch.cat([one[layer][1], other[layer][1]]))
-        net.last.bias.copy_(share * one[2][1] + rest * other[2][1])
+    weights = [
+        torch.cat([one[0][0], other[0][0]]),
+        torch.block_diag(one[1][0], other[1][0]),
+        torch.cat([share * one[2][0], rest * other[2][0]], 1),
+    ]
+    biases = [torch.cat([one[layer][1], other[layer][1]]) for layer in (0, 1)]
+    return _with(net, weights, [*biases, share * one[2][1] + rest * other[2][1]])
+
+
+def _with(net: Controller, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> Controller:
+    """The network with these weights and biases, by layer."""
+    parts = [(f"layers.{i}.{name}", found[i]) for name, found in (("weight", weights), ("bias", biases))
+             for i in range(LAYERS)]  # fmt: skip
+    net.load_state_dict(net.state_dict() | {name: tensor.float() for name, tensor in parts})
     return net.eval()
 
 
 def _dense(net: Controller, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a layer, float64; the first takes features before normalisation."""
-    dense = net.layers[layer]
-    weight, bias = dense.weight.detach().double(), dense.bias.detach().double()
+    state = net.state_dict()
+    weight, bias = (state[f"layers.{layer}.{part}"].double() for part in ("weight", "bias"))
     if layer:
         return weight, bias
     return weight * net.scale, bias - weight @ (net.mean * net.scale).double()
@@ -66,11 +73,7 @@ def read_onnx(file: Path, shape: Architecture, feature_set: str) -> Controller:
     weights, biases = ([tensors[f"{part}_{i}"] for i in range(LAYERS)] for part in ("weight", "bias"))
     net = Controller(weights[0].shape[1], len(weights[0]), len(weights[-1]))
     biases[0] = biases[0] + weights[0].astype(np.float64) @ folded_norms(shape, feature_set, weights[0].shape[1])
-    with torch.no_grad():
-        for layer, weight, bias in zip(net.layers, weights, biases, strict=True):
-            layer.weight.copy_(torch.from_numpy(weight.copy()))
-            layer.bias.copy_(torch.from_numpy(np.array(bias, np.float32)))
-    return net.eval()
+    return _with(net, *([torch.from_numpy(np.array(each)) for each in found] for found in (weights, biases)))
 
 
 class Earlier(NamedTuple):

@@ -13,9 +13,9 @@ import kvq
 from kvq.controller.evaluation import paired
 from kvq.controller.evaluation.arms import LADDER, Bytes, oracle, shuffled, static_mix
 from kvq.controller.evaluation.cli import evaluate
+from kvq.controller.evaluation.cli.options import arms_of, bar, protected
 from kvq.controller.evaluation.divergence import outcome, reference
 from kvq.controller.evaluation.kld import EDGES
-from kvq.controller.evaluation.options import arms_of, bar, protected
 from kvq.controller.evaluation.pareto import ARMS, chunks, compare, measure
 from kvq.controller.evaluation.report import kld_table, tables, task_table
 from kvq.controller.evaluation.scoring import Scorer

@@ -199,10 +199,13 @@ def test_steps_are_timed_behind_as_many_tokens_as_asked_and_all_arms_read_the_sa
         return read[-1]
 
     monkeypatch.setattr(type(tiny_model), "session", noted)
-    latency.measure(tiny_model, [("fp16", {}), ("int4", {"recent": 2})], [30])
-    first, second = (each.tokens for each in read)
-    assert first == second
-    assert len(first) == 30 + latency.ROUNDS * latency.STEPS
+    longest = latency.room(tiny_model)
+    latency.measure(tiny_model, [("fp16", {}), ("int4", {"recent": 2})], [30, longest])
+    texts = [each.tokens for each in read]
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3]
+    assert len(texts[0]) == 30 + latency.ROUNDS * latency.STEPS
+    assert len(texts[2]) == tiny_model.architecture.context
 
 
 def test_a_budget_that_cannot_be_is_refused_before_tasks_are_read(tiny_bundle, tmp_path):

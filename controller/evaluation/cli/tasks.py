@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kvq.controller.evaluation.options import (
+from kvq.controller.evaluation.cli.options import (
     BUDGETS,
     JSON,
     MODEL,
@@ -60,7 +60,9 @@ def tasks(model, policies, tasks, kv_bits, shots, seed, recent, sink, protect_bi
 
 def _lengths(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """Cached tokens of --latency; none for 0, None if it is not given."""
-    return [] if text == "0" else text and numbers(text, "--latency", int)
+    if text is None:
+        return None
+    return [] if text == "0" else numbers(text, "--latency", int)
 
 
 LATENCY = click.option(

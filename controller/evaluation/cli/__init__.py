@@ -10,9 +10,7 @@ from pathlib import Path
 
 import click
 
-from kvq.controller.evaluation.cli_tasks import paper_table, tasks
-from kvq.controller.evaluation.haystack import KINDS, MOST
-from kvq.controller.evaluation.options import (
+from kvq.controller.evaluation.cli.options import (
     BUDGETS,
     CHUNKS,
     CONTEXT,
@@ -32,6 +30,8 @@ from kvq.controller.evaluation.options import (
     write_json,
     write_rows,
 )
+from kvq.controller.evaluation.cli.tasks import paper_table, tasks
+from kvq.controller.evaluation.haystack import KINDS, MOST
 from kvq.runtime.cli.interrupt import Leaving
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import OUTPUT
