@@ -39,7 +39,7 @@ from kvq.runtime.errors import SessionError
     section="Basics",
     help="The session file to make.",
 )
-@option("--overwrite", is_flag=True, section="Basics", help="Replace an existing session file.")
+@option("--overwrite", is_flag=True, section="Basics", help="Replace an existing file.")
 @option(
     "--as",
     "role",
@@ -93,7 +93,7 @@ def prefill(
     finally:
         bar.clear()
     seconds = time.perf_counter() - begun
-    session.save(out)
+    session.save(out, overwrite)
     if not quiet:
         held, stats = f"in the turn of the {role}" if turns else "plain text", session.stats().line()
         click.echo(f"{out}: {out.stat().st_size / 1e3:.1f} kB, {held}, read in {seconds:.2f} s | {stats}", err=True)

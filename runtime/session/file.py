@@ -56,15 +56,18 @@ UNNAMED = (DEFAULT_POLICY, "fp16")
 MOST_WINDOW_SCALE = {8: np.float16(512), 16: np.float16(2)}
 
 
-def write_session(session: Session, path: str | os.PathLike[str]) -> None:
+def write_session(session: Session, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write a session to a file; what stood there is replaced when the new file is complete.
+
+    Args:
+        overwrite: a file that is no session, too.
 
     Raises:
         SessionError: the file cannot be written, metadata is not made of JSON values, or what has that name is no
             session file.
     """
     check_path(path)
-    _check_replaceable(Path(path))
+    _check_replaceable(Path(path), overwrite)
     store, manifest = session.store, session.model.bundle.manifest
     pending = session.pending if session.room >= 0 else []  # what follows a full context is never fed
     logits = None if pending else session.last_logits
@@ -107,13 +110,13 @@ def write_session(session: Session, path: str | os.PathLike[str]) -> None:
         raise SessionError(f"{path} cannot be written ({error.strerror}); check the folder and free space") from None
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, overwrite: bool) -> None:
     """Raise SessionError where a session file would take the place of something that is none."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise SessionError(f"{path} is a link, a folder or a device, which no session replaces; give another path")
     with contextlib.suppress(OSError), path.open("rb") as file:  # what cannot be opened is not replaced either
-        if not MAGIC.startswith(file.read(len(MAGIC))):
-            raise SessionError(f"{path} is no session file and would be lost; remove it, or give another path")
+        if not overwrite and not MAGIC.startswith(file.read(len(MAGIC))):
+            raise SessionError(f"{path} is no session file and would be lost; give another path, or overwrite it")
 
 
 def _parts(session: Session, logits: np.ndarray | None) -> list[np.ndarray]:

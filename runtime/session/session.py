@@ -373,17 +373,17 @@ class Session:
             told = "the session was interrupted in the middle of a step and cannot go on"
             raise SessionError(f"{told}; make a new one, load the last one saved, or begin again after trim(0)")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
 
         Raises:
-            SessionError: the file cannot be written or is no session, or metadata is not made of JSON values.
+            SessionError: metadata is no JSON, or the file cannot be written, or is no session and not to be overwritten.
         """
         from kvq.runtime.session.file import write_session
 
         with self.exclusive:
             self.check_whole()
-            write_session(self, path)
+            write_session(self, path, overwrite)
 
     def stats(self) -> Stats:
         """What ran and what it took, so far."""

@@ -166,6 +166,8 @@ def test_a_save_takes_no_place_of_what_is_no_session(held, tmp_path, tiny_model)
             session.save(path)
         assert "\n" not in str(caught.value)
         assert path.read_bytes() == held
+        session.save(path, overwrite=True)
+        assert tiny_model.load_session(path).tokens == session.tokens
     else:
         session.save(path)
         assert tiny_model.load_session(path).tokens == session.tokens

@@ -155,7 +155,8 @@ def kld(
     rows: list[dict] = []
     with _evaluated(model, threads, exact) as loaded, bar() as progress:
         other = _peer(peer, gguf, kinds, loaded)
-        arms = [(name, options.get("kv_bits")) for name, options in arms_of(loaded, policies, kv_bits, {})]
+        protection = protected(recent, sink, protect_bits)
+        arms = [(name, options.get("kv_bits")) for name, options in arms_of(loaded, policies, kv_bits, protection)]
         for length in numbers(context, "--context", int):
             cut = chunks(loaded, list(texts), length, count)
             found = measure(loaded, cut, arms, recent, sink, protect_bits, other, progress)
