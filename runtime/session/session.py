@@ -377,7 +377,7 @@ class Session:
         """Write the session to a file, atomically; `Model.load_session` reads it. See docs/sessions.md.
 
         Raises:
-            SessionError: metadata is no JSON, or the file cannot be written, or is no session and not to be overwritten.
+            SessionError: metadata is no JSON, or the file cannot be written, or is no session and overwrite is false.
         """
         from kvq.runtime.session.file import write_session
 
