@@ -64,13 +64,7 @@ def _client(model: Model, talk: Talk, load: Load, done: list[Turn], end: float) 
                 continue
             turn.tokens += 1
             if event.text:
-                now = time.perf_counter()
-                if turn.text:
-                    turn.gaps.append(now - last)
-                else:
-                    turn.first = now - begun
-                last = now
-                turn.text += event.text
+                last = turn.hear(event.text, begun, last)
         turn.prompt_tokens, turn.cached_tokens = len(ids), kept
         done.append(turn)
         talk.said(turn.text)

@@ -97,13 +97,7 @@ def take_turn(connection: http.client.HTTPConnection, turn: Turn, load: Load) ->
     begun = last = time.perf_counter()
     for chunk in pieces(connection, body):
         if chunk["choices"] and (text := chunk["choices"][0]["delta"].get("content")):
-            now = time.perf_counter()
-            if turn.text:
-                turn.gaps.append(now - last)
-            else:
-                turn.first = now - begun
-            last = now
-            turn.text += text
+            last = turn.hear(text, begun, last)
         elif usage := chunk["usage"]:
             turn.prompt_tokens, turn.tokens = usage["prompt_tokens"], usage["completion_tokens"]
             turn.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]

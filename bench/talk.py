@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace as Load  # what the clients do: the options of `kvq.bench.serve` by their names
 
@@ -24,6 +25,16 @@ class Turn:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+
+    def hear(self, text: str, begun: float, last: float) -> float:
+        """Take a piece of text; begun, last: when the request and the piece before came. Returns when this one did."""
+        now = time.perf_counter()
+        if self.text:
+            self.gaps.append(now - last)
+        else:
+            self.first = now - begun
+        self.text += text
+        return now
 
 
 class Talk:
