@@ -86,6 +86,21 @@ class Checkpoint:
             np.concatenate([part.minima for part in parts if part.minima is not None]) if form.minima else None,
         )
 
+    def steps(self, names: list[str], form: BlockForm) -> np.ndarray:
+        """Scales float32 [n, k // form.block] of matrices concatenated; 0 for those that the source holds otherwise.
+
+        Args:
+            names: of matrices.
+            form: bits and block; minima do not matter.
+        """
+        found = []
+        for name in names:
+            n, k = self.source.shapes[name]
+            blocks = self._blocks(name)
+            fits = blocks is not None and blocks.form[:2] == form[:2]
+            found.append(blocks.scales if blocks is not None and fits else np.zeros((n, k // form.block), np.float32))
+        return np.concatenate(found)
+
     def _blocks(self, name: str) -> Blocks | None:
         """A matrix as the architecture takes it, in blocks."""
         blocks, adapted = self.source.blocks(name), self.model.adapted.get(name)

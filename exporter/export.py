@@ -23,7 +23,7 @@ from kvq.exporter.profiles import profiles_for
 from kvq.exporter.rotation import head_rotation
 from kvq.exporter.sources.base import shown
 from kvq.exporter.weights.file import WeightFile
-from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over
+from kvq.exporter.weights.matrices import LAYER_BITS, Knowledge, carried_over, on_grid
 from kvq.models.shipped import attach, profiles_for_source
 from kvq.runtime.bundle.bundle import digest
 from kvq.runtime.bundle.manifest import CHAT_TEMPLATE, KEY_FEEDBACK, KEY_TURNS, MANIFEST, TOKENIZER, WEIGHTS, Manifest
@@ -54,7 +54,8 @@ class Summary:
             f"{self.path}: {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s",
             f"  weights {files[WEIGHTS]['nbytes'] / 1e6:.1f} MB"
             f" (layers {weights['layers']}, embedding and head {weights['head']},"
-            f" {weights['exact']} of {weights['matrices']} matrices exactly as the source has them),"
+            f" {weights['exact']} of {weights['matrices']} matrices exactly as the source has them,"
+            f" {weights['grid']} rotated on its grids),"
             f" {len(self.manifest.segments) + 3} graphs {graphs / 1e6:.1f} MB",
             f"  {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim},"
             f" context {shape.context}; {kv_token / 1e3:.1f} kB of KV cache a token at 16 bits",
@@ -170,9 +171,16 @@ def _graph_options(
     rotation_name, rotation = head_rotation(head_dim, bool(rotate))
     if rotate and rotation_name == "none":
         notes.append(f"no rotation: head_dim {head_dim} is not a power of two")
-    fold = not _keeps_values(checkpoint, weights, activations)
-    options = GraphOptions(weights, activations, block, rotation, _no_means(checkpoint), fold, turns=rotate is True)
-    return options, {"rotation": rotation_name, "centered": False, "values": "folded" if fold else "online"}
+    options = GraphOptions(
+        weights,
+        activations,
+        block,
+        rotation,
+        _no_means(checkpoint),
+        _rotation_of_values(checkpoint, weights, activations, block, turns=rotate is True),
+        turns=rotate is True,
+    )
+    return options, {"rotation": rotation_name, "centered": False, "values": options.values}
 
 
 def _no_means(checkpoint: Checkpoint) -> np.ndarray:
@@ -324,11 +332,14 @@ def _text_of_weights(ids: np.ndarray | None, tokenizer: str | None, text: str | 
     return calibration_ids(tokenizer, text or calibration_text())
 
 
-def _keeps_values(checkpoint: Checkpoint, weights: str, activations: str) -> bool:
-    """Whether the weights around the values are carried over as they are, so that no rotation may be folded in."""
+def _rotation_of_values(checkpoint: Checkpoint, weights: str, activations: str, block: int, turns: bool) -> str:
+    """Where values are rotated, see `GraphOptions.values`: not inside weights that stay on the grids of their source."""
     attends = [layer.attend for layer in checkpoint.model.layers]
     names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
-    return all(carried_over(checkpoint, weights, activations, [name]) for name in names)
+    if all(carried_over(checkpoint, weights, activations, [name]) for name in names):
+        return "online"
+    stay = turns and any(on_grid(checkpoint, weights, block, attend.inputs.weights) for attend in attends)
+    return "half" if stay else "folded"
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -122,7 +122,7 @@ class Layers(ABC):
 
     def project_inputs(self, step: Attend) -> str:
         """Projections of the value: [tokens, (heads + 2 kv_heads) * head_dim]."""
-        qkv = self.project(step.inputs, self._rotate_values if self.options.folds else None)
+        qkv = self.project(step.inputs, self._rotate_values if self.options.folds_values else None)
         return qkv if step.norms is None else self._normed(qkv, *step.norms)
 
     def _normed(self, qkv: str, of_queries: Norm, of_keys: Norm) -> str:
@@ -140,7 +140,7 @@ class Layers(ABC):
 
     def project_output(self, step: Attend, attention: str) -> str:
         """Projection of attention's output [tokens, heads * head_dim], whose heads are rotated as the values are."""
-        change = self._unrotate if self.options.folds else None
+        change = self._unrotate if self.options.folds_outputs else None
         return self.products.project(self.graph, attention, step.output, change)
 
     def _rotate_values(self, stacked: np.ndarray) -> np.ndarray:
@@ -159,7 +159,7 @@ class Segment(Layers):
         """Take the residual stream and what attention made of the layer before."""
         self.residual = self.graph.input("residual", "tokens", self.shape.hidden)
         attention = self.graph.input("attention", "tokens", self.shape.heads * self.shape.head_dim)
-        if self.options.rotates_values:
+        if self.options.turns_back:
             attention = self._rotated(attention, self.shape.heads)
         self.value = self.project_output(before, attention)
 
@@ -256,8 +256,9 @@ class Decoder(Layers):
         # Under a name of its own if there is one: graphs are written once before means are known.
         centered = "mean_key" if options.mean_keys[layer].any() else "no_mean_key"
         mean = graph.weight(f"model.layers.{layer}.{centered}", options.mean_keys[layer])
-        # Bit 0: queries and keys; bit 1: values, and back what attention makes of them.
-        rotate = int(options.rotates) + 2 * int(options.rotates_values)
+        # Bit 0: queries and keys; bit 1: values, and back what attention makes of them; bit 2: the latter not.
+        stays = options.rotates_values and not options.turns_back
+        rotate = int(options.rotates) + 2 * int(options.rotates_values) + 4 * int(stays)
         inputs = [self.project_inputs(step), *self._angles_of(step), mean]
         if options.key_basis is not None:
             inputs += self.weights_of_basis(options.key_basis, layer)

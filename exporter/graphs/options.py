@@ -25,8 +25,9 @@ class GraphOptions:
         mean_keys: float32 [layers, kv_heads, head_dim], in the rotated space, subtracted from keys.
         key_basis: of queries and keys, in front of the rotation; None leaves them as they are. Mean keys are of it.
         turns: what a product takes is rotated in blocks, if its matrix is quantized here.
-        fold_values: values are rotated inside the weights, which costs nothing, but makes new weights of v and o;
-            else as they come, which leaves weights that a source holds in blocks as they are.
+        values: "folded", rotated inside the weights of v, and what attention makes of them turned back inside those
+            of o, which costs nothing, but makes new weights of both; "half", rotated as they come, so that v stays on
+            the grid that a source holds it on; "online", turned back before o sees them, too.
     """
 
     weights: str
@@ -34,7 +35,7 @@ class GraphOptions:
     block: int
     rotation: np.ndarray
     mean_keys: np.ndarray
-    fold_values: bool = True
+    values: str = "folded"
     turns: bool = True
     key_basis: KeyBasis | None = None
 
@@ -44,11 +45,21 @@ class GraphOptions:
         return not np.array_equal(self.rotation, np.eye(len(self.rotation)))
 
     @property
-    def folds(self) -> bool:
-        """Whether values are rotated inside the weights."""
-        return self.rotates and self.fold_values
+    def folds_values(self) -> bool:
+        """Whether values are rotated inside the weights of v."""
+        return self.rotates and self.values == "folded"
+
+    @property
+    def folds_outputs(self) -> bool:
+        """Whether what attention makes of values is turned back inside the weights of o."""
+        return self.rotates and self.values != "online"
 
     @property
     def rotates_values(self) -> bool:
         """Whether values are rotated as they come."""
-        return self.rotates and not self.fold_values
+        return self.rotates and not self.folds_values
+
+    @property
+    def turns_back(self) -> bool:
+        """Whether what attention makes of values is turned back before o sees it."""
+        return self.rotates and not self.folds_outputs

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvq.exporter.checkpoint import Checkpoint
-from kvq.exporter.rotation import activation_block, hadamard, rotate_inputs
+from kvq.exporter.rotation import LARGEST_BLOCK, activation_block, hadamard, rotate_inputs
+from kvq.exporter.sources.base import BlockForm
 from kvq.exporter.weights.compensate import quantize_compensated
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, quantize_matrix
@@ -19,6 +20,10 @@ from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, qu
 # "auto" and "source" in its own bits, and the rest takes 8; of "mixed" a plan says which matrices take fewer.
 LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 4, "mixed": 8}
 KEEPING = ("auto", "source")
+# Blocks of a source whose grid is kept when they are rotated and take 8 bits, see `on_grid`; and matrices whose is not: they
+# are half of all products, which take longer in such blocks, and gain least by it.
+GRID = BlockForm(4, 32)
+OFF_GRID = ("gate_proj", "up_proj", "gate_up_proj")
 # The head decides between tokens directly: 4 bits there cost more than they save.
 HEAD_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 8, "mixed": 8}
 Change = Callable[[np.ndarray], np.ndarray]
@@ -43,7 +48,7 @@ class StoredMatrix:
 
     `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
     source holds the same numbers. `turn` is the size of the blocks along k that are rotated by a Hadamard matrix, as
-    what it is multiplied with has to be; 0: none are. `parts` are a quantized one's tensors in the operator's order;
+    what it is multiplied with has to be; 0: none are. `grid` says that it is on the grid of its source. `parts` are a quantized one's tensors in the operator's order;
     `offsets`, float32 [n, k // block], is what is added to its blocks' weights, and is multiplied on its own: its name,
     empty where there are none.
     """
@@ -56,6 +61,7 @@ class StoredMatrix:
     nbytes: int
     exact: bool
     turn: int = 0
+    grid: bool = False
     parts: tuple[str, ...] = ()
     offsets: str = ""
     read: bool = False
@@ -77,6 +83,22 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     if any(form.minima for form in held) and (bits != 4 or (weights != "source" and activations != "fp32")):
         return False
     return activations == "fp32" or (weights in KEEPING and bits == 4)
+
+
+def on_grid(checkpoint: Checkpoint, weights: str, block: int, names: list[str]) -> bool:
+    """Whether matrices that are quantized to 8 bits and rotated take blocks and scales from their source's grids.
+
+    Codes of 4 bits times a Hadamard matrix without its root are whole numbers, nearly all below 128, and a block's
+    minimum is in the first of them alone: on a grid of scale / sqrt(32), blocks of 32 are what they were, which the
+    grids of our own, of blocks of other sizes, round. One is enough where some are stacked: the others lose nothing.
+
+    Args:
+        block: elements per scale that are asked for; not kept where those are fewer, or more than usual.
+    """
+    held = [checkpoint.source.block_form(name) for name in names]
+    fits = any(form is not None and form[:2] == GRID[:2] for form in held)
+    fits = fits and not any(name.split(".")[-2] in OFF_GRID for name in names)
+    return fits and weights in KEEPING and GRID.block <= block <= LARGEST_BLOCK
 
 
 class Matrices:
@@ -123,6 +145,7 @@ class Matrices:
             "head": names[head.bits],
             "block": self._block,
             "exact": sum(matrix.exact for matrix in self._stored.values()),
+            "grid": sum(matrix.grid for matrix in self._stored.values()),
             "matrices": len(self._stored),
         }
 
@@ -148,7 +171,7 @@ class Matrices:
             return self._stored[name]
         quantized = None if change is not None else self._carried_over(sources, bits)
         adapted = any(name in self._checkpoint.model.adapted for name in sources)
-        turn, exact = 0, not adapted and (quantized is not None or (change is None and not bits))
+        turn, grid, exact = 0, False, not adapted and (quantized is not None or (change is None and not bits))
         if quantized is None:
             matrix = self._checkpoint.stacked(sources)
             matrix = matrix if change is None else change(matrix)
@@ -158,8 +181,11 @@ class Matrices:
                 self._stored[name] = StoredMatrix(name, n, k, 0, 0, matrix.nbytes, exact)
                 return self._stored[name]
             turn = activation_block(k) if turns else 0
+            grid = bits == 8 and turn > 0 and change is None
+            grid = grid and on_grid(self._checkpoint, self._weights, self._block, sources)
+            turn = GRID.block if grid else turn
             matrix = rotate_inputs(matrix, hadamard(turn)) if turn else matrix
-            quantized = self._quantized(name, matrix, bits)
+            quantized = self._on_grid(sources, matrix) if grid else self._quantized(name, matrix, bits)
         held = quantized.tensors
         names = {part: f"{name}.{part}" for part in held}
         for part, array in held.items():
@@ -173,10 +199,15 @@ class Matrices:
             nbytes=sum(array.nbytes for array in held.values()),
             exact=exact,
             turn=turn,
+            grid=grid,
             offsets=names.pop("offsets", ""),
             parts=tuple(names.values()),
         )
         return self._stored[name]
+
+    def _on_grid(self, sources: list[str], rotated: np.ndarray) -> QuantizedMatrix:
+        steps = self._checkpoint.steps(sources, GRID) / np.sqrt(np.float32(GRID.block))
+        return quantize_matrix(rotated, 8, GRID.block, steps)
 
     def _quantized(self, name: str, matrix: np.ndarray, bits: int) -> QuantizedMatrix:
         block = block_for(matrix.shape[1], self._block)

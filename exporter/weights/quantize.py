@@ -101,8 +101,11 @@ def block_for(k: int, largest: int = 64) -> int:
     return block
 
 
-def quantize_matrix(matrix: np.ndarray, bits: int, block: int) -> QuantizedMatrix:
-    """Quantize matrix float32 [n, k] to 4 or 8 bits; k is padded with zeros to whole blocks."""
+def quantize_matrix(matrix: np.ndarray, bits: int, block: int, steps: np.ndarray | None = None) -> QuantizedMatrix:
+    """Quantize matrix float32 [n, k] to 4 or 8 bits; k is padded with zeros to whole blocks.
+
+    steps: float32 [n, blocks], another scale that is tried for each block of 8 bits.
+    """
     n, k = matrix.shape
     blocks = -(-k // block)
     codes = np.empty((n, blocks, block * bits // 8), np.uint8)
@@ -114,6 +117,8 @@ def quantize_matrix(matrix: np.ndarray, bits: int, block: int) -> QuantizedMatri
         padded = padded.reshape(len(rows), blocks, block)
         part = slice(at, at + len(rows))
         scales[part], zeros[part] = grid(padded, bits)
+        if steps is not None:
+            scales[part] = _better(padded, scales[part], steps[part])
         codes[part] = _packed(encode(padded, scales[part, :, None], zeros[part, :, None], bits), bits)
     return QuantizedMatrix(codes, scales, bits, block, k, zeros if bits == 4 else None)
 
@@ -136,6 +141,16 @@ def grid(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
         better = error < best
         best[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
     return scales, zeros
+
+
+def _better(x: np.ndarray, scales: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of two scales float32 [...] for blocks x [..., block] in 8 bits those that lose less."""
+
+    def lost(by: np.ndarray) -> np.ndarray:
+        codes = encode(x, by[..., None], np.uint8(128), 8)
+        return np.square((codes - np.float32(128)) * by[..., None] - x).sum(axis=-1)
+
+    return np.where(lost(others) < lost(scales), others, scales)
 
 
 def _grids(x: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

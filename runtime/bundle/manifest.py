@@ -109,10 +109,10 @@ class Manifest:
         name: of the checkpoint the bundle was made from.
         architecture: shapes.
         weights: how they are stored, e.g. {"layers": "int4", "head": "int8", "block": 64, "activations": "int8"};
-            "exact" of "matrices" hold just what their source holds.
+            "exact" of "matrices" hold just what their source holds, "grid" of them rotated on the grids of its blocks.
         kv: what the segments do to keys and values, {"rotation": "hadamard" | "none", "centered": bool, "values":
-            "folded" | "online"}: whether values are rotated inside the weights or as they come, older bundles: folded;
-            and "keys": "balanced" where keys are in a basis of their own.
+            "folded" | "half" | "online"}: whether values are rotated, and turned back, inside the weights, the latter
+            alone, or neither, older bundles: folded; and "keys": "balanced" where keys are in a basis of their own.
         decode_weight_nbytes: bytes of weights that one decode step reads.
         eos_token_ids: ids that end a text.
         segments: graph files in order: layers + 1 of them.

@@ -7,7 +7,7 @@ from kvq.runtime.bundle.operators import Attributes, Rule
 from kvq.runtime.bundle.shapes import Misfit, Shape, Value, broadcast, fixed
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-ROTATIONS = range(4)  # none, keys, values, both
+ROTATIONS = (0, 1, 2, 3, 6, 7)  # bits: keys; values; and what attention makes of these stays as it is
 MOST_ROTATED = 1024  # columns of a block that the native library rotates
 BLOCK = {"block": int}
 

@@ -25,7 +25,8 @@ typedef struct {
     int32_t kernel; /* as in kvq_pass */
 } kvq_prepare;
 
-enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2 }; /* queries with keys; of values, attention's output is turned back */
+/* Queries with keys; values, and what attention makes of them back; the latter not, as its projection has it so. */
+enum { KVQ_ROTATE_KEYS = 1, KVQ_ROTATE_VALUES = 2, KVQ_STAY_ROTATED = 4 };
 
 /* Heads of a token in kvq_prepare's out. */
 static inline int32_t kvq_prepared_heads(const kvq_prepare *p) {

@@ -50,7 +50,7 @@ int kvq_attend_projected(const kvq_pass *pass, const kvq_projected *rows, kvq_pa
     if (failed) return failed;
     const size_t d = pass->head_dim, tokens = (size_t)kvq_tokens_of(pass), both = (size_t)pass->heads + pass->kv_heads;
     const size_t prepared = (size_t)kvq_prepared_heads(&prepare);
-    const int turned = prepare.rotate & KVQ_ROTATE_VALUES;
+    const int turned = prepare.rotate & KVQ_ROTATE_VALUES, back = turned && !(rows->rotate & KVQ_STAY_ROTATED);
     if (!(prepare.out = malloc(sizeof(float) * tokens * prepared * d))) return KVQ_NO_MEMORY;
     const kvq_rows made = {
         .query = prepare.out,
@@ -63,7 +63,7 @@ int kvq_attend_projected(const kvq_pass *pass, const kvq_projected *rows, kvq_pa
     };
     failed = kvq_prepare_and_attend(pass, rows->layer, &made, &prepare, parallel, context);
     free(prepare.out);
-    if (turned && !failed)
+    if (back && !failed)
         parallel(context, turn_back, tokens, &(turned_rows){rows->out, (size_t)pass->heads, pass->head_dim, pass->kernel});
     return failed;
 }

@@ -163,8 +163,11 @@ static void expand_nibbles(const part_block *t, int p, int block, uint32_t *to) 
     }
 }
 
-/* What codes of a block count too much, by the sum of a row's. */
-INLINE vi surplus(form form, vi zeros, int32_t sum) { return form.zeros ? zeros * sum : sum - (vi){0}; }
+/* What codes of a block count too much, by the sum of a row's: nothing where bytes are the weights themselves. */
+INLINE vi surplus(form form, vi zeros, int32_t sum) {
+    if (form.zeros) return zeros * sum;
+    return form.nibbles || weight_offset ? sum - (vi){0} : (vi){0};
+}
 
 /* sum + a block's dot product times both its scales. */
 INLINE vf add_block(vf sum, vi dot, vf weight, float scale) { return sum + to_float(dot) * (weight * scale); }
