@@ -127,7 +127,7 @@ class Bundle:
             if len(data) != nbytes:
                 raise BundleError(f"{KEY_FEEDBACK} has not {nbytes} bytes; export the bundle again")
             feedback = np.frombuffer(data, "<f2").reshape(axes)
-            if not feeds_back_little(feedback):
+            if not np.isfinite(feedback).all() or not feeds_back_little(feedback):
                 raise BundleError(f"{KEY_FEEDBACK} lets errors grow without bound; export the bundle again")
         except MemoryError as error:
             raise unreadable(error, self.path / KEY_FEEDBACK) from None
