@@ -44,7 +44,8 @@ def test_an_entropy_that_there_is_not_is_refused_at_load(backend, factor, bundle
 
 @pytest.mark.parametrize("factor", [each for each in FACTORS if each not in ("infinity", "a little too large")])
 def test_a_probability_that_there_is_not_is_refused_at_load(factor, bundle):
-    model(UNCERTAINTY, times("confidence", min(FACTORS[factor] * 1e3, 3e38)))(bundle)  # of some hundred ids one has little of it
+    much = min(FACTORS[factor] * 1e3, 3e38)  # of some hundred ids one has little of it
+    model(UNCERTAINTY, times("confidence", much))(bundle)
     with pytest.raises(BundleError, match=r"uncertainty\.onnx gives an entropy or a probability"):
         open_bundle(bundle)
 
