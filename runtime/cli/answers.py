@@ -12,7 +12,6 @@ import click
 
 from kvq.runtime.cli.interrupt import Interrupt
 from kvq.runtime.cli.progress import Bar
-from kvq.runtime.text.cells import visible
 
 if TYPE_CHECKING:
     from kvq.runtime.session.generation import Response
@@ -66,6 +65,8 @@ def show(responses: Iterator[Response], bar: Bar, interrupt: Interrupt, *, echo:
         echo: without, nothing is written.
         strip: leave out the blanks that the text begins with.
     """
+    from kvq.runtime.text.cells import visible  # with it tokenizers, which --help does without
+
     begun = time.perf_counter()
     pieces: list[str] = []
     last, interrupted = None, False
