@@ -37,7 +37,7 @@ def make_policy(policy: str | Policy, bundle: Bundle | None = None, **options: A
         if options:
             raise PolicyError(f"options {sorted(options)} given with a ready policy object; set them on the object")
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         names = sorted(POLICIES.keys() - {str(pair) for pair in pairs()})
         raise PolicyError(f"unknown policy {policy!r:.60}; use one of: {', '.join(names)}; or a pair, such as k8v4")
     factory, recipe = POLICIES[policy], (policy, dict(options))

@@ -43,12 +43,13 @@ class RandomPolicy(ScoredPolicy):
     def __init__(self, weights: tuple[float, float, float, float] = (1, 1, 1, 1), seed: int = 0) -> None:
         try:
             shares = np.asarray(weights, float)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             shares = np.zeros(0)
-        if shares.shape != (len(CLASSES),) or not np.isfinite(shares).all() or shares.min() < 0 or not shares.sum():
-            raise PolicyError(f"weights must be four positive numbers (of 16, 8, 4, 2 bits), got {weights!r}")
+        if shares.shape != (len(CLASSES),) or not np.isfinite(shares).all() or shares.min() < 0 or not shares.any():
+            raise PolicyError(f"weights must be four positive numbers (of 16, 8, 4, 2 bits), got {weights!r:.60}")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
-            raise PolicyError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+            raise PolicyError(f"seed must be an integer in [0, 2^64), got {seed!r:.60}")
+        shares = shares / shares.max()  # a sum of the largest numbers would be infinite
         with np.errstate(divide="ignore"):
             self.logarithms = np.log(shares / shares.sum())
         self.seed = int(seed)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvq.runtime.bundle import forms, limits
+from kvq.runtime.bundle.fields import encodable
 from kvq.runtime.bundle.guard import check_graph
 from kvq.runtime.bundle.manifest import KEY_FEEDBACK, KEY_TURNS, MANIFEST, WEIGHTS, Manifest, text_of
 from kvq.runtime.bundle.onnx_file import GraphReader
@@ -51,6 +52,8 @@ class Bundle:
         try:
             if not self.path.is_dir():
                 raise BundleError(f"no bundle at {path}: not a folder; make one with kvq export CHECKPOINT {path}")
+            if not encodable(str(self.path)):  # onnxruntime is told the folder, as UTF-8
+                raise BundleError(f"the name of the folder {path} is not UTF-8; give it another one")
             text = self._manifest_text()
             self.manifest = Manifest.from_json(text)
             self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -127,7 +130,7 @@ class Bundle:
             if len(data) != nbytes:
                 raise BundleError(f"{KEY_FEEDBACK} has not {nbytes} bytes; export the bundle again")
             feedback = np.frombuffer(data, "<f2").reshape(axes)
-            if not feeds_back_little(feedback):
+            if not np.isfinite(feedback).all() or not feeds_back_little(feedback):
                 raise BundleError(f"{KEY_FEEDBACK} lets errors grow without bound; export the bundle again")
         except MemoryError as error:
             raise unreadable(error, self.path / KEY_FEEDBACK) from None

@@ -56,7 +56,7 @@ class Answer:
 
 
 def show(responses: Iterator[Response], bar: Bar, interrupt: Interrupt, *, echo: bool = True, strip: bool) -> Answer:
-    """Take the responses of a generation, and write their text to stdout as it comes.
+    """Take the responses of a generation, and write their text to stdout as it comes; to a terminal what it can show.
 
     Args:
         responses: a generator, which is closed whatever happens.
@@ -65,16 +65,20 @@ def show(responses: Iterator[Response], bar: Bar, interrupt: Interrupt, *, echo:
         echo: without, nothing is written.
         strip: leave out the blanks that the text begins with.
     """
+    from kvq.runtime.text.cells import visible  # with it tokenizers, which --help does without
+
     begun = time.perf_counter()
     pieces: list[str] = []
     last, interrupted = None, False
+    # What a model says must not steer a terminal; a file gets it as it is.
+    shown = visible if sys.stdout.isatty() else str
     try:
         for last in responses:
             bar.clear()
             interrupt.arm()  # before any text is shown
             pieces.append(last.text.lstrip() if strip and not any(pieces) else last.text)
             if echo:
-                click.echo(pieces[-1], nl=False)
+                click.echo(shown(pieces[-1]), nl=False)
                 sys.stdout.flush()
             if interrupt.asked and last.finish_reason is None:
                 interrupted = True

@@ -48,12 +48,13 @@ def batch(
     from kvq.runtime.machine.pipes import outlasting_connections
     from kvq.runtime.server.batch import Answerer, Answering, Options, answer_file
     from kvq.runtime.server.protocol import Settings
+    from kvq.runtime.text.cells import visible
 
     bar = Bar(shown=not quiet, what="answering", unit="requests", least=0)
 
     def log(message: str) -> None:
         bar.clear()
-        click.echo("kvq: " + message.rstrip(), err=True)
+        click.echo("kvq: " + visible(message.rstrip()), err=True)
 
     settings = Settings(policy, kv_bits, kv_memory, recent, sink, prefill, protect_bits)
     options = Options(

@@ -20,6 +20,7 @@ def load_model(model: str | None, threads: int | None, quiet: bool | None = None
     With `quiet`, nothing is said of how to get a model; None is as the command's --quiet or --json says.
     """
     import kvq  # onnxruntime and the rest load only now: --help stays quick
+    from kvq.runtime.errors import one_line
 
     if quiet is None:
         context = click.get_current_context(silent=True)
@@ -28,7 +29,7 @@ def load_model(model: str | None, threads: int | None, quiet: bool | None = None
         from kvq.runtime.catalog.references import default_model
 
         model, _ = default_model()
-    loaded = kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {text}", err=True))
+    loaded = kvq.load(model, threads=threads, notice=lambda text: click.echo(f"kvq: {one_line(text)}", err=True))
     context = click.get_current_context(silent=True)
     if context is not None and context.params.get("quiet"):
         loaded.notice = None

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, complete_model, option
+from kvq.runtime.errors import one_line
 
 TITLES = ("model", "from", "size", "weights", "context", "controllers")
 
@@ -30,10 +31,10 @@ def list_models(as_json: bool) -> None:
 
     here, absent = _here(), _absent()
     if damage := choices().damage:
-        click.echo(f"kvq: {damage}; names and default are lost, kvq use NAME writes it anew", err=True)
+        _say(f"{damage}; names and default are lost, kvq use NAME writes it anew")
     if as_json:
         for row in here + absent:
-            click.echo(json.dumps(row, ensure_ascii=False))
+            click.echo(json.dumps(row))  # ASCII: no control character of a path gets out
         return
     _table([("", *TITLES), *map(_cells, here)])
     if absent:
@@ -78,7 +79,7 @@ def _table(lines: list[tuple[str, ...]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     widths[0] = 1
     for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        click.echo(one_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -113,7 +114,7 @@ def use(model: str | None) -> None:
     from kvq.runtime.catalog.references import default_model, find
 
     if model is None:
-        click.echo(default_model()[0])
+        _tell(default_model()[0])
         return
     found = find(model)
     if found.path is None:
@@ -122,7 +123,7 @@ def use(model: str | None) -> None:
     reference = str(found.path.absolute()) if found.origin in ("folder", "checkpoint") else found.name
     with changed(_say) as chosen:
         chosen.default = reference
-    click.echo(f"{reference} is the default now")
+    _tell(f"{reference} is the default now")
 
 
 @click.command("name", cls=Command, context_settings=SETTINGS)
@@ -149,7 +150,7 @@ def name_model(model: str, name: str) -> None:
     _check(path, model)
     with changed(_say) as chosen:
         chosen.names[name] = str(path)
-    click.echo(f"{name} is {path}")
+    _tell(f"{name} is {path}")
 
 
 @click.command("rm", cls=Command, context_settings=SETTINGS)
@@ -170,14 +171,14 @@ def remove(model: str, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise click.ClickException(f"{what} is removed only with --yes where nobody can be asked")
-        click.confirm(f"Remove {what}?", abort=True, err=True)
+        click.confirm(f"Remove {one_line(what)}?", abort=True, err=True)
     found.run()
     told = f"{model} is removed"
     if found.kept:
         told = f"{model} is forgotten; {found.kept} stays"
     also = [name for name in found.names if name != model]
     told += f"; the name {', '.join(also)} with it" if also else ""
-    click.echo(told + ("; it was the default, which is the embedded model again" if found.default else ""))
+    _tell(told + ("; it was the default, which is the embedded model again" if found.default else ""))
 
 
 def _check(path: Path, reference: str) -> None:
@@ -188,5 +189,10 @@ def _check(path: Path, reference: str) -> None:
         raise BundleError(f"{reference} is no bundle that can be used: {row['error']}")
 
 
+def _tell(text: str) -> None:
+    """A line on stdout: names of folders must not move the cursor of a terminal."""
+    click.echo(one_line(text))
+
+
 def _say(text: str) -> None:
-    click.echo(f"kvq: {text}", err=True)
+    click.echo(f"kvq: {one_line(text)}", err=True)

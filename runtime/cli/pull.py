@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvq.runtime.cli.options import OFFLINE, SETTINGS, Command, complete_model, option
+from kvq.runtime.errors import one_line
 
 if TYPE_CHECKING:
     from kvq.runtime.catalog.references import Found
@@ -47,13 +48,13 @@ def pull(name: str, source: Path | None) -> None:
     else:
         with progress_line() as progress:
             clear = "\r\x1b[K" if progress else ""
-            say = lambda text: click.echo(f"{clear}kvq: {text}", err=True)  # noqa: E731 # the line of progress goes
+            say = lambda text: click.echo(f"{clear}kvq: {one_line(text)}", err=True)  # noqa: E731 # the line of progress goes
             job = Job(found.name, registry().get(found.name), offline_wanted(), say, progress)
             path = run(job, source, again=found.path is not None)
     told = f"{found.name} is here already: " if sound else f"{found.name}: "
     told += f"{size(_nbytes(path))} in {path}"
     told += "" if sound else f", {time.perf_counter() - begun:.1f} s"
-    click.echo(told + ("; now the default, kvq use NAME chooses another" if _first(found.name) else ""))
+    click.echo(one_line(told) + ("; now the default, kvq use NAME chooses another" if _first(found.name) else ""))
 
 
 def _refuse(found: Found) -> None:

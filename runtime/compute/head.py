@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from kvq.runtime.compute.binding import Bound, NamedSession
 from kvq.runtime.compute.engine import Engine
+from kvq.runtime.errors import BundleError
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
 HEAD_ROWS = 32
+SLACK = 0.1  # of what rounding may add to an entropy or a confidence: their sums have as many terms as there are ids
 
 
 class Head:
@@ -27,6 +31,7 @@ class Head:
         self._entropy = np.zeros(rows, np.float32)
         self._confidence = np.zeros(rows, np.float32)
         self._head, self._uncertainty = head or engine.head(), engine.uncertainty
+        self._most = math.log(shape.vocab) + SLACK  # of an entropy
         self._heads: dict[int, Bound] = {}
         self._uncertainties: dict[int, Bound] = {}
 
@@ -45,9 +50,21 @@ class Head:
         return bool(np.isfinite(self._logits[:rows]).all())
 
     def uncertainty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views."""
+        """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views.
+
+        Raises:
+            BundleError: the graph gives of finite logits what no distribution has.
+        """
         if rows not in self._uncertainties:
             outputs = {"entropy": self._entropy[:rows], "confidence": self._confidence[:rows]}
             self._uncertainties[rows] = Bound(self._uncertainty, {"logits": self._logits[:rows]}, outputs)
         self._uncertainties[rows].run()
-        return self._entropy[:rows], self._confidence[:rows]
+        entropy, confidence = self._entropy[:rows], self._confidence[:rows]
+        for found, most in ((entropy, self._most), (confidence, 1 + SLACK)):
+            # Policies, pictures and JSON would have to bear it otherwise. Of NaN either comparison is false.
+            if not (found.min() >= -SLACK and found.max() <= most) and self.finite(rows):
+                raise BundleError(
+                    f"{self._uncertainty.name} gives an entropy or a probability that there is not; export the bundle"
+                    " again"
+                )
+        return entropy, confidence

@@ -149,10 +149,11 @@ def _madvise(address: int, length: int, advice: int) -> bool:
 def _anonymous() -> list[Range]:
     """Private writable memory without a file behind it, ascending."""
     found = []
-    for line in _MAPS.read_text().splitlines():
+    # As bytes: the name of a mapped file may be no UTF-8, and holds any line end but this one.
+    for line in _MAPS.read_bytes().rstrip(b"\n").split(b"\n"):
         where, access, _, _, inode, *name = line.split(maxsplit=5)
-        if access.startswith("rw-p") and inode == "0" and (not name or name[0] == "[heap]"):
-            begin, end = (int(address, 16) for address in where.split("-"))
+        if access.startswith(b"rw-p") and inode == b"0" and (not name or name[0] == b"[heap]"):
+            begin, end = (int(address, 16) for address in where.split(b"-"))
             found.append((begin, end))
     return found
 

@@ -140,7 +140,8 @@ def curve_of(scores: np.ndarray, nbytes: np.ndarray) -> tuple[np.ndarray, np.nda
     for i in range(len(nbytes)):
         for j in range(len(nbytes)):
             if nbytes[i] < nbytes[j]:
-                prices.append((scores[:, j] - scores[:, i]) / (nbytes[j] - nbytes[i]))
+                with np.errstate(invalid="ignore"):  # two classes that are never chosen have no price between them
+                    prices.append((scores[:, j] - scores[:, i]) / (nbytes[j] - nbytes[i]))
     steps = np.unique(np.concatenate(prices))
     steps = steps[np.isfinite(steps)]
     margin = 1e-6 * max(1e-12, np.abs(steps).max())

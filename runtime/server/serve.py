@@ -26,6 +26,7 @@ from kvq.runtime.server.fleet import Fleet
 from kvq.runtime.server.guard import LOOPBACK_HOSTS, Guard, KeyCheck, own_names
 from kvq.runtime.server.models import Options, fleet_of, name_in_api, one_model
 from kvq.runtime.server.scheduler import Scheduler
+from kvq.runtime.text.cells import visible
 
 BACKLOG = 128
 # asyncio takes as many connections at a time as its backlog says, before any of them is seen, and each takes a file
@@ -188,5 +189,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _say(message: str) -> None:
-    click.echo("kvq: " + message.rstrip(), err=True)
+    click.echo("kvq: " + visible(message.rstrip()), err=True)
     sys.stderr.flush()

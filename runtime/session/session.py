@@ -86,8 +86,8 @@ class Session:
         kv_memory: float | None = None,
         protect_bits: int | None = None,
     ) -> None:
-        if prefill not in PREFILLS:
-            raise PolicyError(f"no prefill {prefill!r}; use one of: {', '.join(PREFILLS)}")
+        if not isinstance(prefill, str) or prefill not in PREFILLS:
+            raise PolicyError(f"no prefill {prefill!r:.60}; use one of: {', '.join(PREFILLS)}")
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
             if not _is_integer(value) or value < least:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r:.60}")

@@ -54,12 +54,14 @@ def test_an_export_measures_it_and_a_session_stores_keys_by_it(exported, tmp_pat
     assert session.fork().store.codecs.feedback is not None
 
 
-@pytest.mark.parametrize("change", ["short", "long", "nan", "infinity", "growing"])
+@pytest.mark.parametrize("change", ["short", "long", "nan", "infinity", "growing", "unread"])
 def test_a_damaged_one_is_refused_by_name(exported, tmp_path, change):
     data = (exported / KEY_FEEDBACK).read_bytes()
     halves = np.frombuffer(data, "<f2").copy()
     if change in ("nan", "infinity"):
         halves[1] = np.nan if change == "nan" else np.inf
+    if change == "unread":  # below the diagonal, where nothing looks today
+        halves[Bundle(exported).manifest.architecture.head_dim] = np.nan
     if change == "growing":
         halves[:] = 60000
     data = {"short": data[:-2], "long": data + bytes(2)}.get(change, halves.tobytes())

@@ -116,3 +116,14 @@ def test_where_no_slab_can_be_had_memory_is_asked_for_as_numpy_does(monkeypatch)
     array = hugepages.zeros((LEAST_CUT,))
     assert not array.any()
     array[:] = 1  # and it is our own
+
+
+@pytest.mark.parametrize(
+    "name", [b"a\rb", b"a\x0b\x1c\x85b", b"\xff\xfe", b"x\r7f00-7fff rw-p 0 0:0 0", b" "], ids=repr
+)
+def test_names_of_mapped_files_are_no_lines_of_their_own(name, tmp_path, monkeypatch):
+    maps = tmp_path / "maps"
+    file = b"2000-3000 r--p 00000000 fe:00 42 /" + name
+    maps.write_bytes(b"\n".join([b"1000-2000 rw-p 00000000 00:00 0 ", file, b"3000-4000 rw-p 0 00:00 0 [heap]", b""]))
+    monkeypatch.setattr(hugepages, "_MAPS", maps)
+    assert hugepages._anonymous() == [(0x1000, 0x2000), (0x3000, 0x4000)]

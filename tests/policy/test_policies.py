@@ -186,14 +186,38 @@ def test_an_option_a_policy_does_not_take_is_named(name):
 
 @pytest.mark.parametrize(
     "weights",
-    [(), (1, 1), (1, 1, 1, 1, 1), (0, 0, 0, 0), (-1, 1, 1, 1), (math.nan, 1, 1, 1), (math.inf, 1, 1, 1), "abcd", 3],
-    ids=str,
+    [
+        (),
+        (1, 1),
+        (1, 1, 1, 1, 1),
+        (0, 0, 0, 0),
+        (-1, 1, 1, 1),
+        (math.nan, 1, 1, 1),
+        (math.inf, 1, 1, 1),
+        "abcd",
+        3,
+        10**400,
+        [10**400] * 4,
+    ],
+    ids=lambda weights: str(weights)[:20],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_random_refuses_weights_that_are_not_four_positive_numbers(weights):
     with pytest.raises(PolicyError, match="weights") as error:
         make_policy("random", weights=weights)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("weights", [(1e308,) * 4, (5e-324,) * 4, (1, 0, 0, 0), (0, 0, 0, 1e308)], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_random_draws_by_weights_at_the_ends_of_what_there_is(weights):
+    policy = make_policy("random", weights=weights)
+    drawn = {int(bits) for bits in policy.choose(features_for(policy, 0, 200))[:, 0]}
+    assert drawn == {int(class_[0]) for class_, weight in zip(policy.classes, weights, strict=True) if weight}
+    means, prices = policy.curve(np.array([400, 200, 100, 50]))  # what a budget asks for
+    assert np.isfinite(means).all()
+    assert np.isfinite(prices).all()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, "x", 1.5, None], ids=str)

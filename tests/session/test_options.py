@@ -87,6 +87,18 @@ def test_an_unknown_backend_is_named_with_the_known_ones(tiny_model, monkeypatch
     assert tiny_model.session(backend="numpy").stats().backend == "numpy"  # an argument goes before the variable
 
 
+NO_NAMES = [[], ["int8"], {}, {"a": 1}, {"int8"}, 8, 1.5, b"int8", True, np.array(["int8"]), np.array([1, 2])]
+
+
+@pytest.mark.parametrize("value", NO_NAMES, ids=repr)
+def test_what_is_no_text_names_neither_policy_nor_backend_nor_prefill(tiny_model, value):
+    """JSON gives lists and objects, which no dictionary can be asked for; an array is equal to nothing as a whole."""
+    for name, error in (("policy", PolicyError), ("backend", BackendError), ("prefill", PolicyError)):
+        with pytest.raises(error) as caught:
+            tiny_model.session(**{name: value})
+        assert str(caught.value).isprintable()
+
+
 def test_the_environment_chooses_the_backend(tiny_model, monkeypatch):
     monkeypatch.setenv("KVQ_BACKEND", "numpy")
     assert tiny_model.session().stats().backend == "numpy"

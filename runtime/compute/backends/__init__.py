@@ -18,10 +18,12 @@ def make_backend(name: str | None = None) -> AttentionBackend:
     Raises:
         BackendError: no such backend in this installation.
     """
+    if name is not None and not isinstance(name, str):
+        raise BackendError(f"an attention backend is named by text, got {name!r:.60}; use auto")
     name = name or os.environ.get("KVQ_BACKEND") or "auto"
     if name != "auto":
         if name not in BACKENDS:
-            raise BackendError(f"no attention backend {name!r} here; use auto or one of: {', '.join(BACKENDS)}")
+            raise BackendError(f"no attention backend {name!r:.60} here; use auto or one of: {', '.join(BACKENDS)}")
         return BACKENDS[name]()
     reasons = {kind: kind.unavailable() for kind in sorted(BACKENDS.values(), key=lambda kind: -kind.priority)}
     best = next(kind for kind, reason in reasons.items() if not reason)()
