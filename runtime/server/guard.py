@@ -112,7 +112,7 @@ class Guard:
                 path = scope.get("raw_path", b"?").partition(b"?")[0].decode("ascii", "backslashreplace")[:100]
                 who = (scope.get("client") or ("?",))[0]
                 usage = state["usage"]() if "usage" in state else ""
-                line = f"{who} {scope['method']} {path} {status} {time.monotonic() - begun:.3f} s {usage}"
+                line = f"{who} {scope['method'][:20]} {path} {status} {time.monotonic() - begun:.3f} s {usage}"
                 self.access_log(line.strip())
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
