@@ -333,7 +333,7 @@ def _text_of_weights(ids: np.ndarray | None, tokenizer: str | None, text: str | 
 
 
 def _rotation_of_values(checkpoint: Checkpoint, weights: str, activations: str, block: int, turns: bool) -> str:
-    """Where values are rotated, see `GraphOptions.values`: not inside weights that stay on the grids of their source."""
+    """Where values are rotated, see `GraphOptions.values`: not inside weights that stay on grids of their source."""
     attends = [layer.attend for layer in checkpoint.model.layers]
     names = [name for attend in attends for name in (attend.inputs.weights[-1], *attend.output.weights)]
     if all(carried_over(checkpoint, weights, activations, [name]) for name in names):

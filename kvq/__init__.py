@@ -12,10 +12,12 @@ print(session.stats())
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
+TYPE_CHECKING = False  # what type checkers take for true; typing and pathlib would be most of what `import kvq` costs
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvq.composition import load
     from kvq.controller.policies import POLICIES, Policy, ScoredPolicy, TokenFeatures, make_policy
     from kvq.runtime.chat.conversation import Conversation
@@ -55,9 +57,9 @@ if TYPE_CHECKING:
 
 # In a checkout the sub-packages stand beside this folder rather than inside it; Python started
 # there finds this folder before the installed package.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
+_checkout = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_checkout, "pyproject.toml")):
+    __path__.append(_checkout)
 
 import kvq.runtime.version  # noqa: E402 # found only now
 from kvq.runtime.machine import telemetry as _telemetry  # noqa: E402

@@ -1,5 +1,5 @@
 """``python -m kvq`` is the ``kvq`` command."""
 
-from kvq.runtime.cli.main import main
+from kvq.runtime.cli.entry import main
 
 main()

@@ -20,8 +20,8 @@ from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, qu
 # "auto" and "source" in its own bits, and the rest takes 8; of "mixed" a plan says which matrices take fewer.
 LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 4, "mixed": 8}
 KEEPING = ("auto", "source")
-# Blocks of a source whose grid is kept when they are rotated and take 8 bits, see `on_grid`; and matrices whose is not: they
-# are half of all products, which take longer in such blocks, and gain least by it.
+# Blocks of a source whose grid is kept when they are rotated and take 8 bits, see `on_grid`; and matrices whose is not:
+# they are half of all products, which take longer in such blocks, and gain least by it.
 GRID = BlockForm(4, 32)
 OFF_GRID = ("gate_proj", "up_proj", "gate_up_proj")
 # The head decides between tokens directly: 4 bits there cost more than they save.
@@ -48,9 +48,9 @@ class StoredMatrix:
 
     `read` says that a product of a decode step reads it: an embedding is only looked up. `exact` says that its
     source holds the same numbers. `turn` is the size of the blocks along k that are rotated by a Hadamard matrix, as
-    what it is multiplied with has to be; 0: none are. `grid` says that it is on the grid of its source. `parts` are a quantized one's tensors in the operator's order;
-    `offsets`, float32 [n, k // block], is what is added to its blocks' weights, and is multiplied on its own: its name,
-    empty where there are none.
+    what it is multiplied with has to be; 0: none are. `grid` says that they are on the grid of its source. `parts` are
+    a quantized one's tensors in the operator's order; `offsets`, float32 [n, k // block], is what is added to its
+    blocks' weights, and is multiplied on its own: its name, empty where there are none.
     """
 
     name: str

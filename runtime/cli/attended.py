@@ -1,11 +1,13 @@
-"""The command line as another kvq's child: ends when that one does, however it was ended.
+"""The command line, or a module, as another kvq's child: ends when that one does, however it was ended.
 
-``python -P -m kvq.runtime.cli.attended COMMAND ...``; stdin is a pipe that the parent holds and never writes to.
+``python -P -m kvq.runtime.cli.attended COMMAND ...``, ``python -P attended.py -m MODULE ...``; stdin is a pipe that the
+parent holds and never writes to.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 LEFT = 130  # exit code, which nobody reads any more
@@ -28,6 +30,12 @@ def attend() -> None:
 def main() -> None:
     """Entry point."""
     attend()
+    if sys.argv[1:2] == ["-m"]:  # another's, which needs no kvq
+        import runpy
+
+        del sys.argv[:2]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
     from kvq.runtime.cli.main import main as command_line  # only now: it takes a while
 
     command_line()

@@ -124,9 +124,11 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(2, str(error))
     except (KvqError, click.ClickException) as error:
         _exit(1, str(error) if isinstance(error, KvqError) else error.format_message())
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if _interrupted(error):
+            _exit(130)
         package = (error.name or "").split(".")[0]
-        if package not in EXTRA_OF:
+        if not isinstance(error, ModuleNotFoundError) or package not in EXTRA_OF:
             raise
         from kvq.runtime.extras import install
 
@@ -137,6 +139,13 @@ def guarded(command: Callable[[], object]) -> None:
         _exit(1, f"{error.filename or 'input or output'}: {error.strerror or error}; check path and free space")
     except (KeyboardInterrupt, click.Abort):
         _exit(130)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt is at the bottom of it: a module in C that is being imported makes another error of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _standard_streams() -> None:

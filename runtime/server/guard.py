@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -18,6 +19,8 @@ from kvq.runtime.errors import RequestError
 from kvq.runtime.server.refusals import error_body, headers_of, status_of
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+RESPONSES = "/responses/"  # an id follows, of these characters the log has as many as this:
+ID_SHOWN = len("resp_1234")
 
 
 def refusal(error: BaseException, path: str = "", **extra: Any) -> Response:
@@ -54,6 +57,18 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _logged(scope: Scope) -> str:
+    """A request's path as the log has it.
+
+    Percent-encoded, as it came over the wire: a path cannot forge a line. Of the id of a kept response the beginning:
+    whoever has all of it may read what was said.
+    """
+    before, named, identity = scope["path"].partition(RESPONSES)
+    if len(identity) > ID_SHOWN:
+        return quote(before + named + identity[:ID_SHOWN])[:100] + "..."
+    return scope.get("raw_path", b"?").partition(b"?")[0].decode("ascii", "backslashreplace")[:100]
 
 
 class Guard:
@@ -108,11 +123,11 @@ class Guard:
             if self.counted is not None:
                 self.counted(scope["path"], status)
             if self.access_log is not None:
-                # As it came over the wire, percent-encoded: a path cannot forge a line.
-                path = scope.get("raw_path", b"?").partition(b"?")[0].decode("ascii", "backslashreplace")[:100]
                 who = (scope.get("client") or ("?",))[0]
                 usage = state["usage"]() if "usage" in state else ""
-                line = f"{who} {scope['method']} {path} {status} {time.monotonic() - begun:.3f} s {usage}"
+                line = (
+                    f"{who} {scope['method'][:20]} {_logged(scope)} {status} {time.monotonic() - begun:.3f} s {usage}"
+                )
                 self.access_log(line.strip())
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from kvq.runtime.errors import ServerError
 from kvq.runtime.machine.pipes import outlasting_connections
+from kvq.runtime.server.answering import served_name
 from kvq.runtime.server.app import make_app
 from kvq.runtime.server.connections import HEAD_NBYTES, IDLE_S, Connection, most_connections
 from kvq.runtime.server.fleet import Fleet
@@ -39,6 +40,15 @@ class Server(uvicorn.Server):
     """uvicorn's server, with the signals that end it turned into an orderly end with exit code 0."""
 
     scheduler: Scheduler | Fleet | None = None
+    name: str | None = None  # of the one model in the API, None for the bundle's own
+
+    def names(self) -> str:
+        """What requests may call the models, once the first of them is loaded."""
+        if isinstance(self.scheduler, Fleet):
+            return ", ".join(member.name for member in self.scheduler.members)
+        if self.scheduler is None or self.scheduler.model is None:
+            return self.name or "its own"
+        return served_name(self.scheduler.model, self.name)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept."""
@@ -103,7 +113,7 @@ def serve(options: Options) -> bool:
 
     def on_ready(error: BaseException | None) -> None:
         if error is None:
-            _say("ready")
+            _say(f"ready; served as {server.names()}")
         else:
             failures.append(error)
             server.should_exit = True
@@ -140,9 +150,8 @@ def _load(server: Server, options: Options, loopback: bool, on_ready: Callable[[
         server.config.app = _guarded(fleet, options, loopback, None)
         fleet.load(fleet.members[0])
     else:
-        server.scheduler, api = one_model(
-            options, options.model, options.name or name_in_api(options.model), on_ready, _say
-        )
+        server.name = options.name or name_in_api(options.model)
+        server.scheduler, api = one_model(options, options.model, server.name, on_ready, _say)
         server.config.app = _guarded(make_app(api), options, loopback, api.metrics.answered)
 
 

@@ -1,4 +1,4 @@
-"""The process that exports: no code of the folder that the user stands in, and gone with whoever began it."""
+"""The process that exports, or fetches: no code of the folder where the user stands; gone with whoever began it."""
 
 from __future__ import annotations
 
@@ -83,3 +83,30 @@ def test_an_export_is_gone_with_its_parent_and_what_it_left_with_the_next_comman
     again = name_it(tiny_checkpoint, env=environment(home))
     assert (again.communicate(timeout=120), again.returncode)[1] == 0
     assert not [name for name in tree(home) if name.rpartition("/")[2].startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+def test_a_pip_that_fetches_is_gone_with_its_killed_parent(shelf, tmp_path):
+    slow, at = tmp_path / "slow", tmp_path / "pid"
+    (slow / "pip").mkdir(parents=True)
+    (slow / "pip" / "__init__.py").write_text("")
+    (slow / "pip" / "__main__.py").write_text(STUCK.format(at=str(at)))
+    command = [sys.executable, "-P", "-m", "kvq", "pull", "tiny-instruct"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path / "home", slow))
+    while not (at.exists() and at.read_text()):
+        assert parent.poll() is None, parent.communicate()[1]
+        time.sleep(0.02)
+    child = int(at.read_text())
+    try:
+        assert alive(child)
+        parent.kill()
+        assert parent.wait(10) == -signal.SIGKILL
+        end = time.monotonic() + GONE_S
+        while alive(child) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not alive(child)
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
+        parent.communicate()

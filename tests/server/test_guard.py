@@ -84,3 +84,32 @@ def test_hosts_of_loopback_of_an_open_server_and_of_one_with_a_key(monkeypatch, 
     assert asked(here, True, host=host).status_code == loopback
     assert asked(there, False, host=host).status_code == open_
     assert asked(key, False, host=host, authorization="Bearer k").status_code == keyed
+
+
+IDENTITY = "resp_" + "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (f"/v1/responses/{IDENTITY}", "/v1/responses/resp_0123..."),
+        (f"/responses/{IDENTITY}?x=1", "/responses/resp_0123..."),
+        (f"/v1/%72esponses%2F{IDENTITY}", "/v1/responses/resp_0123..."),
+        ("/v1/responses/%72" + IDENTITY[1:], "/v1/responses/resp_0123..."),
+        ("/v1/responses/a%0Ab" + IDENTITY, "/v1/responses/a%0Abresp_0..."),
+        ("/v1/responses/short", "/v1/responses/short"),
+        ("/v1/responses", "/v1/responses"),
+        ("/x%0Ay", "/x%0Ay"),
+    ],
+)
+def test_the_log_has_no_whole_id_of_a_response(path, shown):
+    lines = []
+    app = guard.Guard(PlainTextResponse("in"), None, lines.append, lines.append)
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            await client.get(path)
+
+    asyncio.run(ask())
+    (line,) = lines
+    assert line.split()[2] == shown

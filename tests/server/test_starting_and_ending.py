@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,6 +55,21 @@ def test_a_signal_ends_streams_with_an_error_event_and_the_process_with_0(by, tm
         assert not any("Traceback" in line for line in server.lines)
         assert server.process.stdout.read() == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_start_says_the_name_that_requests_use(embedded, tmp_path):
+    """Of a folder the bundle's own, and an unknown one gets told it."""
+    folder = tmp_path / "another-name"
+    shutil.copytree(embedded.bundle.path, folder)
+    own = embedded.bundle.manifest.name
+    for arguments, name in (("-m", folder), own), (("-m", folder, "--name", "mine"), "mine"):
+        with served(*arguments) as server:
+            assert f"kvq: ready; served as {name}" in server.lines
+            answer = server.post("/v1/completions", {"prompt": "a", "model": folder.name, "max_tokens": 1})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+            assert repr(name) in answer.json()["error"]["message"]
+            assert server.post("/v1/completions", {"prompt": "a", "model": name, "max_tokens": 1}).status_code == 200
 
 
 @pytest.mark.slow
