@@ -77,8 +77,12 @@ class Twin:
         bases = [[torch.from_numpy(arrays[name]) for name in node.inputs[4:]] for node in attentions]
         self.key_basis = [basis for basis in bases if basis]
         for node in attentions:
-            if node.attributes["rotate"] == 1:  # of queries and keys only: that of the values is in the weights
-                self._unrotate(node, rotation, matrices, arrays)
+            turns = node.attributes["rotate"]
+            if turns == 1:  # queries and keys only: the rotation of the values is in the weights
+                self._unrotate_values(node, rotation, matrices, arrays)
+            if turns in (1, 7):  # what attention makes of values stays rotated: the weights of o turn it back
+                after = next(other for other in self._decoder if node.outputs[0] in other.inputs)
+                matrices[after.inputs[1]] = rotate_inputs(matrices[after.inputs[1]], rotation.T)
         self._matrices = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
         taken = {name for node in (*self._decoder, *self._head) for name in _without_matrix(node)}
         # Sizes and places, which are of 64 bits, are taken as numbers.
@@ -145,10 +149,10 @@ class Twin:
             held.update({name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)})
         return self
 
-    def _unrotate(
+    def _unrotate_values(
         self, attention: Node, rotation: np.ndarray, matrices: dict[str, np.ndarray], arrays: dict[str, np.ndarray]
     ) -> None:
-        """Take a layer's rotation of values out of the weights on both sides of its attention."""
+        """Take a layer's rotation of values out of the weights in front of its attention."""
         start = (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
         before = self._maker(attention.inputs[0])
         if before.kind == "Concat":  # of queries and keys with norms of their own; values come as they were cut off
@@ -157,10 +161,8 @@ class Twin:
             bias = arrays[before.inputs[1]]
             bias[start:] = rotate_outputs(bias[start:], rotation.T)
             before = self._maker(before.inputs[0])
-        after = next(node for node in self._decoder if attention.outputs[0] in node.inputs)
         weights = matrices[before.inputs[1]]
         weights[start:] = rotate_outputs(weights[start:], rotation.T)
-        matrices[after.inputs[1]] = rotate_inputs(matrices[after.inputs[1]], rotation.T)
 
     def _maker(self, name: str) -> Node:
         """The node of the decoder that yields a value."""

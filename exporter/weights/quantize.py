@@ -147,7 +147,7 @@ def _better(x: np.ndarray, scales: np.ndarray, others: np.ndarray) -> np.ndarray
     """Of two scales float32 [...] for blocks x [..., block] in 8 bits those that lose less."""
 
     def lost(by: np.ndarray) -> np.ndarray:
-        codes = encode(x, by[..., None], np.uint8(128), 8)
+        codes = encode(x, by[..., None], np.array(128, np.uint8), 8)
         return np.square((codes - np.float32(128)) * by[..., None] - x).sum(axis=-1)
 
     return np.where(lost(others) < lost(scales), others, scales)

@@ -6,7 +6,7 @@ nothing that takes a while, and the command line only once SIGINT is seen to.
 
 from __future__ import annotations
 
-import _signal as signal  # what is beneath signal, whose enumerations take as long as all else here
+import _signal as signal  # type: ignore[import-not-found]  # what is beneath signal, whose enumerations take as long as all else here
 import os
 import sys
 

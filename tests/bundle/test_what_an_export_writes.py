@@ -30,7 +30,8 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     assert (shape.layers, shape.hidden, shape.ffn, shape.vocab, shape.context) == (3, 64, 172, 512, 256)
     assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 4, 8)
     common = {"layers": "fp32", "head": "fp32", "block": 64, "activations": "int8", "compensated": False, "bits": 32}
-    assert manifest.weights == common | {"exact": 7, "matrices": 13}  # the rotation of values changes q+k+v and o
+    # The rotation of values changes q+k+v and o.
+    assert manifest.weights == common | {"exact": 7, "grid": 0, "matrices": 13}
     assert manifest.kv == {"rotation": "hadamard", "centered": True, "values": "folded", "keys": "balanced"}
     assert manifest.eos_token_ids == [0]
     parameters = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 172 * 64) + 512 * 64  # products alone; the head's table once

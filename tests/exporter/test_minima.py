@@ -56,10 +56,10 @@ STACKS_LOST = {"four and eight bits": 2}
 class Pair:
     """A GGUF file with biases, the folder of the weights in it, and transformers' logits for that folder."""
 
-    def __init__(self, folder: Path, kind: str, tied: bool = True) -> None:
+    def __init__(self, folder: Path, kind: Callable[[str], str], tied: bool = True) -> None:
         fields = GGUF_TINY | {"head_dim": 32, "attention_bias": not tied, "tie_word_embeddings": tied}
         checkpoint = save_checkpoint(folder / "checkpoint", fields, tokenizer=False)
-        self.file = write_gguf(folder / "model.gguf", checkpoint, KINDS[kind], tokenizer="gpt2")
+        self.file = write_gguf(folder / "model.gguf", checkpoint, kind, tokenizer="gpt2")
         self.folder = write_dequantized(self.file, checkpoint, folder / "dequantized")
         self.logits = reference_logits(self.folder, IDS.tolist()).numpy()
 
@@ -106,7 +106,7 @@ def offset_products(graph: onnx.GraphProto) -> list[str]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied with biases"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_minima_are_carried_over_exactly(kind: str, tied: bool, tmp_path: Path) -> None:
-    pair = Pair(tmp_path, kind, tied)
+    pair = Pair(tmp_path, KINDS[kind], tied)
     summary = export(pair.file, tmp_path / "bundle", activations="fp32", center=False)
     manifest, shape = summary.manifest, summary.manifest.architecture
     lost, matrices = STACKS_LOST.get(kind, 0) * shape.layers, 4 * shape.layers + (1 if tied else 2)
@@ -137,7 +137,7 @@ def test_minima_are_carried_over_exactly(kind: str, tied: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
 def test_bytes_of_a_step_count_offsets(kind: str, tmp_path: Path) -> None:
-    pair = Pair(tmp_path, kind)
+    pair = Pair(tmp_path, KINDS[kind])
     manifest = export(pair.file, tmp_path / "bundle", activations="fp32", center=False).manifest
     weights = sum(node_of["N"] * node_of["K"] for node_of in products(tmp_path / "bundle" / manifest.decoder))
     head = manifest.architecture.vocab * manifest.architecture.hidden
@@ -165,7 +165,7 @@ def products(graph: Path) -> list[dict[str, int]]:
 def test_what_is_carried_over_at_which_bits(
     weights: str, activations: str, layers: str, exact: int, tmp_path: Path
 ) -> None:
-    pair = Pair(tmp_path, "Q4_1")
+    pair = Pair(tmp_path, KINDS["Q4_1"])
     summary = export(pair.file, tmp_path / "b", weights=weights, activations=activations, center=False)
     found = summary.manifest.weights
     assert (found["layers"], found["exact"], found["matrices"]) == (layers, exact, 9)
@@ -192,7 +192,7 @@ def test_tables_with_minima_take_eight_bits(table: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_layers_are_measured_on_the_weights_with_their_offsets(tmp_path: Path) -> None:
     """Damage of precisions comes from graphs whose matrices are floats: as in a bundle of weights in float32."""
-    pair = Pair(tmp_path, "Q4_1")
+    pair = Pair(tmp_path, KINDS["Q4_1"])
     found = []
     for weights in ("auto", "fp32"):
         summary = export(pair.file, tmp_path / weights, weights=weights, activations="fp32", center=False)
@@ -243,7 +243,7 @@ def test_a_multiplier_and_an_order_of_rows_reach_minima(seed: int, minima: bool)
 def test_the_form_is_known_before_the_blocks_are_read(tmp_path: Path) -> None:
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-        source = load_checkpoint(Pair(tmp_path / kind, kind).file).source
+        source = load_checkpoint(Pair(tmp_path / kind, KINDS[kind]).file).source
         for name, shape in source.shapes.items():
             blocks = source.blocks(name)
             assert (None if blocks is None else blocks.form) == source.block_form(name), name

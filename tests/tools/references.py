@@ -54,8 +54,11 @@ def in_transformers(bundle: Bundle, folder: Path) -> LlamaForCausalLM:
     for name in [*manifest.segments, manifest.head]:
         graph = onnx.load(bundle.path / name, load_external_data=True).graph
         tensors |= _dequantized(graph, manifest.architecture.hidden)
-    rotated = manifest.kv["rotation"] != "none" and manifest.kv["values"] == "folded"
-    back = head_rotation(manifest.architecture.head_dim, rotated)[1].T
+    rotates, values_are = manifest.kv["rotation"] != "none", manifest.kv["values"]
+    before, after = (
+        head_rotation(manifest.architecture.head_dim, rotates and values_are in kinds)[1].T
+        for kinds in (("folded",), ("folded", "half"))
+    )
     torch, model = needs("torch"), reference_model(folder)
     state = model.state_dict()
     for name, tensor in tensors.items():
@@ -68,9 +71,9 @@ def in_transformers(bundle: Bundle, folder: Path) -> LlamaForCausalLM:
                 wanted = f"{layer}.{part}.{kind}"
                 values, tensor = np.split(tensor, [len(state[wanted])])
                 if part == "v_proj":
-                    values = rotate_outputs(values, back)
+                    values = rotate_outputs(values, before)
                 elif part == "o_proj" and kind == "weight":
-                    values = rotate_inputs(values, back)
+                    values = rotate_inputs(values, after)
                 state[wanted] = torch.as_tensor(values)
             assert not len(tensor), name
     if model.config.tie_word_embeddings:
