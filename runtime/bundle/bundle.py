@@ -169,7 +169,7 @@ class Bundle:
             for name, form in kinds.items():
                 found[name] = self._read(name, limits.GRAPH_BYTES + limits.LAYER_BYTES * form.layers)
                 regions.add(name, check_graph(found[name], name, {WEIGHTS}, form, reader).constants)
-            regions.check_cover(self.path / WEIGHTS, shape)
+            regions.check_content(self.path / WEIGHTS, shape)
         except (OSError, MemoryError) as error:
             raise unreadable(error, self.path) from None
         return found

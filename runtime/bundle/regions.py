@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from kvq.runtime.bundle import limits
 from kvq.runtime.bundle.manifest import WEIGHTS, Architecture
-from kvq.runtime.bundle.onnx_file import Region, Tensor
+from kvq.runtime.bundle.onnx_file import FLOAT32, Region, Tensor
 from kvq.runtime.errors import BundleError
+
+AT_ONCE = 1 << 20  # bytes of a tensor
 
 
 class Regions:
@@ -33,6 +37,8 @@ class Regions:
         for tensor in tensors:
             region = tensor.region
             if region is None:
+                if tensor.dtype == FLOAT32:
+                    _check_numbers(tensor.raw, graph, tensor.name)
                 continue
             known = self._by_name.setdefault(tensor.name, tensor)
             if region.offset + region.nbytes > self._nbytes:
@@ -42,8 +48,9 @@ class Regions:
             if self._names.setdefault(region, tensor.name) != tensor.name:
                 raise _refused(graph, f"{tensor.name!r:.60} has the bytes of {self._names[region]!r:.60}")
 
-    def check_cover(self, file: Path, shape: Architecture) -> None:
-        """See that no bytes belong to two tensors, and that those which belong to none are few zeros between them.
+    def check_content(self, file: Path, shape: Architecture) -> None:
+        """See that no bytes belong to two tensors, that those which belong to none are few zeros between them, and that
+        floats are numbers: products with int8 activations take a NaN of the one before for nothing.
 
         Raises:
             BundleError: it is otherwise.
@@ -58,6 +65,10 @@ class Regions:
                     raise _refused(WEIGHTS, f"{self._names[region]!r:.60} overlaps the tensor before it")
                 _check_hole(weights, at, region.offset, forgotten)
                 at = region.offset + region.nbytes
+                if self._by_name[name := self._names[region]].dtype == FLOAT32:
+                    for start in range(region.offset, at, AT_ONCE):
+                        weights.seek(start)
+                        _check_numbers(weights.read(min(AT_ONCE, at - start)), WEIGHTS, name)
             _check_hole(weights, at, self._nbytes, forgotten)
 
 
@@ -69,6 +80,11 @@ def _check_hole(weights: BinaryIO, start: int, stop: int, forgotten: int) -> Non
     weights.seek(start)
     if weights.read(stop - start).strip(b"\0"):
         raise _refused(WEIGHTS, f"bytes at {start} that belong to no tensor are not zero")
+
+
+def _check_numbers(data: bytes, file: str, name: str) -> None:
+    if not np.isfinite(np.frombuffer(data, "<f4")).all():
+        raise _refused(file, f"{name!r:.60} holds NaN or infinity")
 
 
 def _refused(name: str, why: str) -> BundleError:

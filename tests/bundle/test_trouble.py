@@ -14,6 +14,7 @@ import pytest
 
 import kvq
 from kvq.composition import open_bundle
+from kvq.exporter.export import export
 from kvq.runtime.bundle.bundle import Bundle, unreadable
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.compute.failures import refusal
@@ -143,17 +144,51 @@ def test_a_run_of_onnxruntime_that_raises_is_a_bundle_error(tiny_bundle: Path) -
         head.logits(np.zeros((1, 64), np.float32))
 
 
+def filled(folder: Path, graph: str, ending: str, value: float) -> tuple[str, str]:
+    """Write a number over all of a float constant of a graph; the file where the constant lies, and its name."""
+    model = onnx.load(folder / graph, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name.endswith(ending))
+    data = np.full(list(tensor.dims), value, np.float32).tobytes()
+    if not tensor.external_data:
+        tensor.raw_data = data
+        (folder / graph).write_bytes(model.SerializeToString())
+        relist(folder, graph)
+        return graph, tensor.name
+    with open(folder / WEIGHTS, "r+b") as weights:
+        weights.seek(next(int(entry.value) for entry in tensor.external_data if entry.key == "offset"))
+        weights.write(data)
+    relist(folder, WEIGHTS)
+    return WEIGHTS, tensor.name
+
+
+CONSTANTS = {
+    "a scale inside": ("decoder.onnx", "gate_proj+up_proj.scales"),
+    "a scale of the head": ("head.onnx", ".scales"),
+    "a gain": ("decoder.onnx", "layernorm.weight"),
+    "a mean key": ("decoder.onnx", "mean_key"),
+}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_weights_that_are_no_numbers_are_refused(constant: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Products with int8 activations take a NaN of the one before for nothing, and would go on with something else."""
+    folder = export(str(tiny_checkpoint), tmp_path / "bundle", weights="int8").path
+    for value in (np.nan, np.inf, -np.inf):
+        file, name = filled(folder, *CONSTANTS[constant], value)
+        with pytest.raises(BundleError) as caught:
+            kvq.load(folder)
+        assert str(caught.value).startswith(f"{file} is refused: '{name[:40]}")
+        assert "holds NaN or infinity; export" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("backend", ["numpy", "native"])
-def test_weights_that_are_no_numbers_are_named(backend: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are no danger, and found when the model is used: by the head, or by what stores keys and values."""
+def test_weights_whose_products_are_no_numbers_are_named(
+    backend: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no danger, and found when the model is used: here by what stores keys and values."""
     monkeypatch.setenv("KVQ_BACKEND", backend)
-    graph = onnx.load(bundle / "head.onnx", load_external_data=False).graph
-    tensor = next(t for t in graph.initializer if t.external_data)
-    place = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
-    with open(bundle / WEIGHTS, "r+b") as weights:
-        weights.seek(place["offset"])
-        weights.write(np.full(place["length"] // 4, np.nan, np.float32).tobytes())
-    relist(bundle, WEIGHTS)
-    with pytest.raises(NonFiniteError, match=r"NaN|finite") as caught:
+    assert filled(bundle, "decoder.onnx", "v_proj", 3e38)[0] == WEIGHTS, "the segments have it from there, too"
+    with pytest.raises(NonFiniteError, match=r"NaN|finite") as caught, np.errstate(all="ignore"):
         kvq.load(bundle).session().append([1, 2, 3])
     assert "\n" not in str(caught.value)
