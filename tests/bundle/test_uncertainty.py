@@ -19,6 +19,10 @@ from tests.attacks.graphs import node as made
 FACTORS = {"nan": np.nan, "infinity": np.inf, "huge": 3e38, "large": 1e20, "a little too large": 3.0, "negative": -1.0}
 
 
+# What is no number is seen without asking.
+REFUSED = r"uncertainty\.onnx (gives an entropy or a probability that there is not|is refused: 'factor' holds NaN)"
+
+
 def times(output: str, factor: float) -> Callable[[Model], None]:
     """Give a number for an output that is so many times what it was."""
 
@@ -38,7 +42,7 @@ def times(output: str, factor: float) -> Callable[[Model], None]:
 def test_an_entropy_that_there_is_not_is_refused_at_load(backend, factor, bundle, monkeypatch):
     monkeypatch.setenv("KVQ_BACKEND", backend)
     model(UNCERTAINTY, times("entropy", FACTORS[factor]))(bundle)
-    with pytest.raises(BundleError, match=r"uncertainty\.onnx gives an entropy"):
+    with pytest.raises(BundleError, match=REFUSED):
         open_bundle(bundle)
 
 
@@ -46,7 +50,7 @@ def test_an_entropy_that_there_is_not_is_refused_at_load(backend, factor, bundle
 def test_a_probability_that_there_is_not_is_refused_at_load(factor, bundle):
     much = min(FACTORS[factor] * 1e3, 3e38)  # of some hundred ids one has little of it
     model(UNCERTAINTY, times("confidence", much))(bundle)
-    with pytest.raises(BundleError, match=r"uncertainty\.onnx gives an entropy or a probability"):
+    with pytest.raises(BundleError, match=REFUSED):
         open_bundle(bundle)
 
 
