@@ -93,6 +93,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f" {shape['head_dim']}, vocabulary {shape['vocab']}, context {shape['context']}",
         f"  weights      layers {weights.get('layers')}, embedding and head {weights.get('head')}, activations"
         f" {weights.get('activations')}",
+        *_kept(weights),
         f"  KV cache     bytes a token: {tokens}",
         *([f"{'':15}keys of 2 to 4 bits less a mean that turns with the position"] if row["turned_keys"] else []),
         f"  by layer     {_profiles(shape)}",
@@ -103,6 +104,16 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f"  folder       {row['path']}",
     ]
     return lines
+
+
+def _kept(weights: dict[str, Any]) -> list[str]:
+    """What an export has left of the matrices of its source; bundles of before do not say all of it."""
+    counts = (
+        (weights.get("exact", 0), "as their source has them"),
+        (weights.get("grid", 0), "rotated on the grids of their source"),
+    )
+    told = [f"{count} {what}" for count, what in counts if count]
+    return [f"{'':15}of {weights.get('matrices')} matrices {', '.join(told)}"] if told else []
 
 
 def _profiles(shape: dict[str, Any]) -> str:
