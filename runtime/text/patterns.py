@@ -40,6 +40,7 @@ MIXED = (
 ORDINARY = (250, 500, 1000, 2000, 4000)
 SHORTER = 2  # place of the length that the longest, four times as long, is compared with
 GROWTH = 8.0
+LEAST_PAIRS, DOUBT = 9, 0.2  # measurements, and seconds of them, before an expression is refused for it
 
 
 def wrong_patterns(patterns: Sequence[str]) -> tuple[str, str]:
@@ -115,13 +116,18 @@ class Trial:
         for length in ORDINARY:
             if wrong := self._slow(replace, whole[:length]):
                 return wrong
-        for tries in (1, 3, 5):  # the least of some: a busy machine only ever adds
-            shorter, longer = (
-                min(self._seconds(replace, whole[:length]) for _ in range(tries))
-                for length in (ORDINARY[SHORTER], ORDINARY[-1])
-            )
+        texts = whole[: ORDINARY[SHORTER]], whole[: ORDINARY[-1]]
+        shorter = longer = float("inf")
+        pairs, begun = 0, self.spent
+        while pairs < LEAST_PAIRS or self.spent - begun < DOUBT:
+            # The least of all, by turns: a busy machine only ever adds, and for a while.
+            shorter, longer = map(min, (shorter, longer), (self._seconds(replace, text) for text in texts))
+            pairs += 1
             if longer <= GROWTH * shorter:
+                self.spent = begun + shorter + longer  # to be sure took longer, which is not the expression's doing
                 return ""
+            if longer == float("inf"):
+                break
         return "takes time that grows faster than an ordinary text does"
 
     def _seconds(self, replace: normalizers.Replace, text: str) -> float:
