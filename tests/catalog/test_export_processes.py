@@ -56,19 +56,14 @@ def test_no_code_of_the_current_folder_is_run(tiny_checkpoint, tmp_path):
     assert process.returncode == 0, said
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
-def test_an_export_is_gone_with_its_parent_and_what_it_left_with_the_next_command(by, tiny_checkpoint, tmp_path):
-    home, stuck, at = tmp_path / "home", tmp_path / "stuck", tmp_path / "pid"
-    stuck.mkdir()
-    (stuck / "safetensors.py").write_text(STUCK.format(at=str(at)))
-    parent = name_it(tiny_checkpoint, env=environment(home, stuck))
+def see_gone(parent: subprocess.Popen[str], at: Path, by: signal.Signals) -> None:
+    """End a command by a signal once its child has written its number to `at`, and see that the child ends too."""
     while not (at.exists() and at.read_text()):
         assert parent.poll() is None, parent.communicate()[1]
         time.sleep(0.02)
     child = int(at.read_text())
     try:
+        assert alive(child)
         parent.send_signal(by)
         assert parent.wait(10) == -by
         end = time.monotonic() + GONE_S
@@ -79,6 +74,17 @@ def test_an_export_is_gone_with_its_parent_and_what_it_left_with_the_next_comman
         if alive(child):
             os.kill(child, signal.SIGKILL)
         parent.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_an_export_is_gone_with_its_parent_and_what_it_left_with_the_next_command(by, tiny_checkpoint, tmp_path):
+    home, stuck, at = tmp_path / "home", tmp_path / "stuck", tmp_path / "pid"
+    stuck.mkdir()
+    (stuck / "safetensors.py").write_text(STUCK.format(at=str(at)))
+    parent = name_it(tiny_checkpoint, env=environment(home, stuck))
+    see_gone(parent, at, by)
     assert any(".partial-" in name for name in tree(home))
     again = name_it(tiny_checkpoint, env=environment(home))
     assert (again.communicate(timeout=120), again.returncode)[1] == 0
@@ -94,19 +100,4 @@ def test_a_pip_that_fetches_is_gone_with_its_killed_parent(shelf, tmp_path):
     (slow / "pip" / "__main__.py").write_text(STUCK.format(at=str(at)))
     command = [sys.executable, "-P", "-m", "kvq", "pull", "tiny-instruct"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(tmp_path / "home", slow))
-    while not (at.exists() and at.read_text()):
-        assert parent.poll() is None, parent.communicate()[1]
-        time.sleep(0.02)
-    child = int(at.read_text())
-    try:
-        assert alive(child)
-        parent.kill()
-        assert parent.wait(10) == -signal.SIGKILL
-        end = time.monotonic() + GONE_S
-        while alive(child) and time.monotonic() < end:
-            time.sleep(0.02)
-        assert not alive(child)
-    finally:
-        if alive(child):
-            os.kill(child, signal.SIGKILL)
-        parent.communicate()
+    see_gone(parent, at, signal.SIGKILL)
