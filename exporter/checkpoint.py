@@ -16,6 +16,8 @@ from kvq.exporter.sources.base import BlockForm, Blocks, Source
 from kvq.runtime.bundle.fields import encodable, text
 from kvq.runtime.bundle.limits import END_IDS, TEXT
 from kvq.runtime.bundle.manifest import Architecture
+from kvq.runtime.bundle.sampling import recommended
+from kvq.runtime.catalog.registry import Shape, entry_of
 from kvq.runtime.errors import CheckpointError, TokenizerError
 from kvq.runtime.text.tokenizer import load_tokenizer
 
@@ -152,23 +154,37 @@ class Checkpoint:
             )
         return template
 
-    def said(self) -> dict[str, Any]:
+    def said(self, name: str | None = None) -> dict[str, Any]:
         """What a manifest keeps of it besides its shape, by the names of `Manifest`.
+
+        Args:
+            name: that the model is to have; None is its own. Where the source recommends no way of drawing, the
+                registry may know one for a model of that name.
 
         Raises:
             CheckpointError: no reader of bundles would take it.
+            BundleError: the registry cannot be read.
         """
         source = self.source
         said: dict[str, Any] = {"eos_token_ids": source.eos_token_ids(), "special_tokens": source.special_tokens()}
         try:
             if len(set(said["eos_token_ids"])) > END_IDS:
                 raise ValueError(f"more than {END_IDS} ids that end a text")
-            for name, token in said["special_tokens"].items():
-                text(token, name, TEXT, printable=False)
+            for special, token in said["special_tokens"].items():
+                text(token, special, TEXT, printable=False)
             text(source.licence or "", "its licence", sys.maxsize, printable=False)
+            said["sampling"] = recommended(source.sampling(), "its recommended sampling")
         except ValueError as error:
             raise CheckpointError(f"{self.name} cannot be exported ({error}); fix it or download it again") from None
+        if not said["sampling"] and (entry := entry_of(name or self.name, self._size)):
+            said["sampling"] = dict(entry.sampling)
         return said | {"eos_token_ids": list(dict.fromkeys(said["eos_token_ids"]))}
+
+    @property
+    def _size(self) -> Shape:
+        """What the registry knows of a shape."""
+        shape = self.architecture
+        return Shape(shape.layers, shape.hidden, shape.vocab)
 
 
 def load_checkpoint(reference: str | Path, context: int | None = None) -> Checkpoint:

@@ -125,7 +125,7 @@ def export(
         keys = keys or ("balanced" if center and tokenizer is not None else "plain")
         ids = _calibration(checkpoint.name, tokenizer, center, keys, calibration, notes)
         options, kv = _graph_options(checkpoint, few.weights, activations, block, rotate, notes)
-        _write_texts(checkpoint, tokenizer, folder)
+        _write_texts(checkpoint, tokenizer, folder, name)
         text = _text_of_weights(ids, tokenizer, calibration)
         notes += few.notes(text)
         with few.knowledge(checkpoint, options, folder, text, progress) as known:
@@ -134,9 +134,9 @@ def export(
     return Summary(out, manifest, sum(f.stat().st_size for f in out.iterdir()), time.perf_counter() - begun, notes)
 
 
-def _write_texts(checkpoint: Checkpoint, tokenizer: str | None, folder: Path) -> None:
+def _write_texts(checkpoint: Checkpoint, tokenizer: str | None, folder: Path, name: str | None) -> None:
     """Write what is text; whatever no bundle could say is refused here, before the long work."""
-    checkpoint.said()
+    checkpoint.said(name)
     write_text(folder, TOKENIZER, tokenizer)
     write_text(folder, CHAT_TEMPLATE, checkpoint.chat_template())
 
@@ -228,7 +228,7 @@ def _write_graphs(
             kv=kv,
             decode_weight_nbytes=writer.matrices.decode_weight_nbytes,
             source=checkpoint.source.describe(),
-            **checkpoint.said(),
+            **checkpoint.said(name),
         )
         file.flush()
         if ids is not None:

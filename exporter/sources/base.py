@@ -155,6 +155,10 @@ class Source(ABC):
     def eos_token_ids(self) -> list[int]:
         """Ids that end a text; those outside the vocabulary are left out."""
 
+    def sampling(self) -> Mapping[str, Any]:
+        """Options of drawing that its makers recommend, by the names of `kvq.runtime.bundle.sampling`, not checked."""
+        return {}
+
     @cached_property
     @abstractmethod
     def digest(self) -> str:

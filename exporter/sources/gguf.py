@@ -35,6 +35,9 @@ TYPES = FLOATS | {
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
     Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
 }  # fmt: skip
+# Option of `Source.sampling` -> its key below general.sampling, where converters write generation_config.json.
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "repetition_penalty": "penalty_repeat"}  # fmt: skip
 SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 # Configuration: key after the architecture's name -> (field of config.json, type, whether it must be there).
 CONFIG = {
@@ -273,6 +276,11 @@ class GgufFile(Source):
     def eos_token_ids(self) -> list[int]:
         ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
         return sorted({i for i in ids if type(i) is int and 0 <= i < self.config["vocab_size"]})
+
+    def sampling(self) -> Mapping[str, Any]:
+        found = {name: self.fields.get(f"general.sampling.{key}") for name, key in SAMPLING.items()}
+        # Floats of 32 bits: 0.95 is meant where 0.949999988 stands.
+        return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in found.items()}
 
     @cached_property
     def digest(self) -> str:

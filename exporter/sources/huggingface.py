@@ -163,10 +163,18 @@ class HuggingFaceFolder(Source):
 
     def eos_token_ids(self) -> list[int]:
         """Ids of generation_config.json, else of config.json."""
-        eos = read_json(self.path / "generation_config.json").get("eos_token_id", self.config.get("eos_token_id"))
+        eos = self._generation.get("eos_token_id", self.config.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [eos]
         vocab = self.config.get("vocab_size", 0)
         return [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab]
+
+    @cached_property
+    def _generation(self) -> dict[str, Any]:
+        return read_json(self.path / "generation_config.json")
+
+    def sampling(self) -> Mapping[str, Any]:
+        """Of generation_config.json, unless it says that nothing is to be drawn: its numbers are idle then."""
+        return {} if self._generation.get("do_sample") is False else self._generation
 
     @cached_property
     def digest(self) -> str:

@@ -23,6 +23,7 @@ from kvq.runtime.bundle.fields import (
     text,
 )
 from kvq.runtime.bundle.profiles import Profiles, check_profiles, json_of, profiles_of
+from kvq.runtime.bundle.sampling import NAMES, recommended
 from kvq.runtime.errors import BundleError
 from kvq.runtime.precision.table import Geometry
 
@@ -122,6 +123,7 @@ class Manifest:
             see `kvq.controller.training.train`.
         special_tokens: name in the checkpoint's tokenizer -> text, for the chat template, e.g. {"bos_token": "<s>"}.
         source: what it was made from: {"name", "sha256", "licence", "format", ...}; empty in older bundles.
+        sampling: options of drawing that its makers recommend, see `kvq.runtime.bundle.sampling`; empty: none known.
         files: name -> {"nbytes", "sha256"} of every file but the manifest.
     """
 
@@ -139,6 +141,7 @@ class Manifest:
     controllers: dict[str, dict[str, Any]] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, float] = field(default_factory=dict)
 
     @property
     def model_digest(self) -> str:
@@ -190,7 +193,7 @@ class Manifest:
                     f" reads; {remedy}"
                 )
             architecture = Architecture.of(data["architecture"])
-            later = ("controllers", "special_tokens", "source")  # older bundles have none
+            later = ("controllers", "special_tokens", "source", "sampling")  # older bundles have none
             names = [f.name for f in fields(Manifest) if f.name not in ("architecture", *later)]
             manifest = Manifest(
                 architecture=architecture,
@@ -240,6 +243,8 @@ def _check_types(manifest: Manifest) -> None:
     source = dict(named(manifest.source, "source", 64))
     scalars(source.pop("types", {}), "types of source", limits.FILES)
     scalars(source, "source", printable=False)  # whoever shows a licence looks at what is in it
+    if recommended(named(manifest.sampling, "sampling", len(NAMES))) != manifest.sampling:
+        raise ValueError(f"sampling {manifest.sampling!r:.80}")
     controllers = named(manifest.controllers, "controllers", limits.CONTROLLERS)
     for name, entry in controllers.items():
         _check_controller(name, entry)

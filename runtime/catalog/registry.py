@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvq.runtime.bundle.fields import mapping, parse, sequence, text
+from kvq.runtime.bundle.sampling import NAMES, recommended
 from kvq.runtime.errors import BundleError
 from kvq.runtime.files import read_regular
 
@@ -79,6 +81,8 @@ class Entry:
         licence: SPDX identifier.
         sources: in the order they are tried.
         shape: None where it is not known.
+        sampling: options of drawing that its makers recommend where its files say none, by the names of
+            `kvq.runtime.bundle.sampling`.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Entry:
     licence: str
     sources: tuple[Wheel | Hub, ...]
     shape: Shape | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int | None:
@@ -138,6 +143,20 @@ def registry() -> dict[str, Entry]:
     return found
 
 
+def entry_of(name: str, shape: Shape) -> Entry | None:
+    """What is known of a model by what its file or folder is called, SmolLM2-360M-Instruct.Q8_0 say, and its shape.
+
+    Raises:
+        BundleError: as `registry`.
+    """
+    called = name.split("/")[-1].lower()
+    fitting = [
+        entry for entry in registry().values()
+        if entry.shape == shape and re.match(re.escape(entry.name) + r"(?![a-z0-9])", called)
+    ]  # fmt: skip
+    return max(fitting, key=lambda entry: len(entry.name), default=None)
+
+
 def _entry(item: dict[str, Any]) -> Entry:
     mapping(item, "an entry", MOST_FIELDS)
     name = _matching(NAME, item["name"], "name", MOST_NAME)
@@ -145,7 +164,16 @@ def _entry(item: dict[str, Any]) -> Entry:
     if not sources:
         raise ValueError(f"{name} has no sources")
     about, licence = (_line(item[key], f"{key} of {name}") for key in ("about", "licence"))
-    return Entry(name, about, licence, tuple(_source(source, name) for source in sources), _shape(item, name))
+    found = tuple(_source(source, name) for source in sources)
+    return Entry(name, about, licence, found, _shape(item, name), _sampling(item, name))
+
+
+def _sampling(item: dict[str, Any], name: str) -> dict[str, float]:
+    what = f"sampling of {name}"
+    found = mapping(item.get("sampling", {}), what, len(NAMES))
+    if unknown := found.keys() - set(NAMES):
+        raise ValueError(f"{what} has {min(unknown)!r:.60}")
+    return recommended(found, what)
 
 
 def _shape(item: dict[str, Any], name: str) -> Shape | None:

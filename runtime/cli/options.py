@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from kvq.runtime.bundle.sampling import NAMES as RECOMMENDED
 from kvq.runtime.cli.questions import MOST_TEXT
 from kvq.runtime.cli.twins import variable
 from kvq.runtime.errors import BudgetError, GrammarError
@@ -165,22 +166,29 @@ def _grammar(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 
 SYSTEM = option("--system", metavar="TEXT", section="Basics", help="System prompt: how the model should answer.")
 RAW = option("--raw", is_flag=True, section="Basics", help="Go on with the text as it is, without the chat template.")
+
+
+def _own(name: str) -> str:
+    """The default of an option of sampling that a model may recommend otherwise, for a help page."""
+    return f"[default: the model's own, else {DEFAULTS[name]:g}]"  # type: ignore[literal-required]
+
+
 # Names and short forms as in llama.cpp and mlx-lm.
 DRAFT = option("--draft", default="auto", metavar="auto|off|N", show_default=True, section="Sampling",
                help="Tokens drafted from the text itself and computed in one pass: as many as pay, none, or N; the "
                "text is the same.")  # fmt: skip
 SAMPLING = [
     max_tokens(128),
-    option("-t", "--temperature", "--temp", default=DEFAULTS["temperature"], metavar="X", show_default=True,
-           section="Sampling", help="0 is greedy."),
-    option("--top-k", default=DEFAULTS["top_k"], metavar="K", show_default=True, section="Sampling",
-           help="Keep the k most likely; 0 is all."),
-    option("--top-p", default=DEFAULTS["top_p"], metavar="P", show_default=True, section="Sampling",
-           help="Keep the fewest that reach p."),
-    option("--min-p", default=DEFAULTS["min_p"], metavar="P", show_default=True, section="Sampling",
-           help="Drop what is below p times the best."),
-    option("--repetition-penalty", "--repeat-penalty", default=DEFAULTS["repetition_penalty"], metavar="X",
-           show_default=True, section="Sampling", help="1 is off."),
+    option("-t", "--temperature", "--temp", type=float, metavar="X", section="Sampling",
+           help=f"0 is greedy. {_own('temperature')}"),
+    option("--top-k", type=int, metavar="K", section="Sampling",
+           help=f"Keep the k most likely; 0 is all. {_own('top_k')}"),
+    option("--top-p", type=float, metavar="P", section="Sampling",
+           help=f"Keep the fewest that reach p. {_own('top_p')}"),
+    option("--min-p", type=float, metavar="P", section="Sampling",
+           help=f"Drop what is below p times the best. {_own('min_p')}"),
+    option("--repetition-penalty", "--repeat-penalty", type=float, metavar="X", section="Sampling",
+           help=f"1 is off. {_own('repetition_penalty')}"),
     option("--presence-penalty", default=DEFAULTS["presence_penalty"], metavar="X", show_default=True,
            section="Sampling", help="Nats taken from tokens that this text has said."),
     option("--frequency-penalty", default=DEFAULTS["frequency_penalty"], metavar="X", show_default=True,
@@ -236,9 +244,12 @@ def session_settings(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def generation_options(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Options of `Session.generate` of a command's parameters, which are those of `SAMPLING`."""
+    """Options of `Session.generate` of a command's parameters, which are those of `SAMPLING`: what is not given is the
+    model's.
+    """
     most, bias = parameters["max_tokens"], parameters["logit_bias"]
-    return {**parameters, "max_tokens": None if most == -1 else most, "logit_bias": dict(bias) or None}
+    given = {name: value for name, value in parameters.items() if value is not None or name not in RECOMMENDED}
+    return {**given, "max_tokens": None if most == -1 else most, "logit_bias": dict(bias) or None}
 
 
 def given(ctx: click.Context) -> set[str]:

@@ -67,6 +67,7 @@ def _bundle(path: Path, entry: Entry | None) -> dict[str, Any]:
         "turned_keys": KEY_TURNS in manifest.files,
         "tokenizer": TOKENIZER in manifest.files,
         "chat_template": CHAT_TEMPLATE in manifest.files,
+        "sampling": manifest.sampling,
         "controllers": sorted(manifest.controllers),
         "files": {name: file["nbytes"] for name, file in manifest.files.items()},
     }
@@ -99,6 +100,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
         f"  by layer     {_profiles(shape)}",
         f"  controllers  {', '.join(controllers) or 'none'}",
         f"  chat         {'has a template' if row['chat_template'] else 'no template: a plain transcript'}",
+        f"  sampling     {', '.join(f'{name} {x:g}' for name, x in row['sampling'].items()) or 'nothing recommended'}",
         f"  files        {size(row['nbytes'])} in {len(row['files'])} files, {graphs} of them graphs",
         f"  digest       {row['digest']}",
         f"  folder       {row['path']}",

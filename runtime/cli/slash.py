@@ -143,7 +143,7 @@ class Commands:
         """Show options, or set one."""
         repl = self._repl
         if not name:
-            shown = {**DEFAULTS, **repl.generation}
+            shown = {**repl.model.sampling, **repl.generation}
             click.echo(", ".join(f"{key} {shown[key]}" for key in SETTABLE if key in shown), err=True)
             return
         name = name.replace("-", "_")

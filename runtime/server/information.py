@@ -29,7 +29,6 @@ from kvq.runtime.server.ollama import now
 from kvq.runtime.server.page import page
 from kvq.runtime.server.preparing import Limits
 from kvq.runtime.server.scheduler import Scheduler
-from kvq.runtime.session.sampling import DEFAULTS
 from kvq.runtime.text.tokenizer import decoded, encoded
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ class Information:
         """What a client may want to know before it asks, as llama.cpp tells it."""
         model, _ = self.scheduler.ready()
         template = model.chat_template
-        generation = {**DEFAULTS, "n_predict": self.limits.max_tokens, "n_ctx": model.architecture.context}
+        generation = {**model.sampling, "n_predict": self.limits.max_tokens, "n_ctx": model.architecture.context}
         return JSONResponse({
             "default_generation_settings": {"n_ctx": model.architecture.context, "params": generation},
             "total_slots": self.scheduler.concurrency, "model": self.served(model),

@@ -101,7 +101,7 @@ def prepare(request: Generation, model: Model, pool: SessionPool, limits: Limits
                 first=len(jobs) * request.n, alternatives=request.top_logprobs or 0,
                 scored=request.echo and request.top_logprobs is not None, silent=not tokens,
                 place=int(not jobs), reader=CacheReader() if request.token_bits else None, removed=room.removed,
-                strict=_repeatable(request.sampling),
+                strict=_repeatable({**model.sampling, **request.sampling}),
             )
         )  # fmt: skip
     eos = () if request.ignore_eos else model.bundle.manifest.eos_token_ids

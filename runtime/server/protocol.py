@@ -12,7 +12,7 @@ from kvq.runtime.server.fields import Fields, is_integer, is_number
 from kvq.runtime.server.messages import parse_messages
 from kvq.runtime.server.structured import parse_structure
 from kvq.runtime.server.tooling import Tools, parse_tools
-from kvq.runtime.session.sampling import DEFAULTS, SamplingOptions, make_sampler
+from kvq.runtime.session.sampling import SamplingOptions, make_sampler
 from kvq.runtime.text.grammar import Structure
 
 MOST_STOPS = 16
@@ -70,7 +70,7 @@ class Generation:
         n: texts for each prompt.
         echo: the prompt is part of the text.
         stop, stop_tokens, ignore_eos: as in `Session.generate`.
-        sampling: options of `make_sampler`.
+        sampling: options of `make_sampler`; those left out are the model's.
         top_logprobs: alternatives to report with each token; None reports no log-probabilities.
         structure: what the text has to be.
         tools: those that can be called; None for none.
@@ -227,8 +227,8 @@ def _stop_tokens(fields: Fields) -> list[int]:
 
 
 def parse_sampling(fields: Fields) -> SamplingOptions:
-    """Options of `make_sampler`; those left out are kvq's defaults."""
-    options: SamplingOptions = {**DEFAULTS}
+    """Options of `make_sampler`; those left out are the model's."""
+    options: SamplingOptions = {}
     for name, *others in (
         ["temperature"], ["top_p"], ["min_p"], ["repetition_penalty", "repeat_penalty"], ["presence_penalty"],
         ["frequency_penalty"],

@@ -15,7 +15,7 @@ from kvq.runtime.errors import GrammarError, PromptError, SamplingError, Session
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import AUTO, Draft
-from kvq.runtime.session.sampling import DEFAULTS, Sampler, SamplingOptions, Scored, make_sampler, most_likely
+from kvq.runtime.session.sampling import Sampler, SamplingOptions, Scored, make_sampler, most_likely
 from kvq.runtime.session.shifting import ContextShift, Shift, begin_anew, shift_of
 from kvq.runtime.text.continuing import added_tokens
 from kvq.runtime.text.decoder import FOLLOWED, StopMatcher, StreamingDecoder
@@ -191,7 +191,7 @@ def events(
         top_logprobs: how many of the most likely tokens to report in the place of each.
         stopping_criteria: called with the ids up to a token, that one included; true ends the text. Or several.
         context_shift: what becomes of a full context, see `kvq.runtime.session.shifting`; false: it ends the text.
-        **sampling: options of `make_sampler`; those left out are `sampling.DEFAULTS`.
+        **sampling: options of `make_sampler`; those left out are `Model.sampling`.
 
     Raises:
         PromptError: the prompt is empty or holds ids outside the vocabulary.
@@ -203,7 +203,7 @@ def events(
     stop = _checked_stop(session, stop)
     stop_ids = _stop_ids(session, stop_tokens, ignore_eos) | _stops_that_are_tokens(session, stop)
     constraint = _constraint(session, structure_of(schema, regex, grammar, choice), constraint)
-    options: SamplingOptions = {**DEFAULTS, **sampling}
+    options: SamplingOptions = {**session.model.sampling, **sampling}
     _check_bias(session, options.get("logit_bias"))
     mask = None if constraint is None else partial(constraint.mask, ends=list(stop_ids))
     sampler = make_sampler(**options, processors=_several(logits_processor), mask=mask)

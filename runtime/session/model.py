@@ -26,6 +26,7 @@ from kvq.runtime.session.appending import Appending, run_pass
 from kvq.runtime.session.asynchronous import aiterate
 from kvq.runtime.session.generation import Response, ending_as
 from kvq.runtime.session.options import AllOptions, SessionSettings, parted
+from kvq.runtime.session.sampling import DEFAULTS, SamplingOptions
 from kvq.runtime.session.session import SINK, Session
 from kvq.runtime.session.several import Completion, complete_all, of_prompt
 from kvq.runtime.session.shifting import of_messages
@@ -120,6 +121,14 @@ class Model:
     def architecture(self) -> Architecture:
         """Shape of the model."""
         return self.bundle.manifest.architecture
+
+    @cached_property
+    def sampling(self) -> SamplingOptions:
+        """How its tokens are drawn where nothing else is asked for: what its makers recommend, as far as the bundle
+        says, and `kvq.runtime.session.sampling.DEFAULTS`.
+        """
+        said = self.bundle.manifest.sampling
+        return {**DEFAULTS, **said}  # type: ignore[typeddict-item]
 
     @property
     def tokenizer(self) -> Tokenizer:

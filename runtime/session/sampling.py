@@ -36,7 +36,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
 
 
-# What `generate` and kvq-run do when not told otherwise; a bare `make_sampler` filters nothing.
+# What `generate` and kvq-run do when neither told otherwise nor by the model; a bare `make_sampler` filters nothing.
 DEFAULTS: SamplingOptions = {
     "temperature": 0.8,
     "top_k": 40,

@@ -268,7 +268,7 @@ class Session:
             stop: strings that end the text and are not part of it.
             stop_tokens: ids that end it, besides the model's end-of-text ids.
             ignore_eos: do not end at the model's end-of-text ids.
-            temperature, top_k, top_p, min_p: of the draw; 0.8, 40, 0.95 and 0 if not given; temperature 0 is greedy.
+            temperature, top_k, top_p, min_p: of the draw, `Model.sampling` if not given; temperature 0 is greedy.
             repetition_penalty: divides what speaks for tokens anywhere in the text; 1 is off.
             presence_penalty, frequency_penalty: nats taken from tokens that this call has said, once or every time.
             logit_bias: token id -> nats added.

@@ -38,6 +38,9 @@ def entry(**changes):
 @pytest.mark.parametrize(
     ("models", "message"),
     [
+        ([entry(sampling={"temperature": "hot"})], "temperature of sampling of a is 'hot'"),
+        ([entry(sampling={"seed": 1})], "sampling of a has 'seed'"),
+        ([entry(sampling=[0.2])], "sampling of a is"),
         ([entry(), entry()], "twice"),
         ([entry(name="A")], "name is 'A'"),
         ([entry(name="../a")], "name is"),
