@@ -19,7 +19,7 @@ class Weights(click.ParamType):
     """A way to hold weights by name, or bits a weight."""
 
     name = "weights"
-    NAMES = ("auto", "source", "fp32", "int8", "int4")
+    NAMES = ("auto", "source", "fp32", "int8", "int6", "int5", "int4")
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """For the help page."""
@@ -49,8 +49,9 @@ class Weights(click.ParamType):
     show_default=True,
     help="Of the layers' weights: auto leaves blocks of the source that are multiplied as they are and takes 8 bits"
     " for the rest; source leaves those with a minimum too (Q4_1, Q4_K), which takes less memory, and longer for a"
-    " prompt; a number from 4 to 8 is bits a weight on average: 4 for the matrices where that is measured to do least"
-    " damage, 8 for the others. Embedding and head take 8 bits when not fp32.",
+    " prompt; int6 and int5 take a byte a weight on disk and 6 and 5 bits in memory; a number from 4 to 8 is bits a"
+    " weight on average: 4, 5, 6 or 8 for every matrix, where that is measured to do least damage. Embedding and head"
+    " take 8 bits when not fp32.",
 )
 @click.option(
     "--activations",

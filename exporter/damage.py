@@ -1,7 +1,8 @@
-"""Which matrices can do with 4 bits: what each does to the model's predictions, measured, and a plan that follows."""
+"""Which matrices can do with few bits: what each does to the model's predictions, measured, and a plan that follows."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from kvq.exporter.weights.quantize import QuantizedMatrix, quantize_matrix
 
 # Tokens that are read, and how many apart those are whose predictions are compared: these cost as much as layers.
 PROBED_TOKENS, APART = 256, 4
-FEW, MANY = 4, 8  # bits
+STEPS = (8, 6, 5, 4)  # bits
+FEW, MANY = STEPS[-1], STEPS[0]
 
 
 class Damage(NamedTuple):
@@ -64,18 +66,29 @@ def damages(draft: Draft, block: int, progress: Callable[[int, int], None] | Non
 
 
 def plan_of_bits(found: Mapping[str, Damage], bits: float) -> dict[str, int]:
-    """Bits of every matrix, 4 or 8, such that they are at most `bits` on average over all weights.
+    """Bits of every matrix, of `STEPS`, such that they are at most `bits` on average over all weights.
 
-    Those that do least damage for what they save come first.
+    Damage is the square of a small error, which every bit halves. Steps down that do least damage for what they save
+    come first: a matrix's next one does more for less than the one before, so they come in its order.
     """
     total = sum(damage.weights for damage in found.values())
     plan, spent = dict.fromkeys(found, MANY), float(MANY * total)
-    for name in sorted(found, key=lambda name: (found[name].divergence / found[name].weights, name)):
+    steps = [
+        (found[name].divergence * (_part(few) - _part(many)) / (found[name].weights * (many - few)), -few, name)
+        for name in found
+        for many, few in itertools.pairwise(STEPS)
+    ]
+    for _, less, name in sorted(steps):
         if spent <= bits * total:
             break
-        plan[name] = FEW
-        spent -= (MANY - FEW) * found[name].weights
+        spent -= (plan[name] + less) * found[name].weights
+        plan[name] = -less
     return plan
+
+
+def _part(bits: int) -> float:
+    """Of the damage in FEW bits, what is left in so many."""
+    return 4.0 ** (FEW - bits)
 
 
 def _in_few_bits(draft: Draft, graph: onnx.ModelProto, block: int) -> Iterator[tuple[str, int, onnx.ModelProto]]:

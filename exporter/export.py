@@ -96,8 +96,8 @@ def export(
     Args:
         checkpoint: a Hugging Face folder, a .gguf file, a hub id, or a loaded checkpoint.
         out: the bundle's folder; must not exist unless `overwrite`.
-        weights: a name, see `kvq.exporter.weights.matrices.LAYER_BITS`, or a number from 4 to 8: bits on average, 4
-            where that does least damage, see `kvq.exporter.damage`, else 8.
+        weights: a name, see `kvq.exporter.weights.matrices.LAYER_BITS`, or a number from 4 to 8: bits on average,
+            of matrices so that they do least damage, see `kvq.exporter.damage`.
         activations: "int8", "int16-head" or "fp32", for products with quantized weights; see `GraphOptions`.
         block: elements per scale, a power of two from 16 to 256.
         rotate: heads, and what products take, by Hadamard matrices where there are any; "heads": these alone.

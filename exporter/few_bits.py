@@ -17,7 +17,7 @@ from kvq.exporter.weights.matrices import Knowledge
 from kvq.runtime.errors import CalibrationError, CheckpointError
 
 # Weights that make up for their errors unless told otherwise.
-COMPENSATED = ("int4", "mixed")
+COMPENSATED = ("int6", "int5", "int4", "mixed")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class GraphOptions:
     """How graphs are written.
 
     Attributes:
-        weights: "fp32", "auto", "source", "int8" or "int4", see `kvq.exporter.weights.matrices.LAYER_BITS`.
+        weights: a name of `kvq.exporter.weights.matrices.LAYER_BITS`.
         activations: in products with quantized weights, "int8" (fast), "fp32" (exact), or "int16-head": int8, but
             two bytes a value in front of the head.
         block: elements per scale of a quantized matrix.

@@ -12,6 +12,7 @@ from kvq.exporter.graphs.options import ACCURACY_LEVEL, GraphOptions
 from kvq.exporter.rotation import hadamard
 from kvq.exporter.weights.file import WeightFile
 from kvq.exporter.weights.matrices import Change, Knowledge, Matrices, StoredMatrix
+from kvq.exporter.weights.quantize import held
 
 
 class Products:
@@ -96,7 +97,7 @@ class Products:
             domain=CONTRIB,
             K=matrix.k,
             N=matrix.n,
-            bits=matrix.bits,
+            bits=held(matrix.bits),
             block_size=matrix.block,
             accuracy_level=ACCURACY_LEVEL[self._activations],
         )

@@ -23,7 +23,7 @@ ROWS = 1024  # of a block that are worked on at a time: they stay in a core's ca
 
 
 def quantize_compensated(matrix: np.ndarray, bits: int, block: int, moments: np.ndarray) -> QuantizedMatrix:
-    """Quantize a matrix to 4 or 8 bits so that its products with inputs like those measured change least.
+    """Quantize a matrix to 4, 5, 6 or 8 bits so that its products with inputs like those measured change least.
 
     Args:
         matrix: float32 [n, k].

@@ -18,14 +18,15 @@ from kvq.exporter.weights.quantize import QuantizedMatrix, block_for, packed, qu
 
 # Bits of what is quantized here. A matrix that its source holds in blocks of no more bits is carried over as it is, by
 # "auto" and "source" in its own bits, and the rest takes 8; of "mixed" a plan says which matrices take fewer.
-LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 4, "mixed": 8}
+LAYER_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int6": 6, "int5": 5, "int4": 4, "mixed": 8}
 KEEPING = ("auto", "source")
+OWN = ("mixed", "int6", "int5")  # for which nothing is carried over
 # Blocks of a source whose grid is kept when they are rotated and take 8 bits, see `on_grid`; and matrices whose is not:
 # they are half of all products, which take longer in such blocks, and gain least by it.
 GRID = BlockForm(4, 32)
 OFF_GRID = ("gate_proj", "up_proj", "gate_up_proj")
 # The head decides between tokens directly: 4 bits there cost more than they save.
-HEAD_BITS = {"fp32": 0, "auto": 8, "source": 8, "int8": 8, "int4": 8, "mixed": 8}
+HEAD_BITS = {name: 8 if bits else 0 for name, bits in LAYER_BITS.items()}
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -77,7 +78,7 @@ def carried_over(checkpoint: Checkpoint, weights: str, activations: str, names: 
     table = names[0] in (checkpoint.model.embedding, checkpoint.model.head)
     most = (HEAD_BITS if table else LAYER_BITS)[weights]
     held = [form for form in map(checkpoint.source.block_form, names) if form is not None]
-    if weights == "mixed" or len(held) < len(names) or any(form.bits > most for form in held):
+    if weights in OWN or len(held) < len(names) or any(form.bits > most for form in held):
         return False
     bits = max(form.bits for form in held) if weights in KEEPING and not table else most
     if any(form.minima for form in held) and (bits != 4 or (weights != "source" and activations != "fp32")):
@@ -134,7 +135,7 @@ class Matrices:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of them, once the graphs are written."""
-        names = {0: "fp32", 4: "int4", 8: "int8"}
+        names = {0: "fp32", 4: "int4", 5: "int5", 6: "int6", 8: "int8"}
         of_layers = [matrix for name, matrix in self._stored.items() if name not in self._tables]
         layers = {matrix.bits for matrix in of_layers}
         held = sum(matrix.bits * matrix.n * matrix.k for matrix in of_layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from kvq.runtime.bundle.onnx_file import Node, Region
 from kvq.runtime.bundle.renaming import Attributes, Matrix, rows_alike, with_products
 from kvq.runtime.native import chains
 from kvq.runtime.native.chains import ChainStep, StepChain
-from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
+from kvq.runtime.native.matrices import BETWEEN, PANEL, PackedMatrix, multiplies, packs
 
 KINDS = {ADD_NORM: chains.ADD_NORM, SWIGLU: chains.SWIGLU, ATTENTION: chains.ATTENTION}  # all others are products
 READ_BYTES = 1 << 20  # of codes at a time
@@ -60,6 +60,7 @@ def own_products(graph: bytes, folder: Path, kernel: int, threads: int) -> tuple
     filled: list[Future[None]] = []
 
     def take(matrix: Matrix) -> Attributes | None:
+        matrix = matrix._replace(bits=_bits(matrix, folder / WEIGHTS))
         zeros, offsets = (part is not None for part in (matrix.zeros, matrix.offsets))
         if not packs(matrix.bits, matrix.block, zeros, offsets):
             return None
@@ -89,12 +90,35 @@ def _step(node: Node) -> ChainStep:
     return ChainStep(kind, matrix, block, epsilon, layer, rotate, inputs)
 
 
+def _bits(matrix: Matrix, file: Path) -> int:
+    """Bits that its codes need: MatMulNBits knows 4 and 8, so codes and zero points of 5 and 6 lie in a byte each."""
+    if matrix.bits != 8 or matrix.zeros is None:
+        return matrix.bits
+    blocks, most = -(-matrix.k // matrix.block), 0
+    for region, row in ((matrix.zeros, blocks), (matrix.codes, blocks * matrix.block)):
+        for part in _parts(matrix.n, row):
+            most = max(most, int(_rows(file, region, np.uint8, (matrix.n, row), part).max()))
+            if most >> BETWEEN[-1]:
+                return matrix.bits
+    return next(bits for bits in BETWEEN if not most >> bits)
+
+
+def _parts(rows: int, nbytes: int) -> Iterator[slice]:
+    """Rows of so many bytes each in parts of about READ_BYTES, whole panels but for the last: they are not in memory at
+    once.
+    """
+    some = max(1, READ_BYTES // nbytes // PANEL) * PANEL
+    return (slice(first, first + some) for first in range(0, rows, some))
+
+
 def _halves(matrix: Matrix, file: Path) -> bool:
-    """Whether its offsets and the scales beside them are all halves, as a GGUF has them: half the bytes."""
+    """Whether its scales, and offsets beside them, are all halves, as a GGUF has them, where the library takes such."""
     shape = matrix.n, -(-matrix.k // matrix.block)
-    if matrix.offsets is None:
+    if matrix.offsets is None and matrix.bits not in BETWEEN:
         return False
     for region in (matrix.scales, matrix.offsets):
+        if region is None:
+            continue
         numbers = _rows(file, region, np.float32, shape, slice(None))
         with np.errstate(over="ignore", invalid="ignore"):
             if not (np.isfinite(numbers) & (numbers.astype(np.float16) == numbers)).all():
@@ -105,14 +129,12 @@ def _halves(matrix: Matrix, file: Path) -> bool:
 def _fill(packed: PackedMatrix, file: Path, matrix: Matrix, kernel: int) -> None:
     """Read and pack a matrix, some rows at a time: it is not in memory twice."""
     of_codes, of_scales, of_zeros = packed.shapes
-    rows = max(1, READ_BYTES // math.prod(of_codes[1:]) // PANEL) * PANEL
-    for first in range(0, matrix.n, rows):
-        part = slice(first, first + rows)
+    for part in _parts(matrix.n, math.prod(of_codes[1:])):
         codes = _rows(file, matrix.codes, np.uint8, of_codes, part)
         scales = _rows(file, matrix.scales, np.float32, of_scales, part)
         zeros = None if matrix.zeros is None else _rows(file, matrix.zeros, np.uint8, of_zeros, part)
         offsets = None if matrix.offsets is None else _rows(file, matrix.offsets, np.float32, of_scales, part)
-        packed.fill(kernel, codes, scales, zeros, first, offsets)
+        packed.fill(kernel, codes, scales, zeros, part.start, offsets)
 
 
 def _rows(file: Path, region: Region, dtype: Any, shape: tuple[int, ...], rows: slice) -> np.ndarray:

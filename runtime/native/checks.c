@@ -198,13 +198,15 @@ int kvq_check_matrix(int32_t kernel, const kvq_matrix *m) {
     if (!m) return KVQ_NO_DATA;
     const int32_t block = m->block;
     const int whole = block >= KVQ_LEAST_BLOCK && block <= KVQ_MOST_BLOCK && !(block & (block - 1));
-    if (!whole || (m->bits != 4 && m->bits != 8)) return KVQ_MISFIT_SHAPE;
+    const int between = m->bits == 5 || m->bits == 6; /* in a byte each, in files */
+    if (!whole || (m->bits != 4 && m->bits != 8 && !between)) return KVQ_MISFIT_SHAPE;
     if (m->n < 1 || m->k < 1 || m->k > INT32_MAX - block || m->blocks != (m->k + block - 1) / block)
         return KVQ_MISFIT_SHAPE;
     if (!kvq_choose_kernel(kernel)) return KVQ_NO_KERNEL;
-    if (m->bits == 8 && (m->zeros || m->offsets)) return KVQ_MISFIT_SHAPE;
-    if ((m->zeros && m->offsets) || (m->halves != 0 && m->halves != 1) || (m->halves && !m->offsets)) return KVQ_MISFIT_SHAPE;
-    return m->codes && m->scales ? 0 : KVQ_NO_DATA;
+    if ((m->bits == 8 && m->zeros) || (m->bits != 4 && m->offsets)) return KVQ_MISFIT_SHAPE;
+    if ((m->zeros && m->offsets) || (m->halves != 0 && m->halves != 1)) return KVQ_MISFIT_SHAPE;
+    if (m->halves && !m->offsets && !between) return KVQ_MISFIT_SHAPE;
+    return m->codes && m->scales && (m->zeros || !between) ? 0 : KVQ_NO_DATA;
 }
 
 int kvq_check_pack(int32_t kernel, const kvq_matrix *from, const kvq_matrix *to) {

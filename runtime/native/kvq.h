@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 20 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 21 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
@@ -138,20 +138,24 @@ typedef struct {
 } kvq_rows;
 
 /* A matrix of quantized weights [n, k]. The weight at k of row n is the scale of its block of k times its code less 128, or,
- * with 4 bits, less the block's zero point; and the block's offset more, where there are offsets.
+ * with fewer bits, less the block's zero point; and the block's offset more, where there are offsets.
  *
  * As MatMulNBits of onnxruntime has it (com.microsoft, version 1): codes uint8 [n, blocks, block * bits / 8], of 4 bits the
  * first one low in its byte; scales [n, blocks]; zeros [n, (blocks + 1) / 2], 4 bits each, the first one low, or null: 8.
+ * 5 and 6 bits lie there as 8 do, in the lowest ones of a byte each: codes [n, blocks, block] and zeros [n, blocks], never null.
  * offsets [n, blocks], or null: none; only with 4 bits and without zeros. What a row's values sum up to in a block is multiplied
- * with its offset as it is, not rounded to bytes. Scales and offsets are floats, or, where there are offsets, halves on request.
+ * with its offset as it is, not rounded to bytes. Scales and offsets are floats, or, where there are offsets, and with 5 and 6
+ * bits, halves on request.
  *
  * Packed, which kvq_pack makes of it for a kernel: panels of KVQ_PANEL rows, of the last one those that are too many with
  * scales of 0. A word holds four neighbours of a row, so that a register holds those of neighbouring rows:
  *   codes [panels, blocks, block / 4, KVQ_PANEL] words of four bytes, the weights plus the kernel's weight_offset; of 4 bits
  *         [panels, blocks, block / 8, KVQ_PANEL] words whose bytes have codes of a block's first half low, of its second
- *         half high
+ *         half high; of 5 and 6 bits those of the lowest four, and behind a block's the higher ones: with h of them
+ *         [block * h / 32, KVQ_PANEL] words, the first h bits of their bytes those of the first word's low codes, then
+ *         its high ones', then the second word's
  *   scales [panels, blocks, KVQ_PANEL]
- *   zeros [panels, blocks, KVQ_PANEL] bytes, or null: 8
+ *   zeros [panels, blocks, KVQ_PANEL] bytes, or null: 8, of 4 bits
  *   offsets [panels, blocks, KVQ_PANEL], or null */
 typedef struct {
     uint8_t *codes;
@@ -159,7 +163,7 @@ typedef struct {
     uint8_t *zeros;
     void *offsets;
     int32_t n, k, blocks; /* blocks: k in whole blocks; codes of the last one that are too many have no meaning */
-    int32_t bits, block;  /* 4 or 8; KVQ_LEAST_BLOCK to KVQ_MOST_BLOCK, a power of two */
+    int32_t bits, block;  /* 4, 5, 6 or 8; KVQ_LEAST_BLOCK to KVQ_MOST_BLOCK, a power of two */
     int32_t halves;       /* 1: scales and offsets are halves; 0: floats */
 } kvq_matrix;
 #define KVQ_PANEL 16

@@ -14,6 +14,7 @@ from kvq.runtime.native.library import Matrix, check, load
 
 PANEL = 16  # rows that lie side by side
 LEAST_BLOCK, MOST_BLOCK = 32, 256
+BETWEEN = (5, 6)  # bits of codes that lie in a file as 8 do, a byte each, and so do their zero points
 
 
 def multiplies(kernel: int) -> bool:
@@ -24,6 +25,8 @@ def multiplies(kernel: int) -> bool:
 def packs(bits: int, block: int, zeros: bool, offsets: bool = False) -> bool:
     """Whether the library has products with such codes, in blocks of that size, with zero points, offsets or none."""
     whole = LEAST_BLOCK <= block <= MOST_BLOCK and block & (block - 1) == 0
+    if bits in BETWEEN:
+        return whole and zeros and not offsets
     return whole and zeros + offsets <= {4: 1, 8: 0}.get(bits, -1)
 
 
@@ -34,25 +37,27 @@ class PackedMatrix:
         n, k: rows and columns.
         bits, block: of a code; weights that share a scale.
         zeros, offsets: whether blocks have zero points, offsets.
-        halves: whether scales and offsets are IEEE halves, not floats; only where there are offsets.
+        halves: whether scales and offsets are IEEE halves, not floats; only where there are offsets, or bits are of
+            `BETWEEN`.
 
     Attributes:
         nbytes: of all it holds.
-        spared: bytes fewer than in a file, whose scales and offsets are floats.
+        spared: bytes fewer than in a file, whose scales and offsets are floats, and codes of `BETWEEN` a byte each.
         address: of its kvq_matrix, for as long as this object lives.
-        shapes: of what `fill` is given for all rows: codes, scales, and zero points of 4 bits. Offsets are as scales.
+        shapes: of what `fill` is given for all rows: codes, scales, and zero points. Offsets are as scales.
     """
 
     def __init__(
         self, n: int, k: int, bits: int, block: int, zeros: bool = False, offsets: bool = False, halves: bool = False
     ) -> None:
         blocks, width, panels = -(-k // block), block * bits // 8, -(-n // PANEL)
-        self.shapes = (n, blocks, width), (n, blocks), (n, -(-blocks // 2))
+        given = width if bits not in BETWEEN else block
+        self.shapes = (n, blocks, given), (n, blocks), (n, -(-blocks // 2) if bits == 4 else blocks)
         self._number = np.dtype(np.float16 if halves else np.float32)
         number = self._number.itemsize
         sizes = [panels * blocks * PANEL * each for each in (width, number, number * offsets, zeros)]
         self.nbytes = sum(sizes)
-        self.spared = n * blocks * (4 - number) * (1 + offsets)
+        self.spared = n * blocks * ((4 - number) * (1 + offsets) + given - width)
         memory = hugepages.block(self.nbytes)
         codes, scales, shifts, points = np.split(memory, np.cumsum(sizes)[:-1])
         self._codes = codes.reshape(panels, -1)
@@ -78,7 +83,7 @@ class PackedMatrix:
             kernel: index of the instruction set, see `kvq.runtime.native.library.kernels`.
             codes: uint8, as `shapes` says, of these rows.
             scales: float32, which halves have to hold exactly where they are halves.
-            zeros: zero points of 4-bit codes, uint8; given if the matrix has them.
+            zeros: zero points, uint8; given if the matrix has them.
             first: of the rows, a multiple of PANEL.
             offsets: float32 [rows, blocks], what the weights of a block are more; given if the matrix has them.
 

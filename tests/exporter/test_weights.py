@@ -17,7 +17,7 @@ from kvq.exporter.checkpoint import Checkpoint, load_checkpoint
 from kvq.exporter.exact import exact_copy
 from kvq.exporter.export import export
 from kvq.exporter.rotation import activation_block, hadamard, rotate_inputs
-from kvq.exporter.weights.quantize import FOUR_BIT_FACTORS, QuantizedMatrix, block_for, quantize_matrix
+from kvq.exporter.weights.quantize import FACTORS, QuantizedMatrix, block_for, held, quantize_matrix
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.bundle.manifest import WEIGHTS
 from kvq.runtime.compute.head import Head
@@ -64,21 +64,23 @@ def test_8_bits_err_by_at_most_half_a_step(k: int, block: int) -> None:
 
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_4_bits_err_by_at_most_half_a_step_or_what_is_clipped(k: int, block: int) -> None:
-    matrix = random_matrix(33, k)
-    quantized = quantize_matrix(matrix, 4, block)
-    assert quantized.codes.shape == (33, -(-k // block), block // 2)
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_few_bits_err_by_at_most_half_a_step_or_what_is_clipped(bits: int, k: int, block: int) -> None:
+    matrix, most = random_matrix(33, k), (1 << bits) - 1
+    quantized = quantize_matrix(matrix, bits, block)
+    assert quantized.codes.shape == (33, -(-k // block), block * held(bits) // 8)
+    assert bits == 4 or quantized.codes.max() <= most
     back = quantized.dequantize()
     assert (back.shape, back.dtype) == (matrix.shape, np.float32)
     wanted, step = in_blocks(matrix, block), quantized.scales[..., None]
     zero = quantized.zeros[..., None].astype(np.float32)
-    clipped = (np.clip(wanted / step + zero, 0, 15) - zero) * step
+    clipped = (np.clip(wanted / step + zero, 0, most) - zero) * step
     assert (np.abs(in_blocks(back, block) - clipped) <= 0.5001 * np.abs(step)).all()
     # The range, which holds zero, is clipped by no more than the smallest factor allows.
     reach = np.maximum(wanted.max(-1), 0) - np.minimum(wanted.min(-1), 0)
-    assert (15 * quantized.scales >= 0.999 * min(FOUR_BIT_FACTORS) * reach).all()
-    plain = np.abs(wanted).max(-1) / 8
-    assert (quantized.scales <= 1.001 * np.maximum(max(FOUR_BIT_FACTORS) * reach / 15, plain)).all()
+    assert (most * quantized.scales >= 0.999 * min(FACTORS) * reach).all()
+    plain = np.abs(wanted).max(-1) / (1 << bits - 1)
+    assert (quantized.scales <= 1.001 * np.maximum(max(FACTORS) * reach / most, plain)).all()
 
 
 @pytest.mark.parametrize("k", WIDTHS)
@@ -92,7 +94,7 @@ def test_4_bits_are_never_worse_than_the_plain_signed_absmax_grid(k: int, block:
     assert error.sum() < 0.97 * plain.sum()  # and better on the whole: the search is worth its time
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.008), (4, 0.1)])
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.008), (6, 0.024), (5, 0.048), (4, 0.1)])
 def test_relative_error_of_normal_weights_in_blocks_of_64(bits: int, bound: float) -> None:
     # A block of 64 normal values peaks at 2.4 sigma: a step of 2.4 / 127 or 2.4 / 8, over sqrt(12), is 0.0055 or 0.087.
     matrix = np.random.default_rng(2).standard_normal((256, 512)).astype(np.float32)
@@ -100,7 +102,7 @@ def test_relative_error_of_normal_weights_in_blocks_of_64(bits: int, bound: floa
     assert np.sqrt(np.square(error).mean()) < bound
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_zeros_stay_zeros(bits: int) -> None:
     matrix = random_matrix(4, 172)
     matrix[1] = 0
@@ -121,7 +123,7 @@ def test_values_on_the_grid_come_back_exactly(bits: int) -> None:
     assert np.array_equal(quantize_matrix(matrix, bits, 16).dequantize(), matrix)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_a_large_matrix_is_quantized_row_by_row_alike(bits: int) -> None:
     matrix = random_matrix(2500, 32)
     whole = quantize_matrix(matrix, bits, 16)
@@ -149,7 +151,7 @@ def mat_mul_n_bits(quantized: QuantizedMatrix) -> onnxruntime.InferenceSession:
         domain="com.microsoft",
         K=k,
         N=n,
-        bits=quantized.bits,
+        bits=held(quantized.bits),
         block_size=quantized.block,
         accuracy_level=0,
     )
@@ -176,7 +178,7 @@ def mat_mul_n_bits(quantized: QuantizedMatrix) -> onnxruntime.InferenceSession:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("k", WIDTHS)
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_onnxruntime_multiplies_with_the_dequantized_matrix(bits: int, block: int, k: int, rows: int) -> None:
     quantized = quantize_matrix(random_matrix(48, k, seed=4), bits, block)
     x = np.random.default_rng(6).standard_normal((rows, k)).astype(np.float32)
@@ -206,7 +208,7 @@ def bundle_logits(bundle: Bundle) -> np.ndarray:
 
 
 @pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int6", "int5", "int4"])
 def test_bundle_equals_transformers_on_the_dequantized_weights(
     checkpoint: Checkpoint, weights: str, block: int, tmp_path: Path
 ) -> None:
@@ -247,7 +249,7 @@ def test_effective_weights_are_the_quantized_ones(tied: bool, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int5", "int4"])
 def test_int8_activations_add_a_small_error(checkpoint: Checkpoint, weights: str, tmp_path: Path) -> None:
     exact = bundle_logits(exported(checkpoint, tmp_path / "fp32", weights=weights, activations="fp32"))
     fast = bundle_logits(exported(checkpoint, tmp_path / "int8", weights=weights, activations="int8"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvq.runtime.errors import BackendError
 from kvq.runtime.machine.threads import session_options
 from kvq.runtime.native import library
-from kvq.runtime.native.matrices import PANEL, PackedMatrix, multiplies, packs
+from kvq.runtime.native.matrices import BETWEEN, PANEL, PackedMatrix, multiplies, packs
 from tests.tools.kvdata import examples
 
 helper, FLOAT = onnx.helper, onnx.TensorProto.FLOAT
@@ -35,13 +35,18 @@ class Weights:
     def __init__(self, random, n, k, bits, block, zeros=False, offsets=False, halves=False):
         blocks = -(-k // block)
         self.k, self.n, self.bits, self.block = k, n, bits, block
-        self.codes = random.integers(0, 256, (n, blocks, block * bits // 8), dtype=np.uint8)
+        self.filed = 4 if bits == 4 else 8  # bits that a code takes in a file
+        most = 256 if bits == 4 else 1 << bits
+        self.codes = random.integers(0, most, (n, blocks, block * self.filed // 8), dtype=np.uint8)
         self.scales = random.uniform(0.5, 2, (n, blocks)).astype(np.float32)
-        self.zeros = random.integers(0, 256, (n, -(-blocks // 2)), dtype=np.uint8) if zeros else None
+        points = (n, -(-blocks // 2) if bits == 4 else blocks)
+        self.zeros = random.integers(0, most, points, dtype=np.uint8) if zeros else None
         self.offsets = random.uniform(-9, 9, (n, blocks)).astype(np.float32) if offsets else None
         self.halves = halves
         if halves:
-            self.scales, self.offsets = (x.astype(np.float16).astype(np.float32) for x in (self.scales, self.offsets))
+            self.scales, self.offsets = (
+                None if x is None else x.astype(np.float16).astype(np.float32) for x in (self.scales, self.offsets)
+            )
 
     @property
     def has(self):
@@ -58,11 +63,10 @@ class Weights:
             codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
         middle = np.full(self.scales.shape, 1.0 * (1 << (self.bits - 1)))
         if self.zeros is not None:
-            middle = (
-                np.stack((self.zeros & 15, self.zeros >> 4), axis=-1)
-                .reshape(self.n, -1)[:, : middle.shape[1]]
-                .astype(float)
-            )
+            zeros = self.zeros
+            if self.bits == 4:
+                zeros = np.stack((zeros & 15, zeros >> 4), axis=-1).reshape(self.n, -1)[:, : middle.shape[1]]
+            middle = zeros.astype(float)
         weights = (codes.astype(np.float64) - less * middle[..., None]) * self.scales[..., None]
         return weights.reshape(self.n, -1)[:, : self.k]
 
@@ -81,7 +85,7 @@ def matmul_nbits(weights, x):
     names = ["codes", "scales", "zeros"][: len(weights.parts)]
     node = helper.make_node(
         "MatMulNBits", ["x", *names], ["out"], domain="com.microsoft",
-        K=weights.k, N=weights.n, bits=weights.bits, block_size=weights.block, accuracy_level=4,
+        K=weights.k, N=weights.n, bits=weights.filed, block_size=weights.block, accuracy_level=4,
     )  # fmt: skip
     return session_of(node, *zip(names, weights.parts, strict=True)).run(None, {"x": x})[0]
 
@@ -114,7 +118,11 @@ class Product:
 
 
 # bits, zero points, offsets, halves
-FORMS = ((8, False, False), (4, False, False), (4, True, False), (4, False, True), (4, False, True, True))
+# A form with halves has four parts.
+FORMS: tuple[tuple, ...] = (
+    (8, False, False), (4, False, False), (4, True, False), (4, False, True), (4, False, True, True),
+    (5, True, False), (5, True, False, True), (6, True, False), (6, True, False, True),
+)  # fmt: skip
 shapes = st.tuples(
     st.integers(1, 100), st.integers(1, 600), st.sampled_from(FORMS), st.sampled_from([32, 64, 128, 256])
 )
@@ -180,11 +188,11 @@ def test_rows_of_zeros_and_of_next_to_nothing_yield_zeros(kernel):
     assert np.abs(out[2]).max() < 1e-30
 
 
-@given(st.integers(1, 90), st.integers(1, 4), KERNELS, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+@given(st.integers(1, 90), st.integers(1, 4), KERNELS, st.integers(0, 2**32 - 1), st.sampled_from(FORMS))
 @examples(20)
-def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed, zeros, halves):
-    random, halves = np.random.default_rng(seed), halves and not zeros
-    weights = Weights(random, n, 96, 4, 32, zeros, not zeros, halves)
+def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed, form):
+    random, (bits, *parts) = np.random.default_rng(seed), form
+    weights = Weights(random, n, 96, bits, 32, *parts)
     x = random.standard_normal((2, 96)).astype(np.float32)
     expected, product = Product(weights, kernel[1])(x), Product(weights, kernel[1])
     packed = product._packed
@@ -199,41 +207,44 @@ def test_a_matrix_may_be_packed_some_rows_at_a_time(n, panels, kernel, seed, zer
     np.testing.assert_array_equal(product(x), expected)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 128, 256, 512])
-def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block):
-    packed = PackedMatrix(3, block, bits, block)
+def test_what_is_said_to_be_packed_is_packed_and_nothing_else(bits, block, zeros):
+    packed = PackedMatrix(3, block, bits, block, zeros)
     codes, scales = np.zeros(packed.shapes[0], np.uint8), np.zeros(packed.shapes[1], np.float32)
-    if packs(bits, block, zeros=False):
-        packed.fill(0, codes, scales)
+    points = np.zeros(packed.shapes[2], np.uint8) if zeros else None
+    if packs(bits, block, zeros):
+        packed.fill(0, codes, scales, points)
     else:
         with pytest.raises(BackendError):
-            packed.fill(0, codes, scales)
+            packed.fill(0, codes, scales, points)
 
 
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("has", [(False, False), (False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_what_blocks_have_beside_scales_is_packed_or_refused(bits, has, halves):
     packed = PackedMatrix(3, 64, bits, 32, *has, halves)
     codes, scales = np.zeros(packed.shapes[0], np.uint8), np.zeros(packed.shapes[1], np.float32)
     given = {"zeros": np.zeros(packed.shapes[2], np.uint8) if has[0] else None, "offsets": scales if has[1] else None}
-    if packs(bits, 32, *has) and has[1] >= halves:
+    if packs(bits, 32, *has) and (has[1] or bits in BETWEEN or not halves):
         packed.fill(0, codes, scales, **given)
     else:
         with pytest.raises(BackendError):
             packed.fill(0, codes, scales, **given)
 
 
-@given(KERNELS, st.integers(1, 70), st.integers(0, 2**32 - 1))
+@given(KERNELS, st.integers(1, 70), st.sampled_from([form for form in FORMS if form[3:]]), st.integers(0, 2**32 - 1))
 @examples(20)
-def test_halves_give_the_very_products_of_the_floats_that_they_are(kernel, rows, seed):
-    random = np.random.default_rng(seed)
-    weights = Weights(random, 50, 200, 4, 32, offsets=True, halves=True)
+def test_halves_give_the_very_products_of_the_floats_that_they_are(kernel, rows, form, seed):
+    random, (bits, *parts) = np.random.default_rng(seed), form
+    weights = Weights(random, 50, 200, bits, 32, *parts)
     x = random.standard_normal((rows, 200)).astype(np.float32)
     halves, weights.halves = Product(weights, kernel[1]), False
     floats = Product(weights, kernel[1])
-    assert halves.nbytes * 6 == floats.nbytes * 5
+    numbers = 64 * 7 * (1 if weights.offsets is None else 2)  # scales and offsets of whole panels
+    assert floats.nbytes - halves.nbytes == 2 * numbers
     np.testing.assert_array_equal(halves(x), floats(x))
 
 

@@ -35,7 +35,7 @@ INLINE void add_tiles(form form, const int32_t dots[2][TILE_SIDE][LANES], const 
         offset[p] = form.offsets ? numbers_of(form, t->offsets[p], 0) : splat(0);
     }
     for (int r = 0; r < TILE_SIDE; r++, out += PART_COLUMNS) {
-        const vi less = sums[r] * (form.zeros ? weight_offset : 1) - (vi){0}; /* as expand_nibbles has them */
+        const vi less = sums[r] * (form.zeros ? weight_offset : 1) - (vi){0}; /* as expand_codes has them */
         UNROLL
         for (int p = 0; p < 2; p++) {
             const vi dot = (vi)load_u((const uint32_t *)dots[p][r]) - less;

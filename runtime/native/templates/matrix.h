@@ -1,4 +1,4 @@
-/* Rows times the transpose of a packed matrix of 8- or 4-bit weights, by integer dot products: the rows are bytes too.
+/* Rows times the transpose of a packed matrix of weights of 4 to 8 bits, by integer dot products: the rows are bytes too.
  *
  * The sum over a block is a whole number. The product adds such sums, each times both its scales, block after block,
  * however many rows there are, so that no row depends on its neighbours. What a block's zero point or the kernel's offset
@@ -104,15 +104,15 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
     }
 }
 
-/* What a matrix has: codes of 4 bits, zero points, offsets; and whether its scales and offsets are halves. */
+/* What a matrix has: bits of a code, zero points, offsets; and whether its scales and offsets are halves. */
 typedef struct {
-    int nibbles, zeros, offsets, halves;
+    int bits, zeros, offsets, halves;
 } form;
 
 /* A block of a part's panels. */
 typedef struct {
     const uint32_t *words[PART_PANELS]; /* the weights as they are packed */
-    const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: 4-bit ones where `multiply_by` was asked to expand them */
+    const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: smaller ones where `multiply_by` was asked to expand them */
     const uint8_t *zeros[PART_PANELS];  /* null where there are none */
     const char *scales[PART_PANELS], *offsets[PART_PANELS];
 } part_block;
@@ -147,18 +147,30 @@ INLINE vi zeros_of(const part_block *t, form form, int v) {
     return __builtin_convertvector(zeros, vi);
 }
 
-/* Codes of 4 bits in a byte each, to [block / 4, KVQ_PANEL]: as they are, or, where a block has zero points, as 8-bit ones. */
-static void expand_nibbles(const part_block *t, int p, int block, uint32_t *to) {
+/* Codes of fewer than 8 bits in a byte each: those of word w of a block, its low ones or its high ones, from `words` on. */
+INLINE vu codes_of_word(int bits, const uint32_t *words, int block, int w, int high, vu word) {
+    const vu codes = (high ? word >> 4 : word) & 0x0f0f0f0fu;
+    if (bits == 4) return codes;
+    const int more = bits - 4, each = 8 / more, number = 2 * w + high; /* see kvq.h */
+    const vu higher = load_u(words + (size_t)(block / 8 + number / each) * KVQ_PANEL);
+    return codes | (higher >> (number % each * more) & ((1u << more) - 1) * 0x01010101u) << 4;
+}
+
+/* Codes of fewer bits than 8 in a byte each, to [block / 4, KVQ_PANEL]: as they are, or, where a block has zero points, as 8-bit
+ * ones. Bits are a constant where it is used. */
+INLINE void expand_codes_of(int bits, const part_block *t, int p, int block, uint32_t *to) {
     typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
-    const form form = {.nibbles = 1, .zeros = t->zeros[p] != NULL};
+    const form form = {.bits = bits, .zeros = t->zeros[p] != NULL};
     for (int v = 0; v < PANEL_VECTORS; v++) {
         const vi zeros = form.zeros ? zeros_of(t, form, p * PANEL_VECTORS + v) - weight_offset : (vi){0};
         const bytes less = (bytes)((vu)(zeros & 0xff) * 0x01010101u);
+        const uint32_t *words = t->words[p] + v * LANES;
         for (int w = 0; w < block / 8; w++) {
-            const vu word = load_u(t->words[p] + (size_t)w * KVQ_PANEL + v * LANES);
-            const bytes low = (bytes)(word & 0x0f0f0f0fu) - less, high = (bytes)(word >> 4 & 0x0f0f0f0fu) - less;
-            memcpy(to + (size_t)w * KVQ_PANEL + v * LANES, &low, sizeof low);
-            memcpy(to + (size_t)(w + block / 8) * KVQ_PANEL + v * LANES, &high, sizeof high);
+            const vu word = load_u(words + (size_t)w * KVQ_PANEL);
+            for (int half = 0; half < 2; half++) {
+                const bytes codes = (bytes)codes_of_word(bits, words, block, w, half, word) - less;
+                memcpy(to + (size_t)(w + half * (block / 8)) * KVQ_PANEL + v * LANES, &codes, sizeof codes);
+            }
         }
     }
 }
@@ -166,11 +178,17 @@ static void expand_nibbles(const part_block *t, int p, int block, uint32_t *to) 
 /* What codes of a block count too much, by the sum of a row's: nothing where bytes are the weights themselves. */
 INLINE vi surplus(form form, vi zeros, int32_t sum) {
     if (form.zeros) return zeros * sum;
-    return form.nibbles || weight_offset ? sum - (vi){0} : (vi){0};
+    return form.bits < 8 || weight_offset ? sum - (vi){0} : (vi){0};
 }
 
 /* sum + a block's dot product times both its scales. */
 INLINE vf add_block(vf sum, vi dot, vf weight, float scale) { return sum + to_float(dot) * (weight * scale); }
+
+static void expand_codes(int bits, const part_block *t, int p, int block, uint32_t *to) {
+    if (bits == 4) expand_codes_of(4, t, p, block, to);
+    else if (bits == 5) expand_codes_of(5, t, p, block, to);
+    else expand_codes_of(6, t, p, block, to);
+}
 
 /* A block of so many rows at once, from `row` on, and of a part's first vectors of columns: sum [rows][vectors] grows. Rows,
  * vectors and form are constants where it is used. */
@@ -178,8 +196,8 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
                              vf sum[][PART_VECTORS]) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
     const int chains = rows * vectors < 8 ? CHAINS : 1;
-    const int words = form.nibbles ? block / 8 : block / 4, at_once = form.nibbles ? 2 : chains;
-    const int in_place = high_in_place && chains > 1; /* high halves count 16 times, in a chain of their own */
+    const int small = form.bits < 8, words = small ? block / 8 : block / 4, at_once = small ? 2 : chains;
+    const int in_place = high_in_place && chains > 1 && form.bits == 4; /* high halves count 16 times, in a chain of their own */
     vi dots[PART_ROWS * PART_VECTORS > 8 ? PART_ROWS : 8][PART_VECTORS];
     UNROLL
     for (int v = 0; v < vectors; v++) {
@@ -189,20 +207,20 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
             if (chains > 1) dots[rows + r][v] = (vi){0};
         }
     }
-    for (int g = 0; g < words; g += form.nibbles ? 1 : chains) {
+    for (int g = 0; g < words; g += small ? 1 : chains) {
         vu word[PART_VECTORS];
         UNROLL
-        for (int c = 0; c < at_once; c++) { /* of nibbles first the low ones */
+        for (int c = 0; c < at_once; c++) { /* of fewer than 8 bits first the low ones of a word */
             vu codes[PART_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++) {
-                const size_t at = (size_t)(form.nibbles ? g : g + c) * KVQ_PANEL + LANE_OF(v);
-                if (!form.nibbles || !c) word[v] = load_u(t->words[PANEL_OF(v)] + at);
-                if (!form.nibbles) codes[v] = word[v];
-                else if (!c) codes[v] = word[v] & 0x0f0f0f0fu;
-                else codes[v] = in_place ? word[v] & 0xf0f0f0f0u : word[v] >> 4 & 0x0f0f0f0fu;
+                const uint32_t *from = t->words[PANEL_OF(v)] + LANE_OF(v);
+                if (!small || !c) word[v] = load_u(from + (size_t)(small ? g : g + c) * KVQ_PANEL);
+                if (!small) codes[v] = word[v];
+                else if (in_place && c) codes[v] = word[v] & 0xf0f0f0f0u;
+                else codes[v] = codes_of_word(form.bits, from, block, g, c, word[v]);
             }
-            const int8_t *four_of = x->codes + row * block + 4 * (form.nibbles ? g + c * (block / 8) : g + c);
+            const int8_t *four_of = x->codes + row * block + 4 * (small ? g + c * (block / 8) : g + c);
             UNROLL
             for (int r = 0; r < rows; r++) {
                 uint32_t four;
@@ -223,7 +241,7 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
         UNROLL
         for (int r = 0; r < rows; r++) {
             vi dot = dots[r][v] - surplus(form, zeros, x->sums[row + r]);
-            if (chains > 1) dot += form.nibbles && in_place ? dots[rows + r][v] >> 4 : dots[rows + r][v];
+            if (chains > 1) dot += in_place ? dots[rows + r][v] >> 4 : dots[rows + r][v];
             sum[r][v] = add_block(sum[r][v], dot, weight, x->scales[row + r]);
             if (form.offsets) sum[r][v] += offset * x->totals[row + r];
         }
@@ -261,11 +279,15 @@ INLINE void product_rows_of(form form, const kvq_matrix *m, const part_block *t,
 /* A function with the form of its matrix as a constant: call(form, ...) for whichever it is. */
 #define FOR_FORM(m, call, ...)                                                       \
     do {                                                                             \
-        if ((m)->bits == 8) call((form){0, 0, 0, 0}, __VA_ARGS__);                   \
-        else if ((m)->zeros) call((form){1, 1, 0, 0}, __VA_ARGS__);                  \
-        else if ((m)->halves) call((form){1, 0, 1, 1}, __VA_ARGS__);                 \
-        else if ((m)->offsets) call((form){1, 0, 1, 0}, __VA_ARGS__);                \
-        else call((form){1, 0, 0, 0}, __VA_ARGS__);                                  \
+        if ((m)->bits == 8) call((form){8, 0, 0, 0}, __VA_ARGS__);                   \
+        else if ((m)->bits == 6 && (m)->halves) call((form){6, 1, 0, 1}, __VA_ARGS__); \
+        else if ((m)->bits == 6) call((form){6, 1, 0, 0}, __VA_ARGS__);              \
+        else if ((m)->bits == 5 && (m)->halves) call((form){5, 1, 0, 1}, __VA_ARGS__); \
+        else if ((m)->bits == 5) call((form){5, 1, 0, 0}, __VA_ARGS__);              \
+        else if ((m)->zeros) call((form){4, 1, 0, 0}, __VA_ARGS__);                  \
+        else if ((m)->halves) call((form){4, 0, 1, 1}, __VA_ARGS__);                 \
+        else if ((m)->offsets) call((form){4, 0, 1, 0}, __VA_ARGS__);                \
+        else call((form){4, 0, 0, 0}, __VA_ARGS__);                                  \
     } while (0)
 
 static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row, size_t rows,
@@ -323,8 +345,8 @@ INLINE void multiply_by(multiply_rows multiply_rows, int expands, const kvq_matr
     for (int b = 0; b < m->blocks; b++) {
         part_block t = part_of(m, panel, b);
         expect_part(m, &t);
-        for (int p = 0; expands && m->bits == 4 && p < PART_PANELS; p++) {
-            expand_nibbles(&t, p, m->block, expanded[p]);
+        for (int p = 0; expands && m->bits < 8 && p < PART_PANELS; p++) {
+            expand_codes(m->bits, &t, p, m->block, expanded[p]);
             t.bytes[p] = expanded[p];
         }
         multiply_rows(m, &t, of, b, first, rows, sums);

@@ -16,6 +16,7 @@ static double weight_of(const kvq_matrix *m, int row, int k) {
     const size_t block = (size_t)row * m->blocks + b;
     const double scale = number_of(m, m->scales, block);
     if (m->bits == 8) return scale * (m->codes[block * m->block + i] - 128);
+    if (m->bits != 4) return scale * (m->codes[block * m->block + i] - m->zeros[block]);
     const uint8_t *zeros = m->zeros ? m->zeros + (size_t)row * ((m->blocks + 1) / 2) : NULL;
     const int zero = zeros ? zeros[b / 2] >> (b % 2 * 4) & 15 : 8;
     return scale * ((m->codes[(block * m->block + i) / 2] >> (i % 2 * 4) & 15) - zero);
@@ -37,11 +38,17 @@ static double offset_of(const kvq_matrix *m, int row, int k) {
 
 static void free_matrix(kvq_matrix *m) { free(m->codes), free(m->scales), free(m->zeros), free(m->offsets); }
 
-/* Arrays of exactly their size for so many rows. */
-static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, size_t zeros, int offsets, int halves) {
+/* Bits that a code takes in a file. */
+static int filed_bits(int bits) { return bits == 4 ? 4 : 8; }
+
+/* Bytes of all zero points there. */
+static size_t filed_zeros(int n, size_t blocks, int bits) { return n * (bits == 4 ? (blocks + 1) / 2 : blocks); }
+
+/* Arrays of exactly their size for so many rows, with codes of so many bits each. */
+static kvq_matrix matrix_of(int n, int k, int bits, int block, size_t rows, int held, size_t zeros, int offsets, int halves) {
     const int blocks = (k + block - 1) / block;
     const size_t numbers = (halves ? sizeof(uint16_t) : sizeof(float)) * rows * blocks;
-    return (kvq_matrix){exactly(rows * blocks * block * bits / 8), exactly(numbers), zeros ? exactly(zeros) : NULL,
+    return (kvq_matrix){exactly(rows * blocks * block * held / 8), exactly(numbers), zeros ? exactly(zeros) : NULL,
                         offsets ? exactly(numbers) : NULL, n, k, blocks, bits, block, halves};
 }
 
@@ -53,14 +60,16 @@ static void random_number(const kvq_matrix *m, void *numbers, size_t at, double 
 static void check_product(int kernel, int n, int k, int bits, int block, int with_zeros, int with_offsets, int halves,
                           int rows) {
     const size_t blocks = (k + block - 1) / block, padded = (n + KVQ_PANEL - 1) / KVQ_PANEL * KVQ_PANEL;
-    kvq_matrix from = matrix_of(n, k, bits, block, n, with_zeros ? n * ((blocks + 1) / 2) : 0, with_offsets, halves);
-    kvq_matrix to = matrix_of(n, k, bits, block, padded, with_zeros ? padded * blocks : 0, with_offsets, halves);
+    const size_t zeros = with_zeros ? filed_zeros(n, blocks, bits) : 0, codes = n * blocks * block * filed_bits(bits) / 8;
+    kvq_matrix from = matrix_of(n, k, bits, block, n, filed_bits(bits), zeros, with_offsets, halves);
+    kvq_matrix to = matrix_of(n, k, bits, block, padded, bits, with_zeros ? padded * blocks : 0, with_offsets, halves);
+    const int most = bits == 4 ? 255 : (1 << bits) - 1; /* of a byte of codes, or of zero points */
     float *x = exactly(sizeof(float) * rows * k), *out = exactly(sizeof(float) * rows * n);
     float *alone = exactly(sizeof(float) * n);
-    for (size_t i = 0; i < n * blocks * block * bits / 8; i++) from.codes[i] = (uint8_t)random_bits();
+    for (size_t i = 0; i < codes; i++) from.codes[i] = (uint8_t)(random_bits() & (uint64_t)most);
     for (size_t i = 0; i < n * blocks; i++) random_number(&from, from.scales, i, uniform(1e-4, 1e-2));
     for (size_t i = 0; with_offsets && i < n * blocks; i++) random_number(&from, from.offsets, i, uniform(-1, 1));
-    for (size_t i = 0; with_zeros && i < n * ((blocks + 1) / 2); i++) from.zeros[i] = (uint8_t)random_bits();
+    for (size_t i = 0; i < zeros; i++) from.zeros[i] = (uint8_t)(random_bits() & (uint64_t)most);
     for (int i = 0; i < rows * k; i++) x[i] = (float)(uniform(-1, 1) * (below(50) ? 1 : 40));
     if (kvq_pack(kernel, &from, &to)) fail("a matrix [%d, %d] of %d bits in blocks of %d is refused", n, k, bits, block);
     if (kvq_product(kernel, &to, x, rows, out, PICK(WAYS), &shared_calls)) fail("a product is refused");
@@ -88,14 +97,14 @@ static void check_product(int kernel, int n, int k, int bits, int block, int wit
 static const misfit MATRICES[] = {
     MATRIX(n, 0, MISFIT_SHAPE), MATRIX(n, -1, MISFIT_SHAPE), MATRIX(n, 17, MISFIT_SHAPE), MATRIX(k, 0, MISFIT_SHAPE),
     MATRIX(k, INT_MAX, MISFIT_SHAPE), MATRIX(k, 65, MISFIT_SHAPE), MATRIX(blocks, 0, MISFIT_SHAPE),
-    MATRIX(blocks, 3, MISFIT_SHAPE), MATRIX(bits, 0, MISFIT_SHAPE), MATRIX(bits, 5, MISFIT_SHAPE),
-    MATRIX(bits, 4, MISFIT_SHAPE), MATRIX(block, 0, MISFIT_SHAPE), MATRIX(block, 16, MISFIT_SHAPE),
+    MATRIX(blocks, 3, MISFIT_SHAPE), MATRIX(bits, 0, MISFIT_SHAPE), MATRIX(bits, 7, MISFIT_SHAPE),
+    MATRIX(bits, 5, NO_DATA), MATRIX(bits, 6, NO_DATA), MATRIX(bits, 4, MISFIT_SHAPE), MATRIX(block, 0, MISFIT_SHAPE), MATRIX(block, 16, MISFIT_SHAPE),
     MATRIX(block, 48, MISFIT_SHAPE), MATRIX(block, 512, MISFIT_SHAPE), MATRIX(block, INT_MIN, MISFIT_SHAPE),
     MATRIX(halves, 1, MISFIT_SHAPE), MATRIX(halves, 2, MISFIT_SHAPE), MATRIX(halves, -1, MISFIT_SHAPE),
 };
 
 static void check_refused_matrices(void) {
-    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 0, 0, 0), to = matrix_of(16, 64, 8, 32, 16, 0, 0, 0);
+    kvq_matrix from = matrix_of(16, 64, 8, 32, 16, 8, 0, 0, 0), to = matrix_of(16, 64, 8, 32, 16, 8, 0, 0, 0);
     memset(from.codes, 128, 16 * 64);
     memset(from.scales, 0, sizeof(float) * 32);
     expect_error("a matrix that fits", 0, kvq_pack(0, &from, &to), 0);
@@ -133,17 +142,24 @@ static void check_refused_matrices(void) {
         left.zeros = right.zeros = from.codes;
         left.bits = right.bits = 8;
         expect_error("zero points of 8 bits", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
+        left.bits = right.bits = 5 + side;
+        expect_error("halves of 5 or 6 bits", side, (left.halves = right.halves = 1, kvq_pack(0, &left, &right)), 0);
+        left.offsets = right.offsets = from.scales;
+        expect_error("offsets of 5 or 6 bits", side, kvq_pack(0, &left, &right), KVQ_MISFIT_SHAPE);
     }
     free_matrix(&from), free_matrix(&to);
 }
 
 static void check_products(int quick) {
     static const int BLOCKS[] = {32, 64, 128, 256};
+    static const int KINDS[][4] = { /* bits, zero points, offsets, halves */
+        {8, 0, 0, 0}, {4, 0, 0, 0}, {4, 1, 0, 0}, {4, 0, 1, 0}, {4, 0, 1, 1}, {5, 1, 0, 0}, {5, 1, 0, 1}, {6, 1, 0, 0}, {6, 1, 0, 1},
+    };
     for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
         if (!kvq_kernel_available(kernel)) continue;
         for (int i = 0; i < LENGTH(BLOCKS); i++)
-            for (int kind = 0; kind < 5; kind++) {
-                const int bits = kind ? 4 : 8, zeros = kind == 2, offsets = kind > 2, halves = kind > 3;
+            for (int kind = 0; kind < LENGTH(KINDS); kind++) {
+                const int bits = KINDS[kind][0], zeros = KINDS[kind][1], offsets = KINDS[kind][2], halves = KINDS[kind][3];
                 const int rows = 1 + below(quick ? 20 : 60);
                 check_product(kernel, 1 + below(70), 1 + below(300), bits, BLOCKS[i], zeros, offsets, halves, rows);
                 check_product(kernel, 48, 2 * BLOCKS[i], bits, BLOCKS[i], zeros, offsets, halves, 33);
