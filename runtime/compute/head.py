@@ -8,10 +8,13 @@ import numpy as np
 
 from kvq.runtime.compute.binding import Bound, NamedSession
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.errors import BundleError
+from kvq.runtime.errors import BundleError, NonFiniteError
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
 HEAD_ROWS = 32
+# Of a logit: far above any model's. Penalties multiply it by a hundred, and differences of two are taken; with more,
+# single precision would overflow in them, and a draw be one among NaN.
+LARGEST_LOGIT = 1e30
 SLACK = 0.1  # of what rounding may add to an entropy or a confidence: their sums have as many terms as there are ids
 
 
@@ -45,15 +48,15 @@ class Head:
         self._heads[rows].run()
         return self._logits[:rows]
 
-    def finite(self, rows: int) -> bool:
-        """Whether the first rows of the last `logits` are finite numbers."""
-        return bool(np.isfinite(self._logits[:rows]).all())
+    def usable(self, rows: int) -> bool:
+        """Whether the first rows of the last `logits` are `usable`."""
+        return usable(self._logits[:rows])
 
     def uncertainty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views.
 
         Raises:
-            BundleError: the graph gives of finite logits what no distribution has.
+            BundleError: the graph gives of usable logits what no distribution has.
         """
         if rows not in self._uncertainties:
             outputs = {"entropy": self._entropy[:rows], "confidence": self._confidence[:rows]}
@@ -62,9 +65,23 @@ class Head:
         entropy, confidence = self._entropy[:rows], self._confidence[:rows]
         for found, most in ((entropy, self._most), (confidence, 1 + SLACK)):
             # Policies, pictures and JSON would have to bear it otherwise. Of NaN either comparison is false.
-            if not (found.min() >= -SLACK and found.max() <= most) and self.finite(rows):
+            if not (found.min() >= -SLACK and found.max() <= most) and self.usable(rows):
                 raise BundleError(
                     f"{self._uncertainty.name} gives an entropy or a probability that there is not; export the bundle"
                     " again"
                 )
         return entropy, confidence
+
+
+def usable(logits: np.ndarray) -> bool:
+    """Whether all logits, float32 of any shape but an empty one, can be calculated with: none is NaN or beyond
+    `LARGEST_LOGIT`.
+    """
+    return bool(logits.min() >= -LARGEST_LOGIT and logits.max() <= LARGEST_LOGIT)  # of NaN either is false
+
+
+def not_usable() -> NonFiniteError:
+    """What is said where they are not."""
+    return NonFiniteError(
+        f"the model produced NaN, infinite or huge logits (beyond {LARGEST_LOGIT:g}); check the checkpoint, or export with fp32"
+    )

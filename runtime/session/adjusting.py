@@ -7,6 +7,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from kvq.runtime.compute.head import LARGEST_LOGIT, usable
 from kvq.runtime.errors import SamplingError
 
 # processor(all token ids before the new one, logits float32 [vocab]) -> logits float32 [vocab], changed or new.
@@ -98,10 +99,25 @@ def processed(processors: Sequence[LogitsProcessor], history: Sequence[int], log
     """
     found = logits.copy()  # what they change is theirs
     for processor in processors:
-        found = np.asarray(processor(history, found), np.float32)
-        if found.shape != logits.shape or np.isnan(found).any() or found.max() in (np.inf, -np.inf):
+        found = _floats(given := processor(history, found))
+        if found.shape != logits.shape or not _drawable(found):
             raise SamplingError(
-                f"a logits processor must give float32 [{len(logits)}], numbers or -inf, of which not all are -inf, got"
-                f" {found!r:.60}"
+                f"a logits processor must give float32 [{len(logits)}], numbers up to {LARGEST_LOGIT:g} or -inf, of"
+                f" which not all are -inf, got {given!r:.60}"
             )
     return found
+
+
+def _floats(given: object) -> np.ndarray:
+    """What a processor gave, as float32; empty if it is nothing of the kind."""
+    try:
+        with np.errstate(over="ignore"):  # of larger floats: infinite, and refused
+            return np.asarray(given, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0, np.float32)
+
+
+def _drawable(logits: np.ndarray) -> bool:
+    """Whether a token can be drawn of logits, of which some may be -inf."""
+    numbers = logits[logits != -np.inf]
+    return numbers.size > 0 and usable(numbers)
