@@ -83,5 +83,6 @@ def usable(logits: np.ndarray) -> bool:
 def not_usable() -> NonFiniteError:
     """What is said where they are not."""
     return NonFiniteError(
-        f"the model produced NaN, infinite or huge logits (beyond {LARGEST_LOGIT:g}); check the checkpoint, or export with fp32"
+        f"the model produced NaN, infinite or huge logits (beyond {LARGEST_LOGIT:g}); check the checkpoint, or export"
+        " with fp32"
     )
