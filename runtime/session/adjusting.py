@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 
 import numpy as np
 
 from kvq.runtime.compute.head import LARGEST_LOGIT, usable
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.keywords import is_integer, is_real, real
 
 # processor(all token ids before the new one, logits float32 [vocab]) -> logits float32 [vocab], changed or new.
 LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
@@ -82,9 +82,9 @@ def _checked(bias: Mapping[int, float] | None) -> dict[int, float]:
     if bias is not None and not isinstance(bias, Mapping):
         raise SamplingError(f"logit_bias must map token ids to numbers, got {bias!r:.60}")
     for token, value in (bias or {}).items():
-        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
+        if not is_integer(token) or token < 0:
             raise SamplingError(f"logit_bias must map token ids to numbers, got the id {token!r:.60}")
-        if not isinstance(value, Real) or isinstance(value, bool) or not -MOST_BIAS <= value <= MOST_BIAS:
+        if not is_real(value) or not -MOST_BIAS <= real(value) <= MOST_BIAS:
             raise SamplingError(
                 f"a logit_bias must be a number from -{MOST_BIAS:g} to {MOST_BIAS:g}, got {value!r:.60}"
             )
