@@ -116,8 +116,7 @@ class Session:
             )
         self.chooser = Chooser(chooses, shape.vocab, window, budget, shape.last_window)
         self.store.choose_open = self.chooser.settle
-        self.prefill_chunk = prefill_chunk
-        self.prefill = prefill
+        self.prefill_chunk, self.prefill = prefill_chunk, prefill
         looks = chooses.reads is None or chooses.reads - {"positions"}
         self.stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
         self.most = prefill_chunk
