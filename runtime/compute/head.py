@@ -8,13 +8,11 @@ import numpy as np
 
 from kvq.runtime.compute.binding import Bound, NamedSession
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.errors import BundleError, NonFiniteError
+from kvq.runtime.compute.logits import usable
+from kvq.runtime.errors import BundleError
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
 HEAD_ROWS = 32
-# Of a logit: far above any model's. Penalties multiply it by a hundred, and differences of two are taken; with more,
-# single precision would overflow in them, and a draw be one among NaN.
-LARGEST_LOGIT = 1e30
 SLACK = 0.1  # of what rounding may add to an entropy or a confidence: their sums have as many terms as there are ids
 
 
@@ -71,18 +69,3 @@ class Head:
                     " again"
                 )
         return entropy, confidence
-
-
-def usable(logits: np.ndarray) -> bool:
-    """Whether all logits, float32 of any shape but an empty one, can be calculated with: none is NaN or beyond
-    `LARGEST_LOGIT`.
-    """
-    return bool(logits.min() >= -LARGEST_LOGIT and logits.max() <= LARGEST_LOGIT)  # of NaN either is false
-
-
-def not_usable() -> NonFiniteError:
-    """What is said where they are not."""
-    return NonFiniteError(
-        f"the model produced NaN, infinite or huge logits (beyond {LARGEST_LOGIT:g}); check the checkpoint, or export"
-        " with fp32"
-    )

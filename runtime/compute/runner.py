@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.compute.head import HEAD_ROWS, Head, not_usable
+from kvq.runtime.compute.head import HEAD_ROWS, Head
+from kvq.runtime.compute.logits import not_usable
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.features import Seen

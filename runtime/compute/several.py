@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.compute.head import HEAD_ROWS, Head, not_usable, usable
+from kvq.runtime.compute.head import HEAD_ROWS, Head
 from kvq.runtime.compute.joint import JointPass, Span
+from kvq.runtime.compute.logits import not_usable, usable
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.features import Seen
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from kvq.runtime.compute.head import LARGEST_LOGIT, usable
+from kvq.runtime.compute.logits import LARGEST_LOGIT, usable
 from kvq.runtime.errors import SamplingError
 from kvq.runtime.keywords import is_integer, is_real, real
 

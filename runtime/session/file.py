@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from kvq.runtime.bundle.manifest import TOKENIZER, Manifest
-from kvq.runtime.compute.head import usable
+from kvq.runtime.compute.logits import usable
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
 from kvq.runtime.kv.bucket import Bucket

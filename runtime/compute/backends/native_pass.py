@@ -10,7 +10,8 @@ from kvq.runtime.compute.backends.base import AttentionBackend
 from kvq.runtime.compute.backends.native_span import NativeSpan
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
-from kvq.runtime.compute.head import LARGEST_LOGIT, Head
+from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.logits import LARGEST_LOGIT
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import KvqError
 from kvq.runtime.kv.store import KVStore
