@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from kvq.runtime.cli.options import OFFLINE, in_a_folder
-from kvq.runtime.errors import PromptError
+from kvq.runtime.errors import PromptError, one_line
 from kvq.runtime.files import read_bounded
 
 
@@ -169,7 +169,7 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    click.echo("\n".join(summary.lines()))
+    click.echo("\n".join(map(one_line, summary.lines())))
 
 
 MOST_TEXT = 1 << 28  # bytes of a calibration text, whose first tokens are what is read
@@ -225,8 +225,8 @@ def _single(ctx: click.Context, checkpoint: str, out: Path) -> None:
         raise click.UsageError(f"--layout single takes no --{given[0]}")
     from kvq.exporter.single import export_single
 
-    click.echo(f"exporting {checkpoint} through optimum; a large model takes minutes", err=True)
+    click.echo(one_line(f"exporting {checkpoint} through optimum; a large model takes minutes"), err=True)
     begun = time.perf_counter()
     folder = export_single(checkpoint, out)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    click.echo(f"{folder}: {size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s")
+    click.echo(one_line(f"{folder}: {size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s"))

@@ -21,6 +21,7 @@ except ImportError:  # Windows: two processes that write the same file at once a
     fcntl = None  # type: ignore[assignment]
 
 PUBLIC, PRIVATE = 0o666, 0o600  # permissions of new files, before the umask
+AT_ONCE = 1 << 20  # bytes of a file that may have no end
 LONGEST, LONGEST_PART = 4095, 255  # bytes of a path, and of its parts, that systems take
 
 
@@ -75,15 +76,26 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it cannot be read, or has more than `most` bytes.
     """
     with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and found.st_size > most:  # a file of holes would be read for a while first
+            raise _too_large(most)
         return bounded(file, most)
 
 
 def bounded(file: BinaryIO, most: int) -> bytes:
     """All that is left of an open file, as `read_bounded`."""
-    data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MB")
-    return data
+    pieces, left = [], most
+    # In pieces, for which alone there is memory: of all that is asked for, a file sets it aside at once.
+    while piece := file.read(min(AT_ONCE, left + 1)):
+        left -= len(piece)
+        if left < 0:
+            raise _too_large(most)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_large(most: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has more than {most >> 20} MB")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Keywords that a public function does not take become a named error, with the one that was meant."""
+"""Keywords that a public function does not take become a named error, with the one that was meant; what values are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,43 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
 
 from kvq.runtime.errors import OptionError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_integer(value: object) -> bool:
+    """Whether it counts something: true and false do not, nor do seconds, which numpy takes for whole numbers.
+
+    Calculate with `int` of it: numpy's own are of few bits, and of the unsigned ones -16 is 240.
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool | np.timedelta64)
+
+
+def is_real(value: object) -> bool:
+    """Whether it is a number that is none of complex ones, true, false, or seconds; see `real`."""
+    return isinstance(value, Real) and not isinstance(value, bool | np.timedelta64)
+
+
+def real(value: Any) -> float:
+    """What `is_real` as a float: infinite beyond the largest."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
+
+
+def listed(value: object) -> list[Any] | None:
+    """What it has in it; None if it is none of several, as arrays without a dimension are not, or bytes."""
+    try:
+        return None if isinstance(value, bytes | bytearray | memoryview) else list(value)  # type: ignore[call-overload]
+    except TypeError:
+        return None
 
 
 def check_keywords(given: Iterable[str], known: Iterable[str], function: str) -> None:

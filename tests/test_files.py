@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -269,3 +270,28 @@ def test_of_a_link_the_file_is_written_that_it_leads_to(there, tmp_path):
     assert not target.is_symlink()
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["target"]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["link"]
+
+
+def test_reading_takes_the_memory_of_what_there_is(tmp_path):
+    (tmp_path / "small").write_bytes(b"a" * 3000)
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(1 << 41)
+    tracemalloc.start()
+    try:
+        assert files.read_bounded(tmp_path / "small", 1 << 40) == b"a" * 3000
+        with pytest.raises(OSError, match="it has more than 1048576 MB"):
+            files.read_bounded(tmp_path / "hole", 1 << 40)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
+@pytest.mark.parametrize("most", [0, 1, 4096, (3 << 20) + 5])
+def test_reading_ends_at_the_bound(most, tmp_path):
+    (tmp_path / "whole").write_bytes(b"a" * most)
+    assert files.read_bounded(tmp_path / "whole", most) == b"a" * most
+    (tmp_path / "whole").write_bytes(b"a" * (most + 1))
+    for path in (tmp_path / "whole", "/dev/zero"):
+        with pytest.raises(OSError, match="it has more than"):
+            files.read_bounded(path, most)

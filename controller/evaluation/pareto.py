@@ -15,7 +15,7 @@ from kvq.controller.evaluation.paired import interval
 from kvq.controller.evaluation.scoring import Scorer
 from kvq.controller.policies import Policy, make_policy
 from kvq.controller.training.texts import read_text, windows
-from kvq.runtime.errors import ContextError
+from kvq.runtime.errors import CalibrationError, ContextError
 from kvq.runtime.session.model import Model
 
 FIXED = ("fp16", "int8", "k8v4", "int4", "int3", "int2")
@@ -31,6 +31,8 @@ def chunks(model: Model, texts: list[Path], context: int, count: int) -> list[np
         CalibrationError: a text cannot be read or is shorter than one chunk.
         ContextError: the model's context is shorter than a chunk.
     """
+    if context < 2:
+        raise CalibrationError("a chunk of 1 token has none that another one foretells; give a larger --context")
     if context > model.architecture.context:
         raise ContextError(
             f"a chunk of {context} tokens does not fit into the model's context of {model.architecture.context};"

@@ -8,7 +8,6 @@ and ``gold``; where the hub can be reached, the harness's own tasks of the same 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from kvq.controller.evaluation.items import items_of
 from kvq.controller.evaluation.paired import interval
 from kvq.controller.evaluation.scoring import score_answer
-from kvq.controller.training.texts import read_text
 from kvq.runtime.chat.feeds import shared
 from kvq.runtime.errors import CalibrationError
 from kvq.runtime.session.model import Model
@@ -118,6 +117,29 @@ class CacheLM(LM):
         return found
 
 
+class Items(list[dict[str, Any]]):
+    """Items of a task, as much of a data set as the harness asks of one."""
+
+    features = dict.fromkeys(("query", "choices", "gold"))
+
+
+class LocalTask(ConfigurableTask):
+    """A task whose items are given: the harness would read their file anew, and keep a copy of it in its cache.
+
+    Args:
+        items: that are asked.
+        config: of the task.
+    """
+
+    def __init__(self, items: list[dict[str, Any]], config: dict[str, Any]) -> None:
+        self._items = Items(items)
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Have the items where the harness looks for what it has fetched."""
+        self.dataset = {"test": self._items}
+
+
 def local_task(name: str, file: Path, shots: int = 0, seed: int = 0) -> ConfigurableTask:
     """A multiple-choice task from a file of JSON lines.
 
@@ -130,49 +152,29 @@ def local_task(name: str, file: Path, shots: int = 0, seed: int = 0) -> Configur
     Raises:
         CalibrationError: no such file, a line that is no item, or no more items than examples.
     """
-    items = _items(name, file)
+    items = items_of(name, file)
     if shots >= len(items):
         raise CalibrationError(f"{file} has {len(items)} items, not enough for {shots} examples; give fewer --shots")
     drawn, *rest = np.split(np.random.default_rng(seed).permutation(len(items)), [shots])
     asked = np.sort(np.concatenate(rest))
-    task = ConfigurableTask(
-        config={
+    task = LocalTask(
+        [items[i] for i in asked],
+        {
             "task": name,
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(file.absolute())}},
             "test_split": "test",
-            "process_docs": lambda found: found.select(asked),
             "output_type": "multiple_choice",
-            "doc_to_text": "{{query}}",
-            "doc_to_target": "{{gold}}",
-            "doc_to_choice": "{{choices}}",
+            # Fields by name: of templates it makes numbers where a text looks like one, and literals of lists.
+            "doc_to_text": "query",
+            "doc_to_target": "gold",
+            "doc_to_choice": "choices",
             "num_fewshot": 0,
             "metric_list": [
                 {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
             ],
-        }
+        },
     )
     return with_examples(task, [items[i] for i in drawn])
-
-
-def _items(name: str, file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines."""
-    if not file.is_file():
-        raise CalibrationError(f"no task file {file}; give the folder that holds {name}.jsonl with --data")
-    items = []
-    for number, line in enumerate(read_text(file, "--data").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            if not isinstance(item["query"], str) or not 0 <= item["gold"] < len(item["choices"]):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CalibrationError(
-                f"{file}:{number} is no item: it needs a query, choices and gold, the number of the right choice from 0"
-            ) from None
-        items.append(item)
-    return items
 
 
 def hub_task(name: str, shots: int, seed: int) -> ConfigurableTask:

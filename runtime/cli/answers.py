@@ -78,7 +78,7 @@ def show(responses: Iterator[Response], bar: Bar, interrupt: Interrupt, *, echo:
             interrupt.arm()  # before any text is shown
             pieces.append(last.text.lstrip() if strip and not any(pieces) else last.text)
             if echo:
-                click.echo(shown(pieces[-1]), nl=False)
+                click.echo(shown(pieces[-1]), nl=False, color=True)  # without, click takes escapes out
                 sys.stdout.flush()
             if interrupt.asked and last.finish_reason is None:
                 interrupted = True

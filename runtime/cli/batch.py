@@ -11,6 +11,7 @@ import click
 from kvq.runtime.cli.loading import load_model, node_loader
 from kvq.runtime.cli.options import CACHE, DRAFT, MODEL, OUTPUT, SETTINGS, Command, option, options
 from kvq.runtime.cli.progress import Bar
+from kvq.runtime.errors import one_line
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -80,8 +81,8 @@ def batch(
         bar.clear()
     if not quiet:
         before = f", {done.skipped} were there" if done.skipped else ""
-        click.echo(
+        line = (
             f"{target}: {done.answered} answered, {done.failed} of them by an error{before} | prompts"
-            f" {done.prompt_tokens} tokens, answers {done.generated} | {done.seconds:.1f} s",
-            err=True,
+            f" {done.prompt_tokens} tokens, answers {done.generated} | {done.seconds:.1f} s"
         )
+        click.echo(one_line(line), err=True)

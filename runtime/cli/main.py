@@ -174,5 +174,8 @@ def _usage(error: click.UsageError) -> tuple[str, str]:
 
 def _exit(code: int, message: str = "", who: str = "kvq") -> None:
     if message:
-        click.echo(f"{who}: {' '.join(message.split())}", err=True)
+        from kvq.runtime.errors import one_line
+
+        # An argument that click repeats may be a name from anywhere, as shells put them in for `*`.
+        click.echo(f"{who}: {one_line(' '.join(message.split()))}", err=True)
     sys.exit(code)

@@ -25,7 +25,7 @@ from kvq.runtime.cli.options import (
 from kvq.runtime.cli.progress import Bar
 from kvq.runtime.cli.questions import read_prompt
 from kvq.runtime.cli.sessions import refuse_turns
-from kvq.runtime.errors import SessionError
+from kvq.runtime.errors import SessionError, one_line
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -96,4 +96,5 @@ def prefill(
     session.save(out, overwrite)
     if not quiet:
         held, stats = f"in the turn of the {role}" if turns else "plain text", session.stats().line()
-        click.echo(f"{out}: {out.stat().st_size / 1e3:.1f} kB, {held}, read in {seconds:.2f} s | {stats}", err=True)
+        line = f"{out}: {out.stat().st_size / 1e3:.1f} kB, {held}, read in {seconds:.2f} s | {stats}"
+        click.echo(one_line(line), err=True)

@@ -82,9 +82,9 @@ class Repl:
         return system if self.tools is None else self.tools.system(self.model.chat_template, system)
 
     def notice(self, text: str) -> None:
-        """A line on stderr, unless --quiet."""
+        """A line on stderr, unless --quiet. Names of files and of tokens in it must not steer the terminal."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(visible(text), err=True)
 
     # -- where lines come from ----------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from kvq.runtime.cli.options import (
 from kvq.runtime.cli.progress import Bar
 from kvq.runtime.cli.questions import EMPTY, prompt_parts
 from kvq.runtime.cli.sessions import SESSION, SessionFile, conversation_of
-from kvq.runtime.errors import PromptError
+from kvq.runtime.errors import PromptError, one_line
 
 if TYPE_CHECKING:
     from kvq.runtime.chat.conversation import Conversation
@@ -88,7 +87,7 @@ def run(
     """
     if raw and system is not None:
         raise click.UsageError("--raw and --system exclude each other: there are no turns without the chat template")
-    say = None if quiet or as_json else partial(click.echo, err=True)
+    say = None if quiet or as_json else _tell
     kept = SessionFile.of(session_file, session_readonly)
     parts = prompt_parts(prompt, prompt_file, joined=True, say=say)
     if not parts and not (kept is not None and kept.exists and prompt is None and prompt_file is None):
@@ -141,7 +140,14 @@ def _as_json(
     if kept is not None:
         found["session"] = kept.as_dict()
     found |= {"prompt": prompt, "template": template, "empty": empty, "stats": session.stats().as_dict()}
-    return json.dumps(found, ensure_ascii=False)
+    from kvq.runtime.text.cells import escaped
+
+    return escaped(json.dumps(found, ensure_ascii=False))  # the same on a terminal as in a file
+
+
+def _tell(text: str) -> None:
+    """A line on stderr: names of files and of tokens in it must not steer the terminal."""
+    click.echo(one_line(text), err=True)
 
 
 def _report(
@@ -149,7 +155,7 @@ def _report(
 ) -> None:
     """What the user is told behind the text; say: None where little is wanted."""
     if empty and (say or answer.finish_reason == "stop"):  # who asks for one token and quiet knows
-        click.echo(f"kvq: {empty}", err=True)
+        _tell(f"kvq: {empty}")
     if say:
         say(f"{answer.finish_reason} after {answer.tokens} tokens | {session.stats().line()}")
         if kept is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvq.runtime.compute.binding import Bound, NamedSession
 from kvq.runtime.compute.engine import Engine
+from kvq.runtime.compute.logits import usable
 from kvq.runtime.errors import BundleError
 
 # Rows of logits computed at a time: a long prompt must not materialise [tokens, vocab] floats.
@@ -45,15 +46,15 @@ class Head:
         self._heads[rows].run()
         return self._logits[:rows]
 
-    def finite(self, rows: int) -> bool:
-        """Whether the first rows of the last `logits` are finite numbers."""
-        return bool(np.isfinite(self._logits[:rows]).all())
+    def usable(self, rows: int) -> bool:
+        """Whether the first rows of the last `logits` are `usable`."""
+        return usable(self._logits[:rows])
 
     def uncertainty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Entropy (nats) and max probability of the first rows of the last `logits`, float32 [rows] views.
 
         Raises:
-            BundleError: the graph gives of finite logits what no distribution has.
+            BundleError: the graph gives of usable logits what no distribution has.
         """
         if rows not in self._uncertainties:
             outputs = {"entropy": self._entropy[:rows], "confidence": self._confidence[:rows]}
@@ -62,7 +63,7 @@ class Head:
         entropy, confidence = self._entropy[:rows], self._confidence[:rows]
         for found, most in ((entropy, self._most), (confidence, 1 + SLACK)):
             # Policies, pictures and JSON would have to bear it otherwise. Of NaN either comparison is false.
-            if not (found.min() >= -SLACK and found.max() <= most) and self.finite(rows):
+            if not (found.min() >= -SLACK and found.max() <= most) and self.usable(rows):
                 raise BundleError(
                     f"{self._uncertainty.name} gives an entropy or a probability that there is not; export the bundle"
                     " again"

@@ -98,7 +98,9 @@ class SegmentedPass(ForwardPass):
         shape = self.engine.architecture
         query, key = self._query_key[:, : shape.heads], self._query_key[:, shape.heads :]
         # A single token's products are too small for BLAS to start threads.
-        with one_thread() if self.tokens > 1 else nullcontext():
+        # What overflows is no number then, which is found where keys, values and logits are looked at.
+        quiet = np.errstate(over="ignore", invalid="ignore")
+        with quiet, one_thread() if self.tokens > 1 else nullcontext():
             for layer, segment in enumerate(self._segments):
                 segment.run()
                 if layer < shape.layers:

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import HEAD_ROWS, Head
+from kvq.runtime.compute.logits import not_usable
 from kvq.runtime.compute.passes import ForwardPass
-from kvq.runtime.compute.several import not_finite
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.features import Seen
 
@@ -53,7 +53,7 @@ class Runner:
             logits: float32 [tokens - skip, vocab], written.
 
         Raises:
-            NonFiniteError: logits that went through the head are not all finite.
+            NonFiniteError: logits that went through the head are not all `usable`.
         """
         layers = self._forward_pass(len(ids))
         squares = None
@@ -84,8 +84,8 @@ class Runner:
                         both[:, at:stop] = head.uncertainty(len(rows))
             if stop > skip:
                 out[max(at, skip) - skip : stop - skip] = logits[max(skip - at, 0) :]
-            if not head.finite(len(rows)):
-                raise not_finite()
+            if not head.usable(len(rows)):
+                raise not_usable()
 
     def _forward_pass(self, tokens: int) -> ForwardPass:
         if tokens in self._passes:

@@ -11,7 +11,7 @@ import numpy as np
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import HEAD_ROWS, Head
 from kvq.runtime.compute.joint import JointPass, Span
-from kvq.runtime.errors import NonFiniteError
+from kvq.runtime.compute.logits import not_usable, usable
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.policy.features import Seen
 
@@ -112,7 +112,7 @@ def _through_head(
     for begin in range(0, len(wanted), HEAD_ROWS):
         block = wanted[begin : begin + HEAD_ROWS]
         logits = head.logits(residual[[parts[part][1] + row for part, row in block]])
-        finite = head.finite(len(block))
+        all_usable = head.usable(len(block))
         uncertainty = head.uncertainty(len(block)) if any(parts[part][3] is not None for part, _ in block) else None
         for i, (part, row) in enumerate(block):
             number, _, _, both = parts[part]
@@ -121,11 +121,6 @@ def _through_head(
                 both[:, row] = uncertainty[0][i], uncertainty[1][i]
             if row >= run.skip:
                 run.logits[row - run.skip] = logits[i]
-            if not finite and not np.isfinite(logits[i]).all():
-                found[number] = not_finite()
+            if not all_usable and not usable(logits[i]):
+                found[number] = not_usable()
     return found
-
-
-def not_finite() -> NonFiniteError:
-    """Logits that are no numbers."""
-    return NonFiniteError("the model produced NaN or infinite logits; check the checkpoint, or export with fp32")

@@ -44,7 +44,7 @@ def configure(threads: int | None) -> int:
     global _threads
     with _lock:
         if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
-            raise BackendError(f"threads must be at least 1 and at most {MOST_THREADS}, got {threads!r}")
+            raise BackendError(f"threads must be at least 1 and at most {MOST_THREADS}, got {threads!r:.60}")
         if _threads is None:
             count = threads or available_cores()
             onnxruntime.set_global_thread_pool_sizes(count, 1)

@@ -1,5 +1,4 @@
 /* Attention of one layer: what is exported, and how it is cut into work items. */
-#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -257,8 +256,8 @@ int32_t kvq_movable(const kvq_move *move) {
     return chosen->within(move->keys, count, LARGEST_MOVED - move->reach) && chosen->within(move->values, count, LARGEST_MOVED);
 }
 
-int32_t kvq_finite(int32_t kernel, const float *x, size_t count) {
+int32_t kvq_within(int32_t kernel, const float *x, size_t count, float limit) {
     const kvq_kernel *chosen = kvq_choose_kernel(kernel);
     if (!chosen) return KVQ_NO_KERNEL;
-    return !x && count ? KVQ_NO_DATA : chosen->within(x, count, FLT_MAX);
+    return !x && count ? KVQ_NO_DATA : chosen->within(x, count, limit);
 }

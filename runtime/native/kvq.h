@@ -213,8 +213,8 @@ KVQ_EXPORT int32_t kvq_move_tokens(const kvq_move *move);
  * through the window: 1 or 0, or an error. Of a move it reads no more than those. */
 KVQ_EXPORT int32_t kvq_movable(const kvq_move *move);
 
-/* Whether all of x [count] are finite, by kernel (-1: the best): 1 or 0, or an error. */
-KVQ_EXPORT int32_t kvq_finite(int32_t kernel, const float *x, size_t count);
+/* Whether all of x [count] are from -limit to limit, as no NaN is, by kernel (-1: the best): 1 or 0, or an error. */
+KVQ_EXPORT int32_t kvq_within(int32_t kernel, const float *x, size_t count, float limit);
 
 /* Whether vectors of that precision, in codes of so many bits and with a scale or without, are what this library reads
  * and writes: 1 or 0. */

@@ -143,7 +143,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.kvq_encode.argtypes = (number, number, floats, size, number, floats, size, address, address)
     library.kvq_move_tokens.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_movable.argtypes = (ctypes.POINTER(Moves),)
-    library.kvq_finite.argtypes = (number, floats, size)
+    library.kvq_within.argtypes = (number, floats, size, ctypes.c_float)
     library.kvq_pack.argtypes = (number, ctypes.POINTER(Matrix), ctypes.POINTER(Matrix))
     library.kvq_set_move.argtypes = (ctypes.POINTER(Moves),)
     library.kvq_set_pass.argtypes = (ctypes.POINTER(Pass),)

@@ -36,6 +36,7 @@ import math
 import numpy as np
 
 from kvq.runtime.errors import BudgetError
+from kvq.runtime.keywords import is_real, real
 from kvq.runtime.kv.pages import BucketBytes
 from kvq.runtime.kv.store import KVStore
 from kvq.runtime.kv.window import RecentWindow
@@ -90,8 +91,10 @@ class Budget:
         if kv_bits is not None and kv_memory is not None:
             raise BudgetError("give kv_bits or kv_memory, not both: each is a budget of its own")
         name, limit = ("kv_bits", kv_bits) if kv_memory is None else ("kv_memory", kv_memory)
-        if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not 0 < limit < MOST_LIMIT:
+        if not is_real(limit) or not 0 < real(limit) < MOST_LIMIT:
             raise BudgetError(f"{name} must be a positive number below {MOST_LIMIT:g}, got {limit!r:.60}")
+        if not isinstance(limit, int):  # which stays one, as files of sessions have it
+            kv_bits, kv_memory = (None if given is None else real(given) for given in (kv_bits, kv_memory))
         if not isinstance(policy, ScoredPolicy):
             raise BudgetError(
                 f"policy {policy.name!r} has fixed precisions and cannot follow a budget; use adaptive, paper, rule"

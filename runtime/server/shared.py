@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,9 +78,15 @@ class SharedSessions:
             except (OSError, KvqError) as error:
                 self._log(f"a shared session cannot be read ({error}); its conversation is processed anew")
                 continue
-            if session.tokens == ids[:length].tolist() and not session.pending:
-                self.reads += 1
-                return session
+            if session.tokens != ids[:length].tolist() or session.pending:
+                continue
+            if _kind(session) != _kind(self._model.session(**settings._asdict(), backend=self._backend)):
+                self._log(
+                    "a shared session is of other settings than its name says; its conversation is processed anew"
+                )
+                continue
+            self.reads += 1
+            return session
         return None
 
     def put(self, settings: Settings, session: Session) -> None:
@@ -111,3 +117,11 @@ class SharedSessions:
                 return
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _kind(session: Session) -> tuple[Any, ...]:
+    """What a session was made with: a file may have been put in the place of another one."""
+    policy, store = session.policy, session.store
+    made = policy.recipe or (policy.name, None)
+    budget = session.kv_bits, session.kv_memory
+    return made, budget, store.window.capacity, store.sink, store.protect_bits, session.prefill

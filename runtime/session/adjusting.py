@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 
 import numpy as np
 
+from kvq.runtime.compute.logits import LARGEST_LOGIT, usable
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.keywords import is_integer, is_real, real
 
 # processor(all token ids before the new one, logits float32 [vocab]) -> logits float32 [vocab], changed or new.
 LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
@@ -81,9 +82,9 @@ def _checked(bias: Mapping[int, float] | None) -> dict[int, float]:
     if bias is not None and not isinstance(bias, Mapping):
         raise SamplingError(f"logit_bias must map token ids to numbers, got {bias!r:.60}")
     for token, value in (bias or {}).items():
-        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
+        if not is_integer(token) or token < 0:
             raise SamplingError(f"logit_bias must map token ids to numbers, got the id {token!r:.60}")
-        if not isinstance(value, Real) or isinstance(value, bool) or not -MOST_BIAS <= value <= MOST_BIAS:
+        if not is_real(value) or not -MOST_BIAS <= real(value) <= MOST_BIAS:
             raise SamplingError(
                 f"a logit_bias must be a number from -{MOST_BIAS:g} to {MOST_BIAS:g}, got {value!r:.60}"
             )
@@ -98,10 +99,25 @@ def processed(processors: Sequence[LogitsProcessor], history: Sequence[int], log
     """
     found = logits.copy()  # what they change is theirs
     for processor in processors:
-        found = np.asarray(processor(history, found), np.float32)
-        if found.shape != logits.shape or np.isnan(found).any() or found.max() in (np.inf, -np.inf):
+        found = _floats(given := processor(history, found))
+        if found.shape != logits.shape or not _drawable(found):
             raise SamplingError(
-                f"a logits processor must give float32 [{len(logits)}], numbers or -inf, of which not all are -inf, got"
-                f" {found!r:.60}"
+                f"a logits processor must give float32 [{len(logits)}], numbers up to {LARGEST_LOGIT:g} or -inf, of"
+                f" which not all are -inf, got {given!r:.60}"
             )
     return found
+
+
+def _floats(given: object) -> np.ndarray:
+    """What a processor gave, as float32; empty if it is nothing of the kind."""
+    try:
+        with np.errstate(over="ignore"):  # of larger floats: infinite, and refused
+            return np.asarray(given, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0, np.float32)
+
+
+def _drawable(logits: np.ndarray) -> bool:
+    """Whether a token can be drawn of logits, of which some may be -inf."""
+    numbers = logits[logits != -np.inf]
+    return numbers.size > 0 and usable(numbers)

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvq.runtime.compute.runner import Runner
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.keywords import is_integer
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafted import Drafted, Single
 from kvq.runtime.session.lookup import Lookup
@@ -66,11 +67,13 @@ class Drafter:
         """
         if isinstance(draft, str) and draft.isdecimal() and len(draft) < 10:
             draft = int(draft)
-        if draft is None or draft == AUTO or draft is True:
-            return 0 if self.reason else None
-        if draft == OFF or draft is False:
-            return 0
-        if not isinstance(draft, int | np.integer) or draft < 0:
+        if isinstance(draft, str | bool) or draft is None:
+            draft = {None: AUTO, True: AUTO, False: OFF}.get(draft, draft)
+            if draft == AUTO:
+                return 0 if self.reason else None
+            if draft == OFF:
+                return 0
+        if not is_integer(draft) or draft < 0:
             raise SamplingError(f'draft must be "auto", "off" or a number of tokens, got {draft!r:.60}')
         if draft and self.reason:
             raise SamplingError(f"this session cannot draft: {self.reason}; leave draft out or set it to off")

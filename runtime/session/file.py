@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from kvq.runtime.bundle.manifest import TOKENIZER, Manifest
+from kvq.runtime.compute.logits import usable
 from kvq.runtime.errors import BudgetError, PolicyError, SessionError
 from kvq.runtime.files import atomic_file
 from kvq.runtime.kv.bucket import Bucket
@@ -320,8 +321,8 @@ def _wrong_values(store: KVStore, tokens: np.ndarray, logits: np.ndarray | None,
     """What in a store that was just read cannot have been written by a session; empty if nothing."""
     if tokens.size and tokens.max() >= vocab:
         return "token ids outside the vocabulary"
-    if logits is not None and not np.isfinite(logits).all():
-        return "logits that are not finite"
+    if logits is not None and not usable(logits):
+        return "logits that are not finite, or larger than any model's"
     window = store.window
     used = window.slots(store.length - window.count, store.length)
     if not np.isin(window.chosen[used], list(CODECS)).all():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from kvq.runtime.errors import GrammarError, PromptError, SamplingError, SessionError
+from kvq.runtime.keywords import is_integer, listed
 from kvq.runtime.session.adjusting import LogitsProcessor
 from kvq.runtime.session.appending import Appending
 from kvq.runtime.session.drafting import AUTO, Draft
@@ -281,11 +281,11 @@ def _stream(
 
 def _checked_stop(session: Session, stop: str | Sequence[str] | None) -> list[str]:
     stop = () if stop is None else stop  # as clients of other software say that there is none
-    if not isinstance(stop, str | Iterable):
+    stops = [stop] if isinstance(stop, str) else listed(stop)
+    if stops is None:
         raise SamplingError(f"stop must be a string or several, got {stop!r:.60}")
-    stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(text, str) and text for text in stops):
-        raise SamplingError(f"stop strings must not be empty, got {stops!r}; leave stop out to have none")
+        raise SamplingError(f"stop strings must not be empty, got {stops!r:.60}; leave stop out to have none")
     if stops and session.model.optional_tokenizer is None:
         raise SamplingError("stop strings need a tokenizer, which this bundle lacks; give ids as stop_tokens")
     return stops
@@ -293,16 +293,13 @@ def _checked_stop(session: Session, stop: str | Sequence[str] | None) -> list[st
 
 def _several(functions: Any) -> list[Any]:
     """One function, or several, as a list."""
-    found = [functions] if callable(functions) else list(functions) if isinstance(functions, Iterable) else [functions]
-    if not all(map(callable, found)):
+    found = [functions] if callable(functions) else listed(functions)
+    if found is None or not all(map(callable, found)):
         raise SamplingError("logits_processor and stopping_criteria must be functions, one or several")
     return found
 
 
 def _check_counts(session: Session, max_tokens: int | None, top_logprobs: int) -> None:
-    def is_integer(value: object) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
     if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
         raise SamplingError(f"max_tokens must be at least 1, an integer, got {max_tokens!r:.60}")
     vocab = session.model.architecture.vocab
@@ -312,7 +309,7 @@ def _check_counts(session: Session, max_tokens: int | None, top_logprobs: int) -
 
 def _check_bias(session: Session, bias: Mapping[int, float] | None) -> None:
     vocab = session.model.architecture.vocab
-    if isinstance(bias, Mapping) and (foreign := [id for id in bias if isinstance(id, Integral) and id >= vocab]):
+    if isinstance(bias, Mapping) and (foreign := [id for id in bias if is_integer(id) and id >= vocab]):
         raise SamplingError(f"logit_bias must be of ids in [0, {vocab}), got {foreign[0]!r:.40}")
 
 
@@ -346,13 +343,15 @@ def _nothing(session: Session) -> str:
 
 
 def _stop_ids(session: Session, stop_tokens: Sequence[int] | None, ignore_eos: bool) -> frozenset[int]:
-    stop_tokens = () if stop_tokens is None else stop_tokens
-    if not isinstance(stop_tokens, Iterable):
+    found = listed(() if stop_tokens is None else stop_tokens)
+    if found is None:
         raise SamplingError(f"stop_tokens must be token ids, got {stop_tokens!r:.60}; give a list of them")
-    stop_tokens = list(stop_tokens)
+    stop_tokens = found
+    if not isinstance(ignore_eos, bool | np.bool_ | int | None):
+        raise SamplingError(f"ignore_eos must be true or false, got {ignore_eos!r:.60}")
     eos = () if ignore_eos else session.model.bundle.manifest.eos_token_ids
     vocab = session.model.architecture.vocab
-    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in stop_tokens):
+    if not all(map(is_integer, stop_tokens)):
         raise SamplingError(f"stop_tokens must be token ids, got {stop_tokens!r:.60}; give strings as stop")
     if foreign := [int(token) for token in stop_tokens if not 0 <= token < vocab]:
         raise SamplingError(f"stop_tokens must be ids in [0, {vocab}), got {foreign[0]}: the model never says it")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.keywords import is_integer, is_real
 from kvq.runtime.session.adjusting import MOST_PENALTY, Adjustment, LogitsProcessor, processed
 
 # sampler(logits float32 [vocab], all token ids before the new one) -> (token, its log-probability in nats)
@@ -89,7 +89,7 @@ def make_sampler(
         SamplingError: an option is out of its range.
     """
     _check_options(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed)
-    temperature, top_p, min_p = float(temperature), float(top_p), float(min_p)  # of any numeric type
+    temperature, top_p, min_p, top_k = float(temperature), float(top_p), float(min_p), int(top_k)  # of any type
     stream = (secrets.randbits(64) if seed is None else int(seed)) ^ SAMPLING_STREAM
     adjust = Adjustment(float(repetition_penalty), float(presence_penalty), float(frequency_penalty), logit_bias)
     room = np.empty(0, np.float32)  # of a vocabulary's size, made once
@@ -233,19 +233,20 @@ def _check_options(
     _check("presence_penalty", presence_penalty, -MOST_PENALTY, MOST_PENALTY)
     _check("frequency_penalty", frequency_penalty, -MOST_PENALTY, MOST_PENALTY)
     for name, value in (("top_k", top_k), ("seed", seed)):
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+        if value is not None and not is_integer(value):
             raise SamplingError(f"{name} must be an integer, got {value!r:.60}")
     if seed is not None and seed < 0:
         raise SamplingError(f"seed must not be negative, got {seed}")
 
 
 def _check(name: str, value: float, least: float, most: float, above: bool = False) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_real(value):
         raise SamplingError(f"{name} must be a number, got {value!r:.60}")
     try:
         float(value)
     except OverflowError:
         raise SamplingError(f"{name} is larger than any number it can be; give less") from None
+    value = float(value)
     inside = (least < value if above else least <= value) and value <= most
     if not inside:  # also refuses NaN
         border = "above" if above else "at least"

@@ -13,7 +13,7 @@ import numpy as np
 from kvq.runtime.compute.backends import make_backend
 from kvq.runtime.compute.runner import Runner, Timer
 from kvq.runtime.errors import ContextError, PolicyError, PromptError, SessionError
-from kvq.runtime.keywords import named_keywords
+from kvq.runtime.keywords import is_integer, named_keywords
 from kvq.runtime.kv.store import KVStore, distinct_nbytes
 from kvq.runtime.policy.base import DEFAULT_POLICY, Policy, protect_bits_for
 from kvq.runtime.policy.budget import Budget
@@ -89,11 +89,12 @@ class Session:
         if not isinstance(prefill, str) or prefill not in PREFILLS:
             raise PolicyError(f"no prefill {prefill!r:.60}; use one of: {', '.join(PREFILLS)}")
         for name, value, least in (("recent", recent, 0), ("sink", sink, 0), ("prefill_chunk", prefill_chunk, 1)):
-            if not _is_integer(value) or value < least:
+            if not is_integer(value) or value < least:
                 raise PolicyError(f"{name} must be an integer of at least {least}, got {value!r:.60}")
             if value > MOST_TOKENS:
                 raise PolicyError(f"{name} must be at most {MOST_TOKENS}, got {value!r:.60}")
-        if protect_bits is not None and (not _is_integer(protect_bits) or protect_bits not in PROTECTED):
+        recent, sink, prefill_chunk = int(recent), int(sink), int(prefill_chunk)
+        if protect_bits is not None and (not is_integer(protect_bits) or protect_bits not in PROTECTED):
             raise PolicyError(f"protect_bits must be 8 or 16, got {protect_bits!r:.60}")
         shape = model.architecture
         self.model = model
@@ -115,8 +116,7 @@ class Session:
             )
         self.chooser = Chooser(chooses, shape.vocab, window, budget, shape.last_window)
         self.store.choose_open = self.chooser.settle
-        self.prefill_chunk = prefill_chunk
-        self.prefill = prefill
+        self.prefill_chunk, self.prefill = prefill_chunk, prefill
         looks = chooses.reads is None or chooses.reads - {"positions"}
         self.stepwise = prefill == "stepwise" or (prefill == "auto" and bool(looks))
         self.most = prefill_chunk
@@ -307,7 +307,7 @@ class Session:
         Raises:
             ContextError: length is negative or beyond the cached tokens.
         """
-        if not _is_integer(length) or not 0 <= length <= len(self.tokens):
+        if not is_integer(length) or not 0 <= length <= len(self.tokens):
             raise ContextError(f"cannot trim to {length!r:.40} tokens; give a number from 0 to {len(self.tokens)}")
         with self.exclusive:
             if length:
@@ -388,11 +388,6 @@ class Session:
     def stats(self) -> Stats:
         """What ran and what it took, so far."""
         return stats_of(self)
-
-
-def _is_integer(value: object) -> bool:
-    """Whether it counts something: true and false do not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def kv_nbytes(sessions: Iterable[Session]) -> int:

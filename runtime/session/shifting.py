@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from kvq.runtime.errors import SamplingError
+from kvq.runtime.keywords import is_integer
 
 if TYPE_CHECKING:
     from kvq.runtime.session.session import Session
@@ -148,7 +147,7 @@ def shift_of(session: Session, option: ContextShift) -> Shift | None:
     most = most_protected(context)
     if option is True:
         return sliding(min(session.store.sink, most), context)
-    if not isinstance(option, int | np.integer) or not 0 <= option <= most:
+    if not is_integer(option) or not 0 <= option <= most:
         raise SamplingError(
             f"context_shift must be true, false, or how many first tokens stay, 0 to {most} in a context of {context},"
             f" got {option!r:.60}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -109,8 +110,17 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
+def escaped(text: str) -> str:
+    """A JSON text whose harmful characters are JSON's escapes: it says the same, and no terminal does what they ask."""
+    return "".join(json.dumps(each)[1:-1] if _is_harmful(each) else each for each in text)
+
+
+def _is_harmful(character: str) -> bool:
+    return character not in "\n\t" and character not in SHAPING and unicodedata.category(character) in HARMFUL
+
+
 def _visible(character: str) -> str:
-    if character in "\n\t" or character in SHAPING or unicodedata.category(character) not in HARMFUL:
+    if not _is_harmful(character):
         return character
     code = ord(character)
     if code < 0x20:

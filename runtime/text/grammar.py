@@ -108,7 +108,10 @@ def _schema(value: Any, kind: str) -> str:
 
 
 def _choice(value: Any, kind: str) -> str:
-    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else []
+    try:
+        texts = [] if isinstance(value, str | bytes | Mapping) else list(value)
+    except TypeError:  # an array without a dimension, which calls itself iterable
+        texts = []
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise GrammarError(f"choice must be a list of texts, none of them empty, got {value!r:.60}")
     if len(texts) > MOST_CHOICES:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +184,7 @@ def test_weights_that_are_no_numbers_are_refused(constant: str, tiny_checkpoint:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("error")  # numpy's, of what overflows: what comes of it is named
 @pytest.mark.parametrize("backend", ["numpy", "native"])
 def test_weights_whose_products_are_no_numbers_are_named(
     backend: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +192,21 @@ def test_weights_whose_products_are_no_numbers_are_named(
     """They are no danger, and found when the model is used: here by what stores keys and values."""
     monkeypatch.setenv("KVQ_BACKEND", backend)
     assert filled(bundle, "decoder.onnx", "v_proj", 3e38)[0] == WEIGHTS, "the segments have it from there, too"
-    with pytest.raises(NonFiniteError, match=r"NaN|finite") as caught, np.errstate(all="ignore"):
+    with pytest.raises(NonFiniteError, match=r"NaN|finite") as caught:
         kvq.load(bundle).session().append([1, 2, 3])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+@pytest.mark.parametrize("weight", ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "layernorm.weight"])
+def test_weights_of_any_size_say_something_or_are_named(weight: str, backend: str, bundle: Path) -> None:
+    model = onnx.load(bundle / "decoder.onnx", load_external_data=False)
+    ending = next((t.name for t in model.graph.initializer if weight in t.name and t.data_type == 1), "")
+    for size in (1e-45, 1e6, 1e18, 1e30, 3.4e38):
+        filled(bundle, "decoder.onnx", ending, size)
+        for policy in ("fp16", "rule"):
+            with warnings.catch_warnings(), contextlib.suppress(NonFiniteError):
+                warnings.simplefilter("error")
+                session = kvq.load(bundle).session(policy, backend=backend)
+                session.append([1, 2, 3] * 20)
+                assert np.isfinite(session.last_logits).all()

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from kvq.controller.evaluation import latency
 from kvq.controller.evaluation.cli import evaluate
+from kvq.controller.evaluation.items import items_of
+from kvq.runtime.errors import CalibrationError
 from tests.tools.command_line import assert_one_line_error, kvq
 from tests.tools.references import reference_logits
 
@@ -130,6 +132,55 @@ def test_what_all_contexts_begin_with_is_read_once_and_scores_alike(policy, tiny
         kept, answer = alone._encoded(*pair)
         session.append(kept)
         assert loglik == pytest.approx(alone._score(session, answer)[0], abs=2e-2)
+
+
+NO_ITEMS = {
+    "a list": [1],
+    "no choices": {"query": "q", "choices": [], "gold": 0},
+    "a text for choices": {"query": "q", "choices": "ab", "gold": 0},
+    "an object for choices": {"query": "q", "choices": {"0": "a"}, "gold": 0},
+    "numbers for choices": {"query": "q", "choices": [1, 2], "gold": 0},
+    "null for a choice": {"query": "q", "choices": ["a", None], "gold": 0},
+    "an empty choice": {"query": "q", "choices": ["a", ""], "gold": 0},
+    "half a surrogate pair in a choice": {"query": "q", "choices": ["a", "\udfff"], "gold": 0},
+    "half a surrogate pair in a query": {"query": "\ud800", "choices": ["a"], "gold": 0},
+    "a number for a query": {"query": 3, "choices": ["a"], "gold": 0},
+    "true for gold": {"query": "q", "choices": ["a", "b"], "gold": True},
+    "half of gold": {"query": "q", "choices": ["a", "b"], "gold": 0.5},
+    "a text for gold": {"query": "q", "choices": ["a", "b"], "gold": "0"},
+    "gold below nought": {"query": "q", "choices": ["a", "b"], "gold": -1},
+    "gold of 400 digits": {"query": "q", "choices": ["a", "b"], "gold": 10**400},
+}
+
+
+@pytest.mark.parametrize("name", NO_ITEMS)
+def test_a_line_that_is_no_item_is_named(name, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ITEMS[0]) + "\n\n" + json.dumps(NO_ITEMS[name]) + "\n")
+    with pytest.raises(CalibrationError, match=r"bad.jsonl:3 is no item"):
+        items_of("bad", tmp_path / "bad.jsonl")
+
+
+def test_what_else_a_line_says_is_left_out(tmp_path):
+    lines = [
+        '{"query": "123", "choices": ["4\u2028", " "], "gold": 1, "x": 1e400}',
+        '{"query": "{{ 1/0 }}", "choices": ["\\u0000"], "gold": 0, "x": {"y": []}}',
+    ]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert items_of("odd", tmp_path / "odd.jsonl") == [
+        {"query": "123", "choices": ["4\u2028", " "], "gold": 1},
+        {"query": "{{ 1/0 }}", "choices": ["\0"], "gold": 0},
+    ]
+
+
+def test_texts_that_look_like_numbers_or_templates_are_asked_as_they_stand(tiny_model, tmp_path):
+    pytest.importorskip("lm_eval")
+    from kvq.controller.evaluation.tasks import run_tasks
+
+    texts = ("123", "\u00b2", "{{ 1/0 }}", "[1, 2]", "")
+    lines = [json.dumps({"query": text, "choices": ["7", "['a']"], "gold": 1, "x": text or 1}) for text in texts]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+    (row,) = run_tasks(tiny_model, [("fp16", {})], ["odd"], tmp_path)
+    assert row["items"] == len(texts)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,28 @@ def test_a_damaged_file_is_told_of_and_passed_over(tiny_model, shared, tmp_path)
     assert "a shared session cannot be read" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"policy": "int2"}, {"policy": "rule", "kv_bits": 7.0}, {"policy": "rule", "kv_memory": 1e17}, {"recent": 3},
+        {"sink": 0}, {"protect_bits": 8}, {"prefill": "stepwise"}, {"policy": "mixed"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_file_in_the_place_of_another_one_is_told_of_and_passed_over(others, tiny_model, shared, tmp_path):
+    make, lines = shared
+    settings, ids = Settings(policy="int8"), np.arange(1, 1 + 2 * CHUNK)
+    sessions = make()
+    sessions.put(settings, read(tiny_model, ids, settings))
+    (file,) = tmp_path.glob("*" + SUFFIX)
+    session = tiny_model.session(**({"policy": "int8"} | others))
+    session.append(ids)
+    session.save(file, overwrite=True)
+    assert sessions.longest(settings, ids, 0, 2 * CHUNK) is None
+    assert (sessions.reads, len(lines)) == (0, 1)
+    assert "of other settings than its name says" in lines[0]
+
+
 def test_the_bytes_of_the_folder_are_bounded(tiny_model, shared, tmp_path):
     make, _ = shared
     settings, ids = Settings(policy="int8"), np.arange(1, 1 + CHUNK)

@@ -191,7 +191,7 @@ def test_what_a_draft_has_made_room_for_is_given_back_where_its_pass_fails(embed
     def fails(*_):
         raise MemoryError
 
-    monkeypatch.setattr(Head, "finite", fails)
+    monkeypatch.setattr(Head, "usable", fails)
     with pytest.raises(MemoryError):
         drafted.run()
     assert trace(session) == before

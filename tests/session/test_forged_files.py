@@ -186,6 +186,7 @@ ARRAYS = {
     "a token of 32 bits": (set_token(2**32 - 1), "token ids outside the vocabulary"),
     "a logit that is NaN": (set_logit(np.nan), "logits that are not finite"),
     "a logit that is infinite": (set_logit(-np.inf), "logits that are not finite"),
+    "a logit that is huge": (set_logit(3e38), "logits that are not finite"),
     "a position twice in a bucket": (set_positions(1, 1), "positions out of order"),
     "a position of another bucket": (set_positions(2), "positions that occur twice"),
     "positions in another order": (set_positions(5, 1), "positions out of order"),

@@ -379,6 +379,12 @@ def test_processors_see_the_ids_and_what_the_one_before_left():
         lambda ids, logits: logits[:3],
         lambda ids, logits: logits * np.nan,
         lambda ids, logits: logits - np.inf,
+        lambda ids, logits: logits + 2e30,  # a penalty would have it infinite
+        lambda ids, logits: logits.astype(np.float64) + 1e300,
+        lambda ids, logits: "logits",
+        lambda ids, logits: [[0.0], [1.0, 2.0]],
+        lambda ids, logits: [10**400] * VOCAB,
+        lambda ids, logits: None,
     ):
         with pytest.raises(SamplingError, match="a logits processor must give"):
             make_sampler(processors=[wrong])(logits, [])

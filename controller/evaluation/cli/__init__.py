@@ -17,6 +17,7 @@ from kvq.controller.evaluation.cli.options import (
     EXACT,
     JSON,
     MODEL,
+    MOST_ITEMS,
     PROTECT,
     PROTECT_EQUAL,
     RECENT,
@@ -27,6 +28,7 @@ from kvq.controller.evaluation.cli.options import (
     bar,
     numbers,
     protected,
+    say,
     write_json,
     write_rows,
 )
@@ -35,6 +37,8 @@ from kvq.controller.evaluation.haystack import KINDS, MOST
 from kvq.runtime.cli.interrupt import Leaving
 from kvq.runtime.cli.loading import load_model
 from kvq.runtime.cli.options import OUTPUT
+from kvq.runtime.cli.questions import MOST_TEXT
+from kvq.runtime.files import read_bounded
 
 
 @click.group("eval", context_settings={"help_option_names": ["-h", "--help"]})
@@ -190,7 +194,9 @@ def _peer(peer: str | None, gguf: Path | None, kinds: str, model):
 @click.option("--tokens", default="512,2048", show_default=True,
               help="Lengths, with question and answer; several with commas.")  # fmt: skip
 @click.option("--kinds", default=",".join(KINDS), show_default=True, help="What is hidden, see above; with commas.")
-@click.option("--items", type=click.IntRange(1), default=4, show_default=True, help="Documents of a kind and length.")
+@click.option(
+    "--items", type=click.IntRange(1, MOST_ITEMS), default=4, show_default=True, help="Documents of a kind and length."
+)
 @click.option("--depths", type=click.IntRange(1, MOST), default=5, show_default=True,
               help="Questions of a document, about as many places in it.")  # fmt: skip
 @SEED
@@ -243,9 +249,10 @@ def needle(
 def _rows_of(file: Path) -> list[dict]:
     """What `kvq eval pareto`, `kld`, `needle`, `tasks` or `paper-table` have written."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(read_bounded(file, MOST_TEXT))
     except (OSError, ValueError, RecursionError) as error:
-        raise click.ClickException(f"{file} cannot be read as JSON ({error!s:.100})") from None
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise click.ClickException(f"{file} cannot be read as JSON ({why:.100})") from None
     needed = (
         {"arm", "context", "texts", "bits_requested", "kld_mean"},
         {"policy", "context", "positions", "tokens", "kld_mean"},
@@ -262,6 +269,12 @@ def _rows_of(file: Path) -> list[dict]:
     )
 
 
+def parted(rows: list[dict], *names: str) -> tuple[list[dict], list[dict]]:
+    """Those rows that have one of the names, and the others."""
+    having = [row for row in rows if any(name in row for name in names)]
+    return having, [row for row in rows if not any(name in row for name in names)]
+
+
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--plot", "picture", **OUTPUT, help="Also draw damage against bytes as PNG.")
@@ -270,15 +283,14 @@ def report(files, picture) -> None:
     from kvq.controller.evaluation.report import kld_table, needle_table, plot, tables, task_table
 
     rows = [row for file in files for row in _rows_of(file)]
-    found = [row for row in rows if "loglik" in row]
-    asked = [row for row in rows if "acc" in row or "cached" in row]
-    placed = [row for row in rows if "positions" in row]
-    rows = [row for row in rows if not any(row in others for others in (found, asked, placed))]
+    found, rows = parted(rows, "loglik")
+    asked, rows = parted(rows, "acc", "cached")
+    placed, rows = parted(rows, "positions")
     parts = ((tables, rows), (kld_table, placed), (needle_table, found), (task_table, asked))
     if picture is not None and not rows:
         raise click.UsageError("--plot draws rows of kvq eval pareto, and there are none")
     try:
-        click.echo("\n\n".join(table(part).rstrip("\n") for table, part in parts if part))
+        say("\n\n".join(table(part).rstrip("\n") for table, part in parts if part))
         if picture is not None:
             plot(rows, picture)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):

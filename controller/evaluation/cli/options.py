@@ -24,11 +24,18 @@ def write_json(path: Path | None, value: object) -> None:
     write_atomically(path, text)
 
 
+def say(table: str) -> None:
+    """A table to stdout; to a terminal what it can show, as names in it come from files."""
+    from kvq.runtime.text.cells import visible
+
+    click.echo(visible(table) if sys.stdout.isatty() else table, color=True)  # click is to take nothing out
+
+
 def write_rows(path: Path | None, rows: list[dict], table: Callable[[list[dict]], str]) -> None:
     """The rows to a file and a table of them to stdout; without a file the rows to stdout."""
     write_json(path, rows)
     if path is not None:
-        click.echo(table(rows))
+        say(table(rows))
 
 
 @contextmanager
@@ -54,18 +61,24 @@ def numbers(text: str, option: str, kind: type = float) -> list:
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"{option} takes numbers with commas between them, got {text!r}") from None
+        raise click.UsageError(f"{option} takes numbers with commas between them, got {text!r:.60}") from None
     if any(not number > 0 for number in found):
-        raise click.UsageError(f"{option} takes positive numbers, got {text!r}")
+        raise click.UsageError(f"{option} takes positive numbers, got {text!r:.60}")
     return found
 
 
+MOST_ITEMS = 1 << 16  # chunks or documents: lists are made of them
 MODEL = options(MODEL_OPTIONS)
 TEXT = click.option("--text", "texts", required=True, multiple=True, type=click.Path(path_type=Path),
                     help="UTF-8 text to score; can be repeated.")  # fmt: skip
 CONTEXT = click.option("--context", default="512", show_default=True, help="Tokens of a chunk; several with commas.")
 CHUNKS = click.option(
-    "--chunks", "count", type=click.IntRange(1), default=16, show_default=True, help="Chunks, spread over the texts."
+    "--chunks",
+    "count",
+    type=click.IntRange(1, MOST_ITEMS),
+    default=16,
+    show_default=True,
+    help="Chunks, spread over the texts.",
 )
 RECENT = click.option(
     "--recent", type=click.IntRange(0), default=16, show_default=True, help="Newest tokens to protect, in every arm."

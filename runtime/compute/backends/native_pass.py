@@ -11,6 +11,7 @@ from kvq.runtime.compute.backends.native_span import NativeSpan
 from kvq.runtime.compute.binding import Bound
 from kvq.runtime.compute.engine import Engine
 from kvq.runtime.compute.head import Head
+from kvq.runtime.compute.logits import LARGEST_LOGIT
 from kvq.runtime.compute.passes import ForwardPass
 from kvq.runtime.errors import KvqError
 from kvq.runtime.kv.store import KVStore
@@ -96,5 +97,6 @@ class NativeHead(Head):
         self._kernel, self._library = kernel, load()
         self._address, self._vocab = self._logits.ctypes.data, self._logits.shape[1]
 
-    def finite(self, rows: int) -> bool:
-        return bool(check(self._library.kvq_finite(self._kernel, self._address, rows * self._vocab)))
+    def usable(self, rows: int) -> bool:
+        values = rows * self._vocab
+        return bool(check(self._library.kvq_within(self._kernel, self._address, values, LARGEST_LOGIT)))

@@ -31,7 +31,7 @@ static void check_interface(void) {
         pass.kernel = kernel;
         if (kvq_attend(&pass, 0, &rows, NULL, NULL) != expected) fail("attending with kernel %d", kernel);
         if (kvq_encode(kernel, KVQ_INT8, x, 1, 8, NULL, 1, words, &scale) != expected) fail("encoding with kernel %d", kernel);
-        if (kvq_finite(kernel, x, 8) != (usable ? 1 : KVQ_NO_KERNEL)) fail("looking with kernel %d", kernel);
+        if (kvq_within(kernel, x, 8, 1e30f) != (usable ? 1 : KVQ_NO_KERNEL)) fail("looking with kernel %d", kernel);
         if (available != kvq_kernel_available(kernel)) fail("kernel %d says it is available", kernel);
         if (!*kvq_kernel_name(kernel) != (kernel < 0 || kernel >= kvq_kernels())) fail("name of kernel %d", kernel);
     }

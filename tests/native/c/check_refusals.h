@@ -246,8 +246,8 @@ static void check_refused_encoding(void) {
     if (words[0] != 7 || scale != 7) fail("a refused call has written");
     expect_error("no scales at 16 bits", 0, kvq_encode(0, KVQ_HALF, x, 1, 1, NULL, 1, words, NULL), 0);
     expect_error("no vectors", 0, kvq_encode(0, KVQ_INT8, NULL, 0, 8, NULL, 1, NULL, NULL), 0);
-    expect_error("finite", 0, kvq_finite(0, NULL, 1), KVQ_NO_DATA);
-    expect_error("finite", 0, kvq_finite(0, NULL, 0), 1);
+    expect_error("within", 0, kvq_within(0, NULL, 1, 1), KVQ_NO_DATA);
+    expect_error("within", 0, kvq_within(0, NULL, 0, 1), 1);
 }
 
 #endif
