@@ -8,7 +8,7 @@
 
 #include "widths.h"
 
-#define KVQ_ABI 21 /* raise when a struct, a function or an error below changes */
+#define KVQ_ABI 22 /* raise when a struct, a function or an error below changes */
 
 #if defined(_WIN32)
 #define KVQ_EXPORT __declspec(dllexport)
