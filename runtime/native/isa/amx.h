@@ -98,7 +98,7 @@ INLINE void multiply_part_of(form form, const kvq_matrix *m, const kvq_byte_rows
 /* As multiply: such processors read one row's panels faster side by side, where they are told what comes. */
 static void multiply_asking(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
     if (rows == 1) FOR_FORM(m, multiply_part_of, m, of, panel, first, out);
-    else multiply_by(product_rows, 0, m, of, panel, first, rows, out);
+    else multiply_several(m, of, panel, first, rows, out);
 }
 
 USES_TILES static void multiply_tiles(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows,

@@ -10,6 +10,12 @@ INLINE vi avx2_dot_words(vi sum, vu codes, vu query) {
 }
 #define dot_words avx2_dot_words
 
+/* Of bytes that are not negative; sums of two products fit 16 bits up to 128. */
+INLINE vi avx2_dot_small(vi sum, vu codes, vu query) {
+    return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, (__m256i)query), _mm256_set1_epi16(1));
+}
+#define dot_small avx2_dot_small
+
 /* Two of the four bytes of each lane, widened; sums of the products of pairs. */
 #define PAIR_KERNEL
 INLINE vu pair_codes(vu codes, int part) {

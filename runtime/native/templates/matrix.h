@@ -6,23 +6,7 @@
 #ifndef KVQ_MATRIX_H
 #define KVQ_MATRIX_H
 
-#include "vector.h"
-
-/* Sums of a part stay in registers: PART_ROWS rows, PART_PANELS panels of columns in the lanes. */
-#if LANES == 16
-#define PART_PANELS 2
-#define PART_ROWS 12
-#else
-#define PART_PANELS 1
-#if defined(__aarch64__) || defined(DOT_KERNEL)
-#define PART_ROWS 6
-#else
-#define PART_ROWS 4
-#endif
-#endif
-#define PART_COLUMNS (PART_PANELS * KVQ_PANEL)
-#define PART_VECTORS (PART_COLUMNS / LANES)
-#define PANEL_VECTORS (KVQ_PANEL / LANES)
+#include "codes.h"
 
 /* Whether they are faster than those of onnxruntime, which has better forms for processors that lack such instructions. */
 #if defined(DOT_KERNEL) || LANES == 8
@@ -31,12 +15,7 @@ enum { own_products = 1 };
 enum { own_products = 0 };
 #endif
 
-#ifdef DOT_KERNEL
-/* Where codes are the unsigned side of a dot product, its sums of four fit without saturation whatever they are. */
-enum { weight_offset = dot_offset_INT8, high_in_place = dot_offset_INT8 > 0 };
-#else
-enum { weight_offset = 0, high_in_place = 0 };
-#ifndef dot_words
+#if !defined(DOT_KERNEL) && !defined(dot_words)
 /* sum + the dot product of the four signed bytes of each lane */
 INLINE vi dot_words_plain(vi sum, vu codes, vu query) {
     UNROLL
@@ -45,9 +24,12 @@ INLINE vi dot_words_plain(vi sum, vu codes, vu query) {
 }
 #define dot_words dot_words_plain
 #endif
+#ifndef dot_small /* the same where the bytes of codes are smaller than 64 and not negative */
+#define dot_small dot_words
 #endif
 
-enum { MIDDLE = 8 }; /* the zero point of 4 bits where a block has none of its own */
+enum { EXPANDED_ROWS = 2 * PART_ROWS }; /* fewer read codes as they are */
+enum { MIDDLE = 8 };                    /* the zero point of 4 bits where a block has none of its own */
 
 /* A register whose content is rounded: the compiler cannot make one operation of what comes before and after. */
 #if defined(__x86_64__)
@@ -104,24 +86,6 @@ static void quantize_row(const kvq_matrix *m, const float *x, size_t row, const 
     }
 }
 
-/* What a matrix has: bits of a code, zero points, offsets; and whether its scales and offsets are halves. */
-typedef struct {
-    int bits, zeros, offsets, halves;
-} form;
-
-/* A block of a part's panels. */
-typedef struct {
-    const uint32_t *words[PART_PANELS]; /* the weights as they are packed */
-    const uint32_t *bytes[PART_PANELS]; /* as codes of a byte each: smaller ones where `multiply_by` was asked to expand them */
-    const uint8_t *zeros[PART_PANELS];  /* null where there are none */
-    const char *scales[PART_PANELS], *offsets[PART_PANELS];
-} part_block;
-
-/* Scales or offsets of LANES columns, from the one number `lane` on. */
-INLINE vf numbers_of(form form, const char *of, int lane) {
-    return form.halves ? load_halves((const uint16_t *)of + lane) : load_f((const float *)of + lane);
-}
-
 /* The same of some rows. */
 typedef struct {
     const int8_t *codes; /* [rows, block] */
@@ -135,60 +99,14 @@ INLINE row_blocks rows_of(const kvq_matrix *m, const kvq_byte_rows *of, size_t b
     return (row_blocks){of->codes + at * m->block, of->scales + at, of->sums + at, of->totals ? of->totals + at : NULL};
 }
 
-/* Place of vector v of a part within its panel's arrays [.., KVQ_PANEL]. */
-#define PANEL_OF(v) ((v) / PANEL_VECTORS)
-#define LANE_OF(v) ((v) % PANEL_VECTORS * LANES)
-
-/* Zero points of a block in the columns of vector v, if it has any. */
-INLINE vi zeros_of(const part_block *t, form form, int v) {
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    bytes zeros = {0};
-    if (form.zeros) memcpy(&zeros, t->zeros[PANEL_OF(v)] + LANE_OF(v), sizeof zeros);
-    return __builtin_convertvector(zeros, vi);
-}
-
-/* Codes of fewer than 8 bits in a byte each: those of word w of a block, its low ones or its high ones, from `words` on. */
-INLINE vu codes_of_word(int bits, const uint32_t *words, int block, int w, int high, vu word) {
-    const vu codes = (high ? word >> 4 : word) & 0x0f0f0f0fu;
-    if (bits == 4) return codes;
-    const int more = bits - 4, each = 8 / more, number = 2 * w + high; /* see kvq.h */
-    const vu higher = load_u(words + (size_t)(block / 8 + number / each) * KVQ_PANEL);
-    return codes | (higher >> (number % each * more) & ((1u << more) - 1) * 0x01010101u) << 4;
-}
-
-/* Codes of fewer bits than 8 in a byte each, to [block / 4, KVQ_PANEL]: as they are, or, where a block has zero points, as 8-bit
- * ones. Bits are a constant where it is used. */
-INLINE void expand_codes_of(int bits, const part_block *t, int p, int block, uint32_t *to) {
-    typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
-    const form form = {.bits = bits, .zeros = t->zeros[p] != NULL};
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        const vi zeros = form.zeros ? zeros_of(t, form, p * PANEL_VECTORS + v) - weight_offset : (vi){0};
-        const bytes less = (bytes)((vu)(zeros & 0xff) * 0x01010101u);
-        const uint32_t *words = t->words[p] + v * LANES;
-        for (int w = 0; w < block / 8; w++) {
-            const vu word = load_u(words + (size_t)w * KVQ_PANEL);
-            for (int half = 0; half < 2; half++) {
-                const bytes codes = (bytes)codes_of_word(bits, words, block, w, half, word) - less;
-                memcpy(to + (size_t)(w + half * (block / 8)) * KVQ_PANEL + v * LANES, &codes, sizeof codes);
-            }
-        }
-    }
-}
-
 /* What codes of a block count too much, by the sum of a row's: nothing where bytes are the weights themselves. */
 INLINE vi surplus(form form, vi zeros, int32_t sum) {
-    if (form.zeros) return zeros * sum;
+    if (form.zeros) return form.bits < 8 ? zeros * sum : (vi){0} + sum * weight_offset; /* `expand_codes` has taken them off */
     return form.bits < 8 || weight_offset ? sum - (vi){0} : (vi){0};
 }
 
 /* sum + a block's dot product times both its scales. */
 INLINE vf add_block(vf sum, vi dot, vf weight, float scale) { return sum + to_float(dot) * (weight * scale); }
-
-static void expand_codes(int bits, const part_block *t, int p, int block, uint32_t *to) {
-    if (bits == 4) expand_codes_of(4, t, p, block, to);
-    else if (bits == 5) expand_codes_of(5, t, p, block, to);
-    else expand_codes_of(6, t, p, block, to);
-}
 
 /* A block of so many rows at once, from `row` on, and of a part's first vectors of columns: sum [rows][vectors] grows. Rows,
  * vectors and form are constants where it is used. */
@@ -196,7 +114,8 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
                              vf sum[][PART_VECTORS]) {
     enum { CHAINS = 2 }; /* of dot products that wait for each other, where there are few */
     const int chains = rows * vectors < 8 ? CHAINS : 1;
-    const int small = form.bits < 8, words = small ? block / 8 : block / 4, at_once = small ? 2 : chains;
+    const int small = form.bits < 8, words = small ? block / 8 : block / 4, together = words_of_high(form.bits);
+    const int at_once = small ? 2 * together : chains;
     const int in_place = high_in_place && chains > 1 && form.bits == 4; /* high halves count 16 times, in a chain of their own */
     vi dots[PART_ROWS * PART_VECTORS > 8 ? PART_ROWS : 8][PART_VECTORS];
     UNROLL
@@ -207,20 +126,26 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
             if (chains > 1) dots[rows + r][v] = (vi){0};
         }
     }
-    for (int g = 0; g < words; g += small ? 1 : chains) {
-        vu word[PART_VECTORS];
+    for (int g = 0; g < words; g += small ? together : chains) {
+        vu word[PART_VECTORS], more[PART_VECTORS];
         UNROLL
-        for (int c = 0; c < at_once; c++) { /* of fewer than 8 bits first the low ones of a word */
+        for (int v = 0; v < vectors; v++) {
+            const uint32_t *from = t->words[PANEL_OF(v)] + LANE_OF(v);
+            more[v] = together > 1 ? load_u(from + (size_t)(words + g / together) * KVQ_PANEL) : (vu){0};
+        }
+        UNROLL
+        for (int i = 0; i < at_once; i++) { /* of fewer than 8 bits first the low ones of a word */
+            const int c = i % CHAINS;
             vu codes[PART_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++) {
-                const uint32_t *from = t->words[PANEL_OF(v)] + LANE_OF(v);
-                if (!small || !c) word[v] = load_u(from + (size_t)(small ? g : g + c) * KVQ_PANEL);
+                const uint32_t *from = (small ? t->words : t->bytes)[PANEL_OF(v)] + LANE_OF(v);
+                if (!small || !c) word[v] = load_u(from + (size_t)(small ? g + i / 2 : g + i) * KVQ_PANEL);
                 if (!small) codes[v] = word[v];
                 else if (in_place && c) codes[v] = word[v] & 0xf0f0f0f0u;
-                else codes[v] = codes_of_word(form.bits, from, block, g, c, word[v]);
+                else codes[v] = bytes_of(form.bits, word[v], c, more[v], i);
             }
-            const int8_t *four_of = x->codes + row * block + 4 * (small ? g + c * (block / 8) : g + c);
+            const int8_t *four_of = x->codes + row * block + 4 * (small ? g + i / 2 + c * (block / 8) : g + i);
             UNROLL
             for (int r = 0; r < rows; r++) {
                 uint32_t four;
@@ -228,7 +153,7 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
                 UNROLL
                 for (int v = 0; v < vectors; v++) {
                     vi *dot = dots[(chains > 1 ? c * rows : 0) + r] + v;
-                    *dot = dot_words(*dot, codes[v], four - (vu){0});
+                    *dot = small ? dot_small(*dot, codes[v], four - (vu){0}) : dot_words(*dot, codes[v], four - (vu){0});
                 }
             }
         }
@@ -293,6 +218,13 @@ INLINE void product_rows_of(form form, const kvq_matrix *m, const part_block *t,
 static void product_rows(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row, size_t rows,
                          float *out) {
     FOR_FORM(m, product_rows_of, m, t, of, b, row, rows, out);
+}
+
+/* The same where codes of fewer bits with zero points were expanded: one time for all rows. */
+static void product_expanded(const kvq_matrix *m, const part_block *t, const kvq_byte_rows *of, size_t b, size_t row,
+                             size_t rows, float *out) {
+    if (m->halves) product_rows_of((form){8, 1, 0, 1}, m, t, of, b, row, rows, out);
+    else product_rows_of((form){8, 1, 0, 0}, m, t, of, b, row, rows, out);
 }
 
 /* Bytes of a block's scales, or offsets, in a panel. */
@@ -379,10 +311,17 @@ INLINE void multiply_one_of(form form, const kvq_matrix *m, const kvq_byte_rows 
         multiply_panels(form, panels, !alone, m, of, p, first, out);
 }
 
+/* Several rows: where codes have to be put together from parts, they are once for many of these. */
+static void multiply_several(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
+    const int parts = m->zeros && (m->bits != 4 || !high_in_place);
+    if (parts && rows >= EXPANDED_ROWS) multiply_by(product_expanded, 1, m, of, panel, first, rows, out);
+    else multiply_by(product_rows, 0, m, of, panel, first, rows, out);
+}
+
 /* A part's columns of some rows. */
 static void multiply(const kvq_matrix *m, const kvq_byte_rows *of, size_t panel, size_t first, size_t rows, float *out) {
     if (rows == 1) FOR_FORM(m, multiply_one_of, m, of, panel, first, out);
-    else multiply_by(product_rows, 0, m, of, panel, first, rows, out);
+    else multiply_several(m, of, panel, first, rows, out);
 }
 
 #endif
