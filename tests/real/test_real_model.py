@@ -150,7 +150,7 @@ def test_a_cache_of_a_fifth_finds_again_what_the_exact_one_finds(model: Model) -
     rows = measure(model, [("fp16", {}), ("int8", {}), ("adaptive", {"kv_bits": 3.25})], [SHORT_TEXT], items=1)
     found = {row["arm"]: row for row in rows if row["kind"] == "all"}
     assert found["fp16"]["questions"] == 15
-    assert found["fp16"]["hits"] >= 0.6
+    assert found["fp16"]["hits"] >= 0.5  # else there is little to lose
     assert found["int8"]["kept"]["mean"] >= 0.95
     assert found["adaptive"]["kept"]["mean"] >= 0.8
     assert found["adaptive"]["loglik"] >= found["fp16"]["loglik"] - 0.6
