@@ -140,7 +140,7 @@ static void check_refused_matrices(void) {
 static void check_products(int quick) {
     static const int BLOCKS[] = {32, 64, 128, 256};
     for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
-        if (!kvq_kernel_available(kernel)) continue;
+        if (!is_checked(kernel)) continue;
         for (int i = 0; i < LENGTH(BLOCKS); i++)
             for (int kind = 0; kind < 5; kind++) {
                 const int bits = kind ? 4 : 8, zeros = kind == 2, offsets = kind > 2, halves = kind > 3;
