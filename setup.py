@@ -5,6 +5,7 @@ every Python version of a platform. Without a C compiler the package installs al
 runs on numpy; KVQ_REQUIRE_NATIVE=1 makes a failed build an error instead.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 NATIVE = Path("runtime", "native")
+OBJECTS = Path("build", "objects")
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
          "-Werror=implicit-function-declaration"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -40,17 +42,11 @@ COMMON = {
 
 def build_native(targets: list[Path]) -> None:
     """Compile and link the library, and put it in each place; CC, CFLAGS and LDFLAGS are heard."""
-    compiler = new_compiler()
-    customize_compiler(compiler)
+    compiler = unix_compiler()
+    objects = compiled(compiler)
     with tempfile.TemporaryDirectory() as folder:
-
-        def compile_one(file, flags):
-            return compiler.compile([str(NATIVE / file)], output_dir=folder, extra_postargs=[*FLAGS, *flags])[0]
-
-        with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(lambda item: compile_one(*item), (COMMON | kernels(compiler)).items()))
         linked = Path(folder, targets[0].name)
-        compiler.link_shared_object(objects, str(linked), libraries=["m"])
+        compiler.link_shared_object([*map(str, objects)], str(linked), libraries=["m"])
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
             # A library that is in use must not be written over: put the new one in its place.
@@ -58,6 +54,40 @@ def build_native(targets: list[Path]) -> None:
             part.write_bytes(linked.read_bytes())
             part.chmod(0o755)
             part.replace(target)
+
+
+def unix_compiler():
+    """The compiler that setuptools uses, with what CC, CFLAGS and LDFLAGS say."""
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    return compiler
+
+
+def compiled(compiler) -> list[Path]:
+    """The objects of all C files. One that was made of the same text, flags and compiler is taken as it is."""
+    # The compiler takes half a minute for a kernel: who changes one need not wait for the others, nor do the tests,
+    # which link these objects to a program that checks them.
+    files = COMMON | kernels(compiler)
+    version = subprocess.run([compiler.compiler_so[0], "--version"], capture_output=True, check=True).stdout
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+
+    def one(file):
+        flags, stem = [*FLAGS, *files[file]], Path(file).stem
+        command = [*compiler.compiler_so, *flags]
+        text = subprocess.run([*command, "-E", "-P", str(NATIVE / file)], capture_output=True).stdout
+        digest = hashlib.sha256(b"\0".join([version, repr(command).encode(), text])).hexdigest()
+        target = OBJECTS / f"{stem}-{digest[:32]}.o"
+        if target.exists() and text:
+            return target
+        with tempfile.TemporaryDirectory(dir=OBJECTS) as folder:
+            [made] = compiler.compile([str(NATIVE / file)], output_dir=folder, extra_postargs=flags)
+            for old in OBJECTS.glob(f"{stem}-*.o"):
+                old.unlink(missing_ok=True)
+            Path(made).replace(target)
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, files))
 
 
 def kernels(compiler):

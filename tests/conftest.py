@@ -31,14 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files that take minutes: they begin first, so that none of two processes waits for the other one at the end.
 LONGEST = (
-    "native/test_sanitized.py",
-    "native/test_native_c.py",
     "real/test_real_model.py",
-    "house/test_adding.py",
+    "native/test_native_c.py",
+    "native/test_sanitized.py",
+    "bench/test_decode.py",
     "exporter/test_families.py",
     "policy/test_budget.py",
+    "house/test_adding.py",
+    "house/test_code.py",
     "exporter/test_few_bits.py",
-    "bench/test_decode.py",
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from kvq.runtime.precision.codecs.base import Codec, absmax, from_words, half_sc
 from kvq.runtime.precision.precision import Precision
 from kvq.runtime.precision.table import Geometry
 from tests.native.test_native import assert_equals_numpy, native, new_tokens
-from tests.native.test_native_c import CC, NATIVE, host_kernels, need, recipe
 from tests.tools.kvdata import filled_store, random_tokens
+from tests.tools.native_build import CC, NATIVE, lacking, leave_out, need, objects
 
 pytestmark = pytest.mark.slow
 
@@ -87,25 +86,18 @@ def insert(file, before, text):
 
 @pytest.fixture(scope="module")
 def wider_library(tmp_path_factory):
-    """The library with one precision more, unoptimized."""
+    """The library with one precision more, hardly optimized."""
     need(CC)
     folder = tmp_path_factory.mktemp("wider")
     tree = shutil.copytree(NATIVE, folder / "native", ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
     insert(tree / "widths.h", "\n\n#define KVQ_SCALE_UNSCALED", LINE.rstrip("\n"))
     insert(tree / "templates" / "vector.h", "\n/* The same by its id.", LEVEL)
     insert(tree / "templates" / "encode.h", "\n/* One vector to its words and scale", ENCODE)
-    made = recipe()
-
-    def compile_one(item):
-        target = folder / f"{item[0].replace('/', '-')}.o"
-        flags = [flag for flag in (*made["FLAGS"], *item[1]) if flag != "-O3"]
-        done = subprocess.run([CC, *flags, "-O0", "-c", tree / item[0], "-o", target], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, (made["COMMON"] | made[host_kernels()]).items()))
-    subprocess.run([CC, "-shared", *objects, "-o", folder / "libkvq.so", "-lm"], check=True)
+    # Of a kernel that this machine cannot run the compiler says no more than that it is right.
+    objects(folder, "-fsyntax-only", tree=tree, files=lacking())
+    leave_out(tree, lacking())
+    linked = objects(folder, "-O1", tree=tree)
+    subprocess.run([CC, "-shared", *linked, "-o", folder / "libkvq.so", "-lm"], check=True)
     return folder / "libkvq.so"
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from kvq.runtime.native.library import kernels
-from tests.native.test_native_c import CC, ROOT, compiled_check, host_kernels, kernel_lines, need, recipe
+from tests.tools.native_build import CC, NATIVE, checker, kernel_lines, lacking, leave_out, need, objects
+from tests.tools.tree import ROOT
 
 pytestmark = pytest.mark.slow
 
-# -O0: the sanitizers' checks take a minute to optimize, and see more of the code where nothing is left out.
-SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+# -O1, and checks of addresses by calls: what is optimized and inlined takes the compiler several times as long. What
+# -O1 leaves out, no optimized library does either.
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
+             "--param=asan-instrumentation-with-call-threshold=0"]  # fmt: skip
 # Instruction sets that such a process was seen clean on: the others have to be asked for, until they were.
 SEEN = ("plain", "avx2")
 
@@ -24,9 +27,11 @@ SEEN = ("plain", "avx2")
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
     need(CC)
+    folder = tmp_path_factory.mktemp("sanitized")
+    tree = shutil.copytree(NATIVE, folder / "native", ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
     # What this machine cannot run has nothing to say, and would take a minute of the compiler's time.
-    lacking = {Path(file).stem for file in recipe()[host_kernels()]} - kernels().keys()
-    return compiled_check(tmp_path_factory.mktemp("sanitized"), CC, host_kernels(), *SANITIZED, without=lacking)
+    leave_out(tree, lacking())
+    return checker(folder, CC, objects(folder, *SANITIZED, tree=tree), *SANITIZED)
 
 
 def test_no_kernel_reads_beyond_a_page_or_does_the_undefined(check):
@@ -73,9 +78,9 @@ def sanitized_tree(check, tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "bundles"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     library = tree / "runtime" / "native" / "libkvq.so"
-    objects = [str(path) for path in check.parent.glob("*.o") if path.stem != "check_kernels"]
+    linked_to = [str(path) for path in check.parent.glob("*.o") if path.stem != "check_kernels"]
     linked = subprocess.run(
-        [CC, *SANITIZED, "-shared", *objects, "-o", str(library), "-lm"], capture_output=True, text=True
+        [CC, *SANITIZED, "-shared", *linked_to, "-o", str(library), "-lm"], capture_output=True, text=True
     )
     assert linked.returncode == 0, linked.stderr
     return tree

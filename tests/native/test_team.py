@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from tests.native.test_native_c import CC, NATIVE, ROOT, need
+from tests.tools.native_build import CC, NATIVE, need
+from tests.tools.tree import ROOT
 
 PROGRAM = ROOT / "tests" / "native" / "c" / "check_team.c"
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}", "-pthread"]

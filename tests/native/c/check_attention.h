@@ -155,7 +155,7 @@ static void check_attention(const store *s, new_tokens n) {
     double *expected = exactly(sizeof(double) * outputs), *squares = exactly(sizeof(double) * n.tokens * heads);
     reference_attend(s, heads, n.tokens, n.layer, &rows, expected, squares);
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
-        if (kvq_kernel_available(kernel)) check_kernel(s, &n, &rows, expected, squares, kernel);
+        if (is_checked(kernel)) check_kernel(s, &n, &rows, expected, squares, kernel);
     free(query), free(key), free(value), free(expected), free(squares);
 }
 
@@ -293,7 +293,7 @@ static void check_odd_queries(void) {
         for (int c = 0; c < 3 * 24; c++) x[c] = (float)uniform(-1, 1) * (c < 24 ? size : 1);
         if (!isfinite(size)) x[below(24)] = size;
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
-            if (!kvq_kernel_available(kernel)) continue;
+            if (!is_checked(kernel)) continue;
             const kvq_pass pass = {.layers = 1, .heads = 1, .kv_heads = 1, .head_dim = 24, .tokens = 1, .pages = s.pages,
                                    .kernel = kernel, .threads = 1, .page = s.page};
             kvq_rows rows = {.query = x, .key = x + 24, .value = x + 48, .out = out};

@@ -3,6 +3,7 @@
  *   check_kernels          everything, in seconds
  *   check_kernels quick    less of everything: for sanitizers and emulators
  *   check_kernels odd      queries that are tiny, infinite or NaN; head_dims that no model has
+ *   check_kernels ... neon of one kernel alone
  *
  * Prints a line per kernel; exit status 1 when one is wrong, with what was wrong.
  * Linked with all C files of the library. Every array has exactly its size, so that the address sanitizer sees any
@@ -60,19 +61,21 @@ static void check_everything(int quick) {
     check_add_norm();
     check_products(quick);
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
-        if (kvq_kernel_available(kernel)) check_prepare(kernel);
+        if (is_checked(kernel)) check_prepare(kernel);
     if (!shared_calls) fail("no work was ever handed to other threads");
 }
 
 int main(int count, char **arguments) {
     const int quick = count > 1 && !strcmp(arguments[1], "quick");
+    only = count > 2 ? arguments[2] : NULL;
     seed = 20240607;
     if (count > 1 && !strcmp(arguments[1], "odd")) check_odd_queries(), check_odd_dims();
     else check_everything(quick);
     for (int kernel = 0; kernel < kvq_kernels(); kernel++)
-        if (kvq_kernel_available(kernel))
+        if (is_checked(kernel))
             printf("%s: %d attentions, largest error %.1e; %d vectors encoded\n", kvq_kernel_name(kernel),
                    done[kernel].attention, done[kernel].error, done[kernel].encoded);
-        else printf("%s: not available on this machine\n", kvq_kernel_name(kernel));
+        else printf("%s: not %s\n", kvq_kernel_name(kernel),
+                    kvq_kernel_available(kernel) ? "asked for" : "available on this machine");
     return failures > 0;
 }

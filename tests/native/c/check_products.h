@@ -156,7 +156,7 @@ static void check_products(int quick) {
         {8, 0, 0, 0}, {4, 0, 0, 0}, {4, 1, 0, 0}, {4, 0, 1, 0}, {4, 0, 1, 1}, {5, 1, 0, 0}, {5, 1, 0, 1}, {6, 1, 0, 0}, {6, 1, 0, 1},
     };
     for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
-        if (!kvq_kernel_available(kernel)) continue;
+        if (!is_checked(kernel)) continue;
         for (int i = 0; i < LENGTH(BLOCKS); i++)
             for (int kind = 0; kind < LENGTH(KINDS); kind++) {
                 const int bits = KINDS[kind][0], zeros = KINDS[kind][1], offsets = KINDS[kind][2], halves = KINDS[kind][3];

@@ -92,7 +92,7 @@ static void check_stepwise(int rounds) {
         n.key = random_rows(rows, narrow, narrow), n.value = random_rows(rows, narrow, narrow);
         const size_t outputs = (size_t)rows * n.heads * d;
         for (int kernel = 0; kernel < kvq_kernels(); kernel++) {
-            if (!kvq_kernel_available(kernel)) continue;
+            if (!is_checked(kernel)) continue;
             const uint64_t before = seed;
             store single = empty, whole = empty;
             fill_stepwise(&single, &n, period, count, first);

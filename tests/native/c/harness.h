@@ -14,6 +14,11 @@ static struct {
     double error;
 } done[MOST_KERNELS];
 static int failures;
+static const char *only; /* the kernel to check; null: all */
+
+static int is_checked(int kernel) {
+    return kvq_kernel_available(kernel) && (!only || !strcmp(kvq_kernel_name(kernel), only));
+}
 
 __attribute__((format(printf, 1, 2))) static void fail(const char *format, ...) {
     va_list values;
