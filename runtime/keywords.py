@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from kvq.runtime.errors import OptionError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether it counts something: true and false do not, nor do seconds, which numpy takes for whole numbers.
 
     Calculate with `int` of it: numpy's own are of few bits, and of the unsigned ones -16 is 240.
@@ -24,7 +24,7 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool | np.timedelta64)
 
 
-def is_real(value: object) -> bool:
+def is_real(value: object) -> TypeGuard[float]:
     """Whether it is a number that is none of complex ones, true, false, or seconds; see `real`."""
     return isinstance(value, Real) and not isinstance(value, bool | np.timedelta64)
 

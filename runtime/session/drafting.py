@@ -67,12 +67,10 @@ class Drafter:
         """
         if isinstance(draft, str) and draft.isdecimal() and len(draft) < 10:
             draft = int(draft)
-        if isinstance(draft, str | bool) or draft is None:
-            draft = {None: AUTO, True: AUTO, False: OFF}.get(draft, draft)
-            if draft == AUTO:
-                return 0 if self.reason else None
-            if draft == OFF:
-                return 0
+        if draft is None or draft is True or (isinstance(draft, str) and draft == AUTO):
+            return 0 if self.reason else None
+        if draft is False or (isinstance(draft, str) and draft == OFF):
+            return 0
         if not is_integer(draft) or draft < 0:
             raise SamplingError(f'draft must be "auto", "off" or a number of tokens, got {draft!r:.60}')
         if draft and self.reason:
