@@ -60,6 +60,12 @@ INLINE vi zeros_of(const part_block *t, form form, int v) {
 /* Words of a block of fewer than 8 bits, of two codes a byte, whose higher bits one further word has; 1 where there are none. */
 INLINE int words_of_high(int bits) { return bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 
+/* The word that has the higher bits of word w of a block, whose words begin at `words`; zeros where there is none. */
+INLINE vu high_bits(int bits, const uint32_t *words, int block, int w) {
+    const int together = words_of_high(bits);
+    return together > 1 ? load_u(words + (size_t)(block / 8 + w / together) * KVQ_PANEL) : (vu){0};
+}
+
 /* The low codes of a word of them, or the high ones, in a byte each; `more` has their higher bits behind those of i others. */
 INLINE vu bytes_of(int bits, vu word, int high, vu more, int i) {
     const vu codes = (high ? word >> 4 : word) & 0x0f0f0f0fu;
@@ -79,7 +85,7 @@ INLINE void expand_codes_of(int bits, const part_block *t, int p, int block, uin
         const bytes less = (bytes)((vu)(zeros & 0xff) * 0x01010101u);
         const uint32_t *words = t->words[p] + v * LANES;
         for (int w = 0; w < block / 8; w += together) {
-            const vu more = together > 1 ? load_u(words + (size_t)(block / 8 + w / together) * KVQ_PANEL) : (vu){0};
+            const vu more = high_bits(bits, words, block, w);
             UNROLL
             for (int i = 0; i < 2 * together; i++) { /* of each word first the low codes */
                 const vu word = load_u(words + (size_t)(w + i / 2) * KVQ_PANEL);

@@ -129,10 +129,7 @@ INLINE void product_block_of(int rows, int vectors, form form, const part_block 
     for (int g = 0; g < words; g += small ? together : chains) {
         vu word[PART_VECTORS], more[PART_VECTORS];
         UNROLL
-        for (int v = 0; v < vectors; v++) {
-            const uint32_t *from = t->words[PANEL_OF(v)] + LANE_OF(v);
-            more[v] = together > 1 ? load_u(from + (size_t)(words + g / together) * KVQ_PANEL) : (vu){0};
-        }
+        for (int v = 0; v < vectors; v++) more[v] = high_bits(form.bits, t->words[PANEL_OF(v)] + LANE_OF(v), block, g);
         UNROLL
         for (int i = 0; i < at_once; i++) { /* of fewer than 8 bits first the low ones of a word */
             const int c = i % CHAINS;
