@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvq.composition import open_bundle
 from kvq.exporter.calibration import calibration_ids, calibration_text
 from kvq.exporter.checkpoint import load_checkpoint
 from kvq.exporter.cli import export as command
@@ -25,6 +26,8 @@ from kvq.exporter.weights.compensate import DAMPING, ROWS, quantize_compensated
 from kvq.exporter.weights.quantize import QuantizedMatrix, grid, quantize_matrix, unpacked_zeros
 from kvq.runtime.bundle.bundle import Bundle
 from kvq.runtime.errors import CheckpointError
+from kvq.runtime.native.library import choose_kernel
+from kvq.runtime.native.matrices import multiplies
 from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.kvdata import examples
 
@@ -211,6 +214,38 @@ def test_matrices_that_hardly_matter_are_found_and_take_fewer_bits(draft: Draft,
             codes = onnx.numpy_helper.to_array(tensors[node.input[1]], str(bundle.path))
             assert plan[name] == 4 or (1 << plan[name]) - 2 <= codes.max() < 1 << plan[name], name
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_codes_of_5_and_6_bits_lie_a_byte_each_and_are_packed_when_they_are_loaded(
+    bits: int, damaged: Path, tmp_path: Path
+) -> None:
+    manifest = export(damaged, tmp_path / "out", weights=f"int{bits}", center=False).manifest
+    assert (manifest.weights["layers"], manifest.weights["bits"], manifest.weights["head"]) == (
+        f"int{bits}",
+        bits,
+        "int8",
+    )
+    graph = onnx.load(tmp_path / "out" / manifest.decoder, load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    packed = 0
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            codes, scales, zeros = (
+                onnx.numpy_helper.to_array(tensors[name], str(tmp_path / "out")) for name in node.input[1:]
+            )
+            assert max(codes.max(), zeros.max()) < 1 << bits
+            np.testing.assert_array_equal(scales, scales.astype(np.float16))
+            packed += codes.size - codes.size * bits // 8 + 2 * scales.size
+    model = open_bundle(tmp_path / "out")
+    fast, plain = (model.session("fp16", backend=backend) for backend in ("native", "numpy"))
+    ids = list(range(5, 45))
+    wanted = plain.append(ids, all_logits=True)
+    off = np.abs(fast.append(ids, all_logits=True) - wanted)  # a value between two bytes may become the other one
+    assert np.quantile(off, 0.9) <= 1e-3 * wanted.std()
+    assert off.max() <= 0.2 * wanted.std()
+    saved = manifest.decode_weight_nbytes - model.engine.decode_weight_nbytes
+    assert saved == (packed if multiplies(choose_kernel()[1]) else 0)
 
 
 @pytest.mark.parametrize("bits", [3.9, 8.1, 0, -1, float("nan")])
