@@ -217,15 +217,11 @@ def test_matrices_that_hardly_matter_are_found_and_take_fewer_bits(draft: Draft,
 
 
 @pytest.mark.parametrize("bits", [5, 6])
-def test_codes_of_5_and_6_bits_lie_a_byte_each_and_are_packed_when_they_are_loaded(
-    bits: int, damaged: Path, tmp_path: Path
-) -> None:
-    manifest = export(damaged, tmp_path / "out", weights=f"int{bits}", center=False).manifest
-    assert (manifest.weights["layers"], manifest.weights["bits"], manifest.weights["head"]) == (
-        f"int{bits}",
-        bits,
-        "int8",
-    )
+def test_codes_of_5_and_6_bits_lie_a_byte_each_and_are_packed_when_they_are_loaded(bits: int, tmp_path: Path) -> None:
+    fields = TINY | {"hidden_size": 256, "intermediate_size": 500, "num_hidden_layers": 2, "head_dim": 32}
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", fields)  # large enough for its numbers to lie in the file
+    manifest = export(checkpoint, tmp_path / "out", weights=f"int{bits}", center=False).manifest
+    assert manifest.weights | {"layers": f"int{bits}", "bits": bits, "head": "int8"} == manifest.weights
     graph = onnx.load(tmp_path / "out" / manifest.decoder, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     packed = 0
@@ -241,9 +237,10 @@ def test_codes_of_5_and_6_bits_lie_a_byte_each_and_are_packed_when_they_are_load
     fast, plain = (model.session("fp16", backend=backend) for backend in ("native", "numpy"))
     ids = list(range(5, 45))
     wanted = plain.append(ids, all_logits=True)
-    off = np.abs(fast.append(ids, all_logits=True) - wanted)  # a value between two bytes may become the other one
-    assert np.quantile(off, 0.9) <= 1e-3 * wanted.std()
-    assert off.max() <= 0.2 * wanted.std()
+    off = np.abs(fast.append(ids, all_logits=True) - wanted).max(-1) / wanted.std()
+    # A value between two bytes may become the other one, and tokens behind it see it.
+    assert off[0] <= 1e-4
+    assert off.max() <= 0.2
     saved = manifest.decode_weight_nbytes - model.engine.decode_weight_nbytes
     assert saved == (packed if multiplies(choose_kernel()[1]) else 0)
 
