@@ -138,7 +138,7 @@ class Information:
         }  # fmt: skip
         tag = self._tag(model)
         return JSONResponse({
-            "template": template.source, "parameters": "", "modelfile": "", "details": tag["details"],
+            "template": template.source, "parameters": _parameters(model), "modelfile": "", "details": tag["details"],
             "model_info": info, "capabilities": capabilities, "modified_at": tag["modified_at"],
         })  # fmt: skip
 
@@ -291,3 +291,9 @@ class Information:
             raise RequestError(f"tokens must be a list of at most {MOST_IDS} ids in [0, {vocab})", param="tokens")
         text = await asyncio.to_thread(decoded, model.tokenizer, tokens, False)
         return JSONResponse({"content": text, "prompt": text})
+
+
+def _parameters(model: Model) -> str:
+    """What the model's makers recommend for drawing, as ollama has it: a line each, by its names."""
+    said = {name.replace("repetition", "repeat"): value for name, value in model.bundle.manifest.sampling.items()}
+    return "\n".join(f"{name:<31}{value:g}" for name, value in said.items())

@@ -151,5 +151,6 @@ def test_a_server_does_as_the_model_has_it(greedy: Path) -> None:
         texts = [served.post("/v1/completions", body | more).json()["choices"][0]["text"]
                  for more in ({}, {"temperature": 0}, {"temperature": 1.5, "seed": 1})]  # fmt: skip
         assert texts[0] == texts[1] != texts[2]
+        assert served.post("/api/show", {}).json()["parameters"].split() == ["temperature", "0"]
     finally:
         served.end()
