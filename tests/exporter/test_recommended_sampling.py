@@ -19,7 +19,7 @@ from tests.tools.bundles import edit
 from tests.tools.checkpoints import TINY, save_checkpoint
 from tests.tools.command_line import kvq
 from tests.tools.gguf_files import GGUF_TINY, write_gguf
-from tests.tools.serving import Served
+from tests.tools.serving import served
 
 ADVICE = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}
 OTHER = {"bos_token_id": 0, "max_new_tokens": 2048, "transformers_version": "4.51.0", "pad_token_id": None}
@@ -143,14 +143,11 @@ def test_commands_do_as_the_model_has_it(greedy: Path) -> None:
 
 
 def test_a_server_does_as_the_model_has_it(greedy: Path) -> None:
-    served = Served("-m", str(greedy))
-    try:
-        found = served.get("/props").json()["default_generation_settings"]["params"]
+    with served("-m", greedy) as server:
+        found = server.get("/props").json()["default_generation_settings"]["params"]
         assert (found["temperature"], found["top_k"]) == (0.0, DEFAULTS["top_k"])
         body = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True}
-        texts = [served.post("/v1/completions", body | more).json()["choices"][0]["text"]
+        texts = [server.post("/v1/completions", body | more).json()["choices"][0]["text"]
                  for more in ({}, {"temperature": 0}, {"temperature": 1.5, "seed": 1})]  # fmt: skip
         assert texts[0] == texts[1] != texts[2]
-        assert served.post("/api/show", {}).json()["parameters"].split() == ["temperature", "0"]
-    finally:
-        served.end()
+        assert server.post("/api/show", {}).json()["parameters"].split() == ["temperature", "0"]
