@@ -25,12 +25,13 @@ from kvq.bench.report.page import decode_table
 from kvq.bench.report.plot import write_plot
 from kvq.bench.report.tables import write_json
 from kvq.bench.schedule import Run
-from kvq.bench.shapes import BENCH_SHAPES, GGUF, LONGEST, ROOM
+from kvq.bench.shapes import BENCH_SHAPES, FEW, GGUF, LONGEST, ROOM
 from kvq.runtime.compute.backends import BACKENDS
 from kvq.runtime.errors import KvqError
 
 ALL = ",".join(known_arms())
-SHAPE = names("shape", lambda text: (*BENCH_SHAPES, *([text] if text == "tiny" or text.endswith(GGUF) else [])))
+OTHERS = ("tiny", f"tiny{FEW}")
+SHAPE = names("shape", lambda text: (*BENCH_SHAPES, *([text] if text in OTHERS or text.endswith(GGUF) else [])))
 ARMS = names("arm", lambda text: known_arms())
 BACKEND = names("backend", lambda text: ("auto", *BACKENDS))
 SHAPES = ", ".join(BENCH_SHAPES)

@@ -91,7 +91,8 @@ class OneGraph:
         return graph.op("Reshape", rows, graph.constant([0, 0, self.shape.hidden]))
 
     def _product(self, x: str, name: str, output: str | None = None) -> str:
-        inputs = (x, self.graph.stored(f"{name}.codes"), self.graph.stored(f"{name}.scales"))
+        parts = [f"{name}.{part}" for part in ("codes", "scales", "zeros")]
+        inputs = (x, *(self.graph.stored(part) for part in parts if part in self.weights.tensors))
         return self.graph.op("MatMulNBits", *inputs, output=output, domain=CONTRIB, **self.weights.products[name])
 
     def _contrib(self, operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:

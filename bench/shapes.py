@@ -33,7 +33,8 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 GGUF = ".gguf"
-BENCH_SHAPES = ("smollm-135m", "smollm-360m", "smollm-1.7b")
+FEW = "-int4"  # behind a shape's name: with weights of 4 bits
+BENCH_SHAPES = tuple(f"{shape}{few}" for few in ("", FEW) for shape in ("smollm-135m", "smollm-360m", "smollm-1.7b"))
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Assets:
         folder: of everything made from the shape.
         fields: its config.json.
         source: the GGUF file that it is made from; empty: random weights.
+        weights: of a shape's layers, int8 or int4.
         exact: take the bundle whose products keep activations in float32. Its speed means nothing; it is for
             checks, as quantized activations turn differences of 1e-6 into differences of a few percent.
     """
@@ -51,11 +53,12 @@ class Assets:
     folder: Path
     fields: dict[str, Any]
     source: str = ""
+    weights: str = "int8"
     exact: bool = False
 
     @property
     def bundle(self) -> Path:
-        """kvq's bundle; that of a shape has all matrices in 8 bits."""
+        """kvq's bundle; that of a shape has the matrices of all layers in 8 bits, or in 4."""
         return self.folder / ("bundle-exact" if self.exact else "bundle")
 
     @property
@@ -101,7 +104,7 @@ def assets(shape: str, root: Path) -> Assets:
     """The files of a shape of `kvq.models.family`, of "tiny" or of a GGUF file, which may not exist yet.
 
     Args:
-        shape: its name, or the file's path.
+        shape: its name, with `FEW` behind it for weights of 4 bits, or the file's path.
         root: has a folder for each.
 
     Raises:
@@ -117,10 +120,11 @@ def assets(shape: str, root: Path) -> Assets:
         fields = dict(open_source(str(source)).config)
         digest.update(f"{source} {source.stat()}".encode())
         return Assets(Path(root).absolute() / f"{source.stem}-{RECIPE}-{digest.hexdigest()[:8]}", fields, str(source))
-    fields = config("smollm-135m", **TINY) if shape == "tiny" else config(shape)
+    named, weights = shape.removesuffix(FEW), "int4" if shape.endswith(FEW) else "int8"
+    fields = config("smollm-135m", **TINY) if named == "tiny" else config(named)
     # SmolLM's own initialisation: attention that tells tokens apart, activations of order one.
     fields |= {"max_position_embeddings": LONGEST + ROOM, "initializer_range": fields["hidden_size"] ** -0.5}
-    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{digest.hexdigest()[:8]}", fields)
+    return Assets(Path(root).absolute() / f"{shape}-{RECIPE}-{digest.hexdigest()[:8]}", fields, weights=weights)
 
 
 def make_bundle(made: Assets) -> None:
@@ -164,7 +168,8 @@ def _make(made: Assets) -> None:
         # A tokenizer is what keys are calibrated with: real bundles have centred keys, so these have too.
         tokenizer = train_tokenizer(iter([calibration_text()]), min(512, made.fields["vocab_size"]))
         tokenizer.save(str(Path(temporary) / "tokenizer.json"))
-        export(temporary, made.bundle, weights="int8", rotate="heads", overwrite=True)
+        # What random weights lose is no matter.
+        export(temporary, made.bundle, weights=made.weights, rotate="heads", compensate=False, overwrite=True)
     weights = BundleWeights(made)
     with torch.no_grad():
         for name, vector in weights.vectors().items():

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from kvq.bench.shapes import Assets
-from kvq.exporter.weights.quantize import QuantizedMatrix
+from kvq.exporter.weights.quantize import QuantizedMatrix, unpacked_zeros
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -48,12 +48,17 @@ class BundleWeights:
         rows = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": shape.ffn, "up_proj": shape.ffn}
         for name, a in self.products.items():
             codes, scales = self.array(f"{name}.codes"), self.array(f"{name}.scales")
+            bits, zeros = a["bits"], None
+            if (points := f"{name}.zeros") in self.tensors:
+                zeros = unpacked_zeros(self.array(points), scales.shape[1], bits)
             bare = name.removesuffix(".weight")
             last = bare.rpartition(".")[2]
             start = 0
             for part in last.split("+"):
                 stop = start + rows.get(part, len(codes))
-                cut = QuantizedMatrix(codes[start:stop], scales[start:stop], a["bits"], a["block_size"], a["K"])
+                rows_of = slice(start, stop)
+                points_of = None if zeros is None else zeros[rows_of]
+                cut = QuantizedMatrix(codes[rows_of], scales[rows_of], bits, a["block_size"], a["K"], points_of)
                 yield f"{bare.removesuffix(last)}{part}.weight", cut
                 start = stop
 

@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's binding of its C interface, and the bundle's model as a GGUF file.
 
 A bundle's int8 block of 64 is two Q8_0 blocks of 32 with the same scale; all that changes is that scales are rounded to
-half precision.
+half precision. Its 4-bit blocks have zero points: they become Q4_0, which llama.cpp multiplies fastest, other numbers of
+as many bits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CACHES = ("f16", "q8_0", "q4_0")
 class LlamaArm(Arm):
     """`llama_decode` called directly, without the binding's Python layers; flash attention on.
 
-    Weights are Q8_0, with the bundle's numbers; of a GGUF file as it has them.
+    Weights are Q8_0, with the bundle's numbers, or Q4_0 where it has 4 bits; of a GGUF file as it has them.
 
     Attributes:
         cache: type of keys and values: f16, q8_0 or q4_0.
@@ -84,7 +85,8 @@ class LlamaArm(Arm):
             if heads := {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(name.split(".")[-2]):
                 # For llama.cpp's rotary embedding, which pairs neighbouring channels instead of halves.
                 rows = np.arange(len(matrix.codes)).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
-                matrix = matrix._replace(codes=matrix.codes[rows], scales=matrix.scales[rows])
+                zeros = None if matrix.zeros is None else matrix.zeros[rows]
+                matrix = matrix._replace(codes=matrix.codes[rows], scales=matrix.scales[rows], zeros=zeros)
             kind, blocks = gguf_blocks(matrix)
             writer.add_tensor(names.get_name(name, (".weight",)), blocks, raw_dtype=kind)
         writer.write_header_to_file()
@@ -145,7 +147,10 @@ class LlamaArm(Arm):
 def gguf_blocks(matrix: QuantizedMatrix) -> tuple[Any, np.ndarray]:
     """A matrix's GGML type and bytes, uint8 [n, bytes per row]: each block a half-precision scale and its codes."""
     from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
 
+    if matrix.bits == 4:
+        return GGMLQuantizationType.Q4_0, quantize(matrix.dequantize(), GGMLQuantizationType.Q4_0)
     n = len(matrix.codes)
     codes = matrix.codes.reshape(n, -1, QK)
     if codes.shape[1] * QK != matrix.k:

@@ -18,8 +18,9 @@ CACHE_BYTES = {"u8": 1, "f16": 2}
 class OpenvinoArm(Arm):
     """A stateful model, called through its infer request: the cache never leaves the plugin.
 
-    nncf lays the weights out as the plugin likes them: int8, a scale a row, of the bundle's decoded weights. Precision
-    of the computation is the plugin's choice, bfloat16 where the processor has it: prefill is faster so.
+    nncf lays the weights out as the plugin likes them: int8, a scale a row, of the bundle's decoded weights; where
+    these have 4 bits int4, a scale for 64, embedding and head in int8. Precision of the computation is the plugin's
+    choice, bfloat16 where the processor has it: prefill is faster so.
 
     Attributes:
         cache: precision of the plugin's cache, u8, or f16 as is its default.
@@ -28,7 +29,8 @@ class OpenvinoArm(Arm):
     cache: str
 
     runtime = "OpenVINO CPU plugin"
-    settings = "int8 weights, {cache} cache, stateful, computing in {computing}"
+    settings = "{kept} weights, {cache} cache, stateful, computing in {computing}"
+    kept = "int8"
     files = "openvino"
     packages = ("openvino", "optimum.intel", "nncf", "torch")
     distributions = ("openvino", "nncf", "optimum-intel")
@@ -43,12 +45,16 @@ class OpenvinoArm(Arm):
         checkpoint = str(self.assets.checkpoint)
         model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, load_in_8bit=False).model
         keep_last_row(model)
-        compressed = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        how: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
+        if self.assets.weights == "int4":
+            how = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64, "ratio": 1.0}
+        compressed = nncf.compress_weights(model, **how)
         openvino.save_model(compressed, folder / "model.xml", compress_to_fp16=False)
 
     def load(self) -> None:
         import openvino
 
+        self.kept = self.assets.weights
         threads = {"INFERENCE_NUM_THREADS": self.threads}
         options = threads | {"PERFORMANCE_HINT": "LATENCY", "KV_CACHE_PRECISION": self.cache}
         self.model = openvino.Core().compile_model(str(self.folder / "model.xml"), "CPU", options)

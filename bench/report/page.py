@@ -27,8 +27,10 @@ shapes and lengths that were not measured again; the rest of them is in their ro
 How it is measured:
 
 * All arms run the same random weights of a SmolLM's shape: int8 in blocks of 64 with int8 activations (one scale a row
-  in OpenVINO), in runs of kvq 0.1 int4 with embedding and head in int8; transformers runs their float32 values. What
-  kvq's products take is not rotated here; in bundles of real models it is, for 2 % of a step.
+  in OpenVINO), in runs of kvq 0.1 int4 with embedding and head in int8; transformers runs their float32 values. Shapes
+  called -int4 have 4 bits with zero points in blocks of 64, embedding and head in int8; llama.cpp has Q4_0 of them, and
+  OpenVINO symmetric int4 in groups of 64, which are as many bits and other numbers. What kvq's products take is not
+  rotated here; in bundles of real models it is, for 2 % of a step.
 * Each arm has a process of its own and is set up in the fastest form we found, which its settings below name. A step
   goes from a token id to the logits of the next token; sampling is left out.
 * Arms take turns in short bursts of steps within one run, so all of them see the same state of the machine. The first

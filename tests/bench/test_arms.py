@@ -59,6 +59,24 @@ def test_gguf_blocks_decode_to_the_values_of_the_bundle(cache):
         np.testing.assert_allclose(decoded, matrix.dequantize(), rtol=2**-10, atol=1e-7)  # scales in half precision
 
 
+@pytest.mark.slow
+def test_arms_with_4_bits_run_the_numbers_of_the_bundle(tmp_path):
+    gguf = needs("gguf")
+    from kvq.bench.peers.llama import gguf_blocks
+
+    command = [sys.executable, "-m", "kvq.bench.decode", "--shape", "tiny-int4", "--context", "24", "--rounds", "1"]
+    command += ["--steps", "2", "--prefills", "1", "--arms", "kvq-fp16,ort-gqa-fp32", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr  # an arm that computes something else is one
+    made = assets("tiny-int4", tmp_path)
+    assert made.manifest.weights["layers"] == "int4"
+    for name, matrix in BundleWeights(made).parts():
+        assert (matrix.bits == 4) == ("embed" not in name), name
+        exact, (kind, blocks) = matrix.dequantize(), gguf_blocks(matrix)
+        off = gguf.quants.dequantize(blocks, kind) - exact
+        assert np.square(off).mean() < 0.02 * np.square(exact).mean(), name  # Q4_0 is no finer
+
+
 def test_relative_difference():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 9, 4096)).astype(np.float32)
