@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python's binding of its C interface, and the bundle's model as a GGUF file.
 
 A bundle's int8 block of 64 is two Q8_0 blocks of 32 with the same scale; all that changes is that scales are rounded to
-half precision. Its 4-bit blocks have zero points: they become Q4_0, which llama.cpp multiplies fastest, other numbers of
-as many bits.
+half precision. Its 4-bit blocks have zero points: they become Q4_0, which llama.cpp multiplies fastest, other numbers
+of as many bits.
 """
 
 from __future__ import annotations
